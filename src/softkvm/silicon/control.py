@@ -1,0 +1,235 @@
+"""The control block: what a hypervisor and the silicon tell each other at a VM entry and a VM exit.
+
+A superset of the VMCS (SDM vol. 3, ch. 25) and of the VMCB (APM vol. 2, app. B), held in memory that the engine shares through the
+buffer protocol. The engine reads controls and guest state at VM entry and writes guest state and exit information at VM exit; between
+the two calls the hypervisor owns every byte. `engine/core/src/virt/control.rs` is the same layout in Rust, and a test compares them.
+"""
+
+from __future__ import annotations
+
+from ctypes import LittleEndianStructure, c_uint8, c_uint16, c_uint32, c_uint64, sizeof
+from enum import IntEnum
+
+_u8, _u16, _u32, _u64 = c_uint8, c_uint16, c_uint32, c_uint64
+
+
+class Register(IntEnum):
+    """Index into `State.gpr`, the encoding of the instruction set."""
+
+    RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8, R9, R10, R11, R12, R13, R14, R15 = range(16)
+
+
+class SegmentRegister(IntEnum):
+    """Index into `State.segments`."""
+
+    ES, CS, SS, DS, FS, GS, LDTR, TR = range(8)
+
+
+class Segment(LittleEndianStructure):
+    """A segment register with its hidden part; `access_rights` as in SDM vol. 3, 25.4.1 (bit 16 = unusable)."""
+
+    _fields_ = [
+        ("selector", _u16),
+        ("_reserved0", _u16),
+        ("access_rights", _u32),
+        ("limit", _u32),
+        ("_reserved1", _u32),
+        ("base", _u64),
+    ]
+    selector: int
+    access_rights: int
+    limit: int
+    base: int
+
+
+class DescriptorTable(LittleEndianStructure):
+    """GDTR or IDTR."""
+
+    _fields_ = [("base", _u64), ("limit", _u32), ("_reserved", _u32)]
+    base: int
+    limit: int
+
+
+class Fpu(LittleEndianStructure):
+    """x87, SSE, AVX and AVX-512 registers; `st` holds R0..R7 by physical number (not relative to TOP), 10 bytes used of each 16."""
+
+    _fields_ = [
+        ("fcw", _u16),
+        ("fsw", _u16),
+        ("ftw", _u8),  # abridged: bit n = R(n) not empty
+        ("_reserved0", _u8),
+        ("fop", _u16),
+        ("fip", _u64),
+        ("fdp", _u64),
+        ("mxcsr", _u32),
+        ("pkru", _u32),
+        ("st", _u8 * 16 * 8),
+        ("vector", _u8 * 64 * 32),  # ZMM-sized; XMM is the low 16 bytes
+        ("mask", _u64 * 8),
+    ]
+
+
+class State(LittleEndianStructure):
+    """The guest's architectural state that lives in the silicon while it runs."""
+
+    _fields_ = [
+        ("gpr", _u64 * 16),
+        ("rip", _u64),
+        ("rflags", _u64),
+        ("segments", Segment * 8),
+        ("gdtr", DescriptorTable),
+        ("idtr", DescriptorTable),
+        ("cr0", _u64),
+        ("cr2", _u64),
+        ("cr3", _u64),
+        ("cr4", _u64),
+        ("cr8", _u64),
+        ("xcr0", _u64),
+        ("xss", _u64),
+        ("efer", _u64),
+        ("star", _u64),
+        ("lstar", _u64),
+        ("cstar", _u64),
+        ("fmask", _u64),
+        ("kernel_gs_base", _u64),
+        ("sysenter_cs", _u64),
+        ("sysenter_esp", _u64),
+        ("sysenter_eip", _u64),
+        ("tsc_aux", _u64),
+        ("pat", _u64),
+        ("debugctl", _u64),
+        ("spec_ctrl", _u64),
+        ("dr", _u64 * 4),
+        ("dr6", _u64),
+        ("dr7", _u64),
+        ("pending_debug", _u64),  # SDM vol. 3, 25.4.2
+        ("interruptibility", _u32),  # bit 0 STI, 1 MOV SS, 2 SMI, 3 NMI
+        ("activity", _u32),  # 0 active, 1 HLT, 2 shutdown, 3 wait for SIPI
+        ("pdpte", _u64 * 4),
+        ("fpu", Fpu),
+    ]
+
+
+class Intercept(IntEnum):
+    """Bit numbers of `Control.intercepts`; each makes the named instruction or condition a VM exit."""
+
+    NMI = 1
+    SMI = 2
+    INIT = 3
+    INTERRUPT_WINDOW = 4
+    NMI_WINDOW = 5
+    HLT = 6
+    PAUSE = 7
+    MONITOR = 8
+    MWAIT = 9
+    RDTSC = 10  # and RDTSCP
+    RDPMC = 12
+    RDRAND = 13
+    RDSEED = 14
+    CPUID = 15
+    INVD = 16
+    WBINVD = 17
+    XSETBV = 18
+    INVLPG = 19
+    INVPCID = 20
+    DESCRIPTOR_TABLE = 21  # LGDT SGDT LIDT SIDT LLDT SLDT LTR STR
+    TASK_SWITCH = 22
+    SHUTDOWN = 23
+    HYPERCALL = 24  # VMCALL, VMMCALL
+    VM_INSTRUCTION = 25  # VMX set, or SVM set
+    MONITOR_TRAP = 26
+    IO = 27  # every port
+    IO_BITMAP = 28  # ports by `ControlBlock.io_bitmap`
+    MSR_BITMAP = 29  # MSRs by `ControlBlock.msr_bitmap`; without it every RDMSR and WRMSR exits
+    PREEMPTION_TIMER = 30
+
+
+class Control(LittleEndianStructure):
+    """What the hypervisor asks of the silicon for the next run."""
+
+    _fields_ = [
+        ("intercepts", _u64),
+        ("exception_bitmap", _u32),
+        ("page_fault_error_mask", _u32),
+        ("page_fault_error_match", _u32),
+        ("cr_read", _u16),  # bit n: MOV from CRn exits
+        ("cr_write", _u16),  # bit n: MOV to CRn exits
+        ("dr_read", _u16),
+        ("dr_write", _u16),
+        ("tlb_control", _u32),  # 0 keep, 1 flush everything
+        ("cr0_mask", _u64),  # guest/host masks and read shadows, SDM vol. 3, 25.6.6
+        ("cr0_shadow", _u64),
+        ("cr4_mask", _u64),
+        ("cr4_shadow", _u64),
+        ("event", _u32),  # event injection, SDM vol. 3, 25.8.3; bit 31 valid; cleared by a successful entry
+        ("event_error", _u32),
+        ("event_instruction_length", _u32),
+        ("vpid", _u32),  # VPID or ASID: tags translations; 0 is the host's
+        ("tsc_offset", _u64),
+        ("tsc_multiplier", _u64),  # 48 fractional bits; 1 << 48 is unity
+        ("preemption_deadline", _u64),  # guest TSC at which the preemption timer exits
+        ("emulate", _u32),  # 1: run exactly one instruction and take device accesses from `access`
+        ("access_count", _u32),  # valid entries of `access`
+        ("instruction_budget", _u64),  # exit with BUDGET after this many instructions; 0 is no limit
+    ]
+
+
+class Access(LittleEndianStructure):
+    """One completed device access that an emulated instruction may use (`Control.emulate`)."""
+
+    _fields_ = [("gpa", _u64), ("size", _u32), ("write", _u32), ("data", _u64 * 2)]
+
+
+class Exit(LittleEndianStructure):
+    """Why the guest left, in the vendor's own numbers."""
+
+    _fields_ = [
+        ("reason", _u32),  # VMX basic exit reason (bit 31: entry failure), or low half of the SVM exit code
+        ("instruction_length", _u32),
+        ("qualification", _u64),  # VMX exit qualification, or SVM EXITINFO1
+        ("info2", _u64),  # SVM EXITINFO2
+        ("gpa", _u64),
+        ("gla", _u64),
+        ("interruption", _u32),  # the event that exited: SDM vol. 3, 25.9.2
+        ("interruption_error", _u32),
+        ("vectoring", _u32),  # the event whose delivery was cut short: SDM vol. 3, 25.9.3
+        ("vectoring_error", _u32),
+        ("next_rip", _u64),  # zero where the silicon does not save it
+        ("instruction_info", _u32),
+        ("instruction_bytes_length", _u32),
+        ("instruction_bytes", _u8 * 16),
+        ("msr_index", _u32),
+        ("io_port", _u16),
+        ("io_size", _u8),
+        ("io_flags", _u8),  # bit 0 IN, 1 string, 2 REP, 3 address size 32, 4 address size 64, 5 DF
+        ("io_count", _u64),  # REP count as the address size reads it, else 1
+        ("io_gla", _u64),  # linear address of the first string element
+        ("access", Access),  # the device access that an emulated instruction waits for
+        ("instructions", _u64),  # retired in this run
+        ("tsc", _u64),  # host TSC at the exit
+    ]
+
+
+class ControlBlock(LittleEndianStructure):
+    """The whole block; the offsets are part of the engine's interface.
+
+    `msr_bitmap[range][direction]`: ranges 0..1FFF, C0000000..C0001FFF and C0010000..C0011FFF, direction 0 read and 1 write; bit n of
+    the little-endian bytes is the n-th MSR of the range, 1 exits, and an MSR outside the ranges always exits. `io_bitmap`: bit n is
+    port n, 1 exits.
+    """
+
+    _fields_ = [
+        ("control", Control),
+        ("_pad0", _u8 * (0x100 - sizeof(Control))),
+        ("access", Access * 8),
+        ("exit", Exit),
+        ("_pad1", _u8 * (0x200 - sizeof(Exit))),
+        ("state", State),
+        ("_pad2", _u8 * (0xC00 - sizeof(State))),
+        ("msr_bitmap", _u8 * 1024 * 2 * 3),
+        ("io_bitmap", _u8 * 8192),
+    ]
+
+
+CONTROL_BLOCK_SIZE = 0x5000
+"""Bytes of memory behind a control block; the tail is reserved."""
