@@ -1,0 +1,5 @@
+//! Virtual machine extensions: the control block, VM entry and VM exit.
+
+pub mod control;
+pub mod entry;
+pub mod exits;
