@@ -20,7 +20,7 @@ use crate::paging::walk::Context;
 use crate::paging::Privilege;
 use crate::state::{cr0, interruptibility, rflags, seg, State};
 use crate::uop::{slot, Exec, RegOffset, Stop, RIP_STRIDE};
-use crate::virt::control::{Access, Control, Exit};
+use crate::virt::control::{self, Access, Control, Exit};
 use crate::word::Word;
 
 /// Work that the dispatcher does before the next block; bits of `Cpu::pending`.
@@ -85,18 +85,21 @@ pub struct Cpu {
     pub large_pages: bool,
     pub code: CodeCache,
     pub npt: Arc<NestedPageTable>,
+    /// Generation of `npt` that the TLB was last flushed for.
+    pub nested_generation: u64,
     pub signal: Arc<Signal>,
     pub clock: Clock,
     pub model: Arc<Model>,
     /// Completed device accesses of an emulated instruction, and how many of them it has used.
     pub accesses: Vec<Access>,
     pub access_next: usize,
-    /// Permission bitmaps of the hypervisor, copied at entry: `[range][direction]`, and ports.
-    pub msr_bitmap: Box<[[[u8; 1024]; 2]; 3]>,
-    pub io_bitmap: Box<[u8; 8192]>,
+    /// Permission bitmaps of the hypervisor, of the block that the CPU runs on; null outside a run.
+    pub(crate) bitmaps: *const control::Block,
     /// The event whose delivery is under way, in the format of exit interruption information; zero when there is none.
     pub vectoring: u32,
     pub vectoring_error: u32,
+    /// The instruction was INT n, INT3, INTO or INT1, after which TF does not trap.
+    pub software_interrupt: bool,
     /// Instructions retired before the current budget was handed out; see [`Cpu::instructions`].
     pub retired: u64,
     pub budget_start: i64,
@@ -106,7 +109,7 @@ pub struct Cpu {
     pub unknown_opcodes: std::collections::HashSet<u16>,
 }
 
-// SAFETY: `active_table` points into `tlb`, which moves between threads together with the CPU.
+// SAFETY: `active_table` points into `tlb`, which moves between threads together with the CPU, and `bitmaps` is null outside a run.
 unsafe impl Send for Cpu {}
 
 impl Cpu {
@@ -132,15 +135,16 @@ impl Cpu {
             large_pages: false,
             code: CodeCache::default(),
             npt: Arc::default(),
+            nested_generation: 0,
             signal: Arc::default(),
             clock,
             model,
             accesses: Vec::new(),
             access_next: 0,
-            msr_bitmap: Box::new([[[0; 1024]; 2]; 3]),
-            io_bitmap: Box::new([0; 8192]),
+            bitmaps: std::ptr::null(),
             vectoring: 0,
             vectoring_error: 0,
+            software_interrupt: false,
             retired: 0,
             budget_start: 0,
             walks: 0,
