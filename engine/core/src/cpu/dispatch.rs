@@ -98,6 +98,9 @@ impl Cpu {
             return Ok(());
         }
         let now = host_tsc();
+        if now >= self.clock.tick {
+            return Err(self.exit_external_interrupt());
+        }
         if self.clock.timer != 0 && now >= self.clock.timer {
             self.clock.timer = 0;
             return Err(self.exit_external_interrupt());
@@ -155,17 +158,11 @@ impl Cpu {
 
     // ---- blocks ---------------------------------------------------------------------------------------------------------------------
 
-    /// What a jump-cache entry depends on besides RIP.
-    #[inline(always)]
-    fn jump_context(&self) -> u64 {
-        u64::from(self.tlb.generation()) << 8 | u64::from(self.cpl() == 3) << 4 | self.code_size as u64
-    }
-
     /// The block at RIP.
     #[inline(always)]
     fn next_block(&mut self) -> Exec<*mut Block> {
         let rip = self.rip();
-        if let Some(block) = self.code.jump(rip, self.jump_context()) {
+        if let Some(block) = self.code.jump(rip, self.jump_context) {
             // SAFETY: the jump cache forgets blocks before they are freed.
             if unsafe { (*block).valid } {
                 return Ok(block);
@@ -187,7 +184,7 @@ impl Cpu {
                 self.adopt(block)
             }
         };
-        self.code.remember(rip, self.jump_context(), block);
+        self.code.remember(rip, self.jump_context, block);
         Ok(block)
     }
 

@@ -70,6 +70,8 @@ pub struct Cpu {
     pub code_size: CodeSize,
     /// Bits of [`mode::media`]: why a vector or x87 instruction may not run.
     pub media: u8,
+    /// What a jump-cache entry depends on besides RIP: generation of the translations, privilege, code size.
+    pub jump_context: u64,
     /// Instructions that may run before the dispatcher looks at clocks.
     pub budget: i64,
 
@@ -125,6 +127,7 @@ impl Cpu {
             cpl: 0,
             code_size: CodeSize::Bits16,
             media: 0,
+            jump_context: 0,
             budget: 0,
             state: State::default(),
             control: Control::default(),
@@ -339,8 +342,10 @@ impl Cpu {
         self.refresh_pending();
     }
 
-    /// Points `active_table` to the table of the current privilege and address space.
+    /// Points `active_table` to the table of the current privilege and address space. Whoever switches or flushes the TLB calls this.
     pub fn refresh_table(&mut self) {
+        let user = u64::from(self.cpl == 3);
+        self.jump_context = u64::from(self.tlb.generation()) << 8 | user << 4 | self.code_size as u64;
         self.active_table = if self.alignment_checked() { tlb::never() } else { self.tlb.table(self.privilege()) };
     }
 }

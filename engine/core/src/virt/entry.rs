@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::cpu::clock::Clock;
+use crate::cpu::clock::{host_tsc, host_tsc_khz, Clock, TICK_MS};
 use crate::cpu::signal::Signal;
 use crate::cpu::{pending, Cpu};
 use crate::memory::nested::NestedPageTable;
@@ -115,6 +115,7 @@ impl Core {
             cpu.control.tlb_control = 0;
         }
         cpu.regs[..16].copy_from_slice(&cpu.state.gpr);
+        cpu.clock.tick = host_tsc() + host_tsc_khz() * TICK_MS;
         cpu.clock.offset = cpu.control.tsc_offset;
         cpu.clock.multiplier = cpu.control.tsc_multiplier;
         cpu.clock.preemption =
