@@ -21,11 +21,10 @@ const DEBUG_STEP: u64 = 1 << 14;
 const SHADOWS: u32 = interruptibility::STI | interruptibility::MOV_SS;
 
 impl Cpu {
-    /// Runs the guest until something must leave it; the reason is in `exit`.
+    /// Runs the guest until something must leave it; the reason is in `exit`. The budget goes on from the last run, so that clocks are
+    /// looked at however often the guest exits.
     pub fn run(&mut self) {
-        self.renew_budget();
         while self.step().is_ok() {}
-        self.renew_budget();
     }
 
     /// Runs one block, or what comes before it. `Err` means that `exit` holds a VM exit.
