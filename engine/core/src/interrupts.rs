@@ -8,4 +8,8 @@ impl Cpu {
     pub fn deliver_fault(&mut self) -> Exec {
         Ok(())
     }
+    /// Event injection.
+    pub fn deliver_event(&mut self, _info: u32, _error: u32, _length: u32) -> Exec {
+        Ok(())
+    }
 }
