@@ -16,7 +16,7 @@ TICK_NS = 20_000_000
 
 
 class Cpu:
-    """A core and whose state is loaded on it."""
+    """A core and whose state was last loaded on it."""
 
     __slots__ = ("core", "index", "last")
 
@@ -38,7 +38,7 @@ class PreemptNotifier(Protocol):
 
 
 class Scheduler:
-    """The cores of one kind of silicon, handed out one thread at a time."""
+    """The cores of one kind of silicon, each held by one thread at a time."""
 
     def __init__(self, model: silicon.Model) -> None:
         self._model = model
