@@ -63,14 +63,14 @@ def handle_hypercall(vcpu: Vcpu) -> int:
     if trace.kvm_hypercall.enabled:
         trace.kvm_hypercall(nr, a0, a1, a2, a3)
     vcpu.stats["hypercalls"] += 1
-    if regs.cpl(vcpu):
-        result = -errno.EPERM
-    else:
-        feature, call = _CALLS.get(nr, (0, None))
-        features = vcpu.cpuid.lookup(_FEATURES_LEAF, 0) or (0, 0, 0, 0)
-        if call is None or not features[0] >> feature & 1:
-            result = -KVM_ENOSYS
-        else:
-            result = call(vcpu, a0, a1, a2, a3)
+    result = -errno.EPERM if regs.cpl(vcpu) else _call(vcpu, nr, a0, a1, a2, a3)
     gpr[regs.RAX] = result & mask
     return exits.skip(vcpu)
+
+
+def _call(vcpu: Vcpu, nr: int, *arguments: int) -> int:
+    feature, call = _CALLS.get(nr, (0, None))
+    features = vcpu.cpuid.lookup(_FEATURES_LEAF, 0) or (0, 0, 0, 0)
+    if call is None or not features[0] >> feature & 1:
+        return -KVM_ENOSYS
+    return call(vcpu, *arguments)

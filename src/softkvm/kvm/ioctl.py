@@ -14,7 +14,7 @@ from ctypes import Structure
 from functools import wraps
 from typing import Any, ClassVar, Concatenate, NamedTuple, ParamSpec, TypeVar
 
-from softkvm.host import entry, task
+from softkvm.host import entry, mm, task
 from softkvm.uapi import kvm as uapi
 
 _P = ParamSpec("_P")
@@ -27,7 +27,7 @@ MAX_MSRS = 255
 Argument = int | memoryview
 """The third argument of ioctl(2): a value, or the caller's memory from the address on (writable, bytes)."""
 Decode = Callable[[Argument], tuple[Any, ...]]
-Encode = Callable[[Argument, Any], int]
+Encode = Callable[[Argument, Any], Any]
 
 
 class Operation(NamedTuple):
@@ -78,12 +78,13 @@ class KvmFile:
         cls.operations = dict(member.operation for member in vars(cls).values() if hasattr(member, "operation"))
 
 
-def dispatch(file: KvmFile, number: int, argument: Argument = 0) -> int:
-    """ioctl(2): call `number` (low 32 bits count) on `file`; returns its value, or raises OSError."""
+def dispatch(file: KvmFile, number: int, argument: Argument = 0) -> int | KvmFile:
+    """ioctl(2): call `number` (low 32 bits count) on `file`; returns its value (for a create call the new file), or raises OSError."""
     operation = file.operations.get(number & 0xFFFF_FFFF)
     if operation is None:
         raise OSError(file.unknown_ioctl, f"no ioctl {number & 0xFFFF_FFFF:#x} on this file")
-    return operation.encode(argument, operation.method(file, *operation.decode(argument)))
+    result: int | KvmFile = operation.encode(argument, operation.method(file, *operation.decode(argument)))
+    return result
 
 
 def _memory(argument: Argument, size: int) -> memoryview:
@@ -140,11 +141,12 @@ def takes_array(header: type[Structure], element: type[Structure], limit: int) -
     return decode
 
 
-def field(layout: type[Structure], name: str) -> Decode:
-    """The argument points at a structure of which the method takes one field."""
+def fields(layout: type[Structure], *names: str) -> Decode:
+    """The argument points at a structure of which the method takes these fields."""
 
-    def decode(argument: Argument) -> tuple[Any]:
-        return (getattr(layout.from_buffer_copy(_memory(argument, ctypes.sizeof(layout))), name),)
+    def decode(argument: Argument) -> tuple[Any, ...]:
+        structure = layout.from_buffer_copy(_memory(argument, ctypes.sizeof(layout)))
+        return tuple(getattr(structure, name) for name in names)
 
     return decode
 
@@ -185,15 +187,28 @@ def returns_msr_values(argument: Argument, result: list[int]) -> int:
     return len(result)
 
 
-def status(argument: Argument, result: object) -> int:
-    """The method's result is the ioctl's value: an int, or nothing, which is 0."""
-    return result if isinstance(result, int) else 0
+def status(argument: Argument, result: int | KvmFile | None) -> int | KvmFile:
+    """The method's result is the ioctl's value: a number, a new file, or nothing, which is 0."""
+    return 0 if result is None else result
 
 
 def returns(argument: Argument, result: Structure) -> int:
     """Store the returned structure where the argument points."""
     data = bytes(result)
     _memory(argument, len(data))[:] = data
+    return 0
+
+
+def returns_first_u32(argument: Argument, result: int) -> int:
+    """Store the returned number over the first u32 of the argument."""
+    _memory(argument, 4)[:] = (result & 0xFFFF_FFFF).to_bytes(4, "little")
+    return 0
+
+
+def returns_bitmap(argument: Argument, result: bytes) -> int:
+    """Store the returned bitmap where the `dirty_bitmap` of a DirtyLog points; OSError(EFAULT)."""
+    log = uapi.DirtyLog.from_buffer_copy(_memory(argument, ctypes.sizeof(uapi.DirtyLog)))
+    mm.copy_to_user(log.dirty_bitmap, result)
     return 0
 
 

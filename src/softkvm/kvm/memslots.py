@@ -77,7 +77,7 @@ class Memslots:
         return self._by_id.get(slot_id)
 
     def check(self, region: UserspaceMemoryRegion) -> tuple[Slot | None, Slot | None]:
-        """What KVM_SET_USER_MEMORY_REGION would replace and install: (old, new), each None if there is none; the same slot twice = nothing to do.
+        """What KVM_SET_USER_MEMORY_REGION would replace and install: (old, new), None where there is none; one slot twice = no change.
 
         OSError(EINVAL or EEXIST) in the kernel's order of checks; nothing is changed.
         """

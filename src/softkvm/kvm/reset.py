@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _DATA_RIGHTS, _CODE_RIGHTS, _LDT_RIGHTS, _TSS_RIGHTS = 0x93, 0x9B, 0x82, 0x8B
 _RIGHTS = {SegmentRegister.CS: _CODE_RIGHTS, SegmentRegister.LDTR: _LDT_RIGHTS, SegmentRegister.TR: _TSS_RIGHTS}
+_CLEARED_MSRS = ["star", "lstar", "cstar", "fmask", "kernel_gs_base", "sysenter_cs", "sysenter_esp", "sysenter_eip", "tsc_aux", "spec_ctrl"]
 PAT_DEFAULT = 0x0007_0406_0007_0406
 
 
@@ -59,7 +60,7 @@ def _power_up(vcpu: Vcpu) -> None:
     fpu.fcw, fpu.mxcsr = 0x37F, 0x1F80
     state.xcr0, state.xss = 1, 0
     state.pat = PAT_DEFAULT
-    for name in ("star", "lstar", "cstar", "fmask", "kernel_gs_base", "sysenter_cs", "sysenter_esp", "sysenter_eip", "tsc_aux", "spec_ctrl"):
+    for name in _CLEARED_MSRS:
         setattr(state, name, 0)
 
 

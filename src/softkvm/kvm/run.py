@@ -15,12 +15,12 @@ from softkvm.host.task import Task
 from softkvm.kvm import events, kvmclock, regs, reset
 from softkvm.kvm.irqchip import irq
 from softkvm.kvm.request import REQ_CLOCK, REQ_EVENT, REQ_IOAPIC_EOI, REQ_NMI, REQ_TLB_FLUSH, REQ_TRIPLE_FAULT
+from softkvm.kvm.vcpu_core import IN_GUEST_MODE, OUTSIDE_GUEST_MODE
 from softkvm.uapi import kvm as uapi
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu import Vcpu
 
-OUTSIDE_GUEST_MODE, IN_GUEST_MODE = 0, 1
 RUNNABLE, HALTED, UNINITIALIZED = uapi.KVM_MP_STATE_RUNNABLE, uapi.KVM_MP_STATE_HALTED, uapi.KVM_MP_STATE_UNINITIALIZED
 _WORK = entry.XFER_TO_GUEST_MODE_WORK
 _EVENT_VALID = events.EVENT_VALID
@@ -134,9 +134,7 @@ def enter_guest(vcpu: Vcpu, task: Task) -> int:
     vcpu.exit_counts[reason] += 1
     info = vcpu.exit
     if trace.kvm_exit.enabled:
-        trace.kvm_exit(
-            vcpu.vcpu_id, reason, vcpu.state.rip, info.qualification, info.info2, info.interruption, info.interruption_error
-        )
+        trace.kvm_exit(vcpu.vcpu_id, reason, vcpu.state.rip, info.qualification, info.info2, info.interruption, info.interruption_error)
     if vcpu.flush_requested:
         vcpu.control.tlb_control = 0
         vcpu.flush_requested = False

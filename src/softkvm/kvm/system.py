@@ -14,7 +14,7 @@ from softkvm.host.clock import Clock
 from softkvm.host.sched import Scheduler
 from softkvm.kvm import capabilities, cpuid, msr
 from softkvm.kvm.ioctl import KvmFile, ioctl, returns_array, returns_msr_values, takes_msr_indices, value, zero
-from softkvm.kvm.vcpu import MMAP_SIZE
+from softkvm.kvm.vcpu_core import MMAP_SIZE
 from softkvm.kvm.vm import Vm
 from softkvm.uapi import kvm as uapi
 
@@ -73,6 +73,7 @@ class System(KvmFile):
                 break
         return values
 
+    @ioctl(uapi.KVM_CREATE_VM, value)
     def create_vm(self, type: int = 0, clock: Clock | None = None) -> Vm:
         """KVM_CREATE_VM; OSError(EINVAL) for a type but 0. `clock` is the VM's time, the real one if none is given."""
         if type:

@@ -1,27 +1,20 @@
-"""A virtual CPU: its ioctls, its state in the control block, and how other threads reach it.
+"""A virtual CPU: its parts and its ioctls.
 
-Answers to Linux 6.1 `kvm_vcpu_ioctl()`, `kvm_arch_vcpu_ioctl()`, `kvm_arch_vcpu_create()` and `Documentation/virt/kvm/api.rst` (vCPU ioctls).
-Architectural state is always in `block`; what KVM keeps beside it (events, local APIC, MSRs, clocks) has a class of its own each.
+Answers to Linux 6.1 `kvm_vcpu_ioctl()`, `kvm_arch_vcpu_ioctl()`, `kvm_arch_vcpu_create()` and `Documentation/virt/kvm/api.rst` (vCPU
+ioctls). Architectural state is always in `block`; what KVM keeps beside it (events, local APIC, MSRs, clocks) has a class of its own each.
 """
 
 from __future__ import annotations
 
 import errno
-import mmap
 import signal
-import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from softkvm import silicon
-from softkvm.host.sched import TICK_NS, Cpu
-from softkvm.host.task import TIF_SIGPENDING, Task, current
-from softkvm.kvm import cpuid, events, exits, fpu, msr, regs, reset, run
+from softkvm.host.task import current
+from softkvm.kvm import cpuid, exits, fpu, msr, regs, reset, run
 from softkvm.kvm.ioctl import (
-    KvmFile,
-    field,
+    fields,
     ioctl,
     returns,
     returns_array,
@@ -36,40 +29,27 @@ from softkvm.kvm.ioctl import (
 )
 from softkvm.kvm.irqchip.lapic import Lapic
 from softkvm.kvm.kvmclock import PvClock
-from softkvm.kvm.request import REQ_NMI, REQ_TRIPLE_FAULT
+from softkvm.kvm.request import REQ_EVENT, REQ_NMI
 from softkvm.kvm.tsc import VcpuTsc
-from softkvm.kvm.vendor import INTERCEPTS, setup_controls
+from softkvm.kvm.vcpu_core import NO_INTERRUPT, VcpuCore
+from softkvm.kvm.vendor import setup_controls
 from softkvm.uapi import kvm as uapi
 
 if TYPE_CHECKING:
     from softkvm.kvm.vm import Vm
 
-MMAP_SIZE = 3 * 4096
-"""kvm_run, PIO data, coalesced ring: one page each."""
 MAX_CPUID_ENTRIES = 256
-NO_INTERRUPT = -1
-_NOT_ARMED = -1
 _CR4_INTERCEPTED = regs.CR4_VMXE | regs.CR4_SMXE | regs.CR4_OSXSAVE | regs.CR4_PKE | regs.CR4_PCIDE | regs.CR4_LA57
 """CR4 bits whose change KVM must see: those without which it refuses, and those that CPUID shows."""
 
 
-class Vcpu(KvmFile):
+class Vcpu(VcpuCore):
     """One vCPU. Its ioctls exclude each other (the vCPU mutex); `kick()`, `kick_guest()`, `wake()`, `make_request()` are for any thread."""
-
-    unknown_ioctl = errno.EINVAL
 
     def __init__(self, vm: Vm, vcpu_id: int) -> None:
         """A vCPU after RESET; only `Vm.create_vcpu` makes one."""
-        self.ioctl_lock = threading.RLock()
-        self.vm = vm
-        self.vcpu_id = vcpu_id
+        super().__init__(vm, vcpu_id)
         self.model = vm.model
-        self.clock = vm.clock
-        self.vendor = vm.vendor
-        self.handlers = vm.vendor.handlers
-        self.next_expiry = vm.clock.next_expiry
-        self._init_shared_state()
-        self._init_concurrency()
         self.cpuid = cpuid.CpuidTable([])
         self.msrs = msr.MsrState(self)
         self.tsc = VcpuTsc(self)
@@ -84,174 +64,6 @@ class Vcpu(KvmFile):
         setup_controls(self, 0)
         reset.reset(self, init=False)
         self._update_cr4_mask()
-
-    def _init_shared_state(self) -> None:
-        """The control block, the mapping, and views of both for the paths that are taken at every exit."""
-        vmcb = silicon.Vmcb()
-        self._hardware = vmcb.hardware
-        self.block = vmcb.view
-        self.control, self.exit, self.state, self.gpr = vmcb.control, vmcb.exit, vmcb.state, vmcb.gpr
-        self.accesses = self.block.access
-        self._mapping = mmap.mmap(-1, MMAP_SIZE)
-        self.mmap_area = memoryview(self._mapping)
-        """What mmap(2) of the vCPU maps: page 0 `kvm_run`, page 1 PIO data, page 2 the coalesced ring."""
-        self.kvm_run = uapi.Run.from_buffer(self._mapping)
-        self.kvm_run_io = self.kvm_run.io
-        self.pio_data = self.mmap_area[4096:8192]
-        self.windows = 0
-
-    def _init_concurrency(self) -> None:
-        """What other threads touch, and what belongs to the run loop."""
-        self.mode = run.OUTSIDE_GUEST_MODE
-        self.requests = 0
-        self._request_lock = threading.Lock()
-        self.wakeup = threading.Event()
-        self.blocked = False
-        self.task: Task | None = None
-        self._task_lock = threading.Lock()
-        self._signalled = False
-        self.signal_mask: frozenset[int] | None = None
-        self._cpu: Cpu | None = None
-        self._last_cpu: Cpu | None = None
-        self.enter: Callable[[], int] = self._not_loaded
-        self.armed: int | None = _NOT_ARMED
-        self._ticks = False
-        self.flush_requested = False
-        self.events = events.EventQueue()
-        self.userspace_irq = NO_INTERRUPT
-        self.complete_userspace_io: Callable[[], int] | None = None
-        self.stats: Counter[str] = Counter()
-        """Counters by the names of the kernel's binary statistics (`halt_exits`, `signal_exits`, ...)."""
-        self.exit_counts: Counter[int] = Counter()
-        """VM exits by the vendor's exit reason."""
-
-    # --- Other threads --------------------------------------------------------------------------------------------------------------
-
-    def make_request(self, request: int) -> None:
-        """Ask for the work of REQ_* before the next VM entry, and make the vCPU notice."""
-        with self._request_lock:
-            self.requests |= request
-        if self.blocked:
-            self.wakeup.set()
-        elif self.mode:
-            self.kick_guest()
-
-    def take_requests(self) -> int:
-        """All requests, which are cleared."""
-        with self._request_lock:
-            requests, self.requests = self.requests, 0
-        return requests
-
-    def set_triple_fault(self, pending: bool) -> None:
-        """Raise or withdraw a triple fault."""
-        with self._request_lock:
-            self.requests = self.requests | REQ_TRIPLE_FAULT if pending else self.requests & ~REQ_TRIPLE_FAULT
-
-    def wake(self) -> None:
-        """End a wait in HLT, so that the vCPU looks whether it can run."""
-        self.wakeup.set()
-
-    def kick_guest(self) -> None:
-        """Leave guest mode, if in it (`kvm_vcpu_kick()`); KVM_RUN goes on."""
-        cpu = self._cpu
-        if self.mode and cpu is not None:
-            cpu.core.kick()
-
-    def kick(self) -> None:
-        """Send the vCPU's thread a signal: the KVM_RUN in progress, or the next one, fails with EINTR and KVM_EXIT_INTR."""
-        with self._task_lock:
-            if self.task is None:
-                self._signalled = True
-            else:
-                self.task.set_flag(TIF_SIGPENDING)
-
-    def _notice_flags(self) -> None:
-        """The thread's flags have changed: look at them soon."""
-        self.wakeup.set()
-        self.kick_guest()
-
-    # --- The run loop's view --------------------------------------------------------------------------------------------------------
-
-    def load(self, task: Task) -> None:
-        """`vcpu_load()`: bind the thread and a core to this vCPU."""
-        with self._task_lock:
-            self.task = task
-            task.kick = self._notice_flags
-            if self._signalled:
-                self._signalled = False
-                task.set_flag(TIF_SIGPENDING)
-        self._ticks = threading.current_thread() is threading.main_thread()
-        self._cpu = self.vm.scheduler.load(self, self._last_cpu)
-
-    def put(self) -> None:
-        """`vcpu_put()`."""
-        cpu, self._cpu = self._cpu, None
-        if cpu is not None:
-            self.vm.scheduler.put(self, cpu)
-        with self._task_lock:
-            if self.task is not None:
-                self.task.kick = None
-            self.task = None
-
-    def sched_in(self, cpu: Cpu) -> None:
-        """On a core now; whatever a stranger left in its TLB goes."""
-        if cpu is not self._last_cpu or cpu.last is not self:
-            self.control.tlb_control = 1
-            self.flush_requested = True
-            cpu.last = self
-            self._last_cpu = cpu
-            self.enter = partial(cpu.core.enter, self._hardware, self.vm.mmu.npt)
-        self.armed = _NOT_ARMED
-
-    def sched_out(self) -> None:
-        """Off the core."""
-        self.disarm_timer()
-
-    def _not_loaded(self) -> int:
-        raise RuntimeError("the vCPU is not on a core")
-
-    @property
-    def cpu_index(self) -> int:
-        """Number of the core that the vCPU last ran on."""
-        return self._last_cpu.index if self._last_cpu is not None else 0
-
-    def arm_timer(self, expiry: int | None) -> None:
-        """Let the core's timer end guest mode at `expiry` (ns, None for never); on the main thread also at each scheduler tick."""
-        self.armed = deadline = expiry
-        if self._ticks:
-            tick = self.clock.monotonic_ns() + TICK_NS
-            deadline = tick if expiry is None else min(tick, expiry)
-        if self._cpu is not None:
-            self._cpu.core.set_timer(0 if deadline is None else max(1, self.clock.ns_to_tsc(deadline)))
-
-    def disarm_timer(self) -> None:
-        """Stop the core's timer until the next entry arms it again."""
-        if self._cpu is not None:
-            self._cpu.core.set_timer(0)
-        self.armed = _NOT_ARMED
-
-    def set_windows(self, windows: int) -> None:
-        """Which interrupt and NMI windows (bits of `Control.intercepts`) to exit at."""
-        if windows != self.windows:
-            self.windows = windows
-            self.control.intercepts = INTERCEPTS | windows
-
-    def exit_to_user(self, reason: int, finish: Callable[[], int] | None = None) -> int:
-        """Leave KVM_RUN with an exit reason; `finish` runs at the start of the next KVM_RUN, its result is that of an exit handler."""
-        self.kvm_run.exit_reason = reason
-        self.complete_userspace_io = finish
-        return 0
-
-    def handle_signal_exit(self) -> None:
-        """A signal ends KVM_RUN."""
-        self.kvm_run.exit_reason = uapi.KVM_EXIT_INTR
-        self.stats["signal_exits"] += 1
-
-    def translate_gva(self, gva: int, access: int) -> int | None:
-        """Guest-virtual to guest-physical as the guest's paging has it now; `access` as for `Core.translate`."""
-        cpu = self._cpu or self._last_cpu
-        core = cpu.core if cpu is not None else self.vm.scheduler.any_core()
-        return core.translate(self._hardware, self.vm.mmu.npt, gva, access)
 
     def set_apic_base(self, apic_base: int) -> None:
         """IA32_APIC_BASE from user space; OSError(EINVAL) for an impossible value."""
@@ -275,7 +87,7 @@ class Vcpu(KvmFile):
         if result < 0:
             raise OSError(-result, "KVM_RUN")
 
-    @ioctl(uapi.KVM_INTERRUPT, field(uapi.Interrupt, "irq"))
+    @ioctl(uapi.KVM_INTERRUPT, fields(uapi.Interrupt, "irq"))
     def interrupt(self, irq: int) -> None:
         """KVM_INTERRUPT: queue a vector; OSError EINVAL above 255, ENXIO with the PIC in the kernel, EEXIST if one waits already."""
         if not 0 <= irq < uapi.KVM_NR_INTERRUPTS:
@@ -285,7 +97,7 @@ class Vcpu(KvmFile):
         if self.userspace_irq != NO_INTERRUPT:
             raise OSError(errno.EEXIST, "an interrupt waits already")
         self.userspace_irq = irq
-        self.make_request(run.REQ_EVENT)
+        self.make_request(REQ_EVENT)
 
     @ioctl(uapi.KVM_NMI)
     def nmi(self) -> None:
@@ -390,7 +202,7 @@ class Vcpu(KvmFile):
             if xcr.xcr == 0 and not exits.set_xcr(self, 0, xcr.value):
                 raise OSError(errno.EINVAL, "bad XCR0")
 
-    @ioctl(uapi.KVM_TRANSLATE, field(uapi.Translation, "linear_address"), returns)
+    @ioctl(uapi.KVM_TRANSLATE, fields(uapi.Translation, "linear_address"), returns)
     def translate(self, linear: int) -> uapi.Translation:
         """KVM_TRANSLATE: the guest-physical address behind a linear one; `writeable` and `usermode` are not looked at, as in Linux."""
         gpa = self.translate_gva(linear, 0)
@@ -489,7 +301,7 @@ class Vcpu(KvmFile):
             self.mp_state, self.lapic.sipi_vector = uapi.KVM_MP_STATE_INIT_RECEIVED, self.lapic.sipi_vector or 0
         else:
             self.mp_state = state
-        self.make_request(run.REQ_EVENT)
+        self.make_request(REQ_EVENT)
 
     @ioctl(uapi.KVM_ENABLE_CAP, takes(uapi.EnableCap))
     def enable_cap(self, cap: uapi.EnableCap) -> None:

@@ -11,13 +11,13 @@ from contextlib import nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from softkvm.host import mm, task
+from softkvm.host import task
 from softkvm.host.clock import Clock
 from softkvm.kvm import capabilities, svm, vmx
 from softkvm.kvm.coalesced import Coalesced
 from softkvm.kvm.eventfd import EventFds
-from softkvm.kvm.ioctl import KvmFile, field, ioctl, pointed_u64, returns, takes, takes_array, value
 from softkvm.kvm.iobus import IoBus
+from softkvm.kvm.ioctl import KvmFile, fields, ioctl, pointed_u64, returns, returns_bitmap, returns_first_u32, takes, takes_array, value
 from softkvm.kvm.irqchip import Irqchip
 from softkvm.kvm.irqchip.pit import Pit
 from softkvm.kvm.irqchip.routing import MAX_ROUTES, USERSPACE_SOURCE, Routing
@@ -125,17 +125,10 @@ class Vm(KvmFile):
         """KVM_SET_USER_MEMORY_REGION; OSError EINVAL for a bad slot, EEXIST for an overlap."""
         self.mmu.set_region(region)
 
+    @ioctl(uapi.KVM_GET_DIRTY_LOG, fields(uapi.DirtyLog, "slot"), returns_bitmap)
     def get_dirty_log(self, slot: int) -> bytes:
-        """KVM_GET_DIRTY_LOG: the slot's bitmap, which starts anew; OSError EINVAL or ENOENT."""
-        return self._get_dirty_log(uapi.DirtyLog(slot=slot))
-
-    @ioctl(uapi.KVM_GET_DIRTY_LOG, takes(uapi.DirtyLog))
-    def _get_dirty_log(self, log: uapi.DirtyLog) -> bytes:
-        """Through the binary door, the bitmap also goes to the address that the structure names."""
-        bitmap = self.mmu.get_dirty_log(log.slot)
-        if log.dirty_bitmap:
-            mm.copy_to_user(log.dirty_bitmap, bitmap)
-        return bitmap
+        """KVM_GET_DIRTY_LOG: the slot's bitmap (64-bit words), which starts anew; OSError EINVAL or ENOENT."""
+        return self.mmu.get_dirty_log(slot)
 
     @ioctl(uapi.KVM_SET_TSS_ADDR, value)
     def set_tss_addr(self, address: int) -> None:
@@ -193,13 +186,10 @@ class Vm(KvmFile):
             raise OSError(errno.ENXIO, "no PIT in the kernel")
         return self.pit
 
+    @ioctl(uapi.KVM_GET_IRQCHIP, takes(uapi.Irqchip), returns)
     def get_irqchip(self, chip: uapi.Irqchip) -> uapi.Irqchip:
         """KVM_GET_IRQCHIP of the chip `chip_id`; OSError ENXIO without chips, EINVAL for another id."""
-        return self._get_irqchip(chip.chip_id)
-
-    @ioctl(uapi.KVM_GET_IRQCHIP, field(uapi.Irqchip, "chip_id"), returns)
-    def _get_irqchip(self, chip_id: int) -> uapi.Irqchip:
-        return self._need_irqchip(errno.ENXIO).get_state(chip_id)
+        return self._need_irqchip(errno.ENXIO).get_state(chip.chip_id)
 
     @ioctl(uapi.KVM_SET_IRQCHIP, takes(uapi.Irqchip))
     def set_irqchip(self, chip: uapi.Irqchip) -> None:
@@ -212,25 +202,17 @@ class Vm(KvmFile):
         self._need_irqchip(errno.EINVAL)
         self.routing.set(entries)
 
+    @ioctl(uapi.KVM_IRQ_LINE, fields(uapi.IrqLevel, "irq", "level"))
     def irq_line(self, gsi: int, level: int) -> None:
         """KVM_IRQ_LINE: set a line's level; OSError(ENXIO) without chips."""
-        self._irq_line(uapi.IrqLevel(irq=gsi, level=level))
+        self._need_irqchip(errno.ENXIO)
+        self.routing.set_irq(USERSPACE_SOURCE, gsi, bool(level))
 
-    @ioctl(uapi.KVM_IRQ_LINE, takes(uapi.IrqLevel))
-    def _irq_line(self, line: uapi.IrqLevel) -> None:
-        self._set_line(line)
-
+    @ioctl(uapi.KVM_IRQ_LINE_STATUS, fields(uapi.IrqLevel, "irq", "level"), returns_first_u32)
     def irq_line_status(self, gsi: int, level: int) -> int:
         """KVM_IRQ_LINE_STATUS: as `irq_line`, and the number of APICs reached, 0 if coalesced, -1 if it goes nowhere."""
-        return self._irq_line_status(uapi.IrqLevel(irq=gsi, level=level)).status
-
-    @ioctl(uapi.KVM_IRQ_LINE_STATUS, takes(uapi.IrqLevel), returns)
-    def _irq_line_status(self, line: uapi.IrqLevel) -> uapi.IrqLevel:
-        return uapi.IrqLevel(status=self._set_line(line), level=line.level)
-
-    def _set_line(self, line: uapi.IrqLevel) -> int:
         self._need_irqchip(errno.ENXIO)
-        return self.routing.set_irq(USERSPACE_SOURCE, line.irq, bool(line.level))
+        return self.routing.set_irq(USERSPACE_SOURCE, gsi, bool(level))
 
     @ioctl(uapi.KVM_SIGNAL_MSI, takes(uapi.Msi))
     def signal_msi(self, msi: uapi.Msi) -> int:
@@ -295,10 +277,9 @@ class Vm(KvmFile):
                 raise OSError(errno.EBUSY, "there are vCPUs")
             self.boot_cpu_id = vcpu_id
 
+    @ioctl(uapi.KVM_CREATE_VCPU, value)
     def create_vcpu(self, vcpu_id: int) -> Vcpu:
         """KVM_CREATE_VCPU; OSError EINVAL for too large an id or too many vCPUs, EEXIST for an id that is taken."""
-        if self.closed:
-            raise OSError(errno.EBADF, "the VM is closed")
         if not 0 <= vcpu_id < capabilities.MAX_VCPU_IDS:
             raise OSError(errno.EINVAL, "vCPU id out of range")
         with self.lock:
