@@ -1,0 +1,92 @@
+"""The default guest: Debian's kernels and busybox, fetched once through apt and kept in the cache.
+
+`prepare` is what the rest of the command line uses: names in, a kernel file and an initramfs out, with or without the network.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from softkvm.cli.guest import apt, initramfs
+from softkvm.cli.guest.cache import Cache, default_directory
+
+# The meta-packages always depend on the newest kernel of their flavour.
+KERNELS = {"cloud": "linux-image-cloud-amd64", "generic": "linux-image-amd64"}
+_BUSYBOX = "busybox-static"
+_KERNEL_MEMBER = re.compile(r"\./boot/vmlinuz-.*")
+_BUSYBOX_MEMBER = re.compile(r"\./(usr/)?bin/busybox")
+
+
+@dataclass(frozen=True)
+class Guest:
+    """What a machine boots: a kernel file, an initramfs image, and one line that names them to a person."""
+
+    kernel: Path
+    initrd: bytes
+    title: str
+
+
+class Provider:
+    """Guest files by name, out of the cache or, the first time, through apt; a context manager that owns the apt session."""
+
+    def __init__(self, cache: Cache, progress: apt.Progress) -> None:
+        self._cache = cache
+        self._progress = progress
+        self._session = ExitStack()
+        self._apt: apt.Apt | None = None
+
+    def __enter__(self) -> Provider:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._session.close()
+
+    def kernel(self, flavour: str) -> Path:
+        """The kernel of `flavour`, a key of KERNELS."""
+        name = f"vmlinuz-{flavour}"
+        if self._cache.record(name) is None:
+            source = self._apt_session()
+            images = [name for name in source.show(KERNELS[flavour]).depends if name.startswith("linux-image-")]
+            self._fetch(name, source.show(images[0]) if images else source.show(KERNELS[flavour]), _KERNEL_MEMBER)
+        return self._cache.path(name)
+
+    def busybox(self) -> bytes:
+        """The static busybox binary."""
+        if self._cache.record("busybox") is None:
+            self._fetch("busybox", self._apt_session().show(_BUSYBOX), _BUSYBOX_MEMBER)
+        return self._cache.path("busybox").read_bytes()
+
+    def describe(self, name: str) -> str:
+        """`PACKAGE VERSION` of a cached file."""
+        record = self._cache.record(name)
+        return f"{record.package} {record.version}" if record else f"{name}, not cached"
+
+    def _apt_session(self) -> apt.Apt:
+        if self._apt is None:
+            self._apt = self._session.enter_context(apt.session(self._progress))
+        return self._apt
+
+    def _fetch(self, name: str, package: apt.Package, member: re.Pattern[str]) -> None:
+        path, data = self._apt_session().read(package, member)
+        self._cache.store(name, data, package.name, package.version, path)
+
+
+def prepare(flavour: str, command: Sequence[str] = (), progress: apt.Progress = lambda _: None, cache: Cache | None = None) -> Guest:
+    """The default guest with the kernel `flavour`, set to run `command` if there is one.
+
+    Raises GuestUnavailable where it is neither cached nor fetchable and CacheError where the cache cannot be used.
+    """
+    with Provider(cache or Cache(default_directory()), progress) as provider:
+        kernel = provider.kernel(flavour)
+        initrd = initramfs.build(provider.busybox())
+        title = f"{provider.describe(f'vmlinuz-{flavour}')}, {provider.describe('busybox')}"
+    if command:
+        initrd += initramfs.command_archive(command)
+    return Guest(kernel, initrd, title)
+
+
+__all__ = ["KERNELS", "Cache", "Guest", "Provider", "default_directory", "prepare"]
