@@ -23,11 +23,12 @@ _BUSYBOX_MEMBER = re.compile(r"\./(usr/)?bin/busybox")
 
 @dataclass(frozen=True)
 class Guest:
-    """What a machine boots: a kernel file, an initramfs image, and one line that names them to a person."""
+    """What a machine boots: a kernel file, an initramfs, one line that names them, and whether its /init speaks our control protocol."""
 
     kernel: Path
-    initrd: bytes
+    initrd: Path | bytes
     title: str
+    announces_shell: bool
 
 
 class Provider:
@@ -75,18 +76,27 @@ class Provider:
         self._cache.store(name, data, package.name, package.version, path)
 
 
-def prepare(flavour: str, command: Sequence[str] = (), progress: apt.Progress = lambda _: None, cache: Cache | None = None) -> Guest:
-    """The default guest with the kernel `flavour`, set to run `command` if there is one.
+def prepare(
+    kernel: str | Path,
+    initrd: Path | None = None,
+    command: Sequence[str] = (),
+    progress: apt.Progress = lambda _: None,
+    cache: Cache | None = None,
+) -> Guest:
+    """The guest of `kernel`, a file or a key of KERNELS, with `initrd` or else softkvm's initramfs, set to run `command` if there is one.
 
-    Raises GuestUnavailable where it is neither cached nor fetchable and CacheError where the cache cannot be used.
+    Raises GuestUnavailable where a part is neither cached nor fetchable and CacheError where the cache cannot be used.
     """
     with Provider(cache or Cache(default_directory()), progress) as provider:
-        kernel = provider.kernel(flavour)
-        initrd = initramfs.build(provider.busybox())
-        title = f"{provider.describe(f'vmlinuz-{flavour}')}, {provider.describe('busybox')}"
+        path = kernel if isinstance(kernel, Path) else provider.kernel(kernel)
+        titles = [kernel.name if isinstance(kernel, Path) else provider.describe(f"vmlinuz-{kernel}")]
+        if initrd is not None:
+            return Guest(path, initrd, ", ".join([*titles, initrd.name]), announces_shell=False)
+        image = initramfs.build(provider.busybox())
+        titles.append(provider.describe("busybox"))
     if command:
-        initrd += initramfs.command_archive(command)
-    return Guest(kernel, initrd, title)
+        image += initramfs.command_archive(command)
+    return Guest(path, image, ", ".join(titles), announces_shell=True)
 
 
 __all__ = ["KERNELS", "Cache", "Guest", "Provider", "default_directory", "prepare"]

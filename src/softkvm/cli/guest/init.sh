@@ -5,7 +5,7 @@
 #   ttyS0  kernel log and the interactive console
 #   ttyS1  the command's standard output; towards the guest, its standard input in blocks ("SIZE\n" and SIZE bytes; "0\n" at the end)
 #   ttyS2  the command's standard error
-#   ttyS3  from the guest only: "stdin" asks for the next block, "status N" ends the session
+#   ttyS3  from the guest only: "shell" says that the console is read from now on, "stdin" asks for the next block, "status N" is the end
 
 command=/run/softkvm/command
 
@@ -47,6 +47,7 @@ run_shell() {
         stty -F /dev/ttyS0 rows "$SOFTKVM_ROWS" columns "$SOFTKVM_COLUMNS"
     fi
     unset SOFTKVM_ROWS SOFTKVM_COLUMNS
+    echo shell >/dev/ttyS3
     setsid -c sh -l </dev/ttyS0 >/dev/ttyS0 2>&1
 }
 
