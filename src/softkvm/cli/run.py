@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import msgspec
@@ -78,19 +78,17 @@ class _Run:
         """Run the machine to its end; the exit status."""
         options = self._options
         attended = not options.command and os.isatty(_STDIN) and os.isatty(_STDOUT)
-        with ExitStack() as resources:
-            resources.callback(self._doorbell.close)
-            machine = resources.enter_context(self._make_machine(attended))
+        with closing(self._doorbell), self._make_machine(attended) as machine:
             self._machine = machine
             self._input = self._make_input(machine, attended)
             output.say(f"software CPU {options.cpu}, {options.memory} of memory; {self._image.title}")
             if attended:
                 output.say(terminal.HELP)
-                resources.enter_context(terminal.raw(_STDIN))
             started = time.monotonic()
-            stop, signal = session.run(machine, self._input, self._doorbell, options.timeout)
+            with terminal.raw(_STDIN) if attended else nullcontext():
+                stop, signal = session.run(machine, self._input, self._doorbell, options.timeout)
             seconds = time.monotonic() - started
-        return self._finish(machine, Ending(stop, signal, self._output_lost, self._command_status), seconds)
+            return self._finish(machine, Ending(stop, signal, self._output_lost, self._command_status), seconds)
 
     # Wiring
 
