@@ -42,7 +42,7 @@ def _bug(error: Exception) -> int:
         place = f"please attach {report.write(message, error, state)} to a report"
     except OSError as failure:
         place = f"no report could be written: {failure.strerror}"
-    output.say(f"This is a bug in softkvm ({message}); {place}.")
+    output.say(f"this is a bug in softkvm ({message}); {place}")
     return status.OWN_ERROR
 
 
@@ -100,7 +100,7 @@ def run(
 def _refuse_with_selftest(context: click.Context, names: Sequence[str]) -> None:
     given = [name for name in names if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
     if given:
-        raise CliError(f"`--selftest` boots its own guest, so it excludes {given[0]}.")
+        raise CliError(f"`--selftest` boots its own guest, so it excludes {given[0]}")
 
 
 @cli.command(short_help="Check what softkvm needs.")

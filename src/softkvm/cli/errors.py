@@ -12,7 +12,8 @@ from __future__ import annotations
 
 
 class CliError(Exception):
-    """A mistake or a missing thing outside softkvm; the message is one sentence that says what and, where certain, the remedy."""
+    """A mistake or a missing thing outside softkvm; the message is one sentence, ready to follow a colon, that says what
+    and, where certain, the remedy."""
 
 
 class GuestUnavailable(CliError):

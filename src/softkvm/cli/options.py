@@ -27,6 +27,6 @@ class RunOptions:
     def check(self) -> None:
         """Raise CliError, one sentence, for options that contradict each other."""
         if self.command and self.initrd is not None:
-            raise CliError("A command runs in softkvm's own initramfs, so `-i` and `-- CMD` exclude each other.")
+            raise CliError("a command runs in softkvm's own initramfs, so `-i` and `-- CMD` exclude each other")
         if self.timeout is not None and self.timeout <= 0:
-            raise CliError(f"The time-out must be more than 0 seconds, not {self.timeout:g}.")
+            raise CliError(f"the time-out must be more than 0 seconds, not {self.timeout:g}")

@@ -54,9 +54,9 @@ def _prepare(options: RunOptions, progress: Callable[[str], None]) -> guest.Gues
     kernel = options.kernel if options.kernel in guest.KERNELS else Path(options.kernel)
     initrd = Path(options.initrd) if options.initrd is not None else None
     if isinstance(kernel, Path) and not kernel.is_file():
-        raise CliError(f"There is no kernel {kernel}; give a bzImage file or one of {', '.join(guest.KERNELS)}.")
+        raise CliError(f"there is no kernel {kernel}; give a bzImage file or one of {', '.join(guest.KERNELS)}")
     if initrd is not None and not initrd.is_file():
-        raise CliError(f"There is no initial RAM disk {initrd}.")
+        raise CliError(f"there is no initial RAM disk {initrd}")
     return guest.prepare(kernel, initrd, options.command, progress)
 
 
@@ -94,8 +94,7 @@ class _Run:
 
     def _make_machine(self, attended: bool) -> Machine:
         options = self._options
-        parameters = ["console=ttyS0"]
-        parameters += [terminal.environment()] if attended else [_UNATTENDED]
+        parameters = [terminal.environment()] if attended else [_UNATTENDED]
         parameters += ["quiet"] if options.command else []
         parameters += [options.append] if options.append else []
         control = ControlLine(self._console_is_read, self._command_wants_input, self._command_ended)
@@ -182,10 +181,10 @@ class _Run:
         stop = ending.stop
         if stop.reason is StopReason.INTERNAL_ERROR:
             path = report.write(stop.detail, None, {"stop": stop, "stats": machine.stats()})
-            output.say(f"This is a bug in softkvm ({stop.detail}); please attach {path} to a report.")
+            output.say(f"this is a bug in softkvm ({stop.detail}); please attach {path} to a report")
         elif code == status.TIMED_OUT and ending.is_guest_failure:
-            output.say(f"The guest was stopped after {self._options.timeout:g} seconds (at {stop.rip:#x}).")
+            output.say(f"the guest was stopped after {self._options.timeout:g} seconds, at {stop.rip:#x}")
         elif code == status.GUEST_FAILED and ending.is_guest_failure:
             if self._options.command and not self._options.json:
                 os.write(_STDERR, self._tail.data)
-            output.say(f"The guest ended by {stop.reason.value} at {stop.rip:#x}: {stop.detail}")
+            output.say(f"the guest ended by {stop.reason.value} at {stop.rip:#x}: {stop.detail}")

@@ -83,7 +83,7 @@ class Apt:
             check=False,
         )
         if result.returncode != 0:
-            raise GuestUnavailable(f"{tool} {arguments[0]} failed ({_first_error(result.stderr)}); {_HINT}.")
+            raise GuestUnavailable(f"{tool} {arguments[0]} failed ({_first_error(result.stderr)}); {_HINT}")
         return result.stdout
 
 
@@ -91,7 +91,7 @@ class Apt:
 def session(progress: Progress) -> Iterator[Apt]:
     """A refreshed private apt; its files are gone afterwards. Raises GuestUnavailable where there is no apt or no network."""
     if missing := [tool for tool in _TOOLS if shutil.which(tool) is None]:
-        raise GuestUnavailable(f"Debian's packages are fetched by {missing[0]}, which this machine lacks; {_HINT}.")
+        raise GuestUnavailable(f"Debian's packages are fetched by {missing[0]}, which this machine lacks; {_HINT}")
     with tempfile.TemporaryDirectory(prefix="softkvm-apt-") as state:
         yield Apt(Path(state), progress)
 
@@ -106,13 +106,13 @@ def read_member(archive: Path, member: re.Pattern[str]) -> tuple[str, bytes]:
                         return info.name, cast(IO[bytes], tar.extractfile(info)).read()
         finally:
             process.kill()  # the wanted file is often the first of hundreds of megabytes
-    raise GuestUnavailable(f"The package {archive.name} holds no file {member.pattern}.")
+    raise GuestUnavailable(f"the package {archive.name} holds no file {member.pattern}")
 
 
 def _parse_stanza(name: str, text: str) -> Package:
     fields = dict(re.findall(r"^([A-Za-z-]+): (.*)$", text, re.MULTILINE))
     if "Version" not in fields:
-        raise GuestUnavailable(f"This machine's apt sources do not offer the package {name}; softkvm's default guest is Debian's.")
+        raise GuestUnavailable(f"this machine's apt sources do not offer the package {name}; softkvm's default guest is Debian's")
     names = (re.split(r"[ (|:]", dependency.strip(), maxsplit=1)[0] for dependency in fields.get("Depends", "").split(","))
     return Package(name, fields["Version"], tuple(filter(None, names)))
 

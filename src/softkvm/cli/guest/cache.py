@@ -53,9 +53,9 @@ class Cache:
         except FileNotFoundError:
             return None
         except msgspec.DecodeError:
-            raise CacheError(f"The cache record {record_path} is damaged; delete it to fetch the file again.") from None
+            raise CacheError(f"the cache record {record_path} is damaged; delete it to fetch the file again") from None
         if not self.path(name).is_file():
-            raise CacheError(f"The cache has a record of {self.path(name)} but not the file; delete {record_path} to fetch it again.")
+            raise CacheError(f"the cache has a record of {self.path(name)} but not the file; delete {record_path} to fetch it again")
         return record
 
     def store(self, name: str, data: bytes, package: str, version: str, member: str) -> Path:
@@ -68,7 +68,7 @@ class Cache:
             write_atomically(self.path(name), data)
             write_atomically(self._record_path(name), msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
         except OSError as error:
-            raise CacheError(f"The cache {self.directory} cannot be written: {error.strerror}.") from error
+            raise CacheError(f"the cache {self.directory} cannot be written: {error.strerror}") from error
         return self.path(name)
 
     def _record_path(self, name: str) -> Path:
