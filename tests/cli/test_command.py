@@ -15,7 +15,7 @@ class Heard:
         self.line = ControlLine(lambda: self.events.append("shell"), lambda: self.events.append("stdin"), self.events.append)
 
 
-@pytest.fixture()
+@pytest.fixture
 def heard() -> Heard:
     return Heard()
 

@@ -11,7 +11,7 @@ from softkvm.cli import terminal
 from softkvm.cli.terminal import EscapeKeys, Key
 
 
-@pytest.fixture()
+@pytest.fixture
 def tty() -> Iterator[int]:
     """The program's end of a pseudo-terminal."""
     outside, inside = pty.openpty()

@@ -52,7 +52,7 @@ def _complete_cpu(ctx: click.Context, parameter: click.Parameter, incomplete: st
     return [CompletionItem(name) for name in _engine.model_names() if name.startswith(incomplete)]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110})
 def cli() -> None:
     """KVM without the hardware: unmodified guests on a software CPU."""
 

@@ -93,7 +93,7 @@ def _guests() -> Finding:
         try:
             found = "; ".join(provider.describe(name) for name in names)
         except CacheError as error:
-            return Finding("guests", State.OPTIONAL, "damaged record", str(error))
+            return Finding("guests", State.OPTIONAL, "not readable", str(error).capitalize() + ".")
     if "not cached" not in found:
         return Finding("guests", State.OK, found)
     return Finding("guests", State.OPTIONAL, found, "The first `softkvm run` fetches what it needs.")

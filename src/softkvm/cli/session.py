@@ -82,7 +82,7 @@ def run(machine: Runnable, source: Input | None, doorbell: Doorbell, timeout: fl
     Returns why it stopped and the number of the signal that made us stop it, if one did. Raises what `machine.run` raises.
     """
     result: list[Stop | BaseException] = []
-    worker = threading.Thread(target=_run_machine, args=(machine, timeout, result.append, doorbell.ring), name="vcpu0")
+    worker = threading.Thread(target=_run_machine, args=(machine, timeout, result.append, doorbell.ring), name="machine")
     received: int | None = None
     with doorbell.catching_signals():
         worker.start()

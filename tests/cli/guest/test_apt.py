@@ -15,7 +15,7 @@ STANZA = "Package: linux-image-cloud-amd64\nVersion: 6.1.2-1\nDepends: linux-ima
 needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg-deb is not installed")
 
 
-@pytest.fixture()
+@pytest.fixture
 def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A PATH that holds nothing but programs that succeed silently; tests replace them."""
     folder = tmp_path / "bin"
@@ -31,7 +31,7 @@ def program(path: Path, script: str) -> None:
     path.chmod(0o755)
 
 
-@pytest.fixture()
+@pytest.fixture
 def package(tmp_path: Path) -> Path:
     root = tmp_path / "package"
     (root / "DEBIAN").mkdir(parents=True)

@@ -9,7 +9,7 @@ from softkvm.cli.errors import GuestUnavailable
 from softkvm.cli.guest import initramfs
 
 
-@pytest.fixture()
+@pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> guest.Cache:
     """A cache with a cloud kernel and busybox, on a machine without apt."""
     monkeypatch.setenv("PATH", "")

@@ -38,6 +38,8 @@ def test_qemu_runs_it_to_the_end(tmp_path: Path) -> None:
     kernel = tmp_path / "selftest"
     kernel.write_bytes(image.build())
     options = "-accel tcg -m 64 -display none -serial stdio -monitor none -nodefaults -no-reboot -device isa-debug-exit,iobase=0xf4"
-    result = subprocess.run([QEMU, *options.split(), "-kernel", kernel], capture_output=True, timeout=60, check=False, stdin=subprocess.DEVNULL)
+    result = subprocess.run(
+        [QEMU, *options.split(), "-kernel", kernel], capture_output=True, timeout=60, check=False, stdin=subprocess.DEVNULL
+    )
     assert result.stdout.decode() == image.expected("AuthenticAMD")
     assert result.returncode == image.PASSED << 1 | 1

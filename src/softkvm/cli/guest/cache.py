@@ -52,6 +52,8 @@ class Cache:
             record = msgspec.json.decode(record_path.read_bytes(), type=Record)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise CacheError(f"the cache record {record_path} cannot be read: {error.strerror}") from error
         except msgspec.DecodeError:
             raise CacheError(f"the cache record {record_path} is damaged; delete it to fetch the file again") from None
         if not self.path(name).is_file():
