@@ -10,10 +10,7 @@ from helpers.fake_machine import FakeMachine
 def machine(monkeypatch: pytest.MonkeyPatch) -> type[FakeMachine]:
     """The class of the machines that `softkvm run` will make; a test sets its `guest` and looks at `made`."""
 
-    class Machine(FakeMachine):
-        made = []
-        guest = FakeMachine.wait_stopped
-
-    monkeypatch.setattr("softkvm.cli.run.Machine", Machine)
-    monkeypatch.setattr("softkvm.cli.selftest.Machine", Machine)
-    return Machine
+    fresh = type("Machine", (FakeMachine,), {"made": [], "guest": FakeMachine.wait_stopped})
+    monkeypatch.setattr("softkvm.cli.run.Machine", fresh)
+    monkeypatch.setattr("softkvm.cli.selftest.Machine", fresh)
+    return fresh

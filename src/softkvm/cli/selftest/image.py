@@ -49,7 +49,7 @@ _SECTOR = 512
 _SETUP_SECTORS = 2
 _HEADER, _HEADER_END = 0x1F1, 0x268
 _VERSION, _LOADED_HIGH, _KERNEL_64 = 0x020C, 1, 1
-_ENTRY64 = 0x200
+ENTRY64 = 0x200
 _KERNEL_SIZE = 0x1000
 
 _BANNER = b"softkvm self-test\n"
@@ -58,7 +58,15 @@ _BANNER = b"softkvm self-test\n"
 def build() -> bytes:
     """The image, a bzImage."""
     kernel = _kernel()
-    return _setup(kernel) + kernel.finish().ljust(_KERNEL_SIZE, b"\0")
+    return bzimage(kernel.finish(), kernel.address("gdt"))
+
+
+def bzimage(kernel: bytes, gdt: int = 0) -> bytes:
+    """A bzImage around `kernel`, which has its 32-bit entry at its start and its 64-bit entry at ENTRY64.
+
+    `gdt` is the address of the descriptors that the real-mode entry loads, which a loader that starts elsewhere does not need.
+    """
+    return _setup(gdt) + kernel.ljust(_KERNEL_SIZE, b"\0")
 
 
 def expected(vendor: str) -> str:
@@ -66,7 +74,7 @@ def expected(vendor: str) -> str:
     return f"{_BANNER.decode()}real mode\nprotected mode\nlong mode\ncpu {vendor}\npaging\ntimer interrupt\npassed\n"
 
 
-def _setup(kernel: Assembler) -> bytes:
+def _setup(gdt: int) -> bytes:
     """The real-mode part: the header, and an entry for loaders that start there (DS is its segment)."""
     asm = Assembler(0, 16)
     asm.org(_HEADER)
@@ -93,8 +101,8 @@ def _setup(kernel: Assembler) -> bytes:
     asm.org(_HEADER_END)
     asm.label("entry")
     asm.do("cli")
-    _enter_protected_mode(asm, kernel.base)
-    _gdt_pointer(asm, kernel.address("gdt"))
+    _enter_protected_mode(asm, _KERNEL)
+    _gdt_pointer(asm, gdt)
     return asm.finish().ljust((1 + _SETUP_SECTORS) * _SECTOR, b"\0")
 
 
@@ -150,7 +158,7 @@ def _print_routine(asm: Assembler) -> None:
 def _kernel() -> Assembler:
     asm = Assembler(_KERNEL, 32)
     _protected_mode(asm)
-    asm.org(_ENTRY64)
+    asm.org(ENTRY64)
     _long_mode(asm)
     _data(asm)
     return asm
@@ -192,7 +200,7 @@ def _protected_mode(asm: Assembler) -> None:
     asm.mov_from_cr(0)
     asm.arithmetic("or", "eax", _CR0_PG | _CR0_WP)
     asm.mov_to_cr(0)
-    asm.far_jump(_CODE64, _KERNEL + _ENTRY64)
+    asm.far_jump(_CODE64, _KERNEL + ENTRY64)
     _print_routine(asm)
 
 
