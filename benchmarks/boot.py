@@ -78,8 +78,21 @@ def main(rounds: int, memory: int, path: Path | None) -> None:
     with tempfile.NamedTemporaryFile(suffix=".cpio") as initrd:
         initrd.write(image.initrd + cpio.archive([cpio.file("/init", INIT, 0o755)]))
         initrd.flush()
-        softkvm = [sys.executable, "-m", "softkvm.cli", "run", "-m", f"{memory}M", "-k", image.kernel, "-i", initrd.name, "-p", "quiet"]
-        qemu = [QEMU, "-accel", "tcg", "-m", f"{memory}M", "-kernel", image.kernel, "-initrd", initrd.name, "-no-reboot"]
+        softkvm: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "softkvm.cli",
+            "run",
+            "-m",
+            f"{memory}M",
+            "-k",
+            image.kernel,
+            "-i",
+            initrd.name,
+            "-p",
+            "quiet",
+        ]
+        qemu: list[str | Path] = [QEMU, "-accel", "tcg", "-m", f"{memory}M", "-kernel", image.kernel, "-initrd", initrd.name, "-no-reboot"]
         qemu += ["-append", "console=ttyS0 panic=-1 quiet", "-nodefaults", "-display", "none", "-serial", "stdio", "-monitor", "none"]
         samples: dict[str, list[Sample]] = {"QEMU TCG": [], "softkvm": []}
         for _ in range(rounds):

@@ -91,7 +91,7 @@ def main(rounds: int, exits: int, cpu: str, path: Path | None) -> None:
         base, kernel = guest(body, 1), guest(body, exits + 1)
         results[name] = [(seconds(kernel, cpu) - seconds(base, cpu)) / exits * 1e6 for _ in range(rounds)]
     rows = [(name, f"{statistics.median(taken):.2f}", f"{min(taken):.2f}") for name, taken in results.items()]
-    title = f"Exit and back on {cpu}, median of {rounds} × {exits}"
+    title = f"Exit and back on {cpu}, median of {rounds} x {exits}"
     publish(title, ("exit", f"median µs (goal {GOAL:g})", "best µs"), rows, machine_facts(), results, path)
 
 
