@@ -3,6 +3,9 @@
 //! Each family offers `handler(insn, size)`, which picks the handler of an instruction it knows, once, when the instruction is decoded.
 //! A handler does all its reads and checks before its first write, so that an instruction that faults or exits has changed nothing.
 
+#[macro_use]
+pub mod select;
+
 pub mod alu;
 pub mod bits;
 pub mod branch;
@@ -55,7 +58,12 @@ pub fn handler(insn: &Instruction, size: CodeSize) -> Option<Handler> {
 /// Whether the dispatcher must look at the CPU after this instruction although it is not a branch: it may change the mode, the
 /// privilege, the address space or what interrupts may do.
 pub fn ends_block(insn: &Instruction) -> bool {
-    control::ends_block(insn) || segment::ends_block(insn) || far::ends_block(insn) || msr::ends_block(insn) || xsave::ends_block(insn)
+    stack::ends_block(insn)
+        || control::ends_block(insn)
+        || segment::ends_block(insn)
+        || far::ends_block(insn)
+        || msr::ends_block(insn)
+        || xsave::ends_block(insn)
 }
 
 /// Handler of the micro-op behind a block that does not end in a branch.
