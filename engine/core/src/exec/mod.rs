@@ -10,6 +10,8 @@ pub mod alu;
 pub mod bits;
 pub mod branch;
 pub mod control;
+pub mod decimal;
+pub mod exchange;
 pub mod far;
 pub mod fence;
 pub mod io;
@@ -32,7 +34,7 @@ use crate::uop::{Exec, Handler, Stop, Uop};
 
 /// The handler of an instruction; `None` where the engine has none.
 pub fn handler(insn: &Instruction, size: CodeSize) -> Option<Handler> {
-    const FAMILIES: [fn(&Instruction, CodeSize) -> Option<Handler>; 18] = [
+    const FAMILIES: [fn(&Instruction, CodeSize) -> Option<Handler>; 20] = [
         mov::handler,
         alu::handler,
         branch::handler,
@@ -51,6 +53,8 @@ pub fn handler(insn: &Instruction, size: CodeSize) -> Option<Handler> {
         far::handler,
         syscall::handler,
         fence::handler,
+        exchange::handler,
+        decimal::handler,
     ];
     FAMILIES.iter().find_map(|family| family(insn, size))
 }
