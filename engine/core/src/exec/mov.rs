@@ -180,14 +180,7 @@ fn xchg_mr<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 
 fn xlat(cpu: &mut Cpu, uop: &Uop) -> Exec {
     let address = cpu.reg::<u64>(uop.base).wrapping_add(cpu.reg::<u8>(gpr::RAX as u8 * 8).into());
-    let address = if uop.has(flag::ADDRESS_16) {
-        address & 0xffff
-    } else if uop.has(flag::ADDRESS_32) {
-        address & 0xffff_ffff
-    } else {
-        address
-    };
-    let la = cpu.segment_address(uop.segment(), address, 1, AccessKind::Read)?;
+    let la = cpu.segment_address(uop.segment(), address & uop.address_mask(), 1, AccessKind::Read)?;
     let value: u8 = cpu.read(uop.segment(), la)?;
     cpu.set_reg(gpr::RAX as u8 * 8, value);
     Ok(())

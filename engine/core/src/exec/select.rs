@@ -2,7 +2,10 @@
 
 use iced_x86::{ConditionCode, Instruction, OpKind};
 
+use crate::cpu::Cpu;
 use crate::flags::Flags;
+use crate::uop::{Exec, Uop};
+use crate::word::Word;
 
 /// Picks `$handler::<$type.., W>` for the width of `$bytes` bytes.
 macro_rules! by_width {
@@ -95,4 +98,41 @@ pub fn in_memory(insn: &Instruction, n: u32) -> bool {
 /// Whether operand `n` is an immediate.
 pub fn is_immediate(insn: &Instruction, n: u32) -> bool {
     n < insn.op_count() && !matches!(insn.op_kind(n), OpKind::Register | OpKind::Memory)
+}
+
+/// Where a handler finds an operand that may be a register or memory.
+pub trait Source {
+    /// Operand `n`.
+    fn get<W: Word>(cpu: &mut Cpu, uop: &Uop, n: usize) -> Exec<W>;
+}
+
+/// The operand is a register.
+pub struct InRegister;
+
+/// The operand is memory.
+pub struct InMemory;
+
+impl Source for InRegister {
+    #[inline(always)]
+    fn get<W: Word>(cpu: &mut Cpu, uop: &Uop, n: usize) -> Exec<W> {
+        Ok(cpu.reg(uop.reg[n]))
+    }
+}
+
+impl Source for InMemory {
+    #[inline(always)]
+    fn get<W: Word>(cpu: &mut Cpu, uop: &Uop, _n: usize) -> Exec<W> {
+        cpu.load(uop)
+    }
+}
+
+/// Picks `$handler::<$type.., S, W>` for where operand `$n` is and for its width of at least 16 bits.
+macro_rules! by_source {
+    ($insn:expr, $n:expr, $handler:ident $(, $type:ty)*) => {
+        if $crate::exec::select::in_memory($insn, $n) {
+            by_wide_width!($crate::exec::select::width($insn, $n), $handler $(, $type)*, $crate::exec::select::InMemory)
+        } else {
+            by_wide_width!($crate::exec::select::width($insn, $n), $handler $(, $type)*, $crate::exec::select::InRegister)
+        }
+    };
 }
