@@ -22,7 +22,7 @@ use crate::paging::walk::Context;
 use crate::paging::Privilege;
 use crate::state::{cr0, interruptibility, rflags, seg, Segment, State};
 use crate::uop::{slot, Exec, RegOffset, Stop, RIP_STRIDE};
-use crate::virt::control::{Access, Control, Exit};
+use crate::virt::control::{self, Access, Control, Exit};
 use crate::word::Word;
 
 /// Work that the dispatcher does before the next block; bits of `Cpu::pending`.
@@ -72,6 +72,8 @@ pub struct Cpu {
     pub code_size: CodeSize,
     /// Bits of [`mode::media`]: why a vector or x87 instruction may not run.
     pub media: u8,
+    /// What a jump-cache entry depends on besides RIP: generation of the translations, privilege, code size.
+    pub jump_context: u64,
     /// Instructions that may run before the dispatcher looks at clocks.
     pub budget: i64,
 
@@ -85,18 +87,21 @@ pub struct Cpu {
     pub tlb: Tlb,
     pub code: CodeCache,
     pub npt: Arc<NestedPageTable>,
+    /// Generation of `npt` that the TLB was last flushed for.
+    pub nested_generation: u64,
     pub signal: Arc<Signal>,
     pub clock: Clock,
     pub model: Arc<Model>,
     /// Completed device accesses of an emulated instruction, and how many of them it has used.
     pub accesses: Vec<Access>,
     pub access_next: usize,
-    /// Permission bitmaps of the hypervisor, copied at entry: `[range][direction]`, and ports.
-    pub msr_bitmap: Box<[[[u8; 1024]; 2]; 3]>,
-    pub io_bitmap: Box<[u8; 8192]>,
+    /// Permission bitmaps of the hypervisor, of the block that the CPU runs on; null outside a run.
+    pub(crate) bitmaps: *const control::Block,
     /// The event whose delivery is under way, in the format of exit interruption information; zero when there is none.
     pub vectoring: u32,
     pub vectoring_error: u32,
+    /// The instruction was INT n, INT3, INTO or INT1, after which TF does not trap.
+    pub software_interrupt: bool,
     /// Instructions retired before the current budget was handed out; see [`Cpu::instructions`].
     pub retired: u64,
     pub budget_start: i64,
@@ -106,7 +111,7 @@ pub struct Cpu {
     pub unknown_opcodes: std::collections::HashSet<u16>,
 }
 
-// SAFETY: `active_table` points into `tlb`, which moves between threads together with the CPU.
+// SAFETY: `active_table` points into `tlb`, which moves between threads together with the CPU, and `bitmaps` is null outside a run.
 unsafe impl Send for Cpu {}
 
 impl Cpu {
@@ -122,6 +127,7 @@ impl Cpu {
             cpl: 0,
             code_size: CodeSize::Bits16,
             media: 0,
+            jump_context: 0,
             budget: 0,
             state: State::default(),
             control: Control::default(),
@@ -131,15 +137,16 @@ impl Cpu {
             tlb: Tlb::default(),
             code: CodeCache::default(),
             npt: Arc::default(),
+            nested_generation: 0,
             signal: Arc::default(),
             clock,
             model,
             accesses: Vec::new(),
             access_next: 0,
-            msr_bitmap: Box::new([[[0; 1024]; 2]; 3]),
-            io_bitmap: Box::new([0; 8192]),
+            bitmaps: std::ptr::null(),
             vectoring: 0,
             vectoring_error: 0,
+            software_interrupt: false,
             retired: 0,
             budget_start: 0,
             walks: 0,
@@ -368,8 +375,10 @@ impl Cpu {
         self.refresh_pending();
     }
 
-    /// Points `active_table` to the table of the current privilege and address space.
+    /// Points `active_table` to the table of the current privilege and address space. Whoever switches or flushes the TLB calls this.
     pub fn refresh_table(&mut self) {
+        let user = u64::from(self.cpl == 3);
+        self.jump_context = u64::from(self.tlb.generation()) << 8 | user << 4 | self.code_size as u64;
         self.active_table = if self.alignment_checked() { tlb::never() } else { self.tlb.table(self.privilege()) };
     }
 }

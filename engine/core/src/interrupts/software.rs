@@ -2,6 +2,7 @@
 
 use super::{Event, Kind};
 use crate::cpu::Cpu;
+use crate::state::rflags;
 use crate::uop::{Exec, Uop};
 
 impl Cpu {
@@ -12,6 +13,7 @@ impl Cpu {
         }
         let event =
             Event { vector, kind, error: None, payload: 0, return_rip: self.rip_at(uop.next_offset()), flags: self.rflags() };
+        self.software_interrupt = self.rflags & rflags::TF != 0;
         self.deliver_at(event, self.rip_at(uop.offset.into()))
     }
 }
