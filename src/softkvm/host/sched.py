@@ -33,8 +33,8 @@ class PreemptNotifier(Protocol):
     def sched_in(self, cpu: Cpu) -> None:
         """The task runs on `cpu` from now on."""
 
-    def sched_out(self) -> None:
-        """The task leaves its core."""
+    def sched_out(self, cpu: Cpu) -> None:
+        """The task leaves `cpu`."""
 
 
 class Scheduler:
@@ -62,6 +62,6 @@ class Scheduler:
 
     def put(self, task: PreemptNotifier, cpu: Cpu) -> None:
         """Take the task off its core, after notifying it."""
-        task.sched_out()
+        task.sched_out(cpu)
         with self._lock:
             self._idle.append(cpu)

@@ -30,12 +30,14 @@ def ioctl_run(vcpu: Vcpu, task: Task) -> int:
     """The whole of KVM_RUN, between vcpu_load and vcpu_put: 0 or -errno, with `kvm_run` refreshed either way."""
     mask = vcpu.signal_mask
     saved = signal.pthread_sigmask(signal.SIG_SETMASK, mask) if mask is not None else None
-    vcpu.load(task)
+    vcpu.attach(task)
+    vcpu.load()
     try:
         return _run(vcpu, task)
     finally:
         _save_to_user(vcpu)
         vcpu.put()
+        vcpu.detach()
         if saved is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, saved)
 

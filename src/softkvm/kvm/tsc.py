@@ -16,7 +16,7 @@ from softkvm.kvm import request
 
 if TYPE_CHECKING:
     from softkvm.host.clock import Clock
-    from softkvm.kvm.types import Vcpu, Vm
+    from softkvm.kvm.types import Vcpu
 
 _U64 = (1 << 64) - 1
 FRACTION_BITS = 48

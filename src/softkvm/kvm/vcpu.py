@@ -205,7 +205,11 @@ class Vcpu(VcpuCore):
     @ioctl(uapi.KVM_TRANSLATE, fields(uapi.Translation, "linear_address"), returns)
     def translate(self, linear: int) -> uapi.Translation:
         """KVM_TRANSLATE: the guest-physical address behind a linear one; `writeable` and `usermode` are not looked at, as in Linux."""
-        gpa = self.translate_gva(linear, 0)
+        self.load()
+        try:
+            gpa = self.translate_gva(linear, 0)
+        finally:
+            self.put()
         result = uapi.Translation(linear_address=linear, valid=gpa is not None, writeable=1)
         result.physical_address = (1 << 64) - 1 if gpa is None else gpa
         return result

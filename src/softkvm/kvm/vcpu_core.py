@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from softkvm import silicon
 from softkvm.host.sched import TICK_NS, Cpu
@@ -137,26 +137,32 @@ class VcpuCore(KvmFile):
 
     # --- The run loop's view --------------------------------------------------------------------------------------------------------
 
-    def load(self, task: Task) -> None:
-        """`vcpu_load()`: bind the thread and a core to this vCPU."""
+    def attach(self, task: Task) -> None:
+        """KVM_RUN begins in this thread: signals for the vCPU are its signals now."""
         with self._task_lock:
             self.task = task
             task.kick = self._notice_flags
-            if self._signalled:
-                self._signalled = False
-                task.set_flag(TIF_SIGPENDING)
+            signalled, self._signalled = self._signalled, False
+        if signalled:
+            task.set_flag(TIF_SIGPENDING)
         self._ticks = threading.current_thread() is threading.main_thread()
-        self._cpu = self.vm.scheduler.load(self, self._last_cpu)
 
-    def put(self) -> None:
-        """`vcpu_put()`."""
-        cpu, self._cpu = self._cpu, None
-        if cpu is not None:
-            self.vm.scheduler.put(self, cpu)
+    def detach(self) -> None:
+        """KVM_RUN ends; a signal that comes from now on waits for the next one."""
         with self._task_lock:
             if self.task is not None:
                 self.task.kick = None
             self.task = None
+
+    def load(self) -> None:
+        """`vcpu_load()`: occupy a core."""
+        self._cpu = self.vm.scheduler.load(self, self._last_cpu)
+
+    def put(self) -> None:
+        """`vcpu_put()`: give the core back."""
+        cpu, self._cpu = self._cpu, None
+        if cpu is not None:
+            self.vm.scheduler.put(self, cpu)
 
     def sched_in(self, cpu: Cpu) -> None:
         """On a core now; whatever a stranger left in its TLB goes."""
@@ -168,12 +174,12 @@ class VcpuCore(KvmFile):
             self.enter = partial(cpu.core.enter, self._hardware, self.vm.mmu.npt)
         self.armed = _NOT_ARMED
 
-    def sched_out(self) -> None:
+    def sched_out(self, cpu: Cpu) -> None:
         """Off the core."""
-        self.disarm_timer()
+        cpu.core.set_timer(0)
 
     @staticmethod
-    def _not_loaded() -> int:
+    def _not_loaded() -> NoReturn:
         raise RuntimeError("the vCPU is not on a core")
 
     @property
@@ -214,7 +220,7 @@ class VcpuCore(KvmFile):
         self.stats["signal_exits"] += 1
 
     def translate_gva(self, gva: int, access: int) -> int | None:
-        """Guest-virtual to guest-physical as the guest's paging has it now; `access` as for `Core.translate`."""
-        cpu = self._cpu or self._last_cpu
-        core = cpu.core if cpu is not None else self.vm.scheduler.any_core()
-        return core.translate(self._hardware, self.vm.mmu.npt, gva, access)
+        """Guest-virtual to guest-physical as the guest's paging has it now, on the loaded core; `access` as for `Core.translate`."""
+        if self._cpu is None:
+            return self._not_loaded()
+        return self._cpu.core.translate(self._hardware, self.vm.mmu.npt, gva, access)

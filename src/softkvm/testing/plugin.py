@@ -86,7 +86,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     """Show the consoles of a failed test's machines."""
     report = yield
     if report.when == "call" and report.failed:
-        for number, machine in enumerate(item.stash.get(_machines, [])):
+        machines = item.stash.get(_machines, None) or []
+        for number, machine in enumerate(machines):
             text = bytes(machine.output)[-_CONSOLE_SHOWN:].decode(errors="replace")
             report.sections.append((f"console of softkvm machine {number}", text))
     return report

@@ -1,7 +1,7 @@
 """Address decoding: which device answers a port or a memory address.
 
 One `Bus` is the I/O port space and another one the memory space outside RAM. As on a PC, an address that nobody claims reads as all ones
-and swallows writes, and an access that is wider than a device, or not aligned to its own size, becomes several smaller ones at successive addresses.
+and swallows writes. An access that is wider than a device, or not aligned to its own size, becomes several smaller ones.
 """
 
 from __future__ import annotations

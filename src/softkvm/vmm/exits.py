@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Callable
+from ctypes import Structure
 from typing import Protocol
 
 from softkvm.uapi import kvm as uapi
@@ -21,14 +22,20 @@ REASON_NAMES = {
 }
 """Exit reasons in the words of the API document, for counters and messages."""
 
+
+def _offset(structure: type[Structure], field: str) -> int:
+    offset: int = getattr(structure, field).offset
+    return offset
+
+
 # Where the structure has what every I/O and MMIO exit needs; read with one unpack each, because they come by the ten thousand.
 _REASON = struct.Struct("<I")
-_REASON_OFFSET = uapi.Run.exit_reason.offset
+_REASON_OFFSET = _offset(uapi.Run, "exit_reason")
 _IO = struct.Struct("<BBHIQ")
-_IO_OFFSET = uapi.Run.io.offset
+_IO_OFFSET = _offset(uapi.Run, "io")
 _MMIO = struct.Struct("<QQIB")
-_MMIO_OFFSET = uapi.Run.mmio.offset
-_MMIO_DATA = slice(_MMIO_OFFSET + uapi.RunMmio.data.offset, _MMIO_OFFSET + uapi.RunMmio.data.offset + 8)
+_MMIO_OFFSET = _offset(uapi.Run, "mmio")
+_MMIO_DATA = _MMIO_OFFSET + _offset(uapi.RunMmio, "data")
 
 _SYSTEM_EVENTS = {
     uapi.KVM_SYSTEM_EVENT_SHUTDOWN: StopReason.POWER_OFF,
@@ -60,9 +67,7 @@ class Vcpu(Protocol):
 class ExitHandler:
     """Handles the exits of one vCPU; the actions of its thread (`crew.py`)."""
 
-    def __init__(
-        self, vcpu: Vcpu, board: Board, stop: Callable[[StopReason, str], None], failed: Callable[[BaseException], None]
-    ) -> None:
+    def __init__(self, vcpu: Vcpu, board: Board, stop: Callable[[StopReason, str], None], failed: Callable[[BaseException], None]) -> None:
         """`stop(reason, detail)` ends the run; `failed(error)` ends it with an exception."""
         self._run = vcpu.kvm_run
         self._area = vcpu.mmap_area
@@ -113,7 +118,7 @@ class ExitHandler:
             if is_write:
                 self._board.memory.write(address, size, data & ((1 << 8 * size) - 1))
             else:
-                self._area[_MMIO_DATA] = self._board.memory.read(address, size).to_bytes(8, "little")
+                self._area[_MMIO_DATA : _MMIO_DATA + 8] = self._board.memory.read(address, size).to_bytes(8, "little")
 
     def _nothing(self) -> None:
         """A signal, or a window that user space did not ask for: enter again."""

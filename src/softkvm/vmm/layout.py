@@ -1,7 +1,7 @@
 """Where everything is: guest-physical addresses, I/O ports and interrupt lines of the PC, one line of meaning each.
 
 The arrangement is a PC of the ICH9 era as operating systems expect it: ISA devices at IBM's addresses, a hole for devices below 4 GB, the
-APICs at Intel's addresses. `docs/memory-map.md` is printed from this file (`python -m softkvm.vmm.layout`); a test holds the two equal.
+APICs at Intel's addresses. `docs/memory-map.md` is the text of `markdown()`; a test holds the two equal.
 """
 
 from __future__ import annotations
@@ -165,12 +165,9 @@ def _table(heading: str, ranges: tuple[Range, ...], digits: int) -> list[str]:
 
 def markdown() -> str:
     """The text of `docs/memory-map.md`."""
-    lines = ["# The map of the machine", "", "Printed from `src/softkvm/vmm/layout.py` by `python -m softkvm.vmm.layout`; do not edit.", ""]
+    lines = ["# The map of the machine", "", "The text of `markdown()` in `src/softkvm/vmm/layout.py`; do not edit.", ""]
     lines += ["## Guest-physical addresses", "", *_table("address", MEMORY_MAP, 10), ""]
     lines += ["## I/O ports", "", *_table("port", PORT_MAP, 4), ""]
     lines += ["## Interrupt lines", "", "| GSI | what |", "|---|---|", *(f"| {line.gsi} | {line.meaning} |" for line in LINE_MAP), ""]
     return "\n".join(lines)
 
-
-if __name__ == "__main__":
-    print(markdown(), end="")

@@ -291,7 +291,7 @@ def _make_vcpu(system: kvm.System, vm: kvm.Vm, index: int, cpus: int, entry: int
     vcpu = vm.create_vcpu(index)
     tsc_deadline = bool(system.check_extension(uapi.KVM_CAP_TSC_DEADLINE_TIMER))
     vcpu.set_cpuid2(boot_cpu.cpuid(system.get_supported_cpuid(), index, cpus, tsc_deadline))
-    misc_enable = dict(vcpu.get_msrs([boot_cpu.MSR_MISC_ENABLE]))[boot_cpu.MSR_MISC_ENABLE]
+    (misc_enable,) = vcpu.get_msrs([boot_cpu.MSR_MISC_ENABLE])
     vcpu.set_msrs(boot_cpu.msrs(misc_enable))
     lapic = vcpu.get_lapic()
     boot_cpu.wire_lapic(lapic, boot_cpu=index == 0)

@@ -75,7 +75,9 @@ class PciDevice:
     Subclasses describe themselves in the constructor through `add_bar()` and `add_capability()`.
     """
 
-    def __init__(self, vendor: int, device: int, class_code: int, *, subsystem: tuple[int, int] = (0, 0), revision: int = 0, pin: int = 0) -> None:
+    def __init__(
+        self, vendor: int, device: int, class_code: int, *, subsystem: tuple[int, int] = (0, 0), revision: int = 0, pin: int = 0
+    ) -> None:
         """`class_code` is the 24-bit class; `subsystem` is (vendor, id); `pin` 1..4 is INTA..INTD, 0 = no interrupt pin."""
         self._config = bytearray(CONFIG_SIZE)
         self._writable = bytearray(CONFIG_SIZE)
@@ -173,7 +175,7 @@ class PciDevice:
             return None
         base = self.config(BARS + 4 * bar.index, bar.bits // 8) & -bar.size
         limit = 1 << (16 if bar.io else bar.bits)
-        return base if 0 < base and base + bar.size < limit else None
+        return base if base > 0 and base + bar.size < limit else None
 
     def _store(self, offset: int, size: int, value: int) -> None:
         self._config[offset : offset + size] = value.to_bytes(size, "little")

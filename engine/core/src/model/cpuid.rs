@@ -168,7 +168,7 @@ impl super::Cache {
     /// The cache in the encoding of leaf 4: self-initializing, not shared, 64-byte lines.
     fn describe(&self) -> [u32; 4] {
         const LINE: u32 = 64;
-        [self.kind | self.level << 5 | 1 << 8, LINE - 1 | (self.ways - 1) << 22, self.sets - 1, self.properties]
+        [self.kind | self.level << 5 | 1 << 8, (LINE - 1) | (self.ways - 1) << 22, self.sets - 1, self.properties]
     }
 }
 

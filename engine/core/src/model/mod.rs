@@ -231,7 +231,9 @@ mod tests {
         let text = |error: Option<ModelError>| error.unwrap().to_string();
         let unknown = text(Model::new("cascadelak", &[]).err());
         assert_eq!(unknown, r#"no CPU model "cascadelak" (did you mean "cascadelake"?); models: cascadelake, epyc"#);
-        assert!(text(switched("fsgbase", true).err()).starts_with(r#"no CPU feature "fsgbase" (did you mean "fsgsbase"?); features: fpu, "#));
+        assert!(
+            text(switched("fsgbase", true).err()).starts_with(r#"no CPU feature "fsgbase" (did you mean "fsgsbase"?); features: fpu, "#)
+        );
         assert!(text(switched("avx2", true).err()).starts_with(r#"the engine does not implement CPU feature "avx2"; features: "#));
         assert!(!text(Model::new("z80", &[]).err()).contains("did you mean"));
         assert!(switched("avx2", false).is_ok());

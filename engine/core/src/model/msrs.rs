@@ -73,7 +73,7 @@ impl Model {
 
 /// PLATFORM_INFO: the ratio of TSC to the 100 MHz bus clock, as the highest and as the lowest that the part runs at.
 fn platform_info() -> u64 {
-    let ratio = (host_tsc_khz() + 50_000) / 100_000 & 0xff;
+    let ratio = ((host_tsc_khz() + 50_000) / 100_000) & 0xff;
     ratio << 8 | ratio << 40
 }
 

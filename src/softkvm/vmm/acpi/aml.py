@@ -1,7 +1,7 @@
 """AML, the byte code of ACPI: as much of it as describes a board without power management of its own.
 
-Source of truth: ACPI specification 6.5, chapter 20 (AML encoding) and 6.4 (resource descriptors). Every function returns encoded bytes, so a
-table is written as nested calls that look like ASL.
+Source of truth: ACPI specification 6.5, chapter 20 (AML encoding) and 6.4 (resource descriptors). Every function returns encoded bytes,
+so a table is written as nested calls that look like ASL.
 """
 
 from __future__ import annotations

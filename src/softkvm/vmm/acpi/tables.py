@@ -30,7 +30,7 @@ class Blob(NamedTuple):
     data: bytes
 
 
-def checksum(data: bytes) -> int:
+def checksum(data: bytes | bytearray) -> int:
     """The byte that makes the sum of all bytes 0 modulo 256."""
     return -sum(data) & 0xFF
 

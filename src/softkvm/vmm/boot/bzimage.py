@@ -32,9 +32,12 @@ def parse(data: bytes, path: Path, ram_end: int) -> Kernel:
     """The kernel in `data`, which was read from `path`; ConfigError if it is none, or none that a 64-bit boot can start."""
     if len(data) < _HEADER_END or struct.unpack_from("<H", data, 0x1FE)[0] != _BOOT_FLAG or data[0x202:0x206] != _MAGIC:
         raise ConfigError(f"{path} is not a Linux kernel (neither a bzImage nor an ELF file)")
-    version, loadflags, xloadflags = (*struct.unpack_from("<H", data, 0x206), data[0x211], *struct.unpack_from("<H", data, 0x236))
+    version: int = struct.unpack_from("<H", data, 0x206)[0]
+    loadflags, xloadflags = data[0x211], data[0x236]
     if version < _OLDEST_VERSION:
-        raise ConfigError(f"the kernel {path} speaks boot protocol {version >> 8}.{version & 0xFF:02}, and 2.12 (Linux 3.8) is the oldest supported")
+        raise ConfigError(
+            f"the kernel {path} speaks boot protocol {version >> 8}.{version & 0xFF:02}, and 2.12 (Linux 3.8) is the oldest supported"
+        )
     if not loadflags & _LOADED_HIGH or not xloadflags & _XLF_KERNEL_64:
         raise ConfigError(f"the kernel {path} has no 64-bit entry point; an x86-64 kernel is needed")
     sectors = data[SETUP_HEADER] or _DEFAULT_SETUP_SECTORS
@@ -66,5 +69,7 @@ def _place(data: bytes, path: Path, ram_end: int) -> tuple[int, int]:
     if preferred + init_size > ram_end and relocatable:
         start = -(-KERNEL_FLOOR.base // alignment) * alignment
     if start + init_size > ram_end:
-        raise ConfigError(f"{ram_end // MIB} MB of memory are too small for the kernel {path}, which needs {-(-(start + init_size) // MIB)} MB to start")
+        raise ConfigError(
+            f"{ram_end // MIB} MB of memory are too small for the kernel {path}, which needs {-(-(start + init_size) // MIB)} MB to start"
+        )
     return start, start + init_size

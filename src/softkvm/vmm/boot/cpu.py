@@ -108,4 +108,3 @@ def enter_long_mode(sregs: uapi.Sregs) -> None:
 
 def _segment(selector: int, kind: int, long: int) -> uapi.Segment:
     return uapi.Segment(selector=selector, limit=0xFFFFFFFF, type=kind, present=1, s=1, l=long, db=1 - long, g=1)
-

@@ -251,7 +251,8 @@ class Rtc:
             second = self._second()
             if second > self._seen_second:
                 self._cmos[REGISTER_C] |= C_UF
-                if self._next_alarm(self._seen_second) <= second:
+                alarm = self._next_alarm(self._seen_second)
+                if alarm is not None and alarm <= second:
                     self._cmos[REGISTER_C] |= C_AF
             self._seen_second = second
         period = self._period()
@@ -271,13 +272,13 @@ class Rtc:
         shift = rate + 6 if rate <= 2 else rate - 1  # rates 1 and 2 are 256 and 128 Hz with this time base
         return (1 << shift) * NSEC_PER_SEC // PERIODIC_HZ
 
-    def _next_alarm(self, after: int) -> int:
-        """The first second later than `after` whose time of day fits the alarm registers; a time that never comes is a day away or more."""
+    def _next_alarm(self, after: int) -> int | None:
+        """The first second later than `after` whose time of day fits the alarm registers; None if they hold no time of day."""
         hour = self._alarm_values(HOURS_ALARM, 24)
         minute = self._alarm_values(MINUTES_ALARM, 60)
         second = self._alarm_values(SECONDS_ALARM, 60)
         if not (hour and minute and second):
-            return after + 2 * _SECONDS_PER_DAY
+            return None
         midnight, time = divmod(after + 1, _SECONDS_PER_DAY)
         best = None
         for candidate in hour:
@@ -321,8 +322,8 @@ class Rtc:
         if self._running():
             if wanted & B_UIE:
                 deadlines.append((self._seen_second + 1) * NSEC_PER_SEC - self._origin)
-            if wanted & B_AIE:
-                deadlines.append(self._next_alarm(self._seen_second) * NSEC_PER_SEC - self._origin)
+            if wanted & B_AIE and (second := self._next_alarm(self._seen_second)) is not None:
+                deadlines.append(second * NSEC_PER_SEC - self._origin)
         if wanted & B_PIE and (period := self._period()):
             deadlines.append(self._period_origin + (self._seen_period + 1) * period)
         if deadlines:

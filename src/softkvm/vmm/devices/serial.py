@@ -111,8 +111,26 @@ class Serial:
         self._fifo: deque[int] = deque()
         self._waiting: deque[int] = deque()
         self._level = False
-        self._readers = (self._read_rbr, self._read_ier, self._read_iir, self._read_lcr, self._read_mcr, self._read_lsr, self._read_msr, self._read_scr)
-        self._writers = (self._write_thr, self._write_ier, self._write_fcr, self._write_lcr, self._write_mcr, self._ignore, self._ignore, self._write_scr)
+        self._readers = (
+            self._read_rbr,
+            self._read_ier,
+            self._read_iir,
+            self._read_lcr,
+            self._read_mcr,
+            self._read_lsr,
+            self._read_msr,
+            self._read_scr,
+        )
+        self._writers = (
+            self._write_thr,
+            self._write_ier,
+            self._write_fcr,
+            self._write_lcr,
+            self._write_mcr,
+            self._ignore,
+            self._ignore,
+            self._write_scr,
+        )
 
     def read(self, offset: int, size: int) -> int:
         """Read a register."""
@@ -212,7 +230,7 @@ class Serial:
         return pending | (IIR_FIFO_ENABLED if self._fcr & FCR_ENABLE else 0)
 
     def _write_fcr(self, value: int) -> None:
-        if (value ^ self._fcr) & FCR_ENABLE or value & FCR_ENABLE and value & FCR_CLEAR_RX:
+        if (value ^ self._fcr) & FCR_ENABLE or (value & FCR_ENABLE and value & FCR_CLEAR_RX):
             self._fifo.clear()
         self._fcr = value & FCR_KEPT if value & FCR_ENABLE else 0
         self._fill_fifo()
