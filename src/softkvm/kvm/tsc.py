@@ -16,7 +16,7 @@ from softkvm.kvm import request
 
 if TYPE_CHECKING:
     from softkvm.host.clock import Clock
-    from softkvm.kvm.types import Vcpu, Vm
+    from softkvm.kvm.types import Vcpu
 
 _U64 = (1 << 64) - 1
 FRACTION_BITS = 48
@@ -95,7 +95,7 @@ class VcpuTsc:
             precision = SVM_FRACTION_BITS if self._vcpu.model.vendor == "amd" else FRACTION_BITS
             ratio = (khz << precision) // host_khz << FRACTION_BITS - precision
         self.khz, self.ratio = khz, ratio
-        self._vcpu.block.control.tsc_multiplier = ratio
+        self._vcpu.control.tsc_multiplier = ratio
 
     def synchronize(self, data: int) -> None:
         """A host write of IA32_TSC, and with 0 the start of a new vCPU's TSC.
@@ -135,7 +135,7 @@ class VcpuTsc:
 
     def _set_offset(self, offset: int) -> None:
         self.offset = offset & _U64
-        self._vcpu.block.control.tsc_offset = self.offset
+        self._vcpu.control.tsc_offset = self.offset
 
     def _is_synchronizing(self, data: int, nsec: int) -> bool:
         if data == 0:

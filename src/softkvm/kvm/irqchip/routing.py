@@ -182,7 +182,9 @@ class Routing:
     def _install(self, routes: dict[int, list[Route]]) -> None:
         with self._vm.lock:
             self._routes = {gsi: tuple(several) for gsi, several in routes.items()}
-            self._gsi_of_pin = {(route.chip, route.pin): gsi for gsi, several in routes.items() for route in several if route.chip is not None}
+            self._gsi_of_pin = {
+                (route.chip, route.pin): gsi for gsi, several in routes.items() for route in several if route.chip is not None
+            }
             self._rescan()
 
     def _rescan(self) -> None:
