@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from softkvm.kvm.iobus import IoBus
     from softkvm.kvm.types import Vm
 
-RING_SIZE = 4096
+RING_OFFSET, RING_SIZE = 8192, 4096
+"""Where user space maps the ring: page 2 of the first vCPU's area."""
 _INDICES = struct.Struct("<II")  # first, last: user space reads at `first`, KVM writes at `last`
 _ENTRY = struct.Struct("<QIIQ")  # phys_addr, len, pio, data
 MAX_ENTRIES = (RING_SIZE - _INDICES.size) // _ENTRY.size
@@ -25,7 +26,7 @@ MAX_ENTRIES = (RING_SIZE - _INDICES.size) // _ENTRY.size
 class Zone:
     """A registered range; a device on the MMIO or PIO bus that takes writes and leaves reads to user space."""
 
-    def __init__(self, owner: CoalescedMmio, zone: CoalescedMmioZone) -> None:
+    def __init__(self, owner: Coalesced, zone: CoalescedMmioZone) -> None:
         self._owner = owner
         self.start = zone.addr
         self.end = zone.addr + zone.size
@@ -40,15 +41,13 @@ class Zone:
         return address + size <= self.end and self._owner.append(address, size, value, self.pio)
 
 
-class CoalescedMmio:
+class Coalesced:
     """The ring and the zones of one VM."""
 
     def __init__(self, vm: Vm) -> None:
-        """No zones, and no ring until `ring` is set."""
+        """No zones."""
         self._vm = vm
         self._zones: list[Zone] = []
-        self.ring: memoryview | None = None
-        """The page that user space maps at page 2 of a vCPU; 4096 writable bytes."""
 
     def register(self, zone: CoalescedMmioZone) -> None:
         """KVM_REGISTER_COALESCED_MMIO; OSError: EINVAL for a zone that is neither MMIO nor PIO, ENOSPC when the bus is full."""
@@ -68,11 +67,9 @@ class CoalescedMmio:
                     self._zones.remove(device)
 
     def append(self, address: int, size: int, value: int, pio: bool) -> bool:
-        """Put a write into the ring; False if there is no ring, or no room in it."""
+        """Put a write into the ring; False if there is no room in it."""
         with self._vm.lock:
-            ring = self.ring
-            if ring is None:
-                return False
+            ring = self._vm.vcpus[0].mmap_area[RING_OFFSET:]
             first, last = _INDICES.unpack_from(ring)
             if last >= MAX_ENTRIES or (first - last - 1) % MAX_ENTRIES == 0:
                 return False

@@ -131,6 +131,10 @@ class Vcpu(Protocol):
         """Architectural state."""
 
     @property
+    def mmap_area(self) -> memoryview:
+        """`kvm_run`, PIO data and coalesced ring, one page each."""
+
+    @property
     def has_run(self) -> bool:
         """Whether the vCPU has ever entered the guest."""
 
