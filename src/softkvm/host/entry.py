@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 from softkvm.host import trace
 from softkvm.host.task import TIF_NEED_RESCHED, TIF_NOTIFY_RESUME, TIF_SIGPENDING, TIF_USER_RETURN_NOTIFY, Task
 
-EXIT_TO_USER_MODE_WORK = TIF_NEED_RESCHED | TIF_NOTIFY_RESUME
+EXIT_TO_USER_MODE_WORK = TIF_NEED_RESCHED | TIF_SIGPENDING | TIF_NOTIFY_RESUME
 XFER_TO_GUEST_MODE_WORK = TIF_NEED_RESCHED | TIF_SIGPENDING | TIF_NOTIFY_RESUME
 """Flags that must be handled before a guest runs; checked with `task.flags & XFER_TO_GUEST_MODE_WORK`."""
 
@@ -45,7 +45,9 @@ def _syscall_exit(task: Task, nr: int, ret: object) -> None:
     if trace.sys_exit.enabled:
         trace.sys_exit(nr, ret)
     while task.flags & EXIT_TO_USER_MODE_WORK:
-        _reschedule_or_resume(task, task.flags)
+        flags = task.flags
+        task.clear_flag(flags & TIF_SIGPENDING)  # its handler is whatever the caller does next
+        _reschedule_or_resume(task, flags)
     if task.flags & TIF_USER_RETURN_NOTIFY:
         task.fire_user_return()
 

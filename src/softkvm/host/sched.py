@@ -16,7 +16,7 @@ TICK_NS = 20_000_000
 
 
 class Cpu:
-    """A core and whose state is loaded on it."""
+    """A core and whose state was last loaded on it."""
 
     __slots__ = ("core", "index", "last")
 
@@ -33,12 +33,12 @@ class PreemptNotifier(Protocol):
     def sched_in(self, cpu: Cpu) -> None:
         """The task runs on `cpu` from now on."""
 
-    def sched_out(self) -> None:
-        """The task leaves its core."""
+    def sched_out(self, cpu: Cpu) -> None:
+        """The task leaves `cpu`."""
 
 
 class Scheduler:
-    """The cores of one kind of silicon, handed out one thread at a time."""
+    """The cores of one kind of silicon, each held by one thread at a time."""
 
     def __init__(self, model: silicon.Model) -> None:
         self._model = model
@@ -62,6 +62,6 @@ class Scheduler:
 
     def put(self, task: PreemptNotifier, cpu: Cpu) -> None:
         """Take the task off its core, after notifying it."""
-        task.sched_out()
+        task.sched_out(cpu)
         with self._lock:
             self._idle.append(cpu)

@@ -16,7 +16,7 @@ _addresses: list[int] = []
 _regions: dict[int, ref[_engine.Memory]] = {}
 
 
-def Memory(size: int) -> _engine.Memory:  # noqa: N802 - it stands for the class that it constructs
+def Memory(size: int) -> _engine.Memory:
     """`size` bytes of RAM (a multiple of 4096) at some HVA; ValueError for a bad size, OSError(ENOMEM) if there is none."""
     memory = _engine.Memory(size)
     with _lock:
