@@ -20,6 +20,8 @@ pub enum Stop {
     Exit,
     /// The instruction made progress (a REP iteration) and goes on at the same RIP after the dispatcher looked at the CPU.
     Again,
+    /// Nothing happened: the block died before this instruction, which runs again from fresh code.
+    Retry,
 }
 
 /// Result of a handler or of one of its steps.
@@ -104,5 +106,16 @@ impl Uop {
     #[inline(always)]
     pub fn has(&self, flag: u8) -> bool {
         self.flags & flag != 0
+    }
+    /// Bits of an address that the instruction's address size keeps.
+    #[inline(always)]
+    pub fn address_mask(&self) -> u64 {
+        if self.has(flag::ADDRESS_16) {
+            0xffff
+        } else if self.has(flag::ADDRESS_32) {
+            0xffff_ffff
+        } else {
+            u64::MAX
+        }
     }
 }
