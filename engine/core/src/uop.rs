@@ -107,4 +107,15 @@ impl Uop {
     pub fn has(&self, flag: u8) -> bool {
         self.flags & flag != 0
     }
+    /// Bits of an address that the instruction's address size keeps.
+    #[inline(always)]
+    pub fn address_mask(&self) -> u64 {
+        if self.has(flag::ADDRESS_16) {
+            0xffff
+        } else if self.has(flag::ADDRESS_32) {
+            0xffff_ffff
+        } else {
+            u64::MAX
+        }
+    }
 }

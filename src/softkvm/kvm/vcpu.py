@@ -309,10 +309,8 @@ class Vcpu(VcpuCore):
 
     @ioctl(uapi.KVM_ENABLE_CAP, takes(uapi.EnableCap))
     def enable_cap(self, cap: uapi.EnableCap) -> None:
-        """KVM_ENABLE_CAP on a vCPU; OSError(EINVAL) for what is not known."""
-        if cap.flags or cap.cap != uapi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID:
-            raise OSError(errno.EINVAL, "no such capability")
-        self.msrs.enforce_pv_features = bool(cap.args[0])
+        """KVM_ENABLE_CAP: no capability is enabled per vCPU, each is OSError(EINVAL)."""
+        raise OSError(errno.EINVAL, f"capability {cap.cap} cannot be enabled on a vCPU")
 
     def close(self) -> None:
         """close(2): later ioctls fail with EBADF."""

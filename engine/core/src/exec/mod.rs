@@ -3,10 +3,15 @@
 //! Each family offers `handler(insn, size)`, which picks the handler of an instruction it knows, once, when the instruction is decoded.
 //! A handler does all its reads and checks before its first write, so that an instruction that faults or exits has changed nothing.
 
+#[macro_use]
+pub mod select;
+
 pub mod alu;
 pub mod bits;
 pub mod branch;
 pub mod control;
+pub mod decimal;
+pub mod exchange;
 pub mod far;
 pub mod fence;
 pub mod io;
@@ -29,7 +34,7 @@ use crate::uop::{Exec, Handler, Stop, Uop};
 
 /// The handler of an instruction; `None` where the engine has none.
 pub fn handler(insn: &Instruction, size: CodeSize) -> Option<Handler> {
-    const FAMILIES: [fn(&Instruction, CodeSize) -> Option<Handler>; 18] = [
+    const FAMILIES: [fn(&Instruction, CodeSize) -> Option<Handler>; 20] = [
         mov::handler,
         alu::handler,
         branch::handler,
@@ -48,6 +53,8 @@ pub fn handler(insn: &Instruction, size: CodeSize) -> Option<Handler> {
         far::handler,
         syscall::handler,
         fence::handler,
+        exchange::handler,
+        decimal::handler,
     ];
     FAMILIES.iter().find_map(|family| family(insn, size))
 }
@@ -55,7 +62,12 @@ pub fn handler(insn: &Instruction, size: CodeSize) -> Option<Handler> {
 /// Whether the dispatcher must look at the CPU after this instruction although it is not a branch: it may change the mode, the
 /// privilege, the address space or what interrupts may do.
 pub fn ends_block(insn: &Instruction) -> bool {
-    control::ends_block(insn) || segment::ends_block(insn) || far::ends_block(insn) || msr::ends_block(insn) || xsave::ends_block(insn)
+    stack::ends_block(insn)
+        || control::ends_block(insn)
+        || segment::ends_block(insn)
+        || far::ends_block(insn)
+        || msr::ends_block(insn)
+        || xsave::ends_block(insn)
 }
 
 /// Handler of the micro-op behind a block that does not end in a branch.
