@@ -224,12 +224,12 @@ class FakeKvm:
         self.vm = Vm(self)
         self.memory_error: OSError | None = None
 
-    def Model(self, name: str, features: dict[str, bool]) -> Any:  # noqa: N802 - the name of a class in the real package
+    def Model(self, name: str, features: dict[str, bool]) -> Any:
         if name not in ("cascadelake", "epyc"):
             raise ValueError(f"there is no CPU model {name}; there are cascadelake, epyc")
         return SimpleNamespace(name=name, features=features)
 
-    def System(self, model: Any) -> Any:  # noqa: N802
+    def System(self, model: Any) -> Any:
         return SimpleNamespace(
             create_vm=lambda: self.vm,
             check_extension=lambda capability: 1,

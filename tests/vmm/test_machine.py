@@ -41,7 +41,8 @@ def boot(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Boot]:
     def make(exits: Iterator[Exit] | list[Exit], **options: Any) -> Machine:
         fake = FakeKvm(lambda: iter(exits))
         monkeypatch.setattr(machine, "kvm", fake)
-        made = Machine(**{"kernel": kernel, "memory": "64M"} | options)
+        settings: dict[str, Any] = {"kernel": kernel, "memory": "64M"}
+        made = Machine(**settings | options)
         machines.append(made)
         return made
 
@@ -121,7 +122,12 @@ def test_timeout_stops_a_halted_guest(boot: Boot) -> None:
 def test_stop_from_another_thread_ends_the_run(boot: Boot) -> None:
     started = threading.Event()
     vm = boot(say("x" * 10), serial={0: lambda data: started.set()})
-    stopper = threading.Thread(target=lambda: started.wait(60) and vm.stop())
+
+    def stop_it() -> None:
+        assert started.wait(60)
+        vm.stop()
+
+    stopper = threading.Thread(target=stop_it)
     stopper.start()
     assert vm.run(timeout=60).reason is StopReason.INTERRUPTED
     stopper.join()

@@ -124,7 +124,8 @@ class Crew:
             with self._condition:
                 self._busy -= 1
                 self._condition.notify_all()
-                self._condition.wait_for(lambda: self._closed or self._turn != turn)
+                while not self._closed and self._turn == turn:
+                    self._condition.wait()
                 turn += 1
 
     def _run_guest(self, vcpu: Vcpu, actions: Actions) -> None:
