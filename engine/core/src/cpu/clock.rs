@@ -55,12 +55,17 @@ fn reading() -> (u64, u64) {
 pub struct Clock {
     /// Host TSC at which the core's own timer interrupts; zero is off.
     pub timer: u64,
+    /// Host TSC of the next periodic interrupt, which gives the host a look at its own work.
+    pub tick: u64,
     /// Host TSC at which the preemption timer of the running guest ends; zero is off.
     pub preemption: u64,
     pub offset: u64,
     /// 48 fractional bits; zero stands for unity before the first entry.
     pub multiplier: u64,
 }
+
+/// Milliseconds between two periodic interrupts.
+pub const TICK_MS: u64 = 10;
 
 /// Multiplier of a guest TSC that runs at the host's rate.
 pub const UNITY: u64 = 1 << 48;

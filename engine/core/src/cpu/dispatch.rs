@@ -14,24 +14,23 @@ use crate::virt::exits::code;
 /// Instructions between two looks at the clock: some tens of microseconds.
 const SLICE: i64 = 10_000;
 
-/// Bits of DR6 and of the pending debug exceptions.
-const DR6_SINGLE_STEP: u64 = 1 << 14;
+/// Bits of the pending debug exceptions, which are those of DR6 (SDM vol. 3, 25.4.2).
+const DEBUG_BREAKPOINTS: u64 = 0xf;
+const DEBUG_STEP: u64 = 1 << 14;
+/// Interrupt shadows.
+const SHADOWS: u32 = interruptibility::STI | interruptibility::MOV_SS;
 
 impl Cpu {
-    /// Runs the guest until something must leave it; the reason is in `exit`.
+    /// Runs the guest until something must leave it; the reason is in `exit`. The budget goes on from the last run, so that clocks are
+    /// looked at however often the guest exits.
     pub fn run(&mut self) {
-        self.renew_budget();
         while self.step().is_ok() {}
-        self.renew_budget();
     }
 
     /// Runs one block, or what comes before it. `Err` means that `exit` holds a VM exit.
     fn step(&mut self) -> Exec {
-        if self.signal.pending() | self.pending != 0 || self.budget <= 0 {
-            if self.boundary()? {
-                let outcome = self.next_block().map(|block| self.execute_one(block));
-                return self.after_single(outcome);
-            }
+        if (self.signal.pending() | self.pending != 0 || self.budget <= 0) && self.boundary()? {
+            return self.single();
         }
         match self.next_block() {
             Ok(block) => self.execute(block),
@@ -47,6 +46,12 @@ impl Cpu {
         if signals & attention::NESTED != 0 {
             self.signal.take(attention::NESTED);
             self.flush_nested();
+        }
+        if signals & attention::CODE != 0 {
+            self.signal.take(attention::CODE);
+            for (host, bytes) in self.signal.take_written() {
+                self.code.invalidate(host, bytes);
+            }
         }
         if self.budget <= 0 {
             self.renew_budget();
@@ -65,10 +70,20 @@ impl Cpu {
         if self.pending & pending::HALTED != 0 {
             self.wait_halted()?;
         }
-        if self.pending & pending::BUDGET != 0 && self.instructions() >= self.control.instruction_budget {
+        let alone = self.pending & (pending::SHADOW | pending::STEP | pending::EMULATE) != 0;
+        Ok(self.check_instruction_budget()? || alone)
+    }
+
+    /// Exits when the hypervisor's instruction budget is used up; tells whether less than a block is left of it.
+    fn check_instruction_budget(&mut self) -> Exec<bool> {
+        if self.pending & pending::BUDGET == 0 {
+            return Ok(false);
+        }
+        let left = self.control.instruction_budget.saturating_sub(self.instructions());
+        if left == 0 {
             return Err(self.exit(code::BUDGET, 0));
         }
-        Ok(self.pending & (pending::SHADOW | pending::STEP | pending::EMULATE | pending::BUDGET) != 0)
+        Ok(left < block::MAX_INSTRUCTIONS as u64)
     }
 
     fn renew_budget(&mut self) {
@@ -82,6 +97,9 @@ impl Cpu {
             return Ok(());
         }
         let now = host_tsc();
+        if now >= self.clock.tick {
+            return Err(self.exit_external_interrupt());
+        }
         if self.clock.timer != 0 && now >= self.clock.timer {
             self.clock.timer = 0;
             return Err(self.exit_external_interrupt());
@@ -95,7 +113,7 @@ impl Cpu {
 
     fn check_windows(&mut self) -> Exec {
         let blocked = self.state.interruptibility;
-        let shadow = blocked & (interruptibility::STI | interruptibility::MOV_SS) != 0;
+        let shadow = blocked & SHADOWS != 0;
         if self.control.intercepts(intercept::NMI_WINDOW) && !shadow && blocked & interruptibility::NMI == 0 {
             return Err(self.exit(code::NMI_WINDOW, 0));
         }
@@ -117,16 +135,15 @@ impl Cpu {
         Ok(())
     }
 
+    /// Delivers the debug exceptions that the last instruction left behind. A MOV SS shadow holds them back (SDM vol. 3, 6.8.3).
     fn take_debug_trap(&mut self) -> Exec {
+        if self.state.interruptibility & interruptibility::MOV_SS != 0 {
+            return Ok(());
+        }
         self.pending &= !pending::DEBUG;
-        let payload = std::mem::take(&mut self.state.pending_debug) & 0xe00f | DR6_SINGLE_STEP & self.fault_step_bit();
+        let payload = std::mem::take(&mut self.state.pending_debug) & (DEBUG_BREAKPOINTS | DEBUG_STEP);
         self.fault = Fault { vector: vector::DB, error: None, payload };
         self.deliver_fault()
-    }
-
-    /// Pending debug exceptions keep single step in bit 14, as DR6 does.
-    fn fault_step_bit(&self) -> u64 {
-        0
     }
 
     /// Drops what depends on the nested page table, and tells whoever changed it.
@@ -134,22 +151,17 @@ impl Cpu {
         let generation = self.npt.generation();
         self.tlb.flush();
         self.refresh_table();
+        self.nested_generation = generation;
         self.signal.set_nested_seen(generation);
     }
 
     // ---- blocks ---------------------------------------------------------------------------------------------------------------------
 
-    /// What a jump-cache entry depends on besides RIP.
-    #[inline(always)]
-    fn jump_context(&self) -> u64 {
-        u64::from(self.tlb.generation()) << 8 | u64::from(self.cpl() == 3) << 4 | self.code_size as u64
-    }
-
     /// The block at RIP.
     #[inline(always)]
     fn next_block(&mut self) -> Exec<*mut Block> {
         let rip = self.rip();
-        if let Some(block) = self.code.jump(rip, self.jump_context()) {
+        if let Some(block) = self.code.jump(rip, self.jump_context) {
             // SAFETY: the jump cache forgets blocks before they are freed.
             if unsafe { (*block).valid } {
                 return Ok(block);
@@ -171,7 +183,7 @@ impl Cpu {
                 self.adopt(block)
             }
         };
-        self.code.remember(rip, self.jump_context(), block);
+        self.code.remember(rip, self.jump_context, block);
         Ok(block)
     }
 
@@ -217,19 +229,6 @@ impl Cpu {
         }
     }
 
-    /// Runs exactly the first instruction of a block.
-    fn execute_one(&mut self, block: *mut Block) -> Exec {
-        // SAFETY: as in `execute`; a block has at least one micro-op.
-        let uop = unsafe { (*block).uops[0] };
-        self.budget -= 1;
-        self.blocks_run += 1;
-        match (uop.run)(self, &uop) {
-            Ok(()) => self.leave(&uop, Stop::Leave, 1),
-            Err(Stop::Next) => Ok(()),
-            Err(stop) => self.leave(&uop, stop, 1),
-        }
-    }
-
     /// Leaves a block before its end; `left` instructions of it, the one of `uop` included, had been paid for.
     #[cold]
     #[inline(never)]
@@ -247,10 +246,12 @@ impl Cpu {
         self.stopped(stop)
     }
 
-    /// Acts on a stop at a boundary where RIP is exact.
+    /// Acts on a stop at a boundary where RIP is exact. What retires no instruction uses up the budget all the same.
     fn stopped(&mut self, stop: Stop) -> Exec {
+        self.budget -= 1;
+        self.budget_start -= 1;
         match stop {
-            Stop::Next | Stop::Leave | Stop::Again => Ok(()),
+            Stop::Next | Stop::Leave | Stop::Again | Stop::Retry => Ok(()),
             Stop::Fault => self.deliver_fault(),
             Stop::Exit => Err(Stop::Exit),
         }
@@ -258,14 +259,57 @@ impl Cpu {
 
     // ---- one instruction at a time --------------------------------------------------------------------------------------------------
 
-    /// Ends an instruction that ran alone: shadows end, single-step traps come, an emulated instruction goes back to the hypervisor.
-    fn after_single(&mut self, outcome: Exec<Exec>) -> Exec {
-        let shadow = self.pending & pending::SHADOW;
-        match outcome {
-            Ok(result) => result?,
-            Err(stop) => self.stopped(stop)?,
+    /// Runs one instruction, and what comes with its end: shadows end, single-step traps are noted, and a hypervisor that asked for one
+    /// instruction gets control.
+    fn single(&mut self) -> Exec {
+        let shadow = self.state.interruptibility & SHADOWS;
+        let stepping = self.rflags & rflags::TF != 0;
+        self.state.interruptibility &= !SHADOWS;
+        self.pending &= !pending::SHADOW;
+        let stop = match self.next_block() {
+            Ok(block) => self.execute_one(block),
+            Err(stop) => stop,
+        };
+        match stop {
+            Stop::Exit | Stop::Retry | Stop::Again => {
+                self.state.interruptibility |= shadow;
+                self.pending |= if shadow != 0 { pending::SHADOW } else { 0 };
+            }
+            Stop::Next | Stop::Leave | Stop::Fault => {}
         }
-        let _ = shadow;
+        self.stopped(stop)?;
+        if stop == Stop::Retry {
+            return Ok(());
+        }
+        if stepping && stop != Stop::Fault && !self.software_interrupt {
+            self.state.pending_debug |= DEBUG_STEP;
+            self.pending |= pending::DEBUG;
+        }
+        self.software_interrupt = false;
+        if self.pending & pending::EMULATE != 0 {
+            return Err(self.exit(code::EMULATED, 0));
+        }
+        if self.control.intercepts(intercept::MONITOR_TRAP) {
+            return Err(self.exit(code::MONITOR_TRAP, 0));
+        }
         Ok(())
+    }
+
+    /// Runs exactly the first instruction of a block and moves RIP.
+    fn execute_one(&mut self, block: *mut Block) -> Stop {
+        // SAFETY: as in `execute`; a block has at least one micro-op.
+        let uop = unsafe { *(*block).uops.as_ptr() };
+        self.blocks_run += 1;
+        let stop = (uop.run)(self, &uop).err().unwrap_or(Stop::Leave);
+        match stop {
+            Stop::Next => self.budget -= 1,
+            Stop::Leave => {
+                self.budget -= 1;
+                self.regs[slot::RIP as usize] = self.rip_at(uop.next_offset());
+            }
+            Stop::Exit => self.complete_exit(&uop),
+            Stop::Fault | Stop::Again | Stop::Retry => {}
+        }
+        stop
     }
 }

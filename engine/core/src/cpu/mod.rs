@@ -1,10 +1,12 @@
 //! One CPU: the registers while they run, and everything that the core caches about the guest.
 
 pub mod clock;
+pub mod descriptor;
 pub mod dispatch;
 pub mod mode;
 pub mod signal;
 pub mod stack;
+pub mod switch;
 
 use std::sync::Arc;
 
@@ -18,9 +20,9 @@ use crate::model::Model;
 use crate::paging::tlb::{self, Tlb};
 use crate::paging::walk::Context;
 use crate::paging::Privilege;
-use crate::state::{cr0, interruptibility, rflags, seg, State};
+use crate::state::{cr0, interruptibility, rflags, seg, Segment, State};
 use crate::uop::{slot, Exec, RegOffset, Stop, RIP_STRIDE};
-use crate::virt::control::{Access, Control, Exit};
+use crate::virt::control::{self, Access, Control, Exit};
 use crate::word::Word;
 
 /// Work that the dispatcher does before the next block; bits of `Cpu::pending`.
@@ -70,6 +72,8 @@ pub struct Cpu {
     pub code_size: CodeSize,
     /// Bits of [`mode::media`]: why a vector or x87 instruction may not run.
     pub media: u8,
+    /// What a jump-cache entry depends on besides RIP: generation of the translations, privilege, code size.
+    pub jump_context: u64,
     /// Instructions that may run before the dispatcher looks at clocks.
     pub budget: i64,
 
@@ -81,22 +85,23 @@ pub struct Cpu {
     /// Registers that translation depends on; follows `state`.
     pub paging: Context,
     pub tlb: Tlb,
-    /// Some translation of this TLB came from a large page.
-    pub large_pages: bool,
     pub code: CodeCache,
     pub npt: Arc<NestedPageTable>,
+    /// Generation of `npt` that the TLB was last flushed for.
+    pub nested_generation: u64,
     pub signal: Arc<Signal>,
     pub clock: Clock,
     pub model: Arc<Model>,
     /// Completed device accesses of an emulated instruction, and how many of them it has used.
     pub accesses: Vec<Access>,
     pub access_next: usize,
-    /// Permission bitmaps of the hypervisor, copied at entry: `[range][direction]`, and ports.
-    pub msr_bitmap: Box<[[[u8; 1024]; 2]; 3]>,
-    pub io_bitmap: Box<[u8; 8192]>,
+    /// Permission bitmaps of the hypervisor, of the block that the CPU runs on; null outside a run.
+    pub(crate) bitmaps: *const control::Block,
     /// The event whose delivery is under way, in the format of exit interruption information; zero when there is none.
     pub vectoring: u32,
     pub vectoring_error: u32,
+    /// The instruction was INT n, INT3, INTO or INT1, after which TF does not trap.
+    pub software_interrupt: bool,
     /// Instructions retired before the current budget was handed out; see [`Cpu::instructions`].
     pub retired: u64,
     pub budget_start: i64,
@@ -106,7 +111,7 @@ pub struct Cpu {
     pub unknown_opcodes: std::collections::HashSet<u16>,
 }
 
-// SAFETY: `active_table` points into `tlb`, which moves between threads together with the CPU.
+// SAFETY: `active_table` points into `tlb`, which moves between threads together with the CPU, and `bitmaps` is null outside a run.
 unsafe impl Send for Cpu {}
 
 impl Cpu {
@@ -122,6 +127,7 @@ impl Cpu {
             cpl: 0,
             code_size: CodeSize::Bits16,
             media: 0,
+            jump_context: 0,
             budget: 0,
             state: State::default(),
             control: Control::default(),
@@ -129,18 +135,18 @@ impl Cpu {
             fault: Fault::default(),
             paging: Context::default(),
             tlb: Tlb::default(),
-            large_pages: false,
             code: CodeCache::default(),
             npt: Arc::default(),
+            nested_generation: 0,
             signal: Arc::default(),
             clock,
             model,
             accesses: Vec::new(),
             access_next: 0,
-            msr_bitmap: Box::new([[[0; 1024]; 2]; 3]),
-            io_bitmap: Box::new([0; 8192]),
+            bitmaps: std::ptr::null(),
             vectoring: 0,
             vectoring_error: 0,
+            software_interrupt: false,
             retired: 0,
             budget_start: 0,
             walks: 0,
@@ -237,6 +243,21 @@ impl Cpu {
         self.bases[number & 7]
     }
 
+    /// Replaces a data segment register. After CS or SS the caller calls [`Cpu::refresh`] too.
+    pub fn set_segment(&mut self, number: usize, segment: Segment) {
+        self.state.segments[number] = segment;
+        let used = !self.long_mode() || number == seg::FS || number == seg::GS;
+        self.bases[number] = if used { segment.base } else { 0 };
+    }
+
+    /// Replaces the base of FS or GS.
+    #[inline(always)]
+    pub fn set_segment_base(&mut self, number: usize, base: u64) {
+        debug_assert!(number == seg::FS || number == seg::GS);
+        self.state.segments[number].base = base;
+        self.bases[number] = base;
+    }
+
     #[inline(always)]
     pub fn cpl(&self) -> u8 {
         self.cpl
@@ -251,6 +272,18 @@ impl Cpu {
     /// Whether CR0.PE is set and the CPU is not in virtual-8086 mode.
     pub fn protected(&self) -> bool {
         self.state.cr0 & cr0::PE != 0 && self.rflags & rflags::VM == 0
+    }
+
+    /// Whether the CPU is in virtual-8086 mode.
+    pub fn virtual_8086(&self) -> bool {
+        self.rflags & rflags::VM != 0
+    }
+
+    /// Replaces RFLAGS without looking at what follows from it; the caller calls [`Cpu::refresh`] or a narrower one.
+    #[inline(always)]
+    pub fn load_rflags(&mut self, image: u64) {
+        self.flags = Flags::from_bits(image);
+        self.rflags = image & (rflags::WRITABLE & !rflags::ARITHMETIC) | rflags::FIXED;
     }
 
     /// Privilege of accesses that the running code makes.
@@ -335,8 +368,17 @@ impl Cpu {
         self.refresh_pending();
     }
 
-    /// Points `active_table` to the table of the current privilege and address space.
+    /// [`Cpu::refresh`] for a transfer between 64-bit code of any privilege, where only the privilege level and RFLAGS change.
+    pub fn refresh_privilege(&mut self) {
+        self.cpl = self.state.segments[seg::SS].dpl();
+        self.refresh_table();
+        self.refresh_pending();
+    }
+
+    /// Points `active_table` to the table of the current privilege and address space. Whoever switches or flushes the TLB calls this.
     pub fn refresh_table(&mut self) {
+        let user = u64::from(self.cpl == 3);
+        self.jump_context = u64::from(self.tlb.generation()) << 8 | user << 4 | self.code_size as u64;
         self.active_table = if self.alignment_checked() { tlb::never() } else { self.tlb.table(self.privilege()) };
     }
 }

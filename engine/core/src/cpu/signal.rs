@@ -1,6 +1,7 @@
 //! How other threads reach a core: interrupts that make it leave the guest, and shoot-downs of what it cached.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::Mutex;
 
 /// Bits of `Signal::attention`.
 pub mod attention {
@@ -8,6 +9,8 @@ pub mod attention {
     pub const KICK: u32 = 1;
     /// The nested page table changed: drop every cached translation.
     pub const NESTED: u32 = 2;
+    /// Somebody else wrote to guest RAM: drop the code that was made from it.
+    pub const CODE: u32 = 4;
 }
 
 /// The part of a core that any thread may touch.
@@ -16,6 +19,8 @@ pub struct Signal {
     attention: AtomicU32,
     running: AtomicBool,
     nested_seen: AtomicU64,
+    /// Host address ranges that devices or the hypervisor wrote.
+    written: Mutex<Vec<(u64, u64)>>,
 }
 
 impl Signal {
@@ -41,6 +46,17 @@ impl Signal {
         while self.running.load(Ordering::SeqCst) && self.nested_seen.load(Ordering::SeqCst) < generation {
             std::thread::yield_now();
         }
+    }
+
+    /// Tells the core that `[host, host + bytes)` was written behind its back.
+    pub fn wrote(&self, host: u64, bytes: u64) {
+        self.written.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push((host, bytes));
+        self.attention.fetch_or(attention::CODE, Ordering::SeqCst);
+    }
+
+    /// The core's own: the ranges that were written since the last call.
+    pub fn take_written(&self) -> Vec<(u64, u64)> {
+        std::mem::take(&mut *self.written.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))
     }
 
     /// The core's own: says whether it may hold translations, and of which generation.

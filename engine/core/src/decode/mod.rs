@@ -149,7 +149,7 @@ fn memory(uop: &mut Uop, insn: &Instruction, size: CodeSize) {
             }
         }
     }
-    let width = address_width(insn, size);
+    let width = address_width(insn);
     if width != 64 || size != CodeSize::Bits64 {
         uop.flags |= flag::SLOW_ADDRESS;
     }
@@ -174,18 +174,77 @@ fn rip_relative(uop: &mut Uop, target: u64) {
 }
 
 /// Address size of the memory operand, in bits.
-fn address_width(insn: &Instruction, size: CodeSize) -> u32 {
+fn address_width(insn: &Instruction) -> u32 {
     let named = [insn.memory_base(), insn.memory_index()].into_iter().find(|register| *register != Register::None);
     match named {
         Some(Register::EIP) => 32,
         Some(Register::RIP) => 64,
         Some(register) => register.size() as u32 * 8,
-        None => match (insn.memory_displ_size(), size) {
-            (2, _) => 16,
-            (8, _) => 64,
-            (_, CodeSize::Bits64) if insn.op_code().address_size() == 32 => 32,
-            (_, CodeSize::Bits64) => 64,
-            _ => 32,
+        None => match insn.memory_displ_size() {
+            2 => 16,
+            4 => 32,
+            _ => 64,
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use iced_x86::{Decoder, DecoderOptions};
+
+    use super::*;
+
+    fn uop(bits: u32, bytes: &[u8]) -> Uop {
+        let size = match bits {
+            16 => CodeSize::Bits16,
+            32 => CodeSize::Bits32,
+            _ => CodeSize::Bits64,
+        };
+        lower(&Decoder::with_ip(bits, bytes, 0, DecoderOptions::NONE).decode(), size)
+    }
+
+    #[test]
+    fn high_byte_registers_have_odd_offsets() {
+        let mov_ah_cl = uop(64, &[0x88, 0xcc]);
+        assert_eq!(mov_ah_cl.reg[..2], [1, 8]);
+        let mov_spl_r15b = uop(64, &[0x44, 0x88, 0xfc]);
+        assert_eq!(mov_spl_r15b.reg[..2], [32, 120]);
+    }
+
+    #[test]
+    fn addresses_keep_their_width() {
+        let slow = |bits, bytes: &[u8]| uop(bits, bytes).flags & (flag::SLOW_ADDRESS | flag::ADDRESS_16 | flag::ADDRESS_32);
+        assert_eq!(slow(64, &[0x8b, 0x04, 0x25, 0x78, 0x56, 0x34, 0x12]), 0);
+        assert_eq!(slow(64, &[0x67, 0x8b, 0x04, 0x25, 0x78, 0x56, 0x34, 0x12]), flag::SLOW_ADDRESS | flag::ADDRESS_32);
+        assert_eq!(slow(64, &[0x67, 0x8b, 0x00]), flag::SLOW_ADDRESS | flag::ADDRESS_32);
+        assert_eq!(slow(32, &[0x8b, 0x05, 0x78, 0x56, 0x34, 0xf2]), flag::SLOW_ADDRESS | flag::ADDRESS_32);
+        assert_eq!(slow(16, &[0x8b, 0x00]), flag::SLOW_ADDRESS | flag::ADDRESS_16);
+        assert_eq!(slow(16, &[0xa1, 0x34, 0x12]), flag::SLOW_ADDRESS | flag::ADDRESS_16);
+    }
+
+    #[test]
+    fn rip_relative_operands_count_from_the_block() {
+        let load = uop(64, &[0x48, 0x8b, 0x05, 0x10, 0, 0, 0]);
+        assert_eq!((load.base, load.disp), (slot::RIP * 8, 0x17));
+        let far = uop(64, &[0x48, 0x8b, 0x05, 0xff, 0xff, 0xff, 0x7f]);
+        assert_eq!(i64::from(far.disp) + RIP_STRIDE, 0x7fff_ffff + 7);
+        assert_eq!((far.index, far.segment_scale & 3), (slot::STRIDE * 8, 1));
+        let backwards = uop(64, &[0x48, 0x8d, 0x05, 0xf9, 0xff, 0xff, 0xff]);
+        assert_eq!(backwards.disp, 0);
+    }
+
+    #[test]
+    fn branches_are_relative_to_the_block() {
+        assert_eq!(uop(64, &[0xeb, 0xfe]).imm, 0);
+        assert_eq!(uop(64, &[0xe8, 0xfb, 0xff, 0xff, 0xff]).imm as i64, 0);
+        assert_eq!(uop(32, &[0xeb, 0xf0]).imm as i64, -14);
+        assert_eq!(uop(16, &[0xeb, 0xf0]).imm as i64 & 0xffff, 0xfff2);
+    }
+
+    #[test]
+    fn a_64_bit_offset_is_absolute() {
+        let load = uop(64, &[0x48, 0xa1, 8, 7, 6, 5, 4, 3, 2, 1]);
+        assert_eq!(load.imm, 0x0102_0304_0506_0708);
+        assert_ne!(load.flags & flag::ABSOLUTE, 0);
     }
 }

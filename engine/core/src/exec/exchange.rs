@@ -120,16 +120,16 @@ fn cmpxchg16b(cpu: &mut Cpu, uop: &Uop) -> Exec {
 #[cfg(target_arch = "x86_64")]
 unsafe fn compare_exchange(at: *mut u128, expected: u128, new: u128) -> u128 {
     let (mut low, mut high) = (expected as u64, (expected >> 64) as u64);
-    // SAFETY: valid and aligned by the caller's promise; every 64-bit processor since 2006 has CMPXCHG16B. RBX, which the compiler keeps
-    // for itself, has its value back at the end.
+    // SAFETY: valid and aligned by the caller's promise, and every x86-64 processor that runs a current Linux has CMPXCHG16B. RBX, which
+    // the compiler keeps for itself, is put back.
     unsafe {
         core::arch::asm!(
             "xchg {new_low}, rbx",
-            "lock cmpxchg16b xmmword ptr [{at}]",
+            "lock cmpxchg16b [rdi]",
             "mov rbx, {new_low}",
             new_low = inout(reg) new as u64 => _,
-            at = in(reg) at,
             in("rcx") (new >> 64) as u64,
+            in("rdi") at,
             inout("rax") low,
             inout("rdx") high,
             options(nostack),

@@ -79,7 +79,7 @@ pub fn fall_through(cpu: &mut Cpu, uop: &Uop) -> Exec {
 
 /// Handler of every micro-op of a block that died: the dispatcher goes on at this instruction with fresh code.
 pub fn resume(_cpu: &mut Cpu, _uop: &Uop) -> Exec {
-    Err(Stop::Again)
+    Err(Stop::Retry)
 }
 
 /// Handler of an instruction that the engine lacks: #UD, and one line in the log per opcode.

@@ -120,7 +120,7 @@ impl Default for NestedPageTable {
 }
 
 impl NestedPageTable {
-    /// Maps `[gpa, gpa + size)` to `region` from `offset` on, in 2 MB leaves where both are aligned.
+    /// Maps `[gpa, gpa + size)` to `region` from `offset` on, in 2 MB leaves where the addresses are aligned.
     pub fn map(&self, gpa: u64, size: u64, region: &Arc<Region>, offset: u64, rights: u8) -> Result<(), NestedError> {
         check_range(gpa, size)?;
         if offset & PAGE_OFFSET != 0 {
@@ -134,9 +134,13 @@ impl NestedPageTable {
             if !tree.regions.iter().any(|r| Arc::ptr_eq(r, region)) {
                 tree.regions.push(region.clone());
             }
+            let mut replaced = false;
             for_each_leaf(gpa, size, |at, bytes| {
-                *tree.slot(at, bytes) = Entry::Leaf(Leaf { host: host + (at - gpa), rights });
+                let slot = tree.slot(at, bytes);
+                replaced |= !matches!(slot, Entry::Empty);
+                *slot = Entry::Leaf(Leaf { host: host + (at - gpa), rights });
             });
+            replaced
         });
         Ok(())
     }
@@ -144,7 +148,10 @@ impl NestedPageTable {
     /// Removes every leaf of `[gpa, gpa + size)`.
     pub fn unmap(&self, gpa: u64, size: u64) -> Result<(), NestedError> {
         check_range(gpa, size)?;
-        self.change(|tree| for_each_leaf(gpa, size, |at, bytes| *tree.slot(at, bytes) = Entry::Empty));
+        self.change(|tree| {
+            for_each_leaf(gpa, size, |at, bytes| *tree.slot(at, bytes) = Entry::Empty);
+            true
+        });
         Ok(())
     }
 
@@ -157,7 +164,23 @@ impl NestedPageTable {
                     *tree.slot(at, PAGE_SIZE) = Entry::Leaf(Leaf { rights, ..leaf });
                 }
             }
+            true
         });
+        Ok(())
+    }
+
+    /// Tells the cores that a device or the hypervisor wrote `[gpa, gpa + size)`, so that they drop code made from it.
+    pub fn wrote(&self, gpa: u64, size: u64) -> Result<(), NestedError> {
+        let end = gpa.checked_add(size).filter(|end| *end <= 1 << PHYSICAL_BITS).ok_or(NestedError::OutOfRange)?;
+        let cores = self.cores();
+        let mut at = gpa;
+        while at < end {
+            let bytes = (PAGE_SIZE - (at & PAGE_OFFSET)).min(end - at);
+            if let Some(leaf) = self.lookup(at) {
+                cores.iter().for_each(|core| core.wrote(leaf.host + (at & PAGE_OFFSET), bytes));
+            }
+            at += bytes;
+        }
         Ok(())
     }
 
@@ -186,13 +209,20 @@ impl NestedPageTable {
         }
     }
 
-    fn change(&self, edit: impl FnOnce(&mut Tree)) {
-        edit(&mut self.tree.write().unwrap_or_else(|poisoned| poisoned.into_inner()));
+    /// Edits the tree; `edit` tells whether it changed or took away what a core may have cached. (What was not mapped is not cached.)
+    fn change(&self, edit: impl FnOnce(&mut Tree) -> bool) {
+        if !edit(&mut self.tree.write().unwrap_or_else(|poisoned| poisoned.into_inner())) {
+            return;
+        }
         let generation = self.generation.fetch_add(1, Ordering::AcqRel) + 1;
-        let cores = self.cores.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone();
-        for core in cores.iter().filter_map(Weak::upgrade) {
+        for core in self.cores() {
             core.flush_nested(generation);
         }
+    }
+
+    fn cores(&self) -> Vec<Arc<Signal>> {
+        let cores = self.cores.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        cores.iter().filter_map(Weak::upgrade).collect()
     }
 }
 
@@ -254,6 +284,9 @@ mod tests {
         let (npt, ram) = (NestedPageTable::default(), region());
         let before = npt.generation();
         npt.map(0, 4096, &ram, 0, 7).unwrap();
-        assert_eq!(npt.generation(), before + 1);
+        assert_eq!(npt.generation(), before, "nobody cached a page that was not mapped");
+        npt.map(0, 4096, &ram, 4096, 7).unwrap();
+        npt.unmap(0, 4096).unwrap();
+        assert_eq!(npt.generation(), before + 2);
     }
 }

@@ -1,0 +1,1 @@
+"""What Linux gives KVM: kernel entry, tasks, clocks and timers."""

@@ -1,0 +1,273 @@
+"""Exit handlers that both vendors share: instructions that KVM performs for the guest, and the ways out to user space.
+
+Answers to Linux 6.1 `arch/x86/kvm/x86.c` (`kvm_emulate_*()`, `kvm_skip_emulated_instruction()`, `__kvm_set_xcr()`,
+`prepare_emulation_failure_exit()`). A handler returns 1 to run the guest again, 0 to leave for user space, or -errno.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from softkvm.host import trace
+from softkvm.kvm import cpuid, emulate, events, msr, regs
+from softkvm.kvm.mmu import Fault
+from softkvm.kvm.request import REQ_EVENT
+from softkvm.uapi import kvm as uapi
+
+if TYPE_CHECKING:
+    from softkvm.kvm.vcpu import Vcpu
+
+_U32 = 0xFFFF_FFFF
+_XCR0_FP, _XCR0_SSE, _XCR0_YMM, _XCR0_BNDREGS, _XCR0_BNDCSR = 1, 2, 4, 8, 16
+_XCR0_AVX512 = 7 << 5
+_XCR0_TILE = 3 << 17
+_INSTRUCTION_BYTES = 15
+
+
+def skip(vcpu: Vcpu) -> int:
+    """Step over the instruction that exited: shadow and RF cleared, single-step trap queued."""
+    rip = vcpu.vendor.next_rip(vcpu)
+    if rip is None:
+        return emulation_failure(vcpu)
+    state = vcpu.state
+    old = state.rip
+    if (rip ^ old) >> 31 == 3 and not regs.is_64_bit_mode(vcpu):
+        rip &= _U32  # IP wraps at 4 GB
+    rflags = state.rflags
+    state.rip = rip
+    if rflags & (events.RFLAGS_TF | events.RFLAGS_RF):
+        state.rflags = rflags & ~events.RFLAGS_RF
+        if rflags & events.RFLAGS_TF:
+            events.queue_exception(vcpu, events.DB, payload=events.DR6_BS)
+    interruptibility = state.interruptibility
+    if interruptibility & events.SHADOW:
+        state.interruptibility = interruptibility & ~events.SHADOW
+        vcpu.make_request(REQ_EVENT)
+    return 1
+
+
+def handle_cpuid(vcpu: Vcpu) -> int:
+    """CPUID."""
+    gpr = vcpu.gpr
+    function, index = gpr[0] & _U32, gpr[1] & _U32
+    eax, ebx, ecx, edx = vcpu.cpuid.execute(function, index)
+    gpr[0], gpr[3], gpr[1], gpr[2] = eax, ebx, ecx, edx
+    if trace.kvm_cpuid.enabled:
+        trace.kvm_cpuid(function, index, eax, ebx, ecx, edx)
+    return skip(vcpu)
+
+
+def handle_rdmsr(vcpu: Vcpu) -> int:
+    """RDMSR; #GP for what the guest may not read."""
+    gpr = vcpu.gpr
+    index = gpr[1] & _U32
+    try:
+        value = msr.get(vcpu, index, False)
+    except msr.MsrError:
+        if trace.kvm_msr.enabled:
+            trace.kvm_msr(False, index, 0, True)
+        events.inject_gp(vcpu)
+        return 1
+    if trace.kvm_msr.enabled:
+        trace.kvm_msr(False, index, value, False)
+    gpr[0], gpr[2] = value & _U32, value >> 32
+    return skip(vcpu)
+
+
+def handle_wrmsr(vcpu: Vcpu) -> int:
+    """WRMSR; #GP for what the guest may not write."""
+    gpr = vcpu.gpr
+    index, value = gpr[1] & _U32, (gpr[2] & _U32) << 32 | gpr[0] & _U32
+    failed = False
+    try:
+        msr.set(vcpu, index, value, False)
+    except msr.MsrError:
+        failed = True
+    if trace.kvm_msr.enabled:
+        trace.kvm_msr(True, index, value, failed)
+    if failed:
+        events.inject_gp(vcpu)
+        return 1
+    return skip(vcpu)
+
+
+def handle_halt(vcpu: Vcpu) -> int:
+    """HLT: wait in the kernel if the local APIC is there, else tell user space."""
+    result = skip(vcpu)
+    if result <= 0:
+        return result
+    vcpu.stats["halt_exits"] += 1
+    if vcpu.lapic is not None:
+        vcpu.mp_state = uapi.KVM_MP_STATE_HALTED
+        return 1
+    return vcpu.exit_to_user(uapi.KVM_EXIT_HLT)
+
+
+def handle_nop(vcpu: Vcpu) -> int:
+    """An instruction that has no effect under KVM (WBINVD, MONITOR, MWAIT, PAUSE)."""
+    return skip(vcpu)
+
+
+def handle_ud(vcpu: Vcpu) -> int:
+    """An instruction that the guest does not have."""
+    events.inject_ud(vcpu)
+    return 1
+
+
+def handle_gp(vcpu: Vcpu) -> int:
+    """An instruction that the guest may not use: RDPMC, as there is no PMU yet."""
+    events.inject_gp(vcpu)
+    return 1
+
+
+def handle_interrupt(vcpu: Vcpu) -> int:
+    """A host interrupt: a kick, or the core's timer."""
+    vcpu.disarm_timer()
+    vcpu.clock.run_expired()
+    return 1
+
+
+def handle_interrupt_window(vcpu: Vcpu) -> int:
+    """The guest can take interrupts now."""
+    vcpu.set_windows(vcpu.windows & ~events.INTERRUPT_WINDOW)
+    vcpu.make_request(REQ_EVENT)
+    vcpu.stats["irq_window_exits"] += 1
+    return 1
+
+
+def handle_nmi_window(vcpu: Vcpu) -> int:
+    """The guest can take NMIs now."""
+    vcpu.set_windows(vcpu.windows & ~events.NMI_WINDOW)
+    vcpu.make_request(REQ_EVENT)
+    vcpu.stats["nmi_window_exits"] += 1
+    return 1
+
+
+def handle_triple_fault(vcpu: Vcpu) -> int:
+    """The guest has shut down."""
+    return vcpu.exit_to_user(uapi.KVM_EXIT_SHUTDOWN)
+
+
+def handle_xsetbv(vcpu: Vcpu) -> int:
+    """XSETBV."""
+    gpr = vcpu.gpr
+    value = (gpr[2] & _U32) << 32 | gpr[0] & _U32
+    if regs.cpl(vcpu) or not set_xcr(vcpu, gpr[1] & _U32, value):
+        events.inject_gp(vcpu)
+        return 1
+    return skip(vcpu)
+
+
+def set_xcr(vcpu: Vcpu, index: int, value: int) -> bool:
+    """Write an extended control register (SDM vol. 1, 13.3); False = #GP to the guest, EINVAL to user space."""
+    bad = (
+        index != 0
+        or not value & _XCR0_FP
+        or (value & _XCR0_YMM and not value & _XCR0_SSE)
+        or value & ~(vcpu.cpuid.supported_xcr0 | _XCR0_FP)
+        or bool(value & _XCR0_BNDREGS) != bool(value & _XCR0_BNDCSR)
+        or (value & _XCR0_AVX512 and value & (_XCR0_AVX512 | _XCR0_YMM) != _XCR0_AVX512 | _XCR0_YMM)
+        or value & _XCR0_TILE not in (0, _XCR0_TILE)
+    )
+    if bad:
+        return False
+    vcpu.state.xcr0 = value
+    cpuid.update_runtime(vcpu)
+    return True
+
+
+def write_cr4(vcpu: Vcpu, value: int) -> int:
+    """MOV to CR4 that touches a bit of the host's mask; #GP for what `kvm_set_cr4()` refuses."""
+    state = vcpu.state
+    old = state.cr4
+    long_mode = state.efer & regs.EFER_LMA
+    refused = (
+        value & regs.cr4_reserved(vcpu)
+        or (long_mode and not value & regs.CR4_PAE)
+        or (long_mode and (value ^ old) & regs.CR4_LA57)
+        or (value & ~old & regs.CR4_PCIDE and (not long_mode or state.cr3 & 0xFFF))
+    )
+    if refused:
+        events.inject_gp(vcpu)
+        return 1
+    state.cr4 = value
+    regs.control_registers_changed(vcpu)
+    return skip(vcpu)
+
+
+def write_cr8(vcpu: Vcpu, value: int) -> int:
+    """MOV to CR8: task priority; user space that has the local APIC hears of a lower one."""
+    old = regs.get_cr8(vcpu)
+    if not regs.set_cr8(vcpu, value):
+        events.inject_gp(vcpu)
+        return 1
+    result = skip(vcpu)
+    if result <= 0 or vcpu.lapic is not None or old <= value:
+        return result
+    return vcpu.exit_to_user(uapi.KVM_EXIT_SET_TPR)
+
+
+def read_cr8(vcpu: Vcpu, register: int) -> int:
+    """MOV from CR8."""
+    vcpu.gpr[register] = regs.get_cr8(vcpu)
+    return skip(vcpu)
+
+
+def memory_fault(vcpu: Vcpu, gpa: int, write: bool) -> int:
+    """EPT violation or nested page fault: RAM to map, or a device's address."""
+    if trace.kvm_page_fault.enabled:
+        trace.kvm_page_fault(vcpu.state.rip, gpa, int(write) << 1)
+    fault = vcpu.vm.mmu.fault(gpa, write)
+    if fault is Fault.FIXED:
+        return 1
+    if fault is Fault.UNMAPPED:
+        return -errno.EFAULT
+    vcpu.stats["mmio_exits"] += 1
+    return emulate.emulate(vcpu)
+
+
+def emulation_failure(vcpu: Vcpu) -> int:
+    """KVM_EXIT_INTERNAL_ERROR, suberror EMULATION: KVM cannot do the guest's instruction. The bytes go with it if the exit has them."""
+    failure, exit_info = vcpu.kvm_run.emulation_failure, vcpu.exit
+    vcpu.stats["insn_emulation_fail"] += 1
+    length = min(exit_info.instruction_bytes_length, _INSTRUCTION_BYTES)
+    failure.suberror, failure.flags = uapi.KVM_INTERNAL_ERROR_EMULATION, 0
+    failure.ndata = 1
+    if length:
+        failure.flags = uapi.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
+        failure.insn_size = length
+        failure.insn_bytes[:] = (exit_info.instruction_bytes[:length] + [0x90] * _INSTRUCTION_BYTES)[:_INSTRUCTION_BYTES]
+        failure.ndata += 2
+    _append(vcpu, exit_info.reason, exit_info.qualification, exit_info.info2, exit_info.interruption, exit_info.interruption_error)
+    return vcpu.exit_to_user(uapi.KVM_EXIT_INTERNAL_ERROR)
+
+
+def _append(vcpu: Vcpu, *words: int) -> None:
+    """More debug words behind `internal.data[:ndata]`."""
+    internal = vcpu.kvm_run.internal
+    for word in words:
+        internal.data[internal.ndata] = word
+        internal.ndata += 1
+
+
+def unexpected_exit(vcpu: Vcpu, reason: int) -> int:
+    """KVM_EXIT_INTERNAL_ERROR, suberror UNEXPECTED_EXIT_REASON: data are the reason and the core."""
+    internal = vcpu.kvm_run.internal
+    internal.suberror, internal.ndata = uapi.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, 0
+    _append(vcpu, reason, vcpu.cpu_index)
+    return vcpu.exit_to_user(uapi.KVM_EXIT_INTERNAL_ERROR)
+
+
+def fail_entry(vcpu: Vcpu, reason: int) -> int:
+    """KVM_EXIT_FAIL_ENTRY: the silicon refused the guest state."""
+    failure = vcpu.kvm_run.fail_entry
+    failure.hardware_entry_failure_reason, failure.cpu = reason, vcpu.cpu_index
+    return vcpu.exit_to_user(uapi.KVM_EXIT_FAIL_ENTRY)
+
+
+def handle_exception(vcpu: Vcpu) -> int:
+    """An exception that KVM intercepted and does not know what to do with."""
+    info, exception = vcpu.exit, vcpu.kvm_run.ex
+    exception.exception, exception.error_code = info.interruption & 0xFF, info.interruption_error
+    return vcpu.exit_to_user(uapi.KVM_EXIT_EXCEPTION)

@@ -1,0 +1,25 @@
+"""Requests to a vCPU: work that must be done before its next VM entry, set by any thread.
+
+Answers to `KVM_REQ_*` of Linux 6.1 `arch/x86/include/asm/kvm_host.h`. Each is a bit of `Vcpu.requests`.
+"""
+
+REQ_EVENT = 1 << 0
+"""Look for an event to inject."""
+REQ_CLOCK_UPDATE = 1 << 1
+"""Refresh this vCPU's kvmclock page."""
+REQ_MASTERCLOCK_UPDATE = 1 << 2
+"""Recompute the VM's master clock, then every vCPU's page."""
+REQ_TLB_FLUSH = 1 << 3
+"""Drop all translations at the next entry."""
+REQ_TRIPLE_FAULT = 1 << 4
+"""Shut down (KVM_EXIT_SHUTDOWN)."""
+REQ_NMI = 1 << 5
+"""A non-maskable interrupt has arrived."""
+REQ_STEAL_UPDATE = 1 << 6
+"""Refresh the steal-time record."""
+REQ_UNHALT = 1 << 7
+"""Leave HLT (`KVM_HC_KICK_CPU`)."""
+REQ_IOAPIC_EOI = 1 << 8
+"""Report an end of interrupt to the user-space I/O APIC (KVM_EXIT_IOAPIC_EOI)."""
+REQ_CLOCK = REQ_CLOCK_UPDATE | REQ_MASTERCLOCK_UPDATE | REQ_STEAL_UPDATE
+"""All that `kvmclock.service()` handles."""

@@ -1,0 +1,247 @@
+"""KVM_RUN: the loop that enters the guest, handles its exits, waits in HLT, and returns to user space.
+
+Answers to Linux 6.1 `arch/x86/kvm/x86.c`: `kvm_arch_vcpu_ioctl_run()`, `vcpu_run()`, `vcpu_enter_guest()`, `vcpu_block()`; and to
+`Documentation/virt/kvm/api.rst` for `struct kvm_run`. Results: 1 = run on, 0 = to user space with an exit reason, negative = -errno.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+from typing import TYPE_CHECKING
+
+from softkvm.host import entry, trace
+from softkvm.host.task import Task
+from softkvm.kvm import events, kvmclock, regs, reset
+from softkvm.kvm.irqchip import irq
+from softkvm.kvm.request import REQ_CLOCK, REQ_EVENT, REQ_IOAPIC_EOI, REQ_NMI, REQ_TLB_FLUSH, REQ_TRIPLE_FAULT
+from softkvm.kvm.vcpu_core import IN_GUEST_MODE, OUTSIDE_GUEST_MODE
+from softkvm.uapi import kvm as uapi
+
+if TYPE_CHECKING:
+    from softkvm.kvm.vcpu import Vcpu
+
+RUNNABLE, HALTED, UNINITIALIZED = uapi.KVM_MP_STATE_RUNNABLE, uapi.KVM_MP_STATE_HALTED, uapi.KVM_MP_STATE_UNINITIALIZED
+_WORK = entry.XFER_TO_GUEST_MODE_WORK
+_EVENT_VALID = events.EVENT_VALID
+
+
+def ioctl_run(vcpu: Vcpu, task: Task) -> int:
+    """The whole of KVM_RUN, between vcpu_load and vcpu_put: 0 or -errno, with `kvm_run` refreshed either way."""
+    mask = vcpu.signal_mask
+    saved = signal.pthread_sigmask(signal.SIG_SETMASK, mask) if mask is not None else None
+    vcpu.attach(task)
+    vcpu.load()
+    try:
+        return _run(vcpu, task)
+    finally:
+        _save_to_user(vcpu)
+        vcpu.put()
+        vcpu.detach()
+        if saved is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, saved)
+
+
+def _run(vcpu: Vcpu, task: Task) -> int:
+    shared = vcpu.kvm_run
+    shared.flags = 0
+    if vcpu.mp_state == UNINITIALIZED:
+        return _wait_for_sipi(vcpu, task)
+    if (shared.kvm_valid_regs | shared.kvm_dirty_regs) & ~uapi.KVM_SYNC_X86_VALID_FIELDS:
+        return -errno.EINVAL
+    if vcpu.vm.irqchip is None and shared.request_interrupt_window:
+        vcpu.make_request(REQ_EVENT)
+    if shared.kvm_dirty_regs:
+        _take_dirty_regs(vcpu)
+    if vcpu.lapic is None and not regs.set_cr8(vcpu, shared.cr8):
+        return -errno.EINVAL
+    finish = vcpu.complete_userspace_io
+    if finish is not None:
+        vcpu.complete_userspace_io = None
+        if (result := finish()) <= 0:
+            return result
+    if shared.immediate_exit:
+        return -errno.EINTR
+    return vcpu_run(vcpu, task)
+
+
+def _wait_for_sipi(vcpu: Vcpu, task: Task) -> int:
+    """An application processor before its first start-up IPI: EAGAIN when woken, EINTR for a signal."""
+    if vcpu.kvm_run.immediate_exit:
+        return -errno.EINTR
+    _wait(vcpu, task)
+    reset.accept_events(vcpu)
+    return entry.xfer_to_guest_mode(task, vcpu) or -errno.EAGAIN
+
+
+def _take_dirty_regs(vcpu: Vcpu) -> None:
+    """Registers that user space changed in the mapping; OSError(EINVAL) as the ioctls that they stand for."""
+    shared = vcpu.kvm_run
+    dirty, shared.kvm_dirty_regs = shared.kvm_dirty_regs, 0
+    if dirty & uapi.KVM_SYNC_X86_REGS:
+        regs.set_regs(vcpu, uapi.Regs.from_buffer_copy(shared.regs.regs))
+    if dirty & uapi.KVM_SYNC_X86_SREGS:
+        regs.set_sregs(vcpu, uapi.Sregs.from_buffer_copy(shared.regs.sregs))
+    if dirty & uapi.KVM_SYNC_X86_EVENTS:
+        regs.set_vcpu_events(vcpu, uapi.VcpuEvents.from_buffer_copy(shared.regs.events))
+
+
+def _save_to_user(vcpu: Vcpu) -> None:
+    """`post_kvm_run_save()` and `store_regs()`: what user space sees in the mapping after every return."""
+    shared = vcpu.kvm_run
+    shared.if_flag = vcpu.state.rflags >> 9 & 1
+    shared.cr8 = regs.get_cr8(vcpu)
+    shared.apic_base = vcpu.apic_base
+    shared.ready_for_interrupt_injection = vcpu.vm.irqchip is not None or _ready_for_injection(vcpu)
+    valid = shared.kvm_valid_regs
+    if valid & uapi.KVM_SYNC_X86_REGS:
+        shared.regs.regs = regs.get_regs(vcpu)
+    if valid & uapi.KVM_SYNC_X86_SREGS:
+        shared.regs.sregs = regs.get_sregs(vcpu)
+    if valid & uapi.KVM_SYNC_X86_EVENTS:
+        shared.regs.events = regs.get_vcpu_events(vcpu)
+
+
+def vcpu_run(vcpu: Vcpu, task: Task) -> int:
+    """Run the guest until user space must act."""
+    user_pic = vcpu.vm.irqchip is None
+    shared = vcpu.kvm_run
+    while True:
+        result = enter_guest(vcpu, task) if vcpu.mp_state == RUNNABLE else block(vcpu, task)
+        if result <= 0:
+            return result
+        if user_pic and shared.request_interrupt_window and _ready_for_injection(vcpu):
+            vcpu.stats["request_irq_exits"] += 1
+            return vcpu.exit_to_user(uapi.KVM_EXIT_IRQ_WINDOW_OPEN)
+        if task.flags & _WORK and (result := entry.xfer_to_guest_mode(task, vcpu)):
+            return result
+
+
+def enter_guest(vcpu: Vcpu, task: Task) -> int:
+    """One VM entry and the handling of its exit."""
+    if vcpu.requests and (result := _service_requests(vcpu)) <= 0:
+        return result
+    expiry = vcpu.next_expiry()
+    if expiry != vcpu.armed:
+        vcpu.arm_timer(expiry)
+    vcpu.mode = IN_GUEST_MODE
+    if vcpu.requests or task.flags & _WORK:  # whoever set them now saw us in guest mode, or we see them here
+        vcpu.mode = OUTSIDE_GUEST_MODE
+        _cancel_injection(vcpu)
+        return 1
+    if trace.kvm_entry.enabled:
+        trace.kvm_entry(vcpu.vcpu_id, vcpu.state.rip)
+    reason = vcpu.enter()
+    vcpu.mode = OUTSIDE_GUEST_MODE
+    vcpu.exit_counts[reason] += 1
+    info = vcpu.exit
+    if trace.kvm_exit.enabled:
+        trace.kvm_exit(vcpu.vcpu_id, reason, vcpu.state.rip, info.qualification, info.info2, info.interruption, info.interruption_error)
+    if vcpu.flush_requested:
+        vcpu.control.tlb_control = 0
+        vcpu.flush_requested = False
+    if vcpu.events.at_silicon or info.vectoring & _EVENT_VALID:
+        events.complete(vcpu)
+    handler = vcpu.handlers.get(reason)
+    return handler(vcpu) if handler is not None else vcpu.vendor.handle_exit(vcpu, reason)
+
+
+def _cancel_injection(vcpu: Vcpu) -> None:
+    """The entry did not happen: the event goes back into the queue."""
+    if vcpu.events.at_silicon:
+        events.complete(vcpu)
+
+
+def _service_requests(vcpu: Vcpu) -> int:
+    """Do what other threads and KVM itself have asked for before this entry."""
+    requests = vcpu.take_requests()
+    if requests & REQ_CLOCK:
+        kvmclock.service(vcpu, requests)
+    if requests & REQ_TRIPLE_FAULT:
+        return vcpu.exit_to_user(uapi.KVM_EXIT_SHUTDOWN)
+    if requests & REQ_TLB_FLUSH:
+        vcpu.control.tlb_control = 1
+        vcpu.flush_requested = True
+    if requests & REQ_IOAPIC_EOI:
+        return vcpu.exit_to_user(uapi.KVM_EXIT_IOAPIC_EOI)
+    if requests & REQ_NMI:
+        _process_nmi(vcpu)
+    if requests & (REQ_EVENT | REQ_NMI):
+        reset.accept_events(vcpu)
+        if vcpu.mp_state != RUNNABLE:
+            return 1
+        events.inject_pending(vcpu, _wants_window(vcpu))
+    return 1
+
+
+def _process_nmi(vcpu: Vcpu) -> None:
+    """At most two NMIs wait: one more while one is being handled (`process_nmi()`)."""
+    queue = vcpu.events
+    blocked = vcpu.state.interruptibility & events.BLOCKED_BY_NMI or queue.nmi_injected
+    queue.nmi_pending = min(queue.nmi_pending + 1, 1 if blocked else 2)
+
+
+def _accepts_user_interrupt(vcpu: Vcpu) -> bool:
+    """`kvm_cpu_accept_dm_intr()`: user space may queue an interrupt."""
+    return not irq.has_extint(vcpu) and (vcpu.lapic is None or vcpu.lapic.accepts_pic)
+
+
+def _wants_window(vcpu: Vcpu) -> bool:
+    return bool(vcpu.vm.irqchip is None and vcpu.kvm_run.request_interrupt_window) and _accepts_user_interrupt(vcpu)
+
+
+def _ready_for_injection(vcpu: Vcpu) -> bool:
+    """`kvm_vcpu_ready_for_interrupt_injection()`."""
+    queue = vcpu.events
+    busy = queue.reinjection or queue.exception_pending
+    return not busy and events.interrupt_allowed(vcpu) and _accepts_user_interrupt(vcpu)
+
+
+# --- Waiting -----------------------------------------------------------------------------------------------------------------------
+
+
+def block(vcpu: Vcpu, task: Task) -> int:
+    """A vCPU that is halted or waits for a SIPI: sleep until there is an event for it, or work for its thread."""
+    if not runnable(vcpu):
+        _wait(vcpu, task)
+        if not runnable(vcpu):
+            return 1
+    reset.accept_events(vcpu)
+    if vcpu.mp_state == HALTED:
+        if vcpu.lapic is not None:
+            vcpu.lapic.pv_unhalted = False
+        vcpu.mp_state = RUNNABLE
+    return 1
+
+
+def _wait(vcpu: Vcpu, task: Task) -> None:
+    """Sleep until `runnable()`, work for the thread, or a wake-up; the VM's timers go on. Signals of Python get through."""
+    clock, wakeup = vcpu.clock, vcpu.wakeup
+    vcpu.blocked = True
+    try:
+        while True:
+            wakeup.clear()
+            clock.run_expired()
+            if runnable(vcpu) or task.flags & _WORK:
+                return
+            expiry = clock.next_expiry()
+            wakeup.wait(None if expiry is None else max(0, expiry - clock.monotonic_ns()) / 1e9)
+    finally:
+        vcpu.blocked = False
+
+
+def runnable(vcpu: Vcpu) -> bool:
+    """`kvm_arch_vcpu_runnable()`: whether the vCPU has reason to leave its wait."""
+    if vcpu.mp_state == RUNNABLE:
+        return True
+    lapic = vcpu.lapic
+    if lapic is not None and (lapic.pending_init or lapic.sipi_vector is not None):
+        return True
+    if vcpu.mp_state != HALTED:
+        return False
+    queue = vcpu.events
+    if queue.exception_pending or (lapic is not None and lapic.pv_unhalted):
+        return True
+    if (vcpu.requests & REQ_NMI or queue.nmi_pending) and events.nmi_allowed(vcpu):
+        return True
+    return events.interrupt_allowed(vcpu) and irq.has_interrupt(vcpu)

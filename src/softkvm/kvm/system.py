@@ -1,0 +1,81 @@
+"""/dev/kvm: capabilities, what the silicon supports, and new VMs.
+
+Answers to Linux 6.1 `kvm_dev_ioctl()`, `kvm_arch_dev_ioctl()`, `kvm_vm_ioctl_check_extension()` and `Documentation/virt/kvm/api.rst`.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable
+from contextlib import nullcontext
+
+from softkvm import silicon
+from softkvm.host.clock import Clock
+from softkvm.host.sched import Scheduler
+from softkvm.kvm import capabilities, cpuid, msr
+from softkvm.kvm.ioctl import KvmFile, ioctl, returns_array, returns_msr_values, takes_msr_indices, value, zero
+from softkvm.kvm.vcpu_core import MMAP_SIZE
+from softkvm.kvm.vm import Vm
+from softkvm.uapi import kvm as uapi
+
+DEFAULT_MODEL = "cascadelake"
+
+
+class System(KvmFile):
+    """KVM on one kind of silicon."""
+
+    unknown_ioctl = errno.EINVAL
+    ioctl_lock = nullcontext()
+
+    def __init__(self, model: silicon.Model | None = None) -> None:
+        """KVM on cores of `model`, of Intel's Cascade Lake if none is given."""
+        self.model = model if model is not None else silicon.Model(DEFAULT_MODEL)
+        self.scheduler = Scheduler(self.model)
+
+    @ioctl(uapi.KVM_GET_API_VERSION, zero)
+    def get_api_version(self) -> int:
+        """KVM_GET_API_VERSION: 12."""
+        return uapi.KVM_API_VERSION
+
+    @ioctl(uapi.KVM_CHECK_EXTENSION, value)
+    def check_extension(self, cap: int) -> int:
+        """KVM_CHECK_EXTENSION: 0 if the capability is absent."""
+        return capabilities.check(cap)
+
+    @ioctl(uapi.KVM_GET_VCPU_MMAP_SIZE, zero)
+    def get_vcpu_mmap_size(self) -> int:
+        """KVM_GET_VCPU_MMAP_SIZE, in bytes."""
+        return MMAP_SIZE
+
+    @ioctl(uapi.KVM_GET_SUPPORTED_CPUID, encode=returns_array(uapi.Cpuid2, 40))
+    def get_supported_cpuid(self) -> list[uapi.CpuidEntry2]:
+        """KVM_GET_SUPPORTED_CPUID."""
+        return cpuid.supported(self.model)
+
+    @ioctl(uapi.KVM_GET_MSR_INDEX_LIST, encode=returns_array(uapi.MsrList, 4))
+    def get_msr_index_list(self) -> list[int]:
+        """KVM_GET_MSR_INDEX_LIST: MSRs that belong to a vCPU's state."""
+        return msr.index_list(self.model)
+
+    @ioctl(uapi.KVM_GET_MSR_FEATURE_INDEX_LIST, encode=returns_array(uapi.MsrList, 4))
+    def get_msr_feature_index_list(self) -> list[int]:
+        """KVM_GET_MSR_FEATURE_INDEX_LIST: MSRs that tell features."""
+        return msr.feature_index_list(self.model)
+
+    @ioctl(uapi.KVM_GET_MSRS, takes_msr_indices, returns_msr_values)
+    def get_msrs(self, indices: Iterable[int]) -> list[int]:
+        """KVM_GET_MSRS of the system: values of feature MSRs, up to the first that is none."""
+        values: list[int] = []
+        for index in indices:
+            try:
+                values.append(msr.get_feature(self.model, index))
+            except msr.MsrError:
+                break
+        return values
+
+    @ioctl(uapi.KVM_CREATE_VM, value)
+    def create_vm(self, type: int = 0, clock: Clock | None = None) -> Vm:
+        """KVM_CREATE_VM; OSError(EINVAL) for a type but 0. `clock` is the VM's time, the real one if none is given."""
+        if type:
+            raise OSError(errno.EINVAL, "x86 has one type of VM")
+        return Vm(self, clock if clock is not None else Clock())

@@ -1,0 +1,171 @@
+"""The guest's time stamp counter: offset and rate of each vCPU, and how the vCPUs of a VM are kept in step.
+
+Answers to Linux 6.1 `arch/x86/kvm/x86.c` (`kvm_synchronize_tsc()` and its neighbours) and `Documentation/virt/kvm/devices/vcpu.rst`
+(KVM_VCPU_TSC_OFFSET). guest TSC = (host TSC * ratio) + offset, modulo 2^64; the host's TSC counts as stable.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from softkvm.host.clock import KHZ_NSEC
+from softkvm.kvm import request
+
+if TYPE_CHECKING:
+    from softkvm.host.clock import Clock
+    from softkvm.kvm.types import Vcpu
+
+_U64 = (1 << 64) - 1
+FRACTION_BITS = 48
+"""Fixed point of `Control.tsc_multiplier`; 1 << 48 is the host's rate."""
+SVM_FRACTION_BITS = 32
+"""Precision of AMD's TSC ratio MSR."""
+TOLERANCE_PPM = 250
+"""How far a wanted rate may be from the host's before scaling is used (KVM's `tsc_tolerance_ppm`)."""
+MAX_KHZ = 0x7FFF_FFFF
+
+
+@dataclass(slots=True)
+class Generation:
+    """One epoch of TSC writes: vCPUs of the same generation have the same offset."""
+
+    number: int = 0
+    nsec: int = 0
+    write: int = 0
+    offset: int = 0
+
+
+class VmTsc:
+    """What the vCPUs of a VM share: the last write, and the current generation."""
+
+    def __init__(self, clock: Clock) -> None:
+        """A VM without vCPUs, whose vCPUs will run at the host's rate."""
+        self.lock = threading.Lock()
+        self.default_khz = clock.tsc_khz
+        """Rate of new vCPUs in kHz: KVM_SET_TSC_KHZ of the VM."""
+        self.last_nsec = self.last_write = self.last_khz = self.last_offset = 0
+        self.current = Generation()
+        self.vcpus_matched = 0
+        """vCPUs of the current generation, not counting the one that began it."""
+        self._host_khz = clock.tsc_khz
+
+    def set_default_khz(self, khz: int) -> None:
+        """KVM_SET_TSC_KHZ of the VM: the rate of vCPUs to come, 0 for the host's; OSError(EINVAL) for one that is too high."""
+        self.default_khz = checked_khz(khz or self._host_khz)
+
+
+def checked_khz(khz: int) -> int:
+    """`khz`, or OSError(EINVAL) if the silicon cannot scale to it."""
+    if not 0 < khz < MAX_KHZ:
+        raise OSError(errno.EINVAL, "TSC frequency out of range")
+    return khz
+
+
+class VcpuTsc:
+    """Offset and rate of one vCPU's TSC; what the silicon needs of it is kept in the control block."""
+
+    def __init__(self, vcpu: Vcpu) -> None:
+        """A TSC at the VM's default rate; `synchronize(0)` starts it once the vCPU is online."""
+        self._vcpu = vcpu
+        self._clock = vcpu.vm.clock
+        self._vm = vcpu.vm.tsc
+        self.khz = 0
+        """Rate that the guest is told, in kHz."""
+        self.offset = 0
+        self.ratio = 1 << FRACTION_BITS
+        self.adjust = 0
+        """IA32_TSC_ADJUST."""
+        self.generation = Generation()
+        self.set_khz(self._vm.default_khz)
+
+    def read(self, host_tsc: int | None = None) -> int:
+        """The guest's TSC now, or when the host's TSC was `host_tsc`."""
+        return (self.scale(self._clock.tsc() if host_tsc is None else host_tsc) + self.offset) & _U64
+
+    def scale(self, host_cycles: int) -> int:
+        """Host cycles to guest cycles."""
+        return host_cycles * self.ratio >> FRACTION_BITS
+
+    def ns_until(self, guest_tsc: int) -> int:
+        """Nanoseconds until the guest's TSC reaches `guest_tsc`; 0 if it has."""
+        left = guest_tsc - self.read()
+        if left <= 0:
+            return 0
+        return -(-(left << FRACTION_BITS) * KHZ_NSEC // (self.ratio * self._clock.tsc_khz))
+
+    def set_khz(self, khz: int) -> None:
+        """KVM_SET_TSC_KHZ; 0 means the host's rate. OSError(EINVAL) for a rate that cannot be scaled to."""
+        host_khz = self._clock.tsc_khz
+        khz = checked_khz(khz or host_khz)
+        ratio = 1 << FRACTION_BITS
+        if abs(khz - host_khz) * 1_000_000 > TOLERANCE_PPM * host_khz:
+            precision = SVM_FRACTION_BITS if self._vcpu.model.vendor == "amd" else FRACTION_BITS
+            ratio = (khz << precision) // host_khz << FRACTION_BITS - precision
+        self.khz, self.ratio = khz, ratio
+        self._vcpu.control.tsc_multiplier = ratio
+
+    def synchronize(self, data: int) -> None:
+        """A host write of IA32_TSC, and with 0 the start of a new vCPU's TSC.
+
+        Writes that are within a second of what the last write would have become are taken as an attempt to make all vCPUs equal: they
+        get the VM's current offset, and the value itself is ignored.
+        """
+        with self._vm.lock:
+            now_tsc = self._clock.tsc()
+            offset = (data - self.scale(now_tsc)) & _U64
+            nsec = self._clock.boottime_at(now_tsc)
+            matched = self._is_synchronizing(data, nsec) and self.khz == self._vm.last_khz
+            if matched:
+                offset = self._vm.current.offset
+            self._write(offset, data, nsec, matched)
+        self._track_matching()
+
+    def set_offset(self, offset: int) -> None:
+        """KVM_VCPU_TSC_OFFSET: an offset from the host's TSC, as two's complement of 64 bits."""
+        with self._vm.lock:
+            matched = self._vm.last_offset == offset and self._vm.last_khz == self.khz
+            now_tsc = self._clock.tsc()
+            self._write(offset, (self.scale(now_tsc) + offset) & _U64, self._clock.boottime_at(now_tsc), matched)
+        self._track_matching()
+
+    def guest_write(self, data: int) -> None:
+        """WRMSR of IA32_TSC: moves TSC and TSC_ADJUST by the same amount, on this vCPU alone."""
+        delta = (data - self.read()) & _U64
+        self._set_offset(self.offset + delta)
+        self.adjust = (self.adjust + delta) & _U64
+
+    def guest_write_adjust(self, value: int) -> None:
+        """WRMSR of IA32_TSC_ADJUST: moves the TSC by the change."""
+        self._set_offset(self.offset + value - self.adjust)
+        self.adjust = value
+        self._vcpu.make_request(request.REQ_CLOCK_UPDATE)
+
+    def _set_offset(self, offset: int) -> None:
+        self.offset = offset & _U64
+        self._vcpu.control.tsc_offset = self.offset
+
+    def _is_synchronizing(self, data: int, nsec: int) -> bool:
+        if data == 0:
+            return True
+        cycles = (nsec - self._vm.last_nsec) * self.khz // KHZ_NSEC
+        expected, second = self._vm.last_write + cycles & _U64, self.khz * 1000
+        return data < (expected + second & _U64) and (data + second & _U64) > expected
+
+    def _write(self, offset: int, data: int, nsec: int, matched: bool) -> None:
+        vm = self._vm
+        vm.last_nsec, vm.last_write, vm.last_khz, vm.last_offset = nsec, data, self.khz, offset
+        self._set_offset(offset)
+        if not matched:
+            vm.current = Generation(vm.current.number + 1, nsec, data, offset)
+            vm.vcpus_matched = 0
+        elif self.generation.number != vm.current.number:
+            vm.vcpus_matched += 1
+        self.generation = vm.current
+
+    def _track_matching(self) -> None:
+        kvmclock = self._vcpu.vm.kvmclock
+        if kvmclock.use_master_clock or kvmclock.all_tscs_match():
+            self._vcpu.make_request(request.REQ_MASTERCLOCK_UPDATE)

@@ -1,0 +1,317 @@
+"""A virtual CPU: its parts and its ioctls.
+
+Answers to Linux 6.1 `kvm_vcpu_ioctl()`, `kvm_arch_vcpu_ioctl()`, `kvm_arch_vcpu_create()` and `Documentation/virt/kvm/api.rst` (vCPU
+ioctls). Architectural state is always in `block`; what KVM keeps beside it (events, local APIC, MSRs, clocks) has a class of its own each.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from softkvm.host.task import current
+from softkvm.kvm import cpuid, exits, fpu, msr, regs, reset, run
+from softkvm.kvm.ioctl import (
+    fields,
+    ioctl,
+    returns,
+    returns_array,
+    returns_msr_values,
+    takes,
+    takes_array,
+    takes_msr_indices,
+    takes_msr_values,
+    takes_signal_set,
+    value,
+    zero,
+)
+from softkvm.kvm.irqchip.lapic import Lapic
+from softkvm.kvm.kvmclock import PvClock
+from softkvm.kvm.request import REQ_EVENT, REQ_NMI
+from softkvm.kvm.tsc import VcpuTsc
+from softkvm.kvm.vcpu_core import NO_INTERRUPT, VcpuCore
+from softkvm.kvm.vendor import setup_controls
+from softkvm.uapi import kvm as uapi
+
+if TYPE_CHECKING:
+    from softkvm.kvm.vm import Vm
+
+MAX_CPUID_ENTRIES = 256
+_CR4_INTERCEPTED = regs.CR4_VMXE | regs.CR4_SMXE | regs.CR4_OSXSAVE | regs.CR4_PKE | regs.CR4_PCIDE | regs.CR4_LA57
+"""CR4 bits whose change KVM must see: those without which it refuses, and those that CPUID shows."""
+
+
+class Vcpu(VcpuCore):
+    """One vCPU. Its ioctls exclude each other (the vCPU mutex); `kick()`, `kick_guest()`, `wake()`, `make_request()` are for any thread."""
+
+    def __init__(self, vm: Vm, vcpu_id: int) -> None:
+        """A vCPU after RESET; only `Vm.create_vcpu` makes one."""
+        super().__init__(vm, vcpu_id)
+        self.model = vm.model
+        self.cpuid = cpuid.CpuidTable([])
+        self.msrs = msr.MsrState(self)
+        self.tsc = VcpuTsc(self)
+        self.pvclock = PvClock(self)
+        self.apic_base = 0xFEE0_0000 | 0x800 | (0x100 if vcpu_id == vm.boot_cpu_id else 0)
+        self.lapic: Lapic | None = None
+        self.mp_state = uapi.KVM_MP_STATE_RUNNABLE
+        if vm.irqchip_in_kernel:
+            self.lapic = Lapic(self)
+            if vcpu_id != vm.boot_cpu_id:
+                self.mp_state = uapi.KVM_MP_STATE_UNINITIALIZED
+        setup_controls(self, 0)
+        reset.reset(self, init=False)
+        self._update_cr4_mask()
+
+    def set_apic_base(self, apic_base: int) -> None:
+        """IA32_APIC_BASE from user space; OSError(EINVAL) for an impossible value."""
+        if apic_base == self.apic_base:
+            return
+        try:
+            msr.set(self, msr.IA32_APIC_BASE, apic_base, True)
+        except msr.MsrError:
+            raise OSError(errno.EINVAL, "bad APIC base") from None
+
+    def _update_cr4_mask(self) -> None:
+        """The host owns the CR4 bits that CPUID does not allow, and those whose change CPUID shows."""
+        self.control.cr4_mask = regs.cr4_reserved(self) | _CR4_INTERCEPTED
+
+    # --- Running --------------------------------------------------------------------------------------------------------------------
+
+    @ioctl(uapi.KVM_RUN, zero)
+    def run(self) -> None:
+        """KVM_RUN; OSError EINTR (signal, immediate_exit), EAGAIN (before SIPI), EFAULT (no memory behind a slot), EIO (closed VM)."""
+        result = run.ioctl_run(self, current())
+        if result < 0:
+            raise OSError(-result, "KVM_RUN")
+
+    @ioctl(uapi.KVM_INTERRUPT, fields(uapi.Interrupt, "irq"))
+    def interrupt(self, irq: int) -> None:
+        """KVM_INTERRUPT: queue a vector; OSError EINVAL above 255, ENXIO with the PIC in the kernel, EEXIST if one waits already."""
+        if not 0 <= irq < uapi.KVM_NR_INTERRUPTS:
+            raise OSError(errno.EINVAL, "no such vector")
+        if self.vm.irqchip is not None:
+            raise OSError(errno.ENXIO, "the PIC is in the kernel")
+        if self.userspace_irq != NO_INTERRUPT:
+            raise OSError(errno.EEXIST, "an interrupt waits already")
+        self.userspace_irq = irq
+        self.make_request(REQ_EVENT)
+
+    @ioctl(uapi.KVM_NMI)
+    def nmi(self) -> None:
+        """KVM_NMI: queue a non-maskable interrupt."""
+        self.make_request(REQ_NMI)
+
+    @ioctl(uapi.KVM_SET_SIGNAL_MASK, takes_signal_set)
+    def set_signal_mask(self, signals: Iterable[int] | None) -> None:
+        """KVM_SET_SIGNAL_MASK: signals that the thread blocks during KVM_RUN, None for its own mask."""
+        self.signal_mask = None if signals is None else frozenset(signals) & signal.valid_signals()
+
+    # --- Registers ------------------------------------------------------------------------------------------------------------------
+
+    @ioctl(uapi.KVM_GET_REGS, encode=returns)
+    def get_regs(self) -> uapi.Regs:
+        """KVM_GET_REGS."""
+        return regs.get_regs(self)
+
+    @ioctl(uapi.KVM_SET_REGS, takes(uapi.Regs))
+    def set_regs(self, value: uapi.Regs) -> None:
+        """KVM_SET_REGS."""
+        regs.set_regs(self, value)
+
+    @ioctl(uapi.KVM_GET_SREGS, encode=returns)
+    def get_sregs(self) -> uapi.Sregs:
+        """KVM_GET_SREGS."""
+        return regs.get_sregs(self)
+
+    @ioctl(uapi.KVM_SET_SREGS, takes(uapi.Sregs))
+    def set_sregs(self, value: uapi.Sregs) -> None:
+        """KVM_SET_SREGS; OSError(EINVAL)."""
+        regs.set_sregs(self, value)
+
+    @ioctl(uapi.KVM_GET_SREGS2, encode=returns)
+    def get_sregs2(self) -> uapi.Sregs2:
+        """KVM_GET_SREGS2."""
+        return regs.get_sregs2(self)
+
+    @ioctl(uapi.KVM_SET_SREGS2, takes(uapi.Sregs2))
+    def set_sregs2(self, value: uapi.Sregs2) -> None:
+        """KVM_SET_SREGS2; OSError(EINVAL)."""
+        regs.set_sregs2(self, value)
+
+    @ioctl(uapi.KVM_GET_DEBUGREGS, encode=returns)
+    def get_debugregs(self) -> uapi.Debugregs:
+        """KVM_GET_DEBUGREGS."""
+        return regs.get_debugregs(self)
+
+    @ioctl(uapi.KVM_SET_DEBUGREGS, takes(uapi.Debugregs))
+    def set_debugregs(self, value: uapi.Debugregs) -> None:
+        """KVM_SET_DEBUGREGS; OSError(EINVAL)."""
+        regs.set_debugregs(self, value)
+
+    @ioctl(uapi.KVM_GET_VCPU_EVENTS, encode=returns)
+    def get_vcpu_events(self) -> uapi.VcpuEvents:
+        """KVM_GET_VCPU_EVENTS."""
+        return regs.get_vcpu_events(self)
+
+    @ioctl(uapi.KVM_SET_VCPU_EVENTS, takes(uapi.VcpuEvents))
+    def set_vcpu_events(self, value: uapi.VcpuEvents) -> None:
+        """KVM_SET_VCPU_EVENTS; OSError(EINVAL)."""
+        regs.set_vcpu_events(self, value)
+
+    @ioctl(uapi.KVM_GET_FPU, encode=returns)
+    def get_fpu(self) -> uapi.Fpu:
+        """KVM_GET_FPU."""
+        return fpu.get_fpu(self)
+
+    @ioctl(uapi.KVM_SET_FPU, takes(uapi.Fpu))
+    def set_fpu(self, value: uapi.Fpu) -> None:
+        """KVM_SET_FPU."""
+        fpu.set_fpu(self, value)
+
+    @ioctl(uapi.KVM_GET_XSAVE, encode=returns)
+    def get_xsave(self) -> uapi.Xsave:
+        """KVM_GET_XSAVE."""
+        return fpu.get_xsave(self)
+
+    @ioctl(uapi.KVM_GET_XSAVE2, encode=returns)
+    def get_xsave2(self) -> uapi.Xsave:
+        """KVM_GET_XSAVE2: no dynamic feature makes the area larger than KVM_GET_XSAVE's."""
+        return fpu.get_xsave(self)
+
+    @ioctl(uapi.KVM_SET_XSAVE, takes(uapi.Xsave))
+    def set_xsave(self, value: uapi.Xsave) -> None:
+        """KVM_SET_XSAVE; OSError(EINVAL) for a header that XRSTOR would refuse."""
+        fpu.set_xsave(self, value)
+
+    @ioctl(uapi.KVM_GET_XCRS, encode=returns)
+    def get_xcrs(self) -> uapi.Xcrs:
+        """KVM_GET_XCRS."""
+        xcrs = uapi.Xcrs(nr_xcrs=1)
+        xcrs.xcrs[0].value = self.state.xcr0
+        return xcrs
+
+    @ioctl(uapi.KVM_SET_XCRS, takes(uapi.Xcrs))
+    def set_xcrs(self, value: uapi.Xcrs) -> None:
+        """KVM_SET_XCRS; OSError(EINVAL) for flags, too many, or an XCR0 that XSETBV would refuse."""
+        if value.nr_xcrs > uapi.KVM_MAX_XCRS or value.flags:
+            raise OSError(errno.EINVAL, "bad XCRs")
+        for xcr in value.xcrs[: value.nr_xcrs]:
+            if xcr.xcr == 0 and not exits.set_xcr(self, 0, xcr.value):
+                raise OSError(errno.EINVAL, "bad XCR0")
+
+    @ioctl(uapi.KVM_TRANSLATE, fields(uapi.Translation, "linear_address"), returns)
+    def translate(self, linear: int) -> uapi.Translation:
+        """KVM_TRANSLATE: the guest-physical address behind a linear one; `writeable` and `usermode` are not looked at, as in Linux."""
+        self.load()
+        try:
+            gpa = self.translate_gva(linear, 0)
+        finally:
+            self.put()
+        result = uapi.Translation(linear_address=linear, valid=gpa is not None, writeable=1)
+        result.physical_address = (1 << 64) - 1 if gpa is None else gpa
+        return result
+
+    # --- CPUID and MSRs -------------------------------------------------------------------------------------------------------------
+
+    @ioctl(uapi.KVM_SET_CPUID2, takes_array(uapi.Cpuid2, uapi.CpuidEntry2, MAX_CPUID_ENTRIES))
+    def set_cpuid2(self, entries: list[uapi.CpuidEntry2]) -> None:
+        """KVM_SET_CPUID2; OSError E2BIG above 256 entries, EINVAL for an impossible set or a change after KVM_RUN."""
+        if len(entries) > MAX_CPUID_ENTRIES:
+            raise OSError(errno.E2BIG, "too many CPUID entries")
+        if self._last_cpu is not None and list(map(bytes, entries)) != list(map(bytes, self.cpuid.entries())):
+            raise OSError(errno.EINVAL, "CPUID cannot change once the vCPU has run")
+        self.cpuid = cpuid.CpuidTable(entries)
+        cpuid.update_runtime(self)
+        self._update_cr4_mask()
+
+    @ioctl(uapi.KVM_GET_CPUID2, encode=returns_array(uapi.Cpuid2, 40))
+    def get_cpuid2(self) -> list[uapi.CpuidEntry2]:
+        """KVM_GET_CPUID2."""
+        return self.cpuid.entries()
+
+    @ioctl(uapi.KVM_GET_MSRS, takes_msr_indices, returns_msr_values)
+    def get_msrs(self, indices: Iterable[int]) -> list[int]:
+        """KVM_GET_MSRS: the values up to the first MSR that cannot be read."""
+        values: list[int] = []
+        for index in indices:
+            try:
+                values.append(msr.get(self, index, True))
+            except msr.MsrError:
+                break
+        return values
+
+    @ioctl(uapi.KVM_SET_MSRS, takes_msr_values)
+    def set_msrs(self, values: Mapping[int, int] | Iterable[tuple[int, int]]) -> int:
+        """KVM_SET_MSRS: the number written, up to the first MSR that refuses its value."""
+        done = 0
+        for index, data in values.items() if isinstance(values, Mapping) else values:
+            try:
+                msr.set(self, index, data, True)
+            except msr.MsrError:
+                break
+            done += 1
+        return done
+
+    @ioctl(uapi.KVM_SET_TSC_KHZ, value)
+    def set_tsc_khz(self, khz: int) -> None:
+        """KVM_SET_TSC_KHZ: 0 is the host's rate; OSError(EINVAL) if the silicon cannot scale to it."""
+        self.tsc.set_khz(khz)
+
+    @ioctl(uapi.KVM_GET_TSC_KHZ)
+    def get_tsc_khz(self) -> int:
+        """KVM_GET_TSC_KHZ."""
+        return self.tsc.khz
+
+    @ioctl(uapi.KVM_KVMCLOCK_CTRL)
+    def kvmclock_ctrl(self) -> None:
+        """KVM_KVMCLOCK_CTRL: tell the guest that it was paused; OSError(EINVAL) if it has no kvmclock."""
+        self.pvclock.set_guest_paused()
+
+    # --- Local APIC and state of execution ------------------------------------------------------------------------------------------
+
+    def _need_lapic(self) -> Lapic:
+        if self.lapic is None:
+            raise OSError(errno.EINVAL, "no local APIC in the kernel")
+        return self.lapic
+
+    @ioctl(uapi.KVM_GET_LAPIC, encode=returns)
+    def get_lapic(self) -> uapi.LapicState:
+        """KVM_GET_LAPIC; OSError(EINVAL) without one in the kernel."""
+        return uapi.LapicState.from_buffer_copy(self._need_lapic().get_state())
+
+    @ioctl(uapi.KVM_SET_LAPIC, takes(uapi.LapicState))
+    def set_lapic(self, value: uapi.LapicState) -> None:
+        """KVM_SET_LAPIC; OSError(EINVAL) without one in the kernel."""
+        self._need_lapic().set_state(bytes(value))
+
+    @ioctl(uapi.KVM_GET_MP_STATE, encode=returns)
+    def get_mp_state(self) -> uapi.MpState:
+        """KVM_GET_MP_STATE, after acting on INIT and SIPI that wait; a halted vCPU that was kicked counts as running."""
+        reset.accept_events(self)
+        halted = self.mp_state == uapi.KVM_MP_STATE_HALTED
+        unhalted = halted and self.lapic is not None and self.lapic.pv_unhalted
+        return uapi.MpState(mp_state=uapi.KVM_MP_STATE_RUNNABLE if unhalted else self.mp_state)
+
+    @ioctl(uapi.KVM_SET_MP_STATE, takes(uapi.MpState))
+    def set_mp_state(self, value: uapi.MpState) -> None:
+        """KVM_SET_MP_STATE; OSError(EINVAL) for a state that x86 lacks, or any but RUNNABLE without a local APIC in the kernel."""
+        state = value.mp_state
+        if state > uapi.KVM_MP_STATE_SIPI_RECEIVED or (self.lapic is None and state != uapi.KVM_MP_STATE_RUNNABLE):
+            raise OSError(errno.EINVAL, "bad multiprocessing state")
+        if state == uapi.KVM_MP_STATE_SIPI_RECEIVED and self.lapic is not None:
+            self.mp_state, self.lapic.sipi_vector = uapi.KVM_MP_STATE_INIT_RECEIVED, self.lapic.sipi_vector or 0
+        else:
+            self.mp_state = state
+        self.make_request(REQ_EVENT)
+
+    @ioctl(uapi.KVM_ENABLE_CAP, takes(uapi.EnableCap))
+    def enable_cap(self, cap: uapi.EnableCap) -> None:
+        """KVM_ENABLE_CAP: no capability is enabled per vCPU, each is OSError(EINVAL)."""
+        raise OSError(errno.EINVAL, f"capability {cap.cap} cannot be enabled on a vCPU")
+
+    def close(self) -> None:
+        """close(2): later ioctls fail with EBADF."""
+        self.closed = True

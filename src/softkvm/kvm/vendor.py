@@ -1,0 +1,87 @@
+"""What the run loop asks of a vendor module (`vmx`, `svm`): the counterpart of `struct kvm_x86_ops`, and what both set up alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from ctypes import memset, sizeof
+from typing import TYPE_CHECKING, Protocol
+
+from softkvm.silicon.control import Intercept
+
+if TYPE_CHECKING:
+    from softkvm.kvm.vcpu import Vcpu
+
+Handler = Callable[["Vcpu"], int]
+
+INTERCEPTS = sum(
+    1 << intercept
+    for intercept in (
+        Intercept.NMI,
+        Intercept.SMI,
+        Intercept.INIT,
+        Intercept.HLT,
+        Intercept.MONITOR,
+        Intercept.MWAIT,
+        Intercept.RDPMC,
+        Intercept.CPUID,
+        Intercept.INVD,
+        Intercept.XSETBV,
+        Intercept.SHUTDOWN,
+        Intercept.HYPERCALL,
+        Intercept.VM_INSTRUCTION,
+        Intercept.IO,
+        Intercept.MSR_BITMAP,
+    )
+)
+"""What a guest may not do by itself."""
+
+_MSR_TSC = 0x10
+_PASSED_THROUGH = (0x174, 0x175, 0x176, 0xC000_0081, 0xC000_0082, 0xC000_0083, 0xC000_0084, 0xC000_0100, 0xC000_0101, 0xC000_0102)
+"""SYSENTER_{CS,ESP,EIP}, STAR, LSTAR, CSTAR, SYSCALL_MASK, FS, GS and kernel GS base: the silicon has and checks them all by itself."""
+_CR8_BIT = 1 << 8
+
+
+class Vendor(Protocol):
+    """A vendor module."""
+
+    @property
+    def exit_interrupt(self) -> int:
+        """The exit reason of a host interrupt."""
+
+    @property
+    def exit_memory_fault(self) -> int:
+        """The exit reason of a nested page fault."""
+
+    @property
+    def handlers(self) -> dict[int, Handler]:
+        """Exit reason -> handler: 1 = run on, 0 = to user space, negative = -errno."""
+
+    def handle_exit(self, vcpu: Vcpu, reason: int) -> int:
+        """Handle an exit that is in no hurry, or in no table."""
+
+    def next_rip(self, vcpu: Vcpu) -> int | None:
+        """Address behind the instruction that exited; None if the silicon does not tell."""
+
+    def memory_fault(self, vcpu: Vcpu) -> tuple[int, bool]:
+        """GPA of the nested page fault, and whether it was a write."""
+
+
+def setup_controls(vcpu: Vcpu, cr4_host_owned: int) -> None:
+    """The controls that a new vCPU starts with."""
+    control = vcpu.control
+    control.intercepts = INTERCEPTS
+    control.cr_read = control.cr_write = _CR8_BIT
+    control.cr4_mask = cr4_host_owned
+    control.cr4_shadow = vcpu.state.cr4
+    control.tsc_multiplier = 1 << 48
+    control.vpid = vcpu.vcpu_id + 1
+    memset(vcpu.block.msr_bitmap, 0xFF, sizeof(vcpu.block.msr_bitmap))
+    _pass_through(vcpu, _MSR_TSC, write=False)
+    for index in _PASSED_THROUGH:
+        _pass_through(vcpu, index, write=False)
+        _pass_through(vcpu, index, write=True)
+
+
+def _pass_through(vcpu: Vcpu, index: int, write: bool) -> None:
+    """Let the guest use the MSR without an exit."""
+    vcpu.block.msr_bitmap[1 if index >> 30 else 0][int(write)][(index & 0x1FFF) >> 3] &= ~(1 << (index & 7))

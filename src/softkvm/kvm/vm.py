@@ -1,0 +1,293 @@
+"""A virtual machine: its memory, interrupt chips, clocks and vCPUs, and the ioctls on its file.
+
+Answers to Linux 6.1 `kvm_vm_ioctl()`, `kvm_arch_vm_ioctl()`, `kvm_vm_ioctl_create_vcpu()` and `Documentation/virt/kvm/api.rst`.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from contextlib import nullcontext
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from softkvm.host import task
+from softkvm.host.clock import Clock
+from softkvm.kvm import capabilities, svm, vmx
+from softkvm.kvm.coalesced import Coalesced
+from softkvm.kvm.eventfd import EventFds
+from softkvm.kvm.iobus import IoBus
+from softkvm.kvm.ioctl import KvmFile, fields, ioctl, pointed_u64, returns, returns_bitmap, returns_first_u32, takes, takes_array, value
+from softkvm.kvm.irqchip import Irqchip
+from softkvm.kvm.irqchip.pit import Pit
+from softkvm.kvm.irqchip.routing import MAX_ROUTES, USERSPACE_SOURCE, Routing
+from softkvm.kvm.kvmclock import VmClock
+from softkvm.kvm.mmu import Mmu
+from softkvm.kvm.tsc import VmTsc
+from softkvm.kvm.vcpu import Vcpu
+from softkvm.kvm.vendor import Vendor
+from softkvm.uapi import kvm as uapi
+
+if TYPE_CHECKING:
+    from softkvm.kvm.system import System
+
+_VENDORS: dict[str, Vendor] = {"intel": vmx, "amd": svm}
+_PAGE = 4096
+_MAXPHYADDR_LEAF = 0x8000_0008
+_X2APIC_FLAGS = 3  # KVM_X2APIC_API_USE_32BIT_IDS, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
+
+
+class Vm(KvmFile):
+    """One virtual machine; a context manager that closes it."""
+
+    unknown_ioctl = errno.ENOTTY
+    ioctl_lock = nullcontext()
+
+    def __init__(self, system: System, clock: Clock) -> None:
+        """A VM without memory, chips and vCPUs; only `System.create_vm` makes one."""
+        self.model = system.model
+        self.scheduler = system.scheduler
+        self.vendor = _VENDORS[self.model.vendor]
+        self.clock = clock
+        self.lock = threading.RLock()
+        self.mmu = Mmu(self.lock, 1 << (self.model.cpuid(_MAXPHYADDR_LEAF, 0)[0] & 0xFF))
+        self.memory = self.mmu
+        self.vcpus: list[Vcpu] = []
+        self.boot_cpu_id = 0
+        self.pio_bus, self.mmio_bus = IoBus(self.lock), IoBus(self.lock)
+        self.routing = Routing(self)
+        self.irqchip: Irqchip | None = None
+        self.pit: Pit | None = None
+        self.tsc = VmTsc(clock)
+        self.kvmclock = VmClock(self)
+        self.eventfds = EventFds(self)
+        self.coalesced = Coalesced(self)
+        self.exception_payload = False
+        self.triple_fault_event = False
+        self.tss_addr = 0
+        self.identity_map_addr = 0
+        clock.on_earlier = self._timer_came_nearer
+
+    def __enter__(self) -> Vm:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop all vCPUs and free what the VM holds; harmless when repeated. Later ioctls fail with EBADF."""
+        if self.closed:
+            return
+        self.closed = True
+        for vcpu in self.vcpus:
+            vcpu.kick()
+            vcpu.close()
+        self.eventfds.close()
+
+    @property
+    def irqchip_in_kernel(self) -> bool:
+        """Whether vCPUs have their local APIC in KVM."""
+        return self.irqchip is not None
+
+    def _timer_came_nearer(self) -> None:
+        """A timer was armed that is first now: a vCPU's own thread sees it at its next entry, the others are told."""
+        mine = task.current()
+        if not any(vcpu.task is mine for vcpu in self.vcpus):
+            for vcpu in self.vcpus:
+                vcpu.wake()
+                vcpu.kick_guest()
+
+    # --- Capabilities ---------------------------------------------------------------------------------------------------------------
+
+    @ioctl(uapi.KVM_CHECK_EXTENSION, value)
+    def check_extension(self, cap: int) -> int:
+        """KVM_CHECK_EXTENSION: 0 if the capability is absent."""
+        return capabilities.check(cap)
+
+    @ioctl(uapi.KVM_ENABLE_CAP, takes(uapi.EnableCap))
+    def enable_cap(self, cap: uapi.EnableCap) -> None:
+        """KVM_ENABLE_CAP; OSError(EINVAL) for flags, and for what cannot be enabled."""
+        if cap.flags:
+            raise OSError(errno.EINVAL, "bad flags")
+        if cap.cap == uapi.KVM_CAP_EXCEPTION_PAYLOAD:
+            self.exception_payload = bool(cap.args[0])
+        elif cap.cap == uapi.KVM_CAP_X86_TRIPLE_FAULT_EVENT:
+            self.triple_fault_event = bool(cap.args[0])
+        elif cap.cap == uapi.KVM_CAP_X2APIC_API and not cap.args[0] & ~_X2APIC_FLAGS:
+            self.routing.x2apic_format |= bool(cap.args[0] & 1)
+        else:
+            raise OSError(errno.EINVAL, "no such capability")
+
+    # --- Memory ---------------------------------------------------------------------------------------------------------------------
+
+    @ioctl(uapi.KVM_SET_USER_MEMORY_REGION, takes(uapi.UserspaceMemoryRegion))
+    def set_user_memory_region(self, region: uapi.UserspaceMemoryRegion) -> None:
+        """KVM_SET_USER_MEMORY_REGION; OSError EINVAL for a bad slot, EEXIST for an overlap."""
+        self.mmu.set_region(region)
+
+    @ioctl(uapi.KVM_GET_DIRTY_LOG, fields(uapi.DirtyLog, "slot"), returns_bitmap)
+    def get_dirty_log(self, slot: int) -> bytes:
+        """KVM_GET_DIRTY_LOG: the slot's bitmap (64-bit words), which starts anew; OSError EINVAL or ENOENT."""
+        return self.mmu.get_dirty_log(slot)
+
+    @ioctl(uapi.KVM_SET_TSS_ADDR, value)
+    def set_tss_addr(self, address: int) -> None:
+        """KVM_SET_TSS_ADDR: three pages for real mode on old Intel CPUs, which this silicon does not need; OSError(EINVAL) above 4 GB."""
+        if address > (1 << 32) - 3 * _PAGE:
+            raise OSError(errno.EINVAL, "the TSS must lie below 4 GB")
+        self.tss_addr = address
+
+    @ioctl(uapi.KVM_SET_IDENTITY_MAP_ADDR, pointed_u64)
+    def set_identity_map_addr(self, address: int) -> None:
+        """KVM_SET_IDENTITY_MAP_ADDR, as `set_tss_addr`; OSError(EINVAL) after the first vCPU."""
+        with self.lock:
+            if self.vcpus:
+                raise OSError(errno.EINVAL, "there are vCPUs")
+            self.identity_map_addr = address
+
+    # --- Interrupts -----------------------------------------------------------------------------------------------------------------
+
+    def _need_irqchip(self, error: int) -> Irqchip:
+        if self.irqchip is None:
+            raise OSError(error, "no interrupt chips in the kernel")
+        return self.irqchip
+
+    @ioctl(uapi.KVM_CREATE_IRQCHIP)
+    def create_irqchip(self) -> None:
+        """KVM_CREATE_IRQCHIP; OSError EEXIST if there are chips, EINVAL if there are vCPUs."""
+        with self.lock:
+            if self.irqchip is not None:
+                raise OSError(errno.EEXIST, "there are interrupt chips")
+            if self.vcpus:
+                raise OSError(errno.EINVAL, "there are vCPUs")
+            self.irqchip = Irqchip(self)
+
+    @ioctl(uapi.KVM_CREATE_PIT2, takes(uapi.PitConfig))
+    def create_pit2(self, config: uapi.PitConfig) -> None:
+        """KVM_CREATE_PIT2; OSError EEXIST if there is one, ENOENT without interrupt chips."""
+        with self.lock:
+            if self.pit is not None:
+                raise OSError(errno.EEXIST, "there is a PIT")
+            self._need_irqchip(errno.ENOENT)
+            self.pit = Pit(self, bool(config.flags & uapi.KVM_PIT_SPEAKER_DUMMY))
+
+    @ioctl(uapi.KVM_GET_PIT2, encode=returns)
+    def get_pit2(self) -> uapi.PitState2:
+        """KVM_GET_PIT2; OSError(ENXIO) without a PIT."""
+        return self._need_pit().get_state()
+
+    @ioctl(uapi.KVM_SET_PIT2, takes(uapi.PitState2))
+    def set_pit2(self, state: uapi.PitState2) -> None:
+        """KVM_SET_PIT2; OSError(ENXIO) without a PIT."""
+        self._need_pit().set_state(state)
+
+    def _need_pit(self) -> Pit:
+        if self.pit is None:
+            raise OSError(errno.ENXIO, "no PIT in the kernel")
+        return self.pit
+
+    @ioctl(uapi.KVM_GET_IRQCHIP, takes(uapi.Irqchip), returns)
+    def get_irqchip(self, chip: uapi.Irqchip) -> uapi.Irqchip:
+        """KVM_GET_IRQCHIP of the chip `chip_id`; OSError ENXIO without chips, EINVAL for another id."""
+        return self._need_irqchip(errno.ENXIO).get_state(chip.chip_id)
+
+    @ioctl(uapi.KVM_SET_IRQCHIP, takes(uapi.Irqchip))
+    def set_irqchip(self, chip: uapi.Irqchip) -> None:
+        """KVM_SET_IRQCHIP; OSError ENXIO without chips, EINVAL for another id."""
+        self._need_irqchip(errno.ENXIO).set_state(chip)
+
+    @ioctl(uapi.KVM_SET_GSI_ROUTING, takes_array(uapi.IrqRouting, uapi.IrqRoutingEntry, MAX_ROUTES))
+    def set_gsi_routing(self, entries: list[uapi.IrqRoutingEntry]) -> None:
+        """KVM_SET_GSI_ROUTING; OSError(EINVAL) without chips, and for a bad route."""
+        self._need_irqchip(errno.EINVAL)
+        self.routing.set(entries)
+
+    @ioctl(uapi.KVM_IRQ_LINE, fields(uapi.IrqLevel, "irq", "level"))
+    def irq_line(self, gsi: int, level: int) -> None:
+        """KVM_IRQ_LINE: set a line's level; OSError(ENXIO) without chips."""
+        self._need_irqchip(errno.ENXIO)
+        self.routing.set_irq(USERSPACE_SOURCE, gsi, bool(level))
+
+    @ioctl(uapi.KVM_IRQ_LINE_STATUS, fields(uapi.IrqLevel, "irq", "level"), returns_first_u32)
+    def irq_line_status(self, gsi: int, level: int) -> int:
+        """KVM_IRQ_LINE_STATUS: as `irq_line`, and the number of APICs reached, 0 if coalesced, -1 if it goes nowhere."""
+        self._need_irqchip(errno.ENXIO)
+        return self.routing.set_irq(USERSPACE_SOURCE, gsi, bool(level))
+
+    @ioctl(uapi.KVM_SIGNAL_MSI, takes(uapi.Msi))
+    def signal_msi(self, msi: uapi.Msi) -> int:
+        """KVM_SIGNAL_MSI: above 0 if delivered, 0 if blocked; OSError EINVAL without chips or for flags, EPERM if it addresses nobody."""
+        self._need_irqchip(errno.EINVAL)
+        if msi.flags:
+            raise OSError(errno.EINVAL, "bad flags")
+        reached = self.routing.signal_msi(msi.address_lo, msi.address_hi, msi.data)
+        if reached < 0:
+            raise OSError(errno.EPERM, "no such destination")
+        return reached
+
+    @ioctl(uapi.KVM_IRQFD, takes(uapi.Irqfd))
+    def irqfd(self, request: uapi.Irqfd) -> None:
+        """KVM_IRQFD: an eventfd raises a GSI; OSError EINVAL, EBADF, EBUSY."""
+        self.eventfds.irqfd(request)
+
+    @ioctl(uapi.KVM_IOEVENTFD, takes(uapi.Ioeventfd))
+    def ioeventfd(self, request: uapi.Ioeventfd) -> None:
+        """KVM_IOEVENTFD: a guest write signals an eventfd; OSError EINVAL, EBADF, EEXIST, ENOENT."""
+        self.eventfds.ioeventfd(request)
+
+    @ioctl(uapi.KVM_REGISTER_COALESCED_MMIO, takes(uapi.CoalescedMmioZone))
+    def register_coalesced_mmio(self, zone: uapi.CoalescedMmioZone) -> None:
+        """KVM_REGISTER_COALESCED_MMIO: writes to a range go to the ring of the first vCPU; OSError(EINVAL)."""
+        self.coalesced.register(zone)
+
+    @ioctl(uapi.KVM_UNREGISTER_COALESCED_MMIO, takes(uapi.CoalescedMmioZone))
+    def unregister_coalesced_mmio(self, zone: uapi.CoalescedMmioZone) -> None:
+        """KVM_UNREGISTER_COALESCED_MMIO: every zone within the range; OSError(EINVAL)."""
+        self.coalesced.unregister(zone)
+
+    # --- Clocks ---------------------------------------------------------------------------------------------------------------------
+
+    @ioctl(uapi.KVM_GET_CLOCK, encode=returns)
+    def get_clock(self) -> uapi.ClockData:
+        """KVM_GET_CLOCK."""
+        return self.kvmclock.get()
+
+    @ioctl(uapi.KVM_SET_CLOCK, takes(uapi.ClockData))
+    def set_clock(self, data: uapi.ClockData) -> None:
+        """KVM_SET_CLOCK; OSError(EINVAL) for unknown flags."""
+        self.kvmclock.set(data)
+
+    @ioctl(uapi.KVM_SET_TSC_KHZ, value)
+    def set_tsc_khz(self, khz: int) -> None:
+        """KVM_SET_TSC_KHZ: the rate of vCPUs to come, 0 for the host's; OSError(EINVAL) for one that is too high."""
+        self.tsc.set_default_khz(khz)
+
+    @ioctl(uapi.KVM_GET_TSC_KHZ)
+    def get_tsc_khz(self) -> int:
+        """KVM_GET_TSC_KHZ: the rate of vCPUs to come."""
+        return self.tsc.default_khz
+
+    # --- vCPUs ----------------------------------------------------------------------------------------------------------------------
+
+    @ioctl(uapi.KVM_SET_BOOT_CPU_ID, value)
+    def set_boot_cpu_id(self, vcpu_id: int) -> None:
+        """KVM_SET_BOOT_CPU_ID; OSError(EBUSY) after the first vCPU."""
+        with self.lock:
+            if self.vcpus:
+                raise OSError(errno.EBUSY, "there are vCPUs")
+            self.boot_cpu_id = vcpu_id
+
+    @ioctl(uapi.KVM_CREATE_VCPU, value)
+    def create_vcpu(self, vcpu_id: int) -> Vcpu:
+        """KVM_CREATE_VCPU; OSError EINVAL for too large an id or too many vCPUs, EEXIST for an id that is taken."""
+        if not 0 <= vcpu_id < capabilities.MAX_VCPU_IDS:
+            raise OSError(errno.EINVAL, "vCPU id out of range")
+        with self.lock:
+            if len(self.vcpus) >= capabilities.MAX_VCPUS:
+                raise OSError(errno.EINVAL, "too many vCPUs")
+            if any(vcpu.vcpu_id == vcpu_id for vcpu in self.vcpus):
+                raise OSError(errno.EEXIST, f"there is a vCPU {vcpu_id}")
+            vcpu = Vcpu(self, vcpu_id)
+            self.vcpus = [*self.vcpus, vcpu]
+        vcpu.tsc.synchronize(0)
+        return vcpu

@@ -1,0 +1,34 @@
+"""What hypervisor and silicon share about running a guest: private exit reasons, access rights, and the control block as an object."""
+
+from __future__ import annotations
+
+from softkvm import _engine
+from softkvm.silicon import control
+
+EXIT_EMULATED = 0x10000
+"""The one instruction of `Control.emulate` is done."""
+EXIT_ACCESS = 0x10001
+"""The instruction of `Control.emulate` needs the device access in `Exit.access`."""
+EXIT_BUDGET = 0x10002
+"""`Control.instruction_budget` instructions have retired."""
+
+RIGHT_R, RIGHT_W, RIGHT_X = 1, 2, 4
+"""Rights of a nested page table entry, and access types of `Core.translate` (where 8 = by user mode)."""
+
+
+class Vmcb:
+    """A control block in the engine's memory and its typed view, with the parts that every exit touches at hand.
+
+    Named after AMD's, as `vmcs` would promise VMREAD: here software reads and writes the fields directly.
+    """
+
+    __slots__ = ("control", "exit", "gpr", "hardware", "state", "view")
+
+    def __init__(self) -> None:
+        self.hardware = _engine.ControlBlock()
+        """What `Core.enter` takes."""
+        self.view = control.ControlBlock.from_buffer(self.hardware)
+        self.control = self.view.control
+        self.exit = self.view.exit
+        self.state = self.view.state
+        self.gpr = self.view.state.gpr
