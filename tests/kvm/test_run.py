@@ -17,9 +17,10 @@ from tests import fake_engine
 from tests.fake_engine import exits_with
 from tests.kvm.conftest import Script, ready
 
+NAMES = ("hlt", "cpuid", "interrupt", "window", "shutdown", "invalid", "io", "unknown")
 REASONS = {
-    "intel": {"hlt": 12, "cpuid": 10, "interrupt": 1, "window": 7, "shutdown": 2, "invalid": 0x8000_0021, "io": 30, "unknown": 63},
-    "amd": {"hlt": 0x78, "cpuid": 0x72, "interrupt": 0x60, "window": 0x64, "shutdown": 0x7F, "invalid": 0xFFFF_FFFF, "io": 0x7B, "unknown": 0x3FF},
+    "intel": dict(zip(NAMES, (12, 10, 1, 7, 2, 0x8000_0021, 30, 63), strict=True)),
+    "amd": dict(zip(NAMES, (0x78, 0x72, 0x60, 0x64, 0x7F, 0xFFFF_FFFF, 0x7B, 0x3FF), strict=True)),
 }
 RIP = 0x1000
 INTERRUPT_FLAG = 1 << 9

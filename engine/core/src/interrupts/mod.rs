@@ -9,8 +9,6 @@ mod long;
 mod protected;
 mod real;
 mod software;
-#[cfg(test)]
-mod tests;
 
 use crate::cpu::{pending, Cpu};
 use crate::fault::{vector, Fault};

@@ -172,9 +172,7 @@ impl Cpu {
             return Err(self.general_protection());
         }
         self.load_rflags(flags);
-        for (number, value) in
-            [(seg::CS, u32::from(selector)), (seg::SS, ss), (seg::ES, es), (seg::DS, ds), (seg::FS, fs), (seg::GS, gs)]
-        {
+        for (number, value) in [(seg::CS, u32::from(selector)), (seg::SS, ss), (seg::ES, es), (seg::DS, ds), (seg::FS, fs), (seg::GS, gs)] {
             self.state.segments[number] = self.real_segment(number, value as u16);
         }
         self.set_gpr(gpr::RSP, esp.into());
