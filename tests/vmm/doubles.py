@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+
 from softkvm.vmm.timers import TimerQueue
 
 
@@ -49,3 +52,14 @@ class Ram:
     def write(self, offset: int, size: int, value: int) -> None:
         self.log.append(("w", offset, size))
         self.bytes[offset : offset + size] = value.to_bytes(size, "little")
+
+
+class HostBlock(mmap.mmap):
+    """Host memory for guest RAM, without an engine."""
+
+    address: int
+
+    def __new__(cls, size: int) -> HostBlock:
+        block = super().__new__(cls, -1, size)
+        block.address = ctypes.addressof(ctypes.c_char.from_buffer(block))
+        return block

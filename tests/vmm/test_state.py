@@ -31,7 +31,15 @@ def fresh(board: Board, clock: Clock) -> None:
 def used(board: Board, clock: Clock) -> None:
     """After a guest has been at every device, and time has passed."""
     for uart in board.serial:
-        for register, value in ((serial.LCR, 0x83), (0, 1), (1, 0), (serial.LCR, 3), (serial.IIR_FCR, 0xC1), (serial.MCR, 0x0B), (serial.IER, 7)):
+        for register, value in (
+            (serial.LCR, 0x83),
+            (0, 1),
+            (1, 0),
+            (serial.LCR, 3),
+            (serial.IIR_FCR, 0xC1),
+            (serial.MCR, 0x0B),
+            (serial.IER, 7),
+        ):
             uart.write(register, 1, value)
         uart.write(serial.SCR, 1, 0x5A)
         uart.receive(bytes(range(40)))

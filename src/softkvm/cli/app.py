@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import click
@@ -15,6 +16,7 @@ from softkvm.cli.options import RunOptions, StatsFormat
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: the process's own) and return the exit status."""
+    _open_missing_streams()
     try:
         return int(cli.main(args=arguments, prog_name="softkvm", standalone_mode=False) or status.SUCCESS)
     except click.Abort:
@@ -31,6 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status.OWN_ERROR
     except Exception as error:  # a bug in softkvm, whatever it is: the last line of defence before a traceback
         return _bug(error)
+
+
+def _open_missing_streams() -> None:
+    """Whoever starts us with a standard stream closed gets /dev/null there, not whatever file we happen to open first."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 def _bug(error: Exception) -> int:

@@ -26,9 +26,9 @@ class Clock:
     def __init__(self, read_tsc: Callable[[], int] | None = None, tsc_khz: int | None = None) -> None:
         """Start from the engine's TSC, or from the given counter `read_tsc` that runs at `tsc_khz` kHz."""
         if read_tsc is None or tsc_khz is None:
-            from softkvm import _engine  # here, so that a virtual clock needs no engine
+            from softkvm import silicon  # here, so that a virtual clock needs no engine
 
-            read_tsc, tsc_khz = _engine.tsc, _engine.tsc_khz()
+            read_tsc, tsc_khz = silicon.tsc, silicon.tsc_khz()
         self.tsc: Callable[[], int] = read_tsc
         """The host's time stamp counter now."""
         self.tsc_khz: int = tsc_khz

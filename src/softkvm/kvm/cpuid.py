@@ -1,7 +1,7 @@
 """CPUID: what KVM offers of the silicon's leaves, and what a guest sees of the leaves that its VMM has set.
 
-Answers to Linux 6.1 `arch/x86/kvm/cpuid.c`, `Documentation/virt/kvm/x86/cpuid.rst` and SDM vol. 2, CPUID. Two bits go beyond 6.1:
-TSC_DEADLINE_TIMER is reported as supported, as later kernels do, because the local APIC in KVM always has it.
+Answers to Linux 6.1 `arch/x86/kvm/cpuid.c`, `Documentation/virt/kvm/x86/cpuid.rst` and SDM vol. 2, CPUID. One bit goes
+beyond 6.1: TSC_DEADLINE_TIMER is reported as supported, as later kernels do, because the local APIC in KVM always has it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ KVM_SIGNATURE = (0x4B4D_564B, 0x564B_4D56, 0x4D)
 """EBX, ECX, EDX of leaf 40000000h: "KVMKVMKVM"."""
 AMD_SIGNATURES = {(0x6874_7541, 0x6974_6E65, 0x444D_4163), (0x6F67_7948, 0x6E65_476E, 0x656E_6975)}
 """EBX, EDX, ECX of leaf 0: "AuthenticAMD", "HygonGenuine"."""
+
+CR4_OSXSAVE, CR4_PKE = 1 << 18, 1 << 22
+_APIC_BASE_ENABLE = 1 << 11
 
 XSAVE_LEGACY_SIZE = 576
 """Legacy region and header of an XSAVE area, in bytes."""
@@ -79,16 +82,17 @@ def _entry(leaf: int, subleaf: int, indexed: bool, registers: Registers) -> Cpui
 def supported(model: Model) -> list[CpuidEntry2]:
     """KVM_GET_SUPPORTED_CPUID: the leaves of the silicon, cut to what KVM can give a guest, and KVM's own."""
     entries = [_entry(*offer) for offer in _offered(model)]
-    entries.append(_entry(HYPERVISOR, 0, False, (HYPERVISOR_FEATURES, *KVM_SIGNATURE)))
+    entries.append(_entry(HYPERVISOR, 0, False, Registers(HYPERVISOR_FEATURES, *KVM_SIGNATURE)))
     features = sum(1 << bit for bit in KVM_FEATURES)
-    entries.append(_entry(HYPERVISOR_FEATURES, 0, False, (features, 0, 0, 0)))
+    entries.append(_entry(HYPERVISOR_FEATURES, 0, False, Registers(features)))
     return entries
 
 
 def _offered(model: Model) -> Iterator[tuple[int, int, bool, Registers]]:
-    xcr0 = OFFERED_XCR0 & (model.cpuid(XSTATE, 0)[EAX] | model.cpuid(XSTATE, 0)[EDX] << 32)
+    xstate = Registers(*model.cpuid(XSTATE, 0))
+    xcr0 = OFFERED_XCR0 & (xstate.eax | xstate.edx << 32)
     for leaf, subleaf, indexed, *values in model.leaves():
-        registers: Registers = (values[0], values[1], values[2], values[3])
+        registers = Registers(*values)
         mask = MASKS.get((leaf, subleaf))
         if mask is not None:
             registers = mask.apply(registers)
@@ -98,12 +102,12 @@ def _offered(model: Model) -> Iterator[tuple[int, int, bool, Registers]]:
         elif leaf not in PASSED:
             continue
         if leaf == BASIC:
-            registers = (min(registers[EAX], MAX_BASIC), *registers[1:])
+            registers = registers._replace(eax=min(registers.eax, MAX_BASIC))
         elif leaf == EXTENDED:
-            registers = (min(registers[EAX], MAX_EXTENDED), *registers[1:])
+            registers = registers._replace(eax=min(registers.eax, MAX_EXTENDED))
         elif (leaf, subleaf) == (XSTATE, 0):
-            size = _xsave_size(xcr0, False, {index: model.cpuid(XSTATE, index) for index in range(2, 64)})
-            registers = (xcr0 & 0xFFFF_FFFF, size, size, xcr0 >> 32)
+            size = _xsave_size(xcr0, False, {index: Registers(*model.cpuid(XSTATE, index)) for index in range(2, 64)})
+            registers = Registers(xcr0 & 0xFFFF_FFFF, size, size, xcr0 >> 32)
         yield leaf, subleaf, indexed, registers
 
 
@@ -124,27 +128,24 @@ class CpuidTable:
     """The leaves of one vCPU. Some bits follow the state of the vCPU: see `update_runtime()`."""
 
     def __init__(self, entries: Sequence[CpuidEntry2]) -> None:
-        """The leaves of KVM_SET_CPUID2; OSError(EINVAL) for a linear address width that x86 does not have."""
+        """The leaves of KVM_SET_CPUID2, which `check()` has passed; the first of equal entries counts."""
         self._entries = [CpuidEntry2.from_buffer_copy(entry) for entry in entries]
         self._plain: dict[int, Registers] = {}
         self._indexed: dict[tuple[int, int], Registers] = {}
-        self._runtime: tuple[int, int, int] | None = None
-        for entry in reversed(self._entries):  # the first of equal entries counts
+        self._runtime: tuple[int, bool, int] | None = None
+        for entry in reversed(self._entries):
             self._store(entry)
-        widths = self.lookup(ADDRESS_SIZES, 0)
-        if widths is not None and widths[EAX] >> 8 & 0xFF not in (0, 48, 57):
-            raise OSError(errno.EINVAL, "linear address width is neither 48 nor 57")
-        xstate = self.lookup(XSTATE, 0) or (0, 0, 0, 0)
-        self.supported_xcr0 = (xstate[EAX] | xstate[EDX] << 32) & OFFERED_XCR0
+        xstate = self.lookup(XSTATE, 0) or Registers()
+        self.supported_xcr0 = (xstate.eax | xstate.edx << 32) & OFFERED_XCR0
         """XCR0 bits that the guest may set."""
-        basic = self.lookup(BASIC, 0) or (0, 0, 0, 0)
-        self.is_amd = (basic[EBX], basic[EDX], basic[ECX]) in AMD_SIGNATURES
+        basic = self.lookup(BASIC, 0) or Registers()
+        self.is_amd = (basic.ebx, basic.edx, basic.ecx) in AMD_SIGNATURES
         """Whether the guest believes in an AMD (or Hygon) CPU."""
         self.physical_address_bits = self._physical_address_bits()
         """MAXPHYADDR."""
 
     def _store(self, entry: CpuidEntry2) -> None:
-        registers = (entry.eax, entry.ebx, entry.ecx, entry.edx)
+        registers = Registers(entry.eax, entry.ebx, entry.ecx, entry.edx)
         if entry.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX:
             self._indexed[entry.function, entry.index] = registers
         else:
@@ -152,16 +153,17 @@ class CpuidTable:
 
     def _physical_address_bits(self) -> int:
         extended, sizes = self.lookup(EXTENDED, 0), self.lookup(ADDRESS_SIZES, 0)
-        if extended is None or sizes is None or extended[EAX] < ADDRESS_SIZES:
+        if extended is None or sizes is None or extended.eax < ADDRESS_SIZES:
             return 36
-        return sizes[EAX] & 0xFF
+        return sizes.eax & 0xFF
 
+    @property
     def entries(self) -> list[CpuidEntry2]:
         """KVM_GET_CPUID2: a copy of the leaves with the bits as the guest would now see them."""
         return [CpuidEntry2.from_buffer_copy(entry) for entry in self._entries]
 
     def lookup(self, leaf: int, subleaf: int) -> Registers | None:
-        """EAX, EBX, ECX, EDX of an entry, or None if there is none."""
+        """The values of an entry, or None if there is none."""
         plain = self._plain.get(leaf)
         return self._indexed.get((leaf, subleaf)) if plain is None else plain
 
@@ -171,7 +173,7 @@ class CpuidTable:
         return registers is not None and bool(registers[feature.register] >> feature.bit & 1)
 
     def execute(self, eax: int, ecx: int) -> Registers:
-        """The guest's CPUID instruction: EAX, EBX, ECX, EDX, with KVM's answers for leaves that do not exist."""
+        """The guest's CPUID instruction, with KVM's answers for leaves that do not exist."""
         found = self.lookup(eax, ecx)
         if found is not None:
             return found
@@ -179,8 +181,8 @@ class CpuidTable:
         if redirected is not None:
             return redirected
         if leaf in (TOPOLOGY, TOPOLOGY_V2) and (level := self.lookup(leaf, 1)) is not None:
-            return 0, 0, ecx & 0xFF, level[EDX]  # undefined levels still tell the x2APIC id
-        return 0, 0, 0, 0
+            return Registers(0, 0, ecx & 0xFF, level.edx)  # undefined levels still tell the x2APIC id
+        return Registers()
 
     def _out_of_range(self, leaf: int, subleaf: int) -> tuple[int, Registers | None]:
         """Intel CPUs answer a leaf beyond the last one of its class with the last basic leaf; AMD CPUs with zeros."""
@@ -193,13 +195,18 @@ class CpuidTable:
             last = self.lookup(CENTAUR, 0)
         else:
             last = self.lookup(leaf & EXTENDED, 0)
-        if last is not None and leaf <= last[EAX]:
+        if last is not None and leaf <= last.eax:
             return leaf, None
-        return basic[EAX], self.lookup(basic[EAX], subleaf)
+        return basic.eax, self.lookup(basic.eax, subleaf)
+
+    def update_like(self, other: CpuidTable) -> None:
+        """`update()` to the state that `other` shows."""
+        if other._runtime is not None:
+            self.update(*other._runtime)
 
     def update(self, cr4: int, apic_enabled: bool, xcr0: int) -> None:
         """Make OSXSAVE, APIC, OSPKE and the XSAVE sizes follow the vCPU's state."""
-        runtime = (cr4 & (CR4_OSXSAVE | CR4_PKE), int(apic_enabled), xcr0)
+        runtime = (cr4 & (CR4_OSXSAVE | CR4_PKE), apic_enabled, xcr0)
         if runtime == self._runtime:
             return
         self._runtime = runtime
@@ -219,15 +226,23 @@ class CpuidTable:
             self._store(entry)
 
 
-CR4_OSXSAVE, CR4_PKE = 1 << 18, 1 << 22
-_APIC_BASE_ENABLE = 1 << 11
-
-
 def _with_bit(value: int, bit: int, on: bool) -> int:
     return value | 1 << bit if on else value & ~(1 << bit)
 
 
+def check(vcpu: Vcpu, entries: Sequence[CpuidEntry2]) -> None:
+    """OSError(EINVAL) if KVM_SET_CPUID2 must refuse: a linear address width that x86 does not have, or a change after KVM_RUN."""
+    for entry in entries:
+        if entry.function == ADDRESS_SIZES and entry.eax >> 8 & 0xFF not in (0, 48, 57):
+            raise OSError(errno.EINVAL, "linear address width is neither 48 nor 57")
+    if vcpu.has_run:
+        table = CpuidTable(entries)
+        table.update_like(vcpu.cpuid)
+        if list(map(bytes, table.entries)) != list(map(bytes, vcpu.cpuid.entries)):
+            raise OSError(errno.EINVAL, "CPUID changed after KVM_RUN")
+
+
 def update_runtime(vcpu: Vcpu) -> None:
     """Refresh the CPUID bits that mirror CR4, APIC_BASE and XCR0; call after a change of any of them."""
-    state = vcpu.block.state
+    state = vcpu.state
     vcpu.cpuid.update(state.cr4, bool(vcpu.apic_base & _APIC_BASE_ENABLE), state.xcr0)

@@ -7,6 +7,7 @@ host matter (thermal, power, monitoring, debug store) or because no part of this
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from softkvm.uapi.kvm import (
     KVM_FEATURE_CLOCKSOURCE,
@@ -20,8 +21,18 @@ from softkvm.uapi.kvm import (
     KVM_FEATURE_STEAL_TIME,
 )
 
-Registers = tuple[int, int, int, int]
-"""EAX, EBX, ECX, EDX."""
+
+class Registers(NamedTuple):
+    """What CPUID returns for one leaf."""
+
+    eax: int = 0
+    ebx: int = 0
+    ecx: int = 0
+    edx: int = 0
+
+
+NOTHING = Registers()
+
 
 KVM_FEATURES = (
     KVM_FEATURE_CLOCKSOURCE,
@@ -38,8 +49,8 @@ KVM_FEATURES = (
 
 MAX_BASIC, MAX_EXTENDED = 0x1F, 0x8000_0021
 
-OFFERED_XCR0 = 0xE7
-"""x87, SSE, AVX and AVX-512: the states that `State.fpu` holds and `fpu.py` saves."""
+OFFERED_XCR0 = 0x2E7
+"""x87, SSE, AVX, AVX-512 and PKRU: the states that `State.fpu` holds and `fpu.py` saves."""
 
 ALL = 0xFFFF_FFFF
 
@@ -58,12 +69,11 @@ class Mask:
     """What of one leaf is offered (`keep`), and what KVM adds of its own (`add`)."""
 
     keep: Registers
-    add: Registers = (0, 0, 0, 0)
+    add: Registers = NOTHING
 
     def apply(self, registers: Registers) -> Registers:
         """The offered value of a leaf."""
-        eax, ebx, ecx, edx = (value & keep | add for value, keep, add in zip(registers, self.keep, self.add, strict=True))
-        return eax, ebx, ecx, edx
+        return Registers(*(value & keep | add for value, keep, add in zip(registers, self.keep, self.add, strict=True)))
 
 
 _FEATURES_ECX = _bits(0, 1, 9, 12, 13, 17, 19, 20, 22, 23, 25, 26, 28, 29, 30)
@@ -89,15 +99,15 @@ _SIZES_EBX = _bits(0, 2, 9, 12, 14, 15, 17, 24, 26, 28)
 # CLZERO XSAVEERPTR WBNOINVD IBPB IBRS STIBP STIBP_ALWAYS SSBD SSB_NO PSFD
 
 MASKS: dict[tuple[int, int], Mask] = {
-    (0x1, 0): Mask((ALL, ALL, _FEATURES_ECX, _FEATURES_EDX), (0, 0, _FEATURES_ECX_KVM, 0)),
-    (0x6, 0): Mask((0, 0, 0, 0), (1 << 2, 0, 0, 0)),  # ARAT: the APIC timer never stops
-    (0x7, 0): Mask((1, _LEAF7_EBX, _LEAF7_ECX, _LEAF7_EDX), (0, _LEAF7_EBX_KVM, 0, _LEAF7_EDX_KVM)),
-    (0x7, 1): Mask((_LEAF7_1_EAX, 0, 0, 0)),
-    (0xD, 1): Mask((_bits(0, 1, 2, 3), ALL, 0, 0)),  # XSAVEOPT XSAVEC XGETBV1 XSAVES, without supervisor states
-    (0x8000_0001, 0): Mask((ALL, ALL, _EXTENDED_ECX, _EXTENDED_EDX)),
-    (0x8000_0007, 0): Mask((0, 0, 0, 1 << 8)),  # invariant TSC
-    (0x8000_0008, 0): Mask((0xFFFF, _SIZES_EBX, 0, 0)),
-    (0x8000_0021, 0): Mask((_bits(0, 2, 6, 8), 0, 0, 0)),
+    (0x1, 0): Mask(Registers(ALL, ALL, _FEATURES_ECX, _FEATURES_EDX), Registers(0, 0, _FEATURES_ECX_KVM, 0)),
+    (0x6, 0): Mask(NOTHING, Registers(1 << 2, 0, 0, 0)),  # ARAT: the APIC timer never stops
+    (0x7, 0): Mask(Registers(1, _LEAF7_EBX, _LEAF7_ECX, _LEAF7_EDX), Registers(0, _LEAF7_EBX_KVM, 0, _LEAF7_EDX_KVM)),
+    (0x7, 1): Mask(Registers(_LEAF7_1_EAX, 0, 0, 0)),
+    (0xD, 1): Mask(Registers(_bits(0, 1, 2, 3), ALL, 0, 0)),  # XSAVEOPT XSAVEC XGETBV1 XSAVES, without supervisor states
+    (0x8000_0001, 0): Mask(Registers(ALL, ALL, _EXTENDED_ECX, _EXTENDED_EDX)),
+    (0x8000_0007, 0): Mask(Registers(0, 0, 0, 1 << 8)),  # invariant TSC
+    (0x8000_0008, 0): Mask(Registers(0xFFFF, _SIZES_EBX, 0, 0)),
+    (0x8000_0021, 0): Mask(Registers(_bits(0, 2, 6, 8), 0, 0, 0)),
 }
 """Leaves of which only some bits pass. TSX, MPX and the like need no entry: the silicon says what it executes."""
 

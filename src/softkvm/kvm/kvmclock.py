@@ -11,7 +11,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from softkvm.host.clock import NSEC_PER_SEC
-from softkvm.host.sched import run_delay_ns
+from softkvm.host.schedstat import run_delay_ns
 from softkvm.kvm import request
 from softkvm.uapi.kvm import KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_CLOCK_TSC_STABLE, ClockData
 

@@ -50,6 +50,18 @@ class VmTsc:
         self.current = Generation()
         self.vcpus_matched = 0
         """vCPUs of the current generation, not counting the one that began it."""
+        self._host_khz = clock.tsc_khz
+
+    def set_default_khz(self, khz: int) -> None:
+        """KVM_SET_TSC_KHZ of the VM: the rate of vCPUs to come, 0 for the host's; OSError(EINVAL) for one that is too high."""
+        self.default_khz = checked_khz(khz or self._host_khz)
+
+
+def checked_khz(khz: int) -> int:
+    """`khz`, or OSError(EINVAL) if the silicon cannot scale to it."""
+    if not 0 < khz < MAX_KHZ:
+        raise OSError(errno.EINVAL, "TSC frequency out of range")
+    return khz
 
 
 class VcpuTsc:
@@ -87,15 +99,13 @@ class VcpuTsc:
     def set_khz(self, khz: int) -> None:
         """KVM_SET_TSC_KHZ; 0 means the host's rate. OSError(EINVAL) for a rate that cannot be scaled to."""
         host_khz = self._clock.tsc_khz
-        khz = khz or host_khz
-        if khz >= MAX_KHZ:
-            raise OSError(errno.EINVAL, "TSC frequency too high")
+        khz = checked_khz(khz or host_khz)
         ratio = 1 << FRACTION_BITS
         if abs(khz - host_khz) * 1_000_000 > TOLERANCE_PPM * host_khz:
             precision = SVM_FRACTION_BITS if self._vcpu.model.vendor == "amd" else FRACTION_BITS
             ratio = (khz << precision) // host_khz << FRACTION_BITS - precision
         self.khz, self.ratio = khz, ratio
-        self._vcpu.block.control.tsc_multiplier = ratio
+        self._vcpu.control.tsc_multiplier = ratio
 
     def synchronize(self, data: int) -> None:
         """A host write of IA32_TSC, and with 0 the start of a new vCPU's TSC.
@@ -135,7 +145,7 @@ class VcpuTsc:
 
     def _set_offset(self, offset: int) -> None:
         self.offset = offset & _U64
-        self._vcpu.block.control.tsc_offset = self.offset
+        self._vcpu.control.tsc_offset = self.offset
 
     def _is_synchronizing(self, data: int, nsec: int) -> bool:
         if data == 0:

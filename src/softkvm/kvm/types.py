@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from softkvm.kvm.kvmclock import PvClock, VmClock
     from softkvm.kvm.msr import MsrState
     from softkvm.kvm.tsc import VcpuTsc, VmTsc
-    from softkvm.silicon.control import ControlBlock
+    from softkvm.silicon.control import Control, State
 
 
 class Model(Protocol):
@@ -102,6 +102,10 @@ class Vm(Protocol):
     def model(self) -> Model:
         """The silicon."""
 
+    @property
+    def boot_cpu_id(self) -> int:
+        """The vCPU id of the bootstrap processor."""
+
 
 class Vcpu(Protocol):
     """The virtual CPU around its local APIC, MSRs and clocks."""
@@ -119,8 +123,20 @@ class Vcpu(Protocol):
         """The VM that it belongs to."""
 
     @property
-    def block(self) -> ControlBlock:
+    def control(self) -> Control:
+        """What KVM asks of the silicon."""
+
+    @property
+    def state(self) -> State:
         """Architectural state."""
+
+    @property
+    def mmap_area(self) -> memoryview:
+        """`kvm_run`, PIO data and coalesced ring, one page each."""
+
+    @property
+    def has_run(self) -> bool:
+        """Whether the vCPU has ever entered the guest."""
 
     @property
     def lapic(self) -> Lapic | None:

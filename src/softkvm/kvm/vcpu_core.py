@@ -183,6 +183,11 @@ class VcpuCore(KvmFile):
         raise RuntimeError("the vCPU is not on a core")
 
     @property
+    def has_run(self) -> bool:
+        """Whether the vCPU has been on a core, after which its CPUID and feature MSRs are fixed."""
+        return self._last_cpu is not None
+
+    @property
     def cpu_index(self) -> int:
         """Number of the core that the vCPU last ran on."""
         return self._last_cpu.index if self._last_cpu is not None else 0

@@ -190,11 +190,12 @@ class Machine:
         self._conclude(_Failure(vcpu, error))
 
     def _conclude(self, outcome: Stop | _Failure) -> None:
-        """The first outcome of a run wins; every vCPU is told to park."""
+        """The first outcome of a run wins, and every vCPU is told to park before another run can begin."""
         with self._lock:
-            self._outcome = self._outcome or outcome
-        self._ended.set()
-        self._crew.halt()
+            if self._outcome is None:
+                self._outcome = outcome
+                self._crew.halt()
+                self._ended.set()
 
     # Console and counters
 

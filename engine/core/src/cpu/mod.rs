@@ -1,10 +1,12 @@
 //! One CPU: the registers while they run, and everything that the core caches about the guest.
 
 pub mod clock;
+pub mod descriptor;
 pub mod dispatch;
 pub mod mode;
 pub mod signal;
 pub mod stack;
+pub mod switch;
 
 use std::sync::Arc;
 
@@ -18,7 +20,7 @@ use crate::model::Model;
 use crate::paging::tlb::{self, Tlb};
 use crate::paging::walk::Context;
 use crate::paging::Privilege;
-use crate::state::{cr0, interruptibility, rflags, seg, State};
+use crate::state::{cr0, interruptibility, rflags, seg, Segment, State};
 use crate::uop::{slot, Exec, RegOffset, Stop, RIP_STRIDE};
 use crate::virt::control::{self, Access, Control, Exit};
 use crate::word::Word;
@@ -83,8 +85,6 @@ pub struct Cpu {
     /// Registers that translation depends on; follows `state`.
     pub paging: Context,
     pub tlb: Tlb,
-    /// Some translation of this TLB came from a large page.
-    pub large_pages: bool,
     pub code: CodeCache,
     pub npt: Arc<NestedPageTable>,
     /// Generation of `npt` that the TLB was last flushed for.
@@ -135,7 +135,6 @@ impl Cpu {
             fault: Fault::default(),
             paging: Context::default(),
             tlb: Tlb::default(),
-            large_pages: false,
             code: CodeCache::default(),
             npt: Arc::default(),
             nested_generation: 0,
@@ -244,6 +243,21 @@ impl Cpu {
         self.bases[number & 7]
     }
 
+    /// Replaces a data segment register. After CS or SS the caller calls [`Cpu::refresh`] too.
+    pub fn set_segment(&mut self, number: usize, segment: Segment) {
+        self.state.segments[number] = segment;
+        let used = !self.long_mode() || number == seg::FS || number == seg::GS;
+        self.bases[number] = if used { segment.base } else { 0 };
+    }
+
+    /// Replaces the base of FS or GS.
+    #[inline(always)]
+    pub fn set_segment_base(&mut self, number: usize, base: u64) {
+        debug_assert!(number == seg::FS || number == seg::GS);
+        self.state.segments[number].base = base;
+        self.bases[number] = base;
+    }
+
     #[inline(always)]
     pub fn cpl(&self) -> u8 {
         self.cpl
@@ -258,6 +272,18 @@ impl Cpu {
     /// Whether CR0.PE is set and the CPU is not in virtual-8086 mode.
     pub fn protected(&self) -> bool {
         self.state.cr0 & cr0::PE != 0 && self.rflags & rflags::VM == 0
+    }
+
+    /// Whether the CPU is in virtual-8086 mode.
+    pub fn virtual_8086(&self) -> bool {
+        self.rflags & rflags::VM != 0
+    }
+
+    /// Replaces RFLAGS without looking at what follows from it; the caller calls [`Cpu::refresh`] or a narrower one.
+    #[inline(always)]
+    pub fn load_rflags(&mut self, image: u64) {
+        self.flags = Flags::from_bits(image);
+        self.rflags = image & (rflags::WRITABLE & !rflags::ARITHMETIC) | rflags::FIXED;
     }
 
     /// Privilege of accesses that the running code makes.
@@ -338,6 +364,13 @@ impl Cpu {
             self.bases[number] = if keep { self.state.segments[number].base } else { 0 };
         }
         self.paging = Context::new(&self.state, self.model.physical_bits());
+        self.refresh_table();
+        self.refresh_pending();
+    }
+
+    /// [`Cpu::refresh`] for a transfer between 64-bit code of any privilege, where only the privilege level and RFLAGS change.
+    pub fn refresh_privilege(&mut self) {
+        self.cpl = self.state.segments[seg::SS].dpl();
         self.refresh_table();
         self.refresh_pending();
     }

@@ -31,6 +31,11 @@ impl Cpu {
         }
     }
 
+    /// I/O privilege level (EFLAGS.IOPL).
+    pub fn io_privilege(&self) -> u8 {
+        ((self.rflags & rflags::IOPL) >> rflags::IOPL.trailing_zeros()) as u8
+    }
+
     pub(super) fn current_code_size(&self) -> CodeSize {
         let cs = &self.state.segments[seg::CS];
         if self.state.efer & efer::LMA != 0 && cs.has(rights::LONG) {

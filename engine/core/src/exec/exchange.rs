@@ -119,9 +119,23 @@ fn cmpxchg16b(cpu: &mut Cpu, uop: &Uop) -> Exec {
 /// `at` must be valid for reads and writes and aligned to 16 bytes.
 #[cfg(target_arch = "x86_64")]
 unsafe fn compare_exchange(at: *mut u128, expected: u128, new: u128) -> u128 {
-    use core::sync::atomic::Ordering::SeqCst;
-    // SAFETY: valid and aligned by the caller's promise. Every x86-64 processor that runs a current Linux has CMPXCHG16B.
-    unsafe { core::arch::x86_64::cmpxchg16b(at, expected, new, SeqCst, SeqCst) }
+    let (mut low, mut high) = (expected as u64, (expected >> 64) as u64);
+    // SAFETY: valid and aligned by the caller's promise, and every x86-64 processor that runs a current Linux has CMPXCHG16B. RBX, which
+    // the compiler keeps for itself, is put back.
+    unsafe {
+        core::arch::asm!(
+            "xchg {new_low}, rbx",
+            "lock cmpxchg16b [rdi]",
+            "mov rbx, {new_low}",
+            new_low = inout(reg) new as u64 => _,
+            in("rcx") (new >> 64) as u64,
+            in("rdi") at,
+            inout("rax") low,
+            inout("rdx") high,
+            options(nostack),
+        );
+    }
+    u128::from(high) << 64 | u128::from(low)
 }
 
 /// Replaces `expected` by `new`; returns the value found. Hosts other than x86-64 have no stable 128-bit atomics in Rust, so a lock that

@@ -55,6 +55,34 @@ pub fn never() -> *const Entry {
     NEVER.as_ptr()
 }
 
+/// A set of addresses that may answer "in" for one that is not, in constant space.
+struct Filter([u64; 16]);
+
+impl Filter {
+    const EMPTY: Filter = Filter([0; 16]);
+
+    const fn bit(key: u64) -> (usize, u64) {
+        let hash = key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 54;
+        (hash as usize >> 6, 1 << (hash & 63))
+    }
+    fn insert(&mut self, key: u64) {
+        let (word, bit) = Self::bit(key);
+        self.0[word] |= bit;
+    }
+    fn may_contain(&self, key: u64) -> bool {
+        let (word, bit) = Self::bit(key);
+        self.0[word] & bit != 0
+    }
+}
+
+/// Keys of the filter of large pages: by 4 MB for the smaller sizes, by 1 GB for the largest.
+const fn large_key(la: u64) -> u64 {
+    la >> 22
+}
+const fn huge_key(la: u64) -> u64 {
+    la >> 30 | 1 << 63
+}
+
 struct Bank {
     pcid: u16,
     /// Larger is more recent.
@@ -87,6 +115,8 @@ pub struct Fill {
     pub write: bool,
     pub fetch: bool,
     pub global: bool,
+    /// Bits of an address within the guest's page.
+    pub page_shift: u32,
 }
 
 /// Every translation that a core has cached.
@@ -98,6 +128,10 @@ pub struct Tlb {
     current: usize,
     clock: u64,
     next_generation: u32,
+    /// Regions with translations that came from large pages since the last flush.
+    large: Filter,
+    /// Pages that code may have been fetched from since the last flush.
+    fetched: Filter,
     pub fills: u64,
     pub flushes: u64,
 }
@@ -113,6 +147,8 @@ impl Default for Tlb {
             current: 0,
             clock: 0,
             next_generation: BANKS as u32,
+            large: Filter::EMPTY,
+            fetched: Filter::EMPTY,
             fills: 0,
             flushes: 0,
         }
@@ -140,6 +176,12 @@ impl Tlb {
     pub fn fill(&mut self, privilege: Privilege, fill: Fill) {
         self.fills += 1;
         let page = fill.la & !PAGE_OFFSET;
+        if fill.page_shift > 12 {
+            self.large.insert(if fill.page_shift > 22 { huge_key(page) } else { large_key(page) });
+        }
+        if fill.fetch {
+            self.fetched.insert(page);
+        }
         let tag = |allowed: bool| if allowed { page } else { INVALID };
         let entry = Entry { read: tag(fill.read), write: tag(fill.write), fetch: tag(fill.fetch), addend: fill.host.wrapping_sub(fill.la) };
         let slot = slot(page);
@@ -186,6 +228,7 @@ impl Tlb {
         self.flushes += 1;
         self.supervisor.fill(Entry::EMPTY);
         self.local.clear();
+        (self.large, self.fetched) = (Filter::EMPTY, Filter::EMPTY);
         for index in 0..self.banks.len() {
             let generation = self.fresh_generation();
             self.banks[index].clear(generation);
@@ -213,17 +256,20 @@ impl Tlb {
     }
 
     /// Drops the translations of the page of `la` in every table (INVLPG). Large pages are cached in 4 KB pieces, of which any may
-    /// belong to the one that software names, so `large` drops all that is cached.
-    pub fn invalidate(&mut self, la: u64, large: bool) {
-        if large {
+    /// belong to the one that software names, so where there was one everything goes.
+    pub fn invalidate(&mut self, la: u64) {
+        if self.large.may_contain(large_key(la)) || self.large.may_contain(huge_key(la)) {
             return self.flush();
         }
         let slot = slot(la);
+        let code = self.fetched.may_contain(la & !PAGE_OFFSET);
         self.supervisor[slot] = Entry::EMPTY;
         for index in 0..self.banks.len() {
             self.banks[index].user[slot] = Entry::EMPTY;
             self.banks[index].supervisor_ac[slot] = Entry::EMPTY;
-            self.banks[index].generation = self.fresh_generation();
+            if code {
+                self.banks[index].generation = self.fresh_generation();
+            }
         }
     }
 
@@ -246,5 +292,49 @@ impl Tlb {
     fn fresh_generation(&mut self) -> u32 {
         self.next_generation = self.next_generation.wrapping_add(1);
         self.next_generation
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fill(la: u64, page_shift: u32, fetch: bool) -> Fill {
+        Fill { la, host: 0x7000_0000, read: true, write: true, fetch, global: false, page_shift }
+    }
+
+    fn reads(tlb: &Tlb, la: u64) -> bool {
+        tlb.supervisor[slot(la)].read == la
+    }
+
+    #[test]
+    fn invalidating_a_small_page_keeps_the_others() {
+        let mut tlb = Tlb::default();
+        tlb.fill(Privilege::Supervisor, fill(0x40_0000, 12, false));
+        tlb.fill(Privilege::Supervisor, fill(0x40_1000, 12, false));
+        tlb.invalidate(0x40_0123);
+        assert!(!reads(&tlb, 0x40_0000) && reads(&tlb, 0x40_1000));
+    }
+
+    #[test]
+    fn invalidating_in_a_large_page_drops_all_its_pieces() {
+        let mut tlb = Tlb::default();
+        for shift in [21, 30] {
+            tlb.fill(Privilege::Supervisor, fill(0x4000_1000, shift, false));
+            tlb.invalidate(0x4000_5000);
+            assert!(!reads(&tlb, 0x4000_1000), "page shift {shift}");
+        }
+    }
+
+    #[test]
+    fn only_code_pages_change_the_generation() {
+        let mut tlb = Tlb::default();
+        tlb.fill(Privilege::User, fill(0x1000, 12, false));
+        let before = tlb.generation();
+        tlb.invalidate(0x1000);
+        assert_eq!(tlb.generation(), before);
+        tlb.fill(Privilege::User, fill(0x1000, 12, true));
+        tlb.invalidate(0x1000);
+        assert_ne!(tlb.generation(), before);
     }
 }

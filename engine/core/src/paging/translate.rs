@@ -22,6 +22,23 @@ enum Target {
     Device(u64),
 }
 
+/// Host address of `[la, la + bytes)` if `table` knows the page and allows the access.
+///
+/// # Safety
+/// `table` must point to `tlb::ENTRIES` entries.
+#[inline(always)]
+unsafe fn tag_match(table: *const tlb::Entry, la: u64, bytes: u64, kind: AccessKind) -> Option<*mut u8> {
+    let page = la.wrapping_add(bytes - 1) & !PAGE_OFFSET;
+    // SAFETY: `slot` is below `tlb::ENTRIES`, and the caller promises that many.
+    let entry = unsafe { &*table.add(tlb::slot(la)) };
+    let tag = match kind {
+        AccessKind::Read => entry.read,
+        AccessKind::Write => entry.write,
+        AccessKind::Fetch => entry.fetch,
+    };
+    (tag == page).then(|| entry.addend.wrapping_add(la) as *mut u8)
+}
+
 impl Cpu {
     /// Linear address of the memory operand of `uop`, checked against its segment where the mode has segments.
     #[inline(always)]
@@ -182,27 +199,44 @@ impl Cpu {
     }
 
     /// Reads as the CPU itself does (descriptor tables, TSS): as supervisor, whatever the privilege of the code, and SMAP applies.
+    #[inline]
     pub fn read_system<T: Plain>(&mut self, la: u64) -> Exec<T> {
-        self.read_slow(seg::DS, la, Privilege::Supervisor)
+        match self.cached_for(Privilege::Supervisor, la, size_of::<T>() as u64, AccessKind::Read) {
+            // SAFETY: a read tag means that the page is mapped RAM as long as the tag stands, and the access is inside it.
+            Some(host) => Ok(unsafe { host.cast::<T>().read_unaligned() }),
+            None => self.read_slow(seg::DS, la, Privilege::Supervisor),
+        }
     }
 
     /// Writes as the CPU itself does.
+    #[inline]
     pub fn write_system<T: Plain>(&mut self, la: u64, value: T) -> Exec {
-        self.write_slow(seg::DS, la, value, Privilege::Supervisor)
+        self.write_for(Privilege::Supervisor, seg::DS, la, value)
+    }
+
+    /// Writes with a privilege that is not (yet) the running code's.
+    #[inline]
+    pub fn write_for<T: Plain>(&mut self, privilege: Privilege, segment: usize, la: u64, value: T) -> Exec {
+        match self.cached_for(privilege, la, size_of::<T>() as u64, AccessKind::Write) {
+            // SAFETY: a write tag means that the page is mapped RAM as long as the tag stands, and the access is inside it.
+            Some(host) => unsafe { host.cast::<T>().write_unaligned(value) },
+            None => self.write_slow(segment, la, value, privilege)?,
+        }
+        Ok(())
+    }
+
+    /// [`Cpu::cached`] for accesses of any privilege.
+    #[inline(always)]
+    pub fn cached_for(&self, privilege: Privilege, la: u64, bytes: u64, kind: AccessKind) -> Option<*mut u8> {
+        // SAFETY: tables of the TLB have `tlb::ENTRIES` entries and live as long as it.
+        unsafe { tag_match(self.tlb.table(privilege), la, bytes, kind) }
     }
 
     /// Host address of `[la, la + bytes)` if the TLB knows the page and allows the access.
     #[inline(always)]
     pub fn cached(&self, la: u64, bytes: u64, kind: AccessKind) -> Option<*mut u8> {
-        let page = la.wrapping_add(bytes - 1) & !PAGE_OFFSET;
-        // SAFETY: `active_table` points to a table of `tlb::ENTRIES` entries that lives as long as the TLB, and `slot` is below that.
-        let entry = unsafe { &*self.active_table.add(tlb::slot(la)) };
-        let tag = match kind {
-            AccessKind::Read => entry.read,
-            AccessKind::Write => entry.write,
-            AccessKind::Fetch => entry.fetch,
-        };
-        (tag == page).then(|| entry.addend.wrapping_add(la) as *mut u8)
+        // SAFETY: `active_table` points to a table of `tlb::ENTRIES` entries that lives as long as the TLB.
+        unsafe { tag_match(self.active_table, la, bytes, kind) }
     }
 
     /// Host address of RAM at `la`, and how many bytes of `wanted` lie in its page: the chunk that a string instruction may work on at
@@ -348,8 +382,8 @@ impl Cpu {
             write: rights & right::WRITE != 0 && mapping.dirty && !code && allows(AccessKind::Write),
             fetch: rights & right::EXECUTE != 0 && allows(AccessKind::Fetch),
             global: mapping.global,
+            page_shift: mapping.page_shift,
         };
-        self.large_pages |= mapping.large;
         self.tlb.fill(privilege, fill);
     }
 

@@ -62,12 +62,13 @@ pub struct Mapping {
     pub no_execute: bool,
     pub dirty: bool,
     pub global: bool,
-    pub large: bool,
+    /// Bits of an address within the page: 12, or more for a large page.
+    pub page_shift: u32,
 }
 
 impl Mapping {
     fn identity(gpa: u64) -> Self {
-        Mapping { gpa, writable: true, user: true, no_execute: false, dirty: true, global: false, large: false }
+        Mapping { gpa, writable: true, user: true, no_execute: false, dirty: true, global: false, page_shift: 12 }
     }
 
     /// Whether the access is allowed (SDM vol. 3, 4.6.1).
@@ -212,7 +213,7 @@ impl Walker<'_> {
             no_execute: path.no_execute && self.context.nx(),
             dirty: entry & DIRTY != 0 || self.kind == AccessKind::Write,
             global: entry & GLOBAL != 0 && self.context.cr4 & cr4::PGE != 0,
-            large: shift > 12,
+            page_shift: shift,
         };
         if !mapping.allows(self.context, self.privilege, self.kind) {
             return Err(self.fault(pf::PRESENT));

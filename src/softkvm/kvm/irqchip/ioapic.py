@@ -177,7 +177,8 @@ class Ioapic:
         state = IoapicState(base_address=IOAPIC_BASE, ioregsel=self._select, id=self._id)
         with self._vm.lock:
             state.irr = self._irr & ~self._irr_delivered
-            state.redirtbl[:] = self._redirection
+            for pin, entry in enumerate(self._redirection):
+                state.redirtbl[pin] = entry
         return state
 
     def set_state(self, state: IoapicState) -> None:

@@ -113,7 +113,7 @@ class Lapic:
     def reset(self, init: bool) -> None:
         """RESET, or INIT if `init`: INIT keeps APIC_BASE, the mode and the ids that come with it."""
         vcpu, regs = self.vcpu, self._regs
-        bsp = vcpu.vcpu_id == 0
+        bsp = vcpu.vcpu_id == vcpu.vm.boot_cpu_id
         self._timer.reset()
         if not init:
             vcpu.apic_base = APIC_BASE_DEFAULT | APIC_BASE_ENABLE | (APIC_BASE_BSP if bsp else 0)
@@ -267,7 +267,7 @@ class Lapic:
     def _set_tpr(self, value: int) -> None:
         lowered = value < self._regs[Reg.TPR]
         self._regs[Reg.TPR] = value & 0xFF
-        self.vcpu.block.state.cr8 = value >> 4 & 0xF
+        self.vcpu.state.cr8 = value >> 4 & 0xF
         if lowered and self.irr:
             self.vcpu.make_request(request.REQ_EVENT)
 
@@ -438,7 +438,7 @@ class Lapic:
         self._timer.set_mode((page[Reg.LVT_TIMER] & LVT_TIMER_MODE) >> 17)
         self._timer.set_divide(page[Reg.TIMER_DIVIDE])
         self._timer.restore(initial, current)
-        self.vcpu.block.state.cr8 = self.cr8
+        self.vcpu.state.cr8 = self.cr8
         self.vcpu.make_request(request.REQ_EVENT)
 
     def _fix_x2apic_page(self, page: list[int]) -> None:
