@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from softkvm.kvm import Vcpu, events, exits
+from softkvm.silicon import control
 from softkvm.uapi import kvm as uapi
 from tests import fake_engine
 from tests.kvm.conftest import Script
@@ -34,7 +35,7 @@ def test_skip_without_a_length_is_an_emulation_failure(vcpu: Vcpu, play: Script)
     vcpu.state.rip = RIP
     vcpu.state.interruptibility = 1
 
-    def prefixed(view: fake_engine.control.ControlBlock) -> int:
+    def prefixed(view: control.ControlBlock) -> int:
         reason = leave(vcpu, "cpuid", 0)(view)
         view.exit.next_rip = 0
         view.exit.instruction_bytes_length = 2
