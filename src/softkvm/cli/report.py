@@ -41,7 +41,7 @@ def versions() -> dict[str, str]:
     """Versions of everything that takes part in a run; the engine's entry says why if it cannot be loaded."""
     found = {"softkvm": softkvm_version(), "python": platform.python_version(), "platform": platform.platform()}
     try:
-        from softkvm import _engine
+        import softkvm._engine as _engine
     except ImportError as error:
         return found | {"engine": f"not loadable: {error}"}
     return found | {f"engine.{key}": value for key, value in _engine.build_info().items()}
