@@ -9,7 +9,7 @@ from softkvm.cli.selftest import VENDORS, image, verdict
 from softkvm.vmm import Stop, StopReason
 from tests.helpers.fake_machine import FakeMachine
 
-PASSED = Stop(StopReason.EXIT, 0, 0x100300, "", image.PASSED)
+PASSED = Stop(StopReason.EXIT, 0, 0x100300, "", image.PASSED_STATUS)
 
 
 @pytest.mark.parametrize("vendor", VENDORS)
