@@ -76,6 +76,12 @@ def test_completion_script_is_printed(shell: str) -> None:
     assert "_softkvm" in result.stdout
 
 
+def test_closed_standard_input_is_an_empty_one() -> None:
+    script = "import os; from softkvm.cli import app; app.main(['version']); os.fstat(0); assert os.read(0, 1) == b''"
+    result = subprocess.run(["sh", "-c", f'exec {sys.executable} -c "{script}" <&-'], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 def test_help_does_not_load_the_machine() -> None:
     script = (
         "import sys; from softkvm.cli import app; app.main(['--help']); sys.exit('softkvm.vmm' in sys.modules or 'rich' in sys.modules)"

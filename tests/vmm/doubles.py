@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from softkvm.vmm.timers import TimerQueue
+import ctypes
+import mmap
+import threading
+
+from softkvm.host.clock import VirtualClock
+from softkvm.vmm.timers import Timers
 
 
 class Wire:
@@ -19,20 +24,21 @@ class Wire:
         return bool(self.changes) and self.changes[-1]
 
 
-class Time:
+class Time(VirtualClock):
     """A clock in ns that stands still, and its timers."""
 
-    def __init__(self, now: int = 5_000_000_000) -> None:
-        self.now = now
-        self.timers = TimerQueue(lambda: self.now)
+    def __init__(self) -> None:
+        super().__init__()
+        self.timers = Timers(self, threading.RLock())
 
-    def pass_(self, ns: int) -> None:
-        """Let time pass, ringing every timer on the way at its own time."""
-        end = self.now + ns
-        while (deadline := self.timers.next_deadline()) is not None and deadline <= end:
-            self.now = max(self.now, deadline)
-            self.timers.run_expired()
-        self.now = end
+    @property
+    def now(self) -> int:
+        """The time; setting it rings no timer."""
+        return self.monotonic_ns()
+
+    @now.setter
+    def now(self, ns: int) -> None:
+        self._now = ns
 
 
 class Ram:
@@ -49,3 +55,14 @@ class Ram:
     def write(self, offset: int, size: int, value: int) -> None:
         self.log.append(("w", offset, size))
         self.bytes[offset : offset + size] = value.to_bytes(size, "little")
+
+
+class HostBlock(mmap.mmap):
+    """Host memory for guest RAM, without an engine."""
+
+    address: int
+
+    def __new__(cls, size: int) -> HostBlock:
+        block = super().__new__(cls, -1, size)
+        block.address = ctypes.addressof(ctypes.c_char.from_buffer(block))
+        return block

@@ -19,9 +19,7 @@ unsafe impl Plain for u64 {}
 // SAFETY: as above.
 unsafe impl Plain for u128 {}
 // SAFETY: as above.
-unsafe impl Plain for [u8; 10] {}
-// SAFETY: as above.
-unsafe impl Plain for [u8; 32] {}
+unsafe impl<const N: usize> Plain for [u8; N] where [u8; N]: Default {}
 
 /// An operand of 8, 16, 32 or 64 bits.
 pub trait Word:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import click
@@ -15,6 +16,7 @@ from softkvm.cli.options import RunOptions, StatsFormat
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: the process's own) and return the exit status."""
+    _open_missing_streams()
     try:
         return int(cli.main(args=arguments, prog_name="softkvm", standalone_mode=False) or status.SUCCESS)
     except click.Abort:
@@ -33,6 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _bug(error)
 
 
+def _open_missing_streams() -> None:
+    """Whoever starts us with a standard stream closed gets /dev/null there, not whatever file we happen to open first."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
 def _bug(error: Exception) -> int:
     from softkvm.cli import report
 
@@ -47,9 +58,9 @@ def _bug(error: Exception) -> int:
 
 
 def _complete_cpu(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from softkvm import _engine
+    from softkvm import silicon
 
-    return [CompletionItem(name) for name in _engine.model_names() if name.startswith(incomplete)]
+    return [CompletionItem(name) for name in silicon.model_names() if name.startswith(incomplete)]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110})

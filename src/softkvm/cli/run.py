@@ -17,7 +17,7 @@ from softkvm.cli.ending import Ending
 from softkvm.cli.errors import CliError
 from softkvm.cli.inputs import CommandInput, ConsolePipe, Input, Keyboard
 from softkvm.cli.options import RunOptions
-from softkvm.cli.streams import Capture, ConsoleTail, DescriptorSink, Sink
+from softkvm.cli.streams import Capture, ConsoleTail, DescriptorSink, Sink, Surrender
 from softkvm.vmm import ConfigError, Machine, SerialBackend, StopReason
 
 _CONSOLE_PORT = 0
@@ -67,6 +67,7 @@ class _Run:
         self._options = options
         self._image = image
         self._doorbell = session.Doorbell()
+        self._surrender = Surrender()
         self._captures = [Capture() for _ in range(3)]
         self._tail = ConsoleTail(None if options.command else self._sink(_CONSOLE_PORT, _STDOUT))
         self._command_status: int | None = None
@@ -78,7 +79,7 @@ class _Run:
         """Run the machine to its end; the exit status."""
         options = self._options
         attended = not options.command and os.isatty(_STDIN) and os.isatty(_STDOUT)
-        with closing(self._doorbell), self._make_machine(attended) as machine:
+        with closing(self._doorbell), closing(self._surrender), self._make_machine(attended) as machine:
             self._machine = machine
             self._input = self._make_input(machine, attended)
             output.say(f"software CPU {options.cpu}, {options.memory} of memory; {self._image.title}")
@@ -86,7 +87,7 @@ class _Run:
                 output.say(terminal.HELP)
             started = time.monotonic()
             with terminal.raw(_STDIN) if attended else nullcontext():
-                stop, signal = session.run(machine, self._input, self._doorbell, options.timeout)
+                stop, signal = session.run(machine, self._input, self._doorbell, options.timeout, self._surrender.throw)
             seconds = time.monotonic() - started
             return self._finish(machine, Ending(stop, signal, self._output_lost, self._command_status), seconds)
 
@@ -117,13 +118,13 @@ class _Run:
             raise CliError(str(error)) from error
 
     def _sink(self, port: int, descriptor: int) -> Sink:
-        return self._captures[port] if self._options.json else DescriptorSink(descriptor, self._lose_output)
+        return self._captures[port] if self._options.json else DescriptorSink(descriptor, self._surrender, self._lose_output)
 
     def _make_input(self, machine: Machine, attended: bool) -> Input:
         if self._options.command:
             return CommandInput(_STDIN, lambda data: machine.send(data, STDOUT_PORT))
         if attended:
-            return Keyboard(_STDIN, machine.send, machine.stop)
+            return Keyboard(_STDIN, machine.send, self._quit)
         return ConsolePipe(_STDIN, machine.send, is_ready=not self._image.announces_shell)
 
     # What the guest tells us, on the vCPU's thread
@@ -144,6 +145,10 @@ class _Run:
 
     def _lose_output(self) -> None:
         self._output_lost = True
+        self._stop()
+
+    def _quit(self) -> None:
+        self._surrender.throw()
         self._stop()
 
     def _stop(self) -> None:

@@ -76,10 +76,13 @@ def _leave_to_doorbell(number: int, frame: FrameType | None) -> None:
     """A handler must exist for the wake-up descriptor to be written."""
 
 
-def run(machine: Runnable, source: Input | None, doorbell: Doorbell, timeout: float | None) -> tuple[Stop, int | None]:
+def run(
+    machine: Runnable, source: Input | None, doorbell: Doorbell, timeout: float | None, surrender: Callable[[], None] = lambda: None
+) -> tuple[Stop, int | None]:
     """Run `machine` to its end, feeding it from `source`; `timeout` is in seconds.
 
-    Returns why it stopped and the number of the signal that made us stop it, if one did. Raises what `machine.run` raises.
+    A signal stops it, after `surrender` has freed a vCPU that waits for a reader of its output. Returns why it stopped and the number of
+    the signal that made us stop it, if one did. Raises what `machine.run` raises.
     """
     result: list[Stop | BaseException] = []
     worker = threading.Thread(target=_run_machine, args=(machine, timeout, result.append, doorbell.ring), name="machine")
@@ -90,8 +93,10 @@ def run(machine: Runnable, source: Input | None, doorbell: Doorbell, timeout: fl
             while not result:
                 received = _serve(source, doorbell) or received
                 if received is not None:
+                    surrender()
                     machine.stop()
         finally:
+            surrender()
             machine.stop()
             worker.join()
     if isinstance(result[0], BaseException):

@@ -221,8 +221,7 @@ class Vcpu(VcpuCore):
         """KVM_SET_CPUID2; OSError E2BIG above 256 entries, EINVAL for an impossible set or a change after KVM_RUN."""
         if len(entries) > MAX_CPUID_ENTRIES:
             raise OSError(errno.E2BIG, "too many CPUID entries")
-        if self._last_cpu is not None and list(map(bytes, entries)) != list(map(bytes, self.cpuid.entries())):
-            raise OSError(errno.EINVAL, "CPUID cannot change once the vCPU has run")
+        cpuid.check(self, entries)
         self.cpuid = cpuid.CpuidTable(entries)
         cpuid.update_runtime(self)
         self._update_cr4_mask()
@@ -230,7 +229,7 @@ class Vcpu(VcpuCore):
     @ioctl(uapi.KVM_GET_CPUID2, encode=returns_array(uapi.Cpuid2, 40))
     def get_cpuid2(self) -> list[uapi.CpuidEntry2]:
         """KVM_GET_CPUID2."""
-        return self.cpuid.entries()
+        return self.cpuid.entries
 
     @ioctl(uapi.KVM_GET_MSRS, takes_msr_indices, returns_msr_values)
     def get_msrs(self, indices: Iterable[int]) -> list[int]:

@@ -57,6 +57,7 @@ class Crew:
         self._condition = threading.Condition()
         self._running = False
         self._closed = False
+        self._turn = 0  # counts calls of resume(): a thread owes one visit to the guest for each, however short
         self._busy = 0
         self._threads: list[threading.Thread] = []
 
@@ -74,6 +75,7 @@ class Crew:
             for vcpu in self._vcpus:
                 vcpu.kvm_run.immediate_exit = 0
             self._running = True
+            self._turn += 1
             self._busy = len(self._vcpus)
             if not self._threads:
                 self._start_threads()
@@ -113,6 +115,7 @@ class Crew:
         self._condition.wait_for(lambda: self._busy == 0)
 
     def _live(self, vcpu: Vcpu, actions: Actions) -> None:
+        turn = 1
         while not self._closed:
             try:
                 self._run_guest(vcpu, actions)
@@ -121,7 +124,9 @@ class Crew:
             with self._condition:
                 self._busy -= 1
                 self._condition.notify_all()
-                self._condition.wait_for(lambda: self._closed or self._running)
+                while not self._closed and self._turn == turn:
+                    self._condition.wait()
+                turn += 1
 
     def _run_guest(self, vcpu: Vcpu, actions: Actions) -> None:
         while self._running:

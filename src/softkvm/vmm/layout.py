@@ -170,4 +170,3 @@ def markdown() -> str:
     lines += ["## I/O ports", "", *_table("port", PORT_MAP, 4), ""]
     lines += ["## Interrupt lines", "", "| GSI | what |", "|---|---|", *(f"| {line.gsi} | {line.meaning} |" for line in LINE_MAP), ""]
     return "\n".join(lines)
-

@@ -14,10 +14,12 @@ from softkvm.vmm.layout import RAM_ABOVE_4G, RAM_BELOW_4G
 
 
 class HostMemory(Protocol):
-    """A block of page-aligned host memory; it also has the buffer protocol."""
+    """A block of page-aligned host memory."""
 
-    address: int
-    size: int
+    @property
+    def address(self) -> int:
+        """Host-virtual address of its first byte."""
+        ...
 
     def __buffer__(self, flags: int, /) -> memoryview:
         """The bytes, writable."""
