@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from helpers.one_core import Machine
 
 from softkvm import _engine
+from tests.helpers.one_core import Machine
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from helpers.one_core import CODE, HOST_INTERRUPT, Machine
-
 from softkvm import _engine
 from softkvm.silicon.control import Intercept, Register, SegmentRegister
+from tests.helpers.one_core import CODE, HOST_INTERRUPT, Machine
 
 OUT_10H_AL = b"\xe6\x10"
 LOOP = b"\xeb\xfe"
