@@ -46,6 +46,8 @@ class MsrState:
         """Values after RESET, with the model's own where it has any."""
         silicon = vcpu.model.msrs()
         self.machine_check = mce.MachineCheck()
+        self.enforce_pv_features = False
+        """KVM_CAP_ENFORCE_PV_FEATURE_CPUID: paravirtual MSRs exist only if leaf 40000001h says so."""
         self.values = {
             n.IA32_MISC_ENABLE: silicon.get(n.IA32_MISC_ENABLE, 0) | n.MISC_ENABLE_BTS_UNAVAILABLE | n.MISC_ENABLE_PEBS_UNAVAILABLE,
             n.PLATFORM_INFO: silicon.get(n.PLATFORM_INFO, 0) & ~n.PLATFORM_INFO_CPUID_FAULT,
@@ -155,6 +157,21 @@ def _of_intel(handler: Handler) -> Handler:
 
     def write(vcpu: Vcpu, index: int, value: int, host: bool) -> None:
         _require(vcpu.model.vendor == "intel", index)
+        handler.set(vcpu, index, value, host)
+
+    return Handler(read, write)
+
+
+def _paravirtual(handler: Handler, bit: int) -> Handler:
+    """An MSR of the KVM feature `bit`, which need not be offered unless user space enforces that."""
+    feature = cpuid.Feature(cpuid.HYPERVISOR_FEATURES, 0, cpuid.EAX, bit)
+
+    def read(vcpu: Vcpu, index: int, host: bool) -> int:
+        _require(not vcpu.msrs.enforce_pv_features or vcpu.cpuid.has(feature), index)
+        return handler.get(vcpu, index, host)
+
+    def write(vcpu: Vcpu, index: int, value: int, host: bool) -> None:
+        _require(not vcpu.msrs.enforce_pv_features or vcpu.cpuid.has(feature), index)
         handler.set(vcpu, index, value, host)
 
     return Handler(read, write)
@@ -363,6 +380,7 @@ def _set_steal_time(vcpu: Vcpu, index: int, value: int, _host: bool) -> None:
 
 _WALL_CLOCK = Handler(_get_wall_clock, _set_wall_clock)
 _SYSTEM_TIME = Handler(lambda vcpu, _index, _host: vcpu.pvclock.system_time_msr, _set_system_time)
+_STEAL_TIME = Handler(lambda vcpu, _index, _host: vcpu.pvclock.steal_msr, _set_steal_time)
 _MACHINE_CHECK = Handler(_get_machine_check, _set_machine_check)
 _ZERO, _IGNORED = _constant(0), _constant(0, _ignore)
 _READ_AS_ZERO = (
@@ -450,12 +468,12 @@ _HANDLERS: dict[int, Handler] = {
     n.MMIO_CONF_BASE: _constant(0, _zero_only),
     n.OSVW_ID_LENGTH: _stored(_from_host),
     n.OSVW_STATUS: _stored(_from_host),
-    uapi.MSR_KVM_WALL_CLOCK: _WALL_CLOCK,
-    uapi.MSR_KVM_WALL_CLOCK_NEW: _WALL_CLOCK,
-    uapi.MSR_KVM_SYSTEM_TIME: _SYSTEM_TIME,
-    uapi.MSR_KVM_SYSTEM_TIME_NEW: _SYSTEM_TIME,
-    uapi.MSR_KVM_STEAL_TIME: Handler(lambda vcpu, _index, _host: vcpu.pvclock.steal_msr, _set_steal_time),
-    uapi.MSR_KVM_POLL_CONTROL: _stored(_only_enable),
+    uapi.MSR_KVM_WALL_CLOCK: _paravirtual(_WALL_CLOCK, uapi.KVM_FEATURE_CLOCKSOURCE),
+    uapi.MSR_KVM_WALL_CLOCK_NEW: _paravirtual(_WALL_CLOCK, uapi.KVM_FEATURE_CLOCKSOURCE2),
+    uapi.MSR_KVM_SYSTEM_TIME: _paravirtual(_SYSTEM_TIME, uapi.KVM_FEATURE_CLOCKSOURCE),
+    uapi.MSR_KVM_SYSTEM_TIME_NEW: _paravirtual(_SYSTEM_TIME, uapi.KVM_FEATURE_CLOCKSOURCE2),
+    uapi.MSR_KVM_STEAL_TIME: _paravirtual(_STEAL_TIME, uapi.KVM_FEATURE_STEAL_TIME),
+    uapi.MSR_KVM_POLL_CONTROL: _paravirtual(_stored(_only_enable), uapi.KVM_FEATURE_POLL_CONTROL),
 }
 
 # --- Lists -----------------------------------------------------------------------------------------------------------------------------
