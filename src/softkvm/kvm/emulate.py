@@ -114,7 +114,7 @@ def _write(vcpu: Vcpu, gpa: int, size: int, value: int) -> int:
         return 1
     mmio = vcpu.kvm_run.mmio
     mmio.phys_addr, mmio.len, mmio.is_write = gpa, size, 1
-    mmio.data[:] = value.to_bytes(8, "little")
+    mmio.data[:] = list(value.to_bytes(8, "little"))
 
     def finish() -> int:
         _complete(vcpu, gpa, size, 1, value)

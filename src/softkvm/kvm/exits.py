@@ -237,7 +237,7 @@ def emulation_failure(vcpu: Vcpu) -> int:
     if length:
         failure.flags = uapi.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
         failure.insn_size = length
-        failure.insn_bytes[:] = bytes(exit_info.instruction_bytes[:length]).ljust(_INSTRUCTION_BYTES, b"\x90")
+        failure.insn_bytes[:] = (exit_info.instruction_bytes[:length] + [0x90] * _INSTRUCTION_BYTES)[:_INSTRUCTION_BYTES]
         failure.ndata += 2
     _append(vcpu, exit_info.reason, exit_info.qualification, exit_info.info2, exit_info.interruption, exit_info.interruption_error)
     return vcpu.exit_to_user(uapi.KVM_EXIT_INTERNAL_ERROR)

@@ -22,9 +22,19 @@ if TYPE_CHECKING:
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 ES, CS, SS, DS, FS, GS, LDTR, TR = (int(register) for register in SegmentRegister)
 
-CR0_PE, CR0_NW, CR0_CD, CR0_PG = 1 << 0, 1 << 29, 1 << 30, 1 << 31
-CR4_PAE, CR4_OSXSAVE, CR4_PCIDE, CR4_PKE, CR4_VMXE, CR4_LA57, CR4_SMXE = 1 << 5, 1 << 18, 1 << 17, 1 << 22, 1 << 13, 1 << 12, 1 << 14
-EFER_LME, EFER_LMA = 1 << 8, 1 << 10
+CR0_PE = 1 << 0
+CR0_NW = 1 << 29
+CR0_CD = 1 << 30
+CR0_PG = 1 << 31
+CR4_PAE = 1 << 5
+CR4_LA57 = 1 << 12
+CR4_VMXE = 1 << 13
+CR4_SMXE = 1 << 14
+CR4_PCIDE = 1 << 17
+CR4_OSXSAVE = 1 << 18
+CR4_PKE = 1 << 22
+EFER_LME = 1 << 8
+EFER_LMA = 1 << 10
 RFLAGS_FIXED = 1 << 1
 _CR4_ALWAYS = 0x1FF  # VME PVI TSD DE PSE PAE MCE PGE PCE
 _CR4_FEATURES = (

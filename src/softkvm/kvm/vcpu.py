@@ -221,8 +221,7 @@ class Vcpu(VcpuCore):
         """KVM_SET_CPUID2; OSError E2BIG above 256 entries, EINVAL for an impossible set or a change after KVM_RUN."""
         if len(entries) > MAX_CPUID_ENTRIES:
             raise OSError(errno.E2BIG, "too many CPUID entries")
-        if self._last_cpu is not None and list(map(bytes, entries)) != list(map(bytes, self.cpuid.entries())):
-            raise OSError(errno.EINVAL, "CPUID cannot change once the vCPU has run")
+        cpuid.check(self, entries)
         self.cpuid = cpuid.CpuidTable(entries)
         cpuid.update_runtime(self)
         self._update_cr4_mask()
@@ -230,7 +229,7 @@ class Vcpu(VcpuCore):
     @ioctl(uapi.KVM_GET_CPUID2, encode=returns_array(uapi.Cpuid2, 40))
     def get_cpuid2(self) -> list[uapi.CpuidEntry2]:
         """KVM_GET_CPUID2."""
-        return self.cpuid.entries()
+        return self.cpuid.entries
 
     @ioctl(uapi.KVM_GET_MSRS, takes_msr_indices, returns_msr_values)
     def get_msrs(self, indices: Iterable[int]) -> list[int]:
@@ -309,10 +308,8 @@ class Vcpu(VcpuCore):
 
     @ioctl(uapi.KVM_ENABLE_CAP, takes(uapi.EnableCap))
     def enable_cap(self, cap: uapi.EnableCap) -> None:
-        """KVM_ENABLE_CAP on a vCPU; OSError(EINVAL) for what is not known."""
-        if cap.flags or cap.cap != uapi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID:
-            raise OSError(errno.EINVAL, "no such capability")
-        self.msrs.enforce_pv_features = bool(cap.args[0])
+        """KVM_ENABLE_CAP: no capability is enabled per vCPU, each is OSError(EINVAL)."""
+        raise OSError(errno.EINVAL, f"capability {cap.cap} cannot be enabled on a vCPU")
 
     def close(self) -> None:
         """close(2): later ioctls fail with EBADF."""
