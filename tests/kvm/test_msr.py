@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from softkvm.kvm import cpuid, msr, request
 from softkvm.kvm import msr_index as n
 from softkvm.kvm.msr import MsrError
+from softkvm.kvm.msr_table import HANDLERS
 from softkvm.uapi import kvm as uapi
 from tests.kvm.fakes import FakeModel, FakeVcpu, FakeVm
 
 ONES = (1 << 64) - 1
 NON_CANONICAL = 1 << 63
-ALL_INDICES = sorted(msr._HANDLERS)
+ALL_INDICES = sorted(HANDLERS)
 
 
 @pytest.fixture
