@@ -120,67 +120,6 @@ class TestEfer:
             assert not refused(vcpu, n.EFER, bit, host=True)
 
 
-class TestMemoryTypes:
-    def test_pat(self, vcpu: FakeVcpu) -> None:
-        assert not refused(vcpu, n.IA32_PAT, 0x0407_0506_0007_0106)
-        assert refused(vcpu, n.IA32_PAT, 0x0407_0506_0007_0102)
-
-    def test_capabilities(self, vcpu: FakeVcpu) -> None:
-        assert msr.get(vcpu, n.IA32_MTRRCAP, False) == 0x508
-        assert refused(vcpu, n.IA32_MTRRCAP, 0)
-
-    @pytest.mark.parametrize(
-        ("index", "good", "bad"),
-        [
-            (n.MTRR_DEF_TYPE, 0xC06, 0x1000),
-            (n.MTRR_DEF_TYPE, 0x800, 2),
-            (0x250, 0x0606_0606_0606_0606, 0x0706_0606_0606_0606),
-            (0x26F, 0x0505_0000_0101_0404, 2),
-            (0x200, 0x8000_0006, 0x8000_0106),
-            (0x201, 0x3FFF_8000_0800, 0x4000_8000_0800),
-            (0x20F, 0x800, 0x400),
-        ],
-    )
-    def test_ranges(self, vcpu: FakeVcpu, index: int, good: int, bad: int) -> None:
-        msr.set(vcpu, index, good, False)
-        assert refused(vcpu, index, bad)
-        assert msr.get(vcpu, index, False) == good
-
-    def test_there_are_eight_variable_ranges(self, vcpu: FakeVcpu) -> None:
-        assert refused(vcpu, 0x210, 0)
-
-
-class TestMachineCheck:
-    def test_banks(self, vcpu: FakeVcpu) -> None:
-        assert msr.get(vcpu, n.IA32_MCG_CAP, False) == 10
-        assert msr.get(vcpu, 0x400, False) == ONES
-        assert not refused(vcpu, 0x400 + 4 * 9, 0)
-        assert refused(vcpu, 0x400 + 4 * 10, 0)
-        assert refused(vcpu, 0x404, 5)
-        assert not refused(vcpu, 0x404, ONES & ~(1 << 10))
-
-    def test_status_can_only_be_cleared_by_the_guest(self, vcpu: FakeVcpu) -> None:
-        assert refused(vcpu, 0x401, 1)
-        msr.set(vcpu, 0x401, 1 << 63, True)
-        assert msr.get(vcpu, 0x401, False) == 1 << 63
-        msr.set(vcpu, 0x401, 0, False)
-
-    def test_amd_can_unlock_status(self) -> None:
-        vcpu = FakeVcpu(FakeVm("amd"))
-        assert refused(vcpu, 0x401, 1)
-        msr.set(vcpu, n.HWCR, n.HWCR_MC_STATUS_WRITE, False)
-        assert not refused(vcpu, 0x401, 1)
-
-    def test_control_needs_the_capability(self, vcpu: FakeVcpu) -> None:
-        assert refused(vcpu, n.IA32_MCG_CTL, ONES)
-        with pytest.raises(MsrError):
-            msr.get(vcpu, n.IA32_MCG_CTL, False)
-        vcpu.msrs.machine_check.setup(10 | 1 << 8)
-        assert msr.get(vcpu, n.IA32_MCG_CTL, False) == ONES
-        assert not refused(vcpu, n.IA32_MCG_CTL, 0)
-        assert refused(vcpu, n.IA32_MCG_CTL, 5)
-
-
 @pytest.mark.parametrize("index", [n.IA32_ARCH_CAPABILITIES, n.PLATFORM_INFO, n.SMI_COUNT])
 def test_what_only_the_host_writes(vcpu: FakeVcpu, index: int) -> None:
     assert refused(vcpu, index, 0)

@@ -105,6 +105,7 @@ class LapicCore:
         with self.lock:
             regs[:] = [0] * 64
             self.irr = self.isr = self.tmr = 0
+        vcpu.state.cr8 = 0
         regs[Reg.ID], regs[Reg.LDR] = kept
         regs[Reg.VERSION] = VERSION
         regs[Reg.DFR] = DFR_FLAT
