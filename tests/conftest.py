@@ -1,14 +1,30 @@
-"""Where the engine is not built, its stand-in takes its place, so that every test of the Python floors runs without Rust."""
+"""What all tests share: hypothesis profiles, the softkvm plugin where it is not installed, a stand-in where the engine is not built."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 
+import pytest
+from hypothesis import settings
+
 import softkvm
+
+settings.register_profile("default", max_examples=50, deadline=None)
+settings.register_profile("thorough", max_examples=2000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 if importlib.util.find_spec("softkvm._engine") is None:
     from tests import fake_engine
 
     sys.modules["softkvm._engine"] = fake_engine
     softkvm._engine = fake_engine
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """An installed softkvm registers its plugin by entry point; a source tree on the path has none."""
+    if not config.pluginmanager.has_plugin("softkvm"):
+        from softkvm.testing import plugin
+
+        config.pluginmanager.register(plugin, "softkvm")

@@ -100,3 +100,15 @@ def test_setting_a_flag_kicks_the_task_out_of_its_guest() -> None:
     task.kick = lambda: kicks.append(task.flags)
     task.set_flag(TIF_SIGPENDING)
     assert kicks == [TIF_SIGPENDING]
+
+
+def test_exit_work_runs_when_ctrl_c_ends_the_call() -> None:
+    task, done = Task(), []
+
+    def handler() -> None:
+        task.on_user_return(lambda: done.append(1))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        entry.syscall(task, 1, (), handler)
+    assert done == [1]

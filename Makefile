@@ -1,0 +1,78 @@
+# One command for everything. Each target does what is needed first, once: the environment and the engine are rebuilt when their sources
+# change. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(abspath $(VENV))/bin
+# Arguments for the programs behind a target: make boot ARGS="--cpu epyc", make test ARGS="-k cpio".
+ARGS ?=
+JOBS ?= $(shell nproc 2>/dev/null || echo 1)
+
+ENGINE_SOURCES := $(shell find engine -name target -prune -o -type f \( -name '*.rs' -o -name '*.toml' \) -print 2>/dev/null) Cargo.toml $(wildcard Cargo.lock)
+ENVIRONMENT := $(VENV)/.stamp-environment
+ENGINE := $(VENV)/.stamp-engine
+
+.DEFAULT_GOAL := help
+.PHONY: help boot build test test-fast lint format bench selftest readme-screen clean prerequisites
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+boot: $(ENGINE) ## Boot Debian's cloud kernel to a shell on this terminal (ARGS="--cpu epyc ...")
+	@$(BIN)/softkvm run $(ARGS)
+
+build: $(ENGINE) ## Create the environment in .venv and build the engine
+
+test: $(ENGINE) ## Run all tests: the engine's, the package's, and real guests
+	cargo test --workspace --exclude softkvm-engine-py --release --quiet
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+test-fast: $(ENGINE) ## Run the package's tests without those marked slow
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+
+lint: $(ENGINE) ## Check style, types, floors, and the stub against the engine
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m mypy.stubtest softkvm._engine
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --quiet -- -D warnings
+
+format: $(ENVIRONMENT) ## Format Python and Rust sources
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	cargo fmt --all
+
+bench: $(ENGINE) ## Compare with QEMU's TCG (boot) and measure exits
+	$(BIN)/python -m benchmarks.boot $(ARGS)
+	$(BIN)/python -m benchmarks.exits
+
+selftest: $(ENGINE) ## Check the installation with the built-in guest: no network, no apt
+	@$(BIN)/softkvm run --selftest
+
+readme-screen: $(ENGINE) ## Boot once and put the screen into README.md
+	$(BIN)/python docs/readme_screen.py
+
+clean: ## Remove the environment and everything that was built
+	rm -rf $(VENV) target src/softkvm/_engine*.so .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+prerequisites:
+	@need() { command -v "$$1" >/dev/null || { echo "softkvm needs $$2: $$3" >&2; exit 1; }; }; \
+	need $(PYTHON) "Python 3.11 or later" "install it with sudo apt install python3"; \
+	need cc "a C compiler (Rust links with it)" "install one with sudo apt install gcc libc6-dev"; \
+	need cargo "a Rust toolchain" "install it as https://rustup.rs says"; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "softkvm needs Python 3.11 or later: choose one with make PYTHON=python3.11" >&2; exit 1; }; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo "softkvm needs Python's venv module: install it with sudo apt install python3-venv" >&2; exit 1; }
+
+$(ENVIRONMENT): pyproject.toml | prerequisites
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check 'maturin>=1.9,<2'
+	@touch $@
+
+# maturin installs the package in editable mode, with its dependencies, around the engine that it builds.
+$(ENGINE): $(ENVIRONMENT) $(ENGINE_SOURCES) | prerequisites
+	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin develop --release --extras dev --quiet
+	@touch $@

@@ -1,0 +1,315 @@
+//! The dispatcher: runs blocks one after another, and between them everything that happens at instruction boundaries.
+
+use super::clock::host_tsc;
+use super::signal::attention;
+use super::{pending, Cpu};
+use crate::decode::block::{self, Block};
+use crate::fault::{vector, Fault};
+use crate::memory::PAGE_OFFSET;
+use crate::state::{interruptibility, rflags};
+use crate::uop::{slot, Exec, Stop, Uop};
+use crate::virt::control::intercept;
+use crate::virt::exits::code;
+
+/// Instructions between two looks at the clock: some tens of microseconds.
+const SLICE: i64 = 10_000;
+
+/// Bits of the pending debug exceptions, which are those of DR6 (SDM vol. 3, 25.4.2).
+const DEBUG_BREAKPOINTS: u64 = 0xf;
+const DEBUG_STEP: u64 = 1 << 14;
+/// Interrupt shadows.
+const SHADOWS: u32 = interruptibility::STI | interruptibility::MOV_SS;
+
+impl Cpu {
+    /// Runs the guest until something must leave it; the reason is in `exit`. The budget goes on from the last run, so that clocks are
+    /// looked at however often the guest exits.
+    pub fn run(&mut self) {
+        while self.step().is_ok() {}
+    }
+
+    /// Runs one block, or what comes before it. `Err` means that `exit` holds a VM exit.
+    fn step(&mut self) -> Exec {
+        if (self.signal.pending() | self.pending != 0 || self.budget <= 0) && self.boundary()? {
+            return self.single();
+        }
+        match self.next_block() {
+            Ok(block) => self.execute(block),
+            Err(stop) => self.stopped(stop),
+        }
+    }
+
+    /// Work between blocks that is rare. Returns true when exactly one instruction may run before the next look.
+    #[cold]
+    #[inline(never)]
+    fn boundary(&mut self) -> Exec<bool> {
+        let signals = self.signal.pending();
+        if signals & attention::NESTED != 0 {
+            self.signal.take(attention::NESTED);
+            self.flush_nested();
+        }
+        if signals & attention::CODE != 0 {
+            self.signal.take(attention::CODE);
+            for (host, bytes) in self.signal.take_written() {
+                self.code.invalidate(host, bytes);
+            }
+        }
+        if self.budget <= 0 {
+            self.renew_budget();
+            self.check_clocks()?;
+        }
+        if self.pending & pending::EMULATE == 0 && signals & attention::KICK != 0 {
+            self.signal.take(attention::KICK);
+            return Err(self.exit_external_interrupt());
+        }
+        if self.pending & pending::DEBUG != 0 {
+            self.take_debug_trap()?;
+        }
+        if self.pending & pending::WINDOW != 0 {
+            self.check_windows()?;
+        }
+        if self.pending & pending::HALTED != 0 {
+            self.wait_halted()?;
+        }
+        let alone = self.pending & (pending::SHADOW | pending::STEP | pending::EMULATE) != 0;
+        Ok(self.check_instruction_budget()? || alone)
+    }
+
+    /// Exits when the hypervisor's instruction budget is used up; tells whether less than a block is left of it.
+    fn check_instruction_budget(&mut self) -> Exec<bool> {
+        if self.pending & pending::BUDGET == 0 {
+            return Ok(false);
+        }
+        let left = self.control.instruction_budget.saturating_sub(self.instructions());
+        if left == 0 {
+            return Err(self.exit(code::BUDGET, 0));
+        }
+        Ok(left < block::MAX_INSTRUCTIONS as u64)
+    }
+
+    fn renew_budget(&mut self) {
+        self.retired = self.instructions();
+        self.budget = SLICE;
+        self.budget_start = SLICE;
+    }
+
+    fn check_clocks(&mut self) -> Exec {
+        if self.pending & pending::EMULATE != 0 {
+            return Ok(());
+        }
+        let now = host_tsc();
+        if now >= self.clock.tick {
+            return Err(self.exit_external_interrupt());
+        }
+        if self.clock.timer != 0 && now >= self.clock.timer {
+            self.clock.timer = 0;
+            return Err(self.exit_external_interrupt());
+        }
+        if self.clock.preemption != 0 && now >= self.clock.preemption {
+            self.clock.preemption = 0;
+            return Err(self.exit(code::PREEMPTION_TIMER, 0));
+        }
+        Ok(())
+    }
+
+    fn check_windows(&mut self) -> Exec {
+        let blocked = self.state.interruptibility;
+        let shadow = blocked & SHADOWS != 0;
+        if self.control.intercepts(intercept::NMI_WINDOW) && !shadow && blocked & interruptibility::NMI == 0 {
+            return Err(self.exit(code::NMI_WINDOW, 0));
+        }
+        if self.control.intercepts(intercept::INTERRUPT_WINDOW) && !shadow && self.rflags & rflags::IF != 0 {
+            return Err(self.exit(code::INTERRUPT_WINDOW, 0));
+        }
+        Ok(())
+    }
+
+    /// A halted CPU whose hypervisor does not intercept HLT sleeps until something happens.
+    fn wait_halted(&mut self) -> Exec {
+        while self.signal.pending() == 0 {
+            self.check_clocks()?;
+            std::thread::sleep(std::time::Duration::from_micros(50));
+        }
+        if self.signal.take(attention::KICK) != 0 {
+            return Err(self.exit_external_interrupt());
+        }
+        Ok(())
+    }
+
+    /// Delivers the debug exceptions that the last instruction left behind. A MOV SS shadow holds them back (SDM vol. 3, 6.8.3).
+    fn take_debug_trap(&mut self) -> Exec {
+        if self.state.interruptibility & interruptibility::MOV_SS != 0 {
+            return Ok(());
+        }
+        self.pending &= !pending::DEBUG;
+        let payload = std::mem::take(&mut self.state.pending_debug) & (DEBUG_BREAKPOINTS | DEBUG_STEP);
+        self.fault = Fault { vector: vector::DB, error: None, payload };
+        self.deliver_fault()
+    }
+
+    /// Drops what depends on the nested page table, and tells whoever changed it.
+    pub fn flush_nested(&mut self) {
+        let generation = self.npt.generation();
+        self.tlb.flush();
+        self.refresh_table();
+        self.nested_generation = generation;
+        self.signal.set_nested_seen(generation);
+    }
+
+    // ---- blocks ---------------------------------------------------------------------------------------------------------------------
+
+    /// The block at RIP.
+    #[inline(always)]
+    fn next_block(&mut self) -> Exec<*mut Block> {
+        let rip = self.rip();
+        if let Some(block) = self.code.jump(rip, self.jump_context) {
+            // SAFETY: the jump cache forgets blocks before they are freed.
+            if unsafe { (*block).valid } {
+                return Ok(block);
+            }
+        }
+        self.find_block(rip)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn find_block(&mut self, rip: u64) -> Exec<*mut Block> {
+        self.code.collect();
+        let la = self.segment_address(crate::state::seg::CS, rip, 1, crate::paging::AccessKind::Fetch)?;
+        let host = self.fetch_address(la)? as u64;
+        let block = match self.code.find(host, self.code_size) {
+            Some(block) if self.second_page_matches(block, la)? => block,
+            _ => {
+                let block = block::decode(self)?;
+                self.adopt(block)
+            }
+        };
+        self.code.remember(rip, self.jump_context, block);
+        Ok(block)
+    }
+
+    fn adopt(&mut self, block: Block) -> *mut Block {
+        let pages = [Some(block.key.host), block.second_page];
+        for page in pages.into_iter().flatten() {
+            if !self.code.holds_code(page) {
+                self.tlb.protect_host_page(page & !PAGE_OFFSET);
+            }
+        }
+        self.code.insert(block)
+    }
+
+    /// Whether the tail of a block that crosses a page is where it was when the block was made.
+    fn second_page_matches(&mut self, block: *mut Block, la: u64) -> Exec<bool> {
+        // SAFETY: the cache just returned it, and frees blocks only in `collect`.
+        let Some(second) = (unsafe { (*block).second_page }) else { return Ok(true) };
+        let next = (la | PAGE_OFFSET).wrapping_add(1);
+        Ok(self.fetch_address(next)? as u64 == second)
+    }
+
+    /// Runs a block to its end.
+    #[inline(always)]
+    fn execute(&mut self, block: *mut Block) -> Exec {
+        // SAFETY: blocks are freed by `collect` only, which no handler calls; the last micro-op of a block always stops.
+        let (first, instructions) = unsafe { ((*block).uops.as_ptr(), (*block).instructions) };
+        self.budget -= i64::from(instructions);
+        self.blocks_run += 1;
+        let mut at = first;
+        loop {
+            // SAFETY: as above; a block that dies while it runs keeps its micro-ops, which then stop at once.
+            let uop = unsafe { &*at };
+            match (uop.run)(self, uop) {
+                // SAFETY: not the last micro-op, because that one stops.
+                Ok(()) => at = unsafe { at.add(1) },
+                Err(Stop::Next) => return Ok(()),
+                Err(stop) => {
+                    // SAFETY: both point into the same slice.
+                    let index = unsafe { at.offset_from(first) };
+                    return self.leave(uop, stop, i64::from(instructions) - index as i64);
+                }
+            }
+        }
+    }
+
+    /// Leaves a block before its end; `left` instructions of it, the one of `uop` included, had been paid for.
+    #[cold]
+    #[inline(never)]
+    fn leave(&mut self, uop: &Uop, stop: Stop, left: i64) -> Exec {
+        if stop == Stop::Leave {
+            self.budget += left - 1;
+            self.regs[slot::RIP as usize] = self.rip_at(uop.next_offset());
+            return Ok(());
+        }
+        self.budget += left;
+        self.regs[slot::RIP as usize] = self.rip_at(uop.offset.into());
+        if stop == Stop::Exit {
+            self.complete_exit(uop);
+        }
+        self.stopped(stop)
+    }
+
+    /// Acts on a stop at a boundary where RIP is exact. What retires no instruction uses up the budget all the same.
+    fn stopped(&mut self, stop: Stop) -> Exec {
+        self.budget -= 1;
+        self.budget_start -= 1;
+        match stop {
+            Stop::Next | Stop::Leave | Stop::Again | Stop::Retry => Ok(()),
+            Stop::Fault => self.deliver_fault(),
+            Stop::Exit => Err(Stop::Exit),
+        }
+    }
+
+    // ---- one instruction at a time --------------------------------------------------------------------------------------------------
+
+    /// Runs one instruction, and what comes with its end: shadows end, single-step traps are noted, and a hypervisor that asked for one
+    /// instruction gets control.
+    fn single(&mut self) -> Exec {
+        let shadow = self.state.interruptibility & SHADOWS;
+        let stepping = self.rflags & rflags::TF != 0;
+        self.state.interruptibility &= !SHADOWS;
+        self.pending &= !pending::SHADOW;
+        let stop = match self.next_block() {
+            Ok(block) => self.execute_one(block),
+            Err(stop) => stop,
+        };
+        match stop {
+            Stop::Exit | Stop::Retry | Stop::Again => {
+                self.state.interruptibility |= shadow;
+                self.pending |= if shadow != 0 { pending::SHADOW } else { 0 };
+            }
+            Stop::Next | Stop::Leave | Stop::Fault => {}
+        }
+        self.stopped(stop)?;
+        if stop == Stop::Retry {
+            return Ok(());
+        }
+        if stepping && stop != Stop::Fault && !self.software_interrupt {
+            self.state.pending_debug |= DEBUG_STEP;
+            self.pending |= pending::DEBUG;
+        }
+        self.software_interrupt = false;
+        if self.pending & pending::EMULATE != 0 {
+            return Err(self.exit(code::EMULATED, 0));
+        }
+        if self.control.intercepts(intercept::MONITOR_TRAP) {
+            return Err(self.exit(code::MONITOR_TRAP, 0));
+        }
+        Ok(())
+    }
+
+    /// Runs exactly the first instruction of a block and moves RIP.
+    fn execute_one(&mut self, block: *mut Block) -> Stop {
+        // SAFETY: as in `execute`; a block has at least one micro-op.
+        let uop = unsafe { *(*block).uops.as_ptr() };
+        self.blocks_run += 1;
+        let stop = (uop.run)(self, &uop).err().unwrap_or(Stop::Leave);
+        match stop {
+            Stop::Next => self.budget -= 1,
+            Stop::Leave => {
+                self.budget -= 1;
+                self.regs[slot::RIP as usize] = self.rip_at(uop.next_offset());
+            }
+            Stop::Exit => self.complete_exit(&uop),
+            Stop::Fault | Stop::Again | Stop::Retry => {}
+        }
+        stop
+    }
+}

@@ -1,0 +1,245 @@
+//! The code cache: decoded blocks by host address, a jump cache by RIP, and which bytes of RAM they were made from.
+//!
+//! Self-modified code is found by physical page: a page with blocks loses its write tags in the TLB, so each store to it comes through
+//! `CodeCache::invalidate`. A block that dies has its micro-ops replaced, which stops it even while it runs.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+
+use super::block::{Block, Key};
+use crate::cpu::CodeSize;
+use crate::exec;
+use crate::memory::PAGE_OFFSET;
+use crate::uop::Handler;
+
+/// Slots of the jump cache.
+const JUMP_SLOTS: usize = 1 << 14;
+/// Blocks that may exist; one more empties the cache, which bounds its memory.
+const MAX_BLOCKS: usize = 1 << 18;
+/// Bytes of code that one bit of a page's line map stands for.
+const LINE_SHIFT: u32 = 6;
+
+/// Number of a block.
+pub type BlockId = u32;
+
+/// Multiplicative hashing: keys are addresses, and not the guest's choice alone.
+#[derive(Default)]
+pub struct AddressHasher(u64);
+
+impl Hasher for AddressHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u8(*byte);
+        }
+    }
+    fn write_u8(&mut self, value: u8) {
+        self.write_u64(value.into());
+    }
+    fn write_u64(&mut self, value: u64) {
+        self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 ^= self.0 >> 32;
+    }
+}
+
+type AddressMap<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
+
+/// Blocks that were made from one host page.
+#[derive(Default)]
+struct CodePage {
+    lines: u64,
+    blocks: Vec<BlockId>,
+}
+
+#[derive(Clone, Copy)]
+struct Jump {
+    rip: u64,
+    context: u64,
+    block: *mut Block,
+}
+
+const NO_JUMP: Jump = Jump { rip: 0, context: u64::MAX, block: std::ptr::null_mut() };
+
+/// All decoded code of a core.
+pub struct CodeCache {
+    blocks: Vec<Option<Box<Block>>>,
+    free: Vec<BlockId>,
+    /// Blocks that died while they may have been running; freed at the next dispatch that needs a slot.
+    dead: Vec<Box<Block>>,
+    by_key: AddressMap<Key, BlockId>,
+    pages: AddressMap<u64, CodePage>,
+    jumps: Box<[Jump]>,
+    pub decoded: u64,
+    pub invalidated: u64,
+}
+
+impl Default for CodeCache {
+    fn default() -> Self {
+        CodeCache {
+            blocks: Vec::new(),
+            free: Vec::new(),
+            dead: Vec::new(),
+            by_key: HashMap::default(),
+            pages: HashMap::default(),
+            jumps: vec![NO_JUMP; JUMP_SLOTS].into(),
+            decoded: 0,
+            invalidated: 0,
+        }
+    }
+}
+
+/// Slot of the jump cache: blocks of one page spread out, and aliases at equal page offsets do not collide.
+#[inline(always)]
+const fn jump_slot(rip: u64) -> usize {
+    (rip ^ rip >> 14) as usize & (JUMP_SLOTS - 1)
+}
+
+impl CodeCache {
+    /// The block that was last run at `rip` in `context` (translation generation, privilege and code size).
+    #[inline(always)]
+    pub fn jump(&self, rip: u64, context: u64) -> Option<*mut Block> {
+        let jump = &self.jumps[jump_slot(rip)];
+        if jump.rip != rip || jump.context != context {
+            return None;
+        }
+        Some(jump.block)
+    }
+
+    /// Remembers that `rip` in `context` runs `block`.
+    pub fn remember(&mut self, rip: u64, context: u64, block: *mut Block) {
+        self.jumps[jump_slot(rip)] = Jump { rip, context, block };
+    }
+
+    /// The block at a host address, if there is a valid one.
+    pub fn find(&mut self, host: u64, size: CodeSize) -> Option<*mut Block> {
+        let id = *self.by_key.get(&Key { host, size })?;
+        self.blocks[id as usize].as_deref_mut().map(std::ptr::from_mut)
+    }
+
+    /// Adds a block; the caller takes write tags away from its pages (see [`CodeCache::holds_code`]).
+    pub fn insert(&mut self, block: Block) -> *mut Block {
+        if self.blocks.len() - self.free.len() >= MAX_BLOCKS {
+            self.clear();
+        }
+        self.decoded += 1;
+        let id = self.free.pop().unwrap_or_else(|| {
+            self.blocks.push(None);
+            (self.blocks.len() - 1) as BlockId
+        });
+        for (page, lines) in spans(&block) {
+            let entry = self.pages.entry(page).or_default();
+            entry.lines |= lines;
+            entry.blocks.push(id);
+        }
+        self.by_key.insert(block.key, id);
+        std::ptr::from_mut(self.blocks[id as usize].insert(Box::new(block)).as_mut())
+    }
+
+    /// Whether the page of host address `host` holds translated code.
+    #[inline]
+    pub fn holds_code(&self, host: u64) -> bool {
+        self.pages.contains_key(&(host & !PAGE_OFFSET))
+    }
+
+    /// Kills the blocks made from any line of `[host, host + bytes)`, which lies in one page.
+    pub fn invalidate(&mut self, host: u64, bytes: u64) {
+        let page = host & !PAGE_OFFSET;
+        let written = line_mask(host & PAGE_OFFSET, bytes);
+        let Some(entry) = self.pages.get_mut(&page) else { return };
+        if entry.lines & written == 0 {
+            return;
+        }
+        let ids = std::mem::take(&mut entry.blocks);
+        let mut kept = Vec::with_capacity(ids.len());
+        let mut lines = 0;
+        for id in ids {
+            let Some(block) = &self.blocks[id as usize] else { continue };
+            let own = spans(block).filter(|(at, _)| *at == page).fold(0, |all, (_, lines)| all | lines);
+            if own & written == 0 {
+                lines |= own;
+                kept.push(id);
+            } else {
+                self.kill(id, page);
+            }
+        }
+        if let Some(entry) = self.pages.get_mut(&page) {
+            (entry.blocks, entry.lines) = (kept, lines);
+        }
+    }
+
+    /// Forgets every block.
+    pub fn clear(&mut self) {
+        for id in 0..self.blocks.len() as BlockId {
+            if self.blocks[id as usize].is_some() {
+                self.kill(id, u64::MAX);
+            }
+        }
+        self.pages.clear();
+        self.forget_jumps();
+    }
+
+    /// Frees the blocks that died. No block may be running.
+    pub fn collect(&mut self) {
+        if self.dead.len() >= 1024 {
+            self.forget_jumps();
+            self.dead.clear();
+        }
+    }
+
+    fn forget_jumps(&mut self) {
+        self.jumps.fill(NO_JUMP);
+    }
+
+    /// Takes a block out of every index but page `except`, which the caller keeps itself, and stops it where it runs.
+    fn kill(&mut self, id: BlockId, except: u64) {
+        let Some(mut block) = self.blocks[id as usize].take() else { return };
+        self.invalidated += 1;
+        self.free.push(id);
+        self.by_key.remove(&block.key);
+        for (page, _) in spans(&block) {
+            if page != except {
+                if let Some(entry) = self.pages.get_mut(&page) {
+                    entry.blocks.retain(|other| *other != id);
+                }
+            }
+        }
+        block.valid = false;
+        for uop in &mut block.uops {
+            uop.run = exec::resume as Handler;
+        }
+        self.dead.push(block);
+    }
+
+    /// Blocks that are cached.
+    pub fn len(&self) -> usize {
+        self.by_key.len()
+    }
+
+    /// Whether no block is cached.
+    pub fn is_empty(&self) -> bool {
+        self.by_key.is_empty()
+    }
+}
+
+/// Host pages of a block, each with the lines that its bytes cover.
+fn spans(block: &Block) -> impl Iterator<Item = (u64, u64)> {
+    let page = block.key.host & !PAGE_OFFSET;
+    let start = block.key.host & PAGE_OFFSET;
+    let length = u64::from(block.length);
+    let first = length.min(PAGE_OFFSET + 1 - start);
+    let head = (page, line_mask(start, first));
+    let tail = block.second_page.map(|second| (second & !PAGE_OFFSET, line_mask(0, length - first)));
+    std::iter::once(head).chain(tail)
+}
+
+/// Bits of the lines that `[offset, offset + bytes)` of a page touches.
+fn line_mask(offset: u64, bytes: u64) -> u64 {
+    if bytes == 0 {
+        return 0;
+    }
+    let first = offset >> LINE_SHIFT;
+    let last = (offset + bytes - 1).min(PAGE_OFFSET) >> LINE_SHIFT;
+    (u64::MAX >> (63 - (last - first))) << first
+}

@@ -1,0 +1,176 @@
+//! Floating-point instructions on the host's own SSE2, under the guest's MXCSR.
+//!
+//! Rust code may not run while MXCSR differs from its default, so each instruction is one `asm!` block that loads the guest's MXCSR with
+//! its exceptions masked and its flags clear, executes, reads the flags back and restores the default. Hosts other than x86-64 need a
+//! software implementation of this file; the clock (`cpu::clock`) and x87 are the other two places that rely on the host.
+
+#[cfg(not(target_arch = "x86_64"))]
+compile_error!("the engine executes guest floating point on the host's SSE2 and x87 units: it needs an x86-64 host");
+
+use core::arch::x86_64::__m128i;
+
+use crate::cpu::Cpu;
+use crate::fault::vector;
+use crate::state::cr4;
+use crate::uop::{Exec, Stop};
+
+/// Bits of MXCSR (SDM vol. 1, 10.2.3).
+pub mod mxcsr {
+    /// Sticky exception flags: invalid, denormal, divide by zero, overflow, underflow, precision.
+    pub const FLAGS: u32 = 0x3f;
+    /// Flags of exceptions that are found before the operation.
+    pub const BEFORE: u32 = 0x07;
+    /// Exception masks, the flags' order.
+    pub const MASKS: u32 = 0x1f80;
+    pub const MASK_SHIFT: u32 = 7;
+}
+
+/// MXCSR as Rust code expects it.
+pub const DEFAULT_MXCSR: u32 = 0x1f80;
+
+/// A register for `asm!`.
+#[inline(always)]
+pub fn register(value: u128) -> __m128i {
+    // SAFETY: both are 16 bytes and every bit pattern is valid.
+    unsafe { core::mem::transmute(value) }
+}
+
+/// The value of a register of `asm!`.
+#[inline(always)]
+pub fn value(register: __m128i) -> u128 {
+    // SAFETY: both are 16 bytes and every bit pattern is valid.
+    unsafe { core::mem::transmute(register) }
+}
+
+/// MXCSR for the operation and for afterwards, in memory as LDMXCSR wants them.
+#[inline(always)]
+pub fn control(guest: u32) -> [u32; 2] {
+    [guest & !mxcsr::FLAGS | mxcsr::MASKS, DEFAULT_MXCSR]
+}
+
+/// Runs `$op a, b` (or `$op a, b, imm`) on XMM registers: `(a, flags)`.
+macro_rules! simd {
+    ($mxcsr:expr, $op:literal, $a:expr, $b:expr $(, imm $imm:expr)?) => {{
+        let mut control = $crate::exec::sse::host::control($mxcsr);
+        let mut a = $crate::exec::sse::host::register($a);
+        // SAFETY: the instruction reads and writes only its XMM operands; MXCSR is back at the default behind it.
+        unsafe {
+            core::arch::asm!(
+                "ldmxcsr [{control}]",
+                concat!($op, " {a}, {b}" $(, ", {imm}", $crate::exec::sse::host::nothing!($imm))?),
+                "stmxcsr [{control}]",
+                "ldmxcsr [{control} + 4]",
+                control = in(reg) control.as_mut_ptr(),
+                a = inout(xmm_reg) a,
+                b = in(xmm_reg) $crate::exec::sse::host::register($b),
+                $(imm = const $imm,)?
+                options(nostack),
+            );
+        }
+        ($crate::exec::sse::host::value(a), control[0] & $crate::exec::sse::host::mxcsr::FLAGS)
+    }};
+}
+pub(super) use simd;
+
+/// Expands to an empty string, so that a repetition can name its variable.
+macro_rules! nothing {
+    ($token:expr) => {
+        ""
+    };
+}
+pub(super) use nothing;
+
+/// Runs `$op gpr, xmm`: `(gpr, flags)`. `$width` is the operand modifier of the general register.
+macro_rules! simd_to_integer {
+    ($mxcsr:expr, $op:literal, $width:literal, $b:expr) => {{
+        let mut control = $crate::exec::sse::host::control($mxcsr);
+        let result: u64;
+        // SAFETY: as in `simd`.
+        unsafe {
+            core::arch::asm!(
+                "ldmxcsr [{control}]",
+                concat!($op, " {a", $width, "}, {b}"),
+                "stmxcsr [{control}]",
+                "ldmxcsr [{control} + 4]",
+                control = in(reg) control.as_mut_ptr(),
+                a = out(reg) result,
+                b = in(xmm_reg) $crate::exec::sse::host::register($b),
+                options(nostack),
+            );
+        }
+        (result, control[0] & $crate::exec::sse::host::mxcsr::FLAGS)
+    }};
+}
+pub(super) use simd_to_integer;
+
+/// Runs `$op xmm, gpr`: `(xmm, flags)`.
+macro_rules! simd_from_integer {
+    ($mxcsr:expr, $op:literal, $width:literal, $a:expr, $b:expr) => {{
+        let mut control = $crate::exec::sse::host::control($mxcsr);
+        let mut a = $crate::exec::sse::host::register($a);
+        // SAFETY: as in `simd`.
+        unsafe {
+            core::arch::asm!(
+                "ldmxcsr [{control}]",
+                concat!($op, " {a}, {b", $width, "}"),
+                "stmxcsr [{control}]",
+                "ldmxcsr [{control} + 4]",
+                control = in(reg) control.as_mut_ptr(),
+                a = inout(xmm_reg) a,
+                b = in(reg) $b,
+                options(nostack),
+            );
+        }
+        ($crate::exec::sse::host::value(a), control[0] & $crate::exec::sse::host::mxcsr::FLAGS)
+    }};
+}
+pub(super) use simd_from_integer;
+
+/// Runs a comparison that answers in EFLAGS: `(EFLAGS 7:0, flags)`.
+macro_rules! simd_compare {
+    ($mxcsr:expr, $op:literal, $a:expr, $b:expr) => {{
+        let mut control = $crate::exec::sse::host::control($mxcsr);
+        let flags: u16;
+        // SAFETY: as in `simd`.
+        unsafe {
+            core::arch::asm!(
+                "ldmxcsr [{control}]",
+                concat!($op, " {a}, {b}"),
+                "lahf",
+                "stmxcsr [{control}]",
+                "ldmxcsr [{control} + 4]",
+                control = in(reg) control.as_mut_ptr(),
+                a = in(xmm_reg) $crate::exec::sse::host::register($a),
+                b = in(xmm_reg) $crate::exec::sse::host::register($b),
+                out("ax") flags,
+                options(nostack),
+            );
+        }
+        (u64::from(flags >> 8), control[0] & $crate::exec::sse::host::mxcsr::FLAGS)
+    }};
+}
+pub(super) use simd_compare;
+
+impl Cpu {
+    /// Adds the flags that an operation raised to MXCSR; #XM when one of them is unmasked.
+    #[inline(always)]
+    pub(super) fn raise_simd(&mut self, flags: u32) -> Exec {
+        let unmasked = flags & !(self.state.fpu.mxcsr >> mxcsr::MASK_SHIFT);
+        if unmasked != 0 {
+            return Err(self.simd_exception(flags, unmasked));
+        }
+        self.state.fpu.mxcsr |= flags;
+        Ok(())
+    }
+
+    /// SDM vol. 1, 11.5.2: exceptions found before the operation keep those behind it from being found.
+    #[cold]
+    fn simd_exception(&mut self, flags: u32, unmasked: u32) -> Stop {
+        self.state.fpu.mxcsr |= if unmasked & mxcsr::BEFORE != 0 { flags & mxcsr::BEFORE } else { flags };
+        if self.state.cr4 & cr4::OSXMMEXCPT != 0 {
+            self.raise(vector::XM)
+        } else {
+            self.undefined()
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! Packed integer arithmetic and comparison, MMX to SSE4.2 (SDM vol. 2: PADDB and its siblings).
+
+use super::lanes::{build, map, zip, Lane};
+use super::operand::operations;
+
+/// All ones where `condition` holds.
+#[inline(always)]
+fn ones<const N: usize, L: Lane>(a: [u8; N], b: [u8; N], condition: impl Fn(&L, &L) -> bool, yes: L, no: L) -> [u8; N] {
+    zip(a, b, |x: L, y: L| if condition(&x, &y) { yes } else { no })
+}
+
+/// Rounded average of two bytes or words.
+#[inline(always)]
+fn average(x: u32, y: u32) -> u32 {
+    (x + y + 1) >> 1
+}
+
+/// Sum of the absolute differences of each group of eight bytes, as a 64-bit lane.
+#[inline(always)]
+fn sad<const N: usize>(a: [u8; N], b: [u8; N]) -> [u8; N] {
+    build(|group| (0..8).map(|n| u64::from(a[8 * group + n].abs_diff(b[8 * group + n]))).sum::<u64>())
+}
+
+/// Each 32-bit lane: the sum of the products of its two signed words.
+#[inline(always)]
+fn multiply_add_words<const N: usize>(a: [u8; N], b: [u8; N]) -> [u8; N] {
+    let product = |n| i32::from(i16::get(&a, n)) * i32::from(i16::get(&b, n));
+    build(|n| product(2 * n).wrapping_add(product(2 * n + 1)))
+}
+
+/// Each word: the saturated sum of two products of an unsigned byte of `a` and a signed byte of `b`.
+#[inline(always)]
+fn multiply_add_bytes<const N: usize>(a: [u8; N], b: [u8; N]) -> [u8; N] {
+    let product = |n: usize| i32::from(a[n]) * i32::from(b[n] as i8);
+    build(|n| (product(2 * n) + product(2 * n + 1)).clamp(i16::MIN.into(), i16::MAX.into()) as i16)
+}
+
+/// Lane `n` is `f` of a pair of neighbours: first the pairs of `a`, then those of `b`.
+#[inline(always)]
+fn horizontal<L: Lane, const N: usize>(a: [u8; N], b: [u8; N], f: impl Fn(L, L) -> L) -> [u8; N] {
+    let half = N / L::BYTES / 2;
+    build(|n| {
+        let (from, at) = if n < half { (&a, 2 * n) } else { (&b, 2 * (n - half)) };
+        f(L::get(from, at), L::get(from, at + 1))
+    })
+}
+
+/// `x` with the sign of `y`: negated where `y` is negative, zero where it is zero.
+macro_rules! sign {
+    ($x:ident, $y:ident) => {
+        match $y.signum() {
+            0 => 0,
+            1 => $x,
+            _ => $x.wrapping_neg(),
+        }
+    };
+}
+
+/// Minimum of the eight words of `b`, and its place (PHMINPOSUW).
+#[inline(always)]
+fn minimum_position<const N: usize>(b: [u8; N]) -> [u8; N] {
+    let mut result = [0; N];
+    let (at, value) = (0..N / 2).map(|n| (n, u16::get(&b, n))).min_by_key(|pair| pair.1).unwrap_or_default();
+    value.put(&mut result, 0);
+    (at as u16).put(&mut result, 1);
+    result
+}
+
+operations! {
+    Paddb => |a, b| zip(a, b, u8::wrapping_add);
+    Paddw => |a, b| zip(a, b, u16::wrapping_add);
+    Paddd => |a, b| zip(a, b, u32::wrapping_add);
+    Paddq => |a, b| zip(a, b, u64::wrapping_add);
+    Psubb => |a, b| zip(a, b, u8::wrapping_sub);
+    Psubw => |a, b| zip(a, b, u16::wrapping_sub);
+    Psubd => |a, b| zip(a, b, u32::wrapping_sub);
+    Psubq => |a, b| zip(a, b, u64::wrapping_sub);
+    Paddsb => |a, b| zip(a, b, i8::saturating_add);
+    Paddsw => |a, b| zip(a, b, i16::saturating_add);
+    Paddusb => |a, b| zip(a, b, u8::saturating_add);
+    Paddusw => |a, b| zip(a, b, u16::saturating_add);
+    Psubsb => |a, b| zip(a, b, i8::saturating_sub);
+    Psubsw => |a, b| zip(a, b, i16::saturating_sub);
+    Psubusb => |a, b| zip(a, b, u8::saturating_sub);
+    Psubusw => |a, b| zip(a, b, u16::saturating_sub);
+
+    Pmullw => |a, b| zip(a, b, u16::wrapping_mul);
+    Pmulld => |a, b| zip(a, b, u32::wrapping_mul);
+    Pmulhw => |a, b| zip(a, b, |x: i16, y: i16| ((i32::from(x) * i32::from(y)) >> 16) as i16);
+    Pmulhuw => |a, b| zip(a, b, |x: u16, y: u16| ((u32::from(x) * u32::from(y)) >> 16) as u16);
+    Pmulhrsw => |a, b| zip(a, b, |x: i16, y: i16| ((((i32::from(x) * i32::from(y)) >> 14) + 1) >> 1) as i16);
+    Pmuludq => |a, b| zip(a, b, |x: u64, y: u64| (x & 0xffff_ffff) * (y & 0xffff_ffff));
+    Pmuldq => |a, b| zip(a, b, |x: i64, y: i64| i64::from(x as i32) * i64::from(y as i32));
+    Pmaddwd => |a, b| multiply_add_words(a, b);
+    Pmaddubsw => |a, b| multiply_add_bytes(a, b);
+    Psadbw => |a, b| sad(a, b);
+    Pavgb => |a, b| zip(a, b, |x: u8, y: u8| average(x.into(), y.into()) as u8);
+    Pavgw => |a, b| zip(a, b, |x: u16, y: u16| average(x.into(), y.into()) as u16);
+
+    Pminub => |a, b| zip(a, b, <u8 as Ord>::min);
+    Pminuw => |a, b| zip(a, b, <u16 as Ord>::min);
+    Pminud => |a, b| zip(a, b, <u32 as Ord>::min);
+    Pminsb => |a, b| zip(a, b, <i8 as Ord>::min);
+    Pminsw => |a, b| zip(a, b, <i16 as Ord>::min);
+    Pminsd => |a, b| zip(a, b, <i32 as Ord>::min);
+    Pmaxub => |a, b| zip(a, b, <u8 as Ord>::max);
+    Pmaxuw => |a, b| zip(a, b, <u16 as Ord>::max);
+    Pmaxud => |a, b| zip(a, b, <u32 as Ord>::max);
+    Pmaxsb => |a, b| zip(a, b, <i8 as Ord>::max);
+    Pmaxsw => |a, b| zip(a, b, <i16 as Ord>::max);
+    Pmaxsd => |a, b| zip(a, b, <i32 as Ord>::max);
+    Phminposuw => |_a, b| minimum_position(b);
+
+    Pcmpeqb => |a, b| ones(a, b, u8::eq, u8::MAX, 0);
+    Pcmpeqw => |a, b| ones(a, b, u16::eq, u16::MAX, 0);
+    Pcmpeqd => |a, b| ones(a, b, u32::eq, u32::MAX, 0);
+    Pcmpeqq => |a, b| ones(a, b, u64::eq, u64::MAX, 0);
+    Pcmpgtb => |a, b| ones(a, b, i8::gt, -1, 0);
+    Pcmpgtw => |a, b| ones(a, b, i16::gt, -1, 0);
+    Pcmpgtd => |a, b| ones(a, b, i32::gt, -1, 0);
+    Pcmpgtq => |a, b| ones(a, b, i64::gt, -1, 0);
+
+    Pabsb => |_a, b| map(b, i8::wrapping_abs);
+    Pabsw => |_a, b| map(b, i16::wrapping_abs);
+    Pabsd => |_a, b| map(b, i32::wrapping_abs);
+    Psignb => |a, b| zip(a, b, |x: i8, y: i8| sign!(x, y));
+    Psignw => |a, b| zip(a, b, |x: i16, y: i16| sign!(x, y));
+    Psignd => |a, b| zip(a, b, |x: i32, y: i32| sign!(x, y));
+
+    Phaddw => |a, b| horizontal(a, b, i16::wrapping_add);
+    Phaddd => |a, b| horizontal(a, b, i32::wrapping_add);
+    Phaddsw => |a, b| horizontal(a, b, i16::saturating_add);
+    Phsubw => |a, b| horizontal(a, b, i16::wrapping_sub);
+    Phsubd => |a, b| horizontal(a, b, i32::wrapping_sub);
+    Phsubsw => |a, b| horizontal(a, b, i16::saturating_sub);
+}

@@ -1,0 +1,125 @@
+//! ROUNDPS, ROUNDPD, ROUNDSS, ROUNDSD (SDM vol. 2), on the bits of the numbers.
+
+use iced_x86::{Instruction, Mnemonic};
+
+use super::host::mxcsr::FLAGS;
+use super::lanes::{build, Lane};
+use super::operand::{vector_source, Source};
+use crate::cpu::Cpu;
+use crate::uop::{Exec, Handler, Uop};
+
+/// The handler of an instruction of this file.
+pub fn handler(insn: &Instruction) -> Option<Handler> {
+    Some(match insn.mnemonic() {
+        Mnemonic::Roundps => vector_source!(insn, round, u32, Packed),
+        Mnemonic::Roundpd => vector_source!(insn, round, u64, Packed),
+        Mnemonic::Roundss => vector_source!(insn, round, u32, Scalar),
+        Mnemonic::Roundsd => vector_source!(insn, round, u64, Scalar),
+        _ => return None,
+    })
+}
+
+/// How many lanes an instruction rounds.
+trait Width {
+    const LANES: usize;
+}
+struct Packed;
+struct Scalar;
+impl Width for Packed {
+    const LANES: usize = usize::MAX;
+}
+impl Width for Scalar {
+    const LANES: usize = 1;
+}
+
+const INVALID: u32 = 1;
+const PRECISION: u32 = 1 << 5;
+/// MXCSR.DAZ: denormal operands are zero.
+const DENORMALS_ARE_ZERO: u32 = 1 << 6;
+const ROUNDING_SHIFT: u32 = 13;
+/// Immediate: round as MXCSR says; do not report inexact results.
+const BY_MXCSR: u64 = 4;
+const QUIET: u64 = 8;
+
+/// A binary floating-point format, by its bits.
+trait Float: Lane {
+    const FRACTION: u32;
+    const WIDTH: u32;
+    fn bits(self) -> u64;
+    fn from_bits(bits: u64) -> Self;
+}
+impl Float for u32 {
+    const FRACTION: u32 = 23;
+    const WIDTH: u32 = 32;
+    fn bits(self) -> u64 {
+        self.into()
+    }
+    fn from_bits(bits: u64) -> Self {
+        bits as u32
+    }
+}
+impl Float for u64 {
+    const FRACTION: u32 = 52;
+    const WIDTH: u32 = 64;
+    fn bits(self) -> u64 {
+        self
+    }
+    fn from_bits(bits: u64) -> Self {
+        bits
+    }
+}
+
+/// `bits` rounded to an integral value in direction `mode` (0 nearest even, 1 down, 2 up, 3 to zero), and the flags raised.
+fn round_lane<F: Float>(bits: u64, mode: u32, daz: bool) -> (u64, u32) {
+    let sign = bits >> (F::WIDTH - 1) << (F::WIDTH - 1);
+    let exponent_bits = F::WIDTH - 1 - F::FRACTION;
+    let magnitude = bits ^ sign;
+    let exponent = (magnitude >> F::FRACTION) as u32;
+    let special = (1 << exponent_bits) - 1;
+    let bias = special >> 1;
+    if exponent == special {
+        let quiet = 1 << (F::FRACTION - 1);
+        let signaling = magnitude & ((1 << F::FRACTION) - 1) != 0 && magnitude & quiet == 0;
+        return if signaling { (bits | quiet, INVALID) } else { (bits, 0) };
+    }
+    if magnitude == 0 || exponent == 0 && daz {
+        return (sign, 0);
+    }
+    if exponent >= bias + F::FRACTION {
+        return (bits, 0);
+    }
+    let up_if_positive = |towards: u32| mode == towards;
+    let away = if sign == 0 { up_if_positive(2) } else { up_if_positive(1) };
+    if exponent < bias {
+        let one = u64::from(bias) << F::FRACTION;
+        let above_half = exponent == bias - 1 && magnitude & ((1 << F::FRACTION) - 1) != 0;
+        let to_one = away || mode == 0 && above_half;
+        return (sign | if to_one { one } else { 0 }, PRECISION);
+    }
+    let below = F::FRACTION - (exponent - bias);
+    let lost = magnitude & ((1 << below) - 1);
+    let kept = magnitude - lost;
+    if lost == 0 {
+        return (bits, 0);
+    }
+    let half = 1 << (below - 1);
+    let odd = kept >> below & 1 != 0;
+    let up = away || mode == 0 && (lost > half || lost == half && odd);
+    (sign | if up { kept + (1 << below) } else { kept }, PRECISION)
+}
+
+fn round<F: Float, W: Width, S: Source>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require_sse()?;
+    let b = S::xmm(cpu, uop)?.to_le_bytes();
+    let a = cpu.xmm(uop.reg[0]).to_le_bytes();
+    let mxcsr = cpu.state.fpu.mxcsr;
+    let mode = if uop.imm & BY_MXCSR != 0 { mxcsr >> ROUNDING_SHIFT & 3 } else { uop.imm as u32 & 3 };
+    let lane = |n| round_lane::<F>(F::get(&b, n).bits(), mode, mxcsr & DENORMALS_ARE_ZERO != 0);
+    let lanes = W::LANES.min(16 / F::BYTES);
+    let raised = (0..lanes).fold(0, |flags, n| flags | lane(n).1);
+    let hidden = if uop.imm & QUIET != 0 { PRECISION } else { 0 };
+    cpu.raise_simd(raised & FLAGS & !hidden)?;
+    let result = build::<F, 16>(|n| if n < lanes { F::from_bits(lane(n).0) } else { F::get(&a, n) });
+    cpu.set_xmm(uop.reg[0], u128::from_le_bytes(result));
+    Ok(())
+}

@@ -1,0 +1,25 @@
+//! The x87 unit (SDM vol. 1, ch. 8).
+//!
+//! Arithmetic runs on the host's x87 under the guest's control word (`host`), so results and status bits are exact, with masked and with
+//! unmasked exceptions. The stack, tags and the pending-exception protocol are here.
+
+mod arithmetic;
+mod compare;
+mod control;
+mod environment;
+mod function;
+mod host;
+mod load;
+mod stack;
+
+use iced_x86::Instruction;
+
+use crate::cpu::CodeSize;
+use crate::uop::Handler;
+
+/// The handler of an instruction of this family.
+pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
+    const FAMILIES: [fn(&Instruction) -> Option<Handler>; 6] =
+        [control::handler, load::handler, arithmetic::handler, compare::handler, function::handler, environment::handler];
+    FAMILIES.iter().find_map(|family| family(insn))
+}

@@ -1,0 +1,23 @@
+//! Saving and restoring the x87, SSE and AVX state: FXSAVE and XSAVE families, XCR0 (SDM vol. 1, ch. 10.5 and 13).
+
+mod area;
+mod component;
+mod fxsave;
+mod xcr;
+mod xrstor;
+mod xsave;
+
+use iced_x86::{Instruction, Mnemonic};
+
+use crate::cpu::CodeSize;
+use crate::uop::Handler;
+
+/// The handler of an instruction of this family.
+pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
+    fxsave::handler(insn).or_else(|| xsave::handler(insn)).or_else(|| xrstor::handler(insn)).or_else(|| xcr::handler(insn))
+}
+
+/// Instructions of this family after which the dispatcher must look at the CPU.
+pub fn ends_block(insn: &Instruction) -> bool {
+    insn.mnemonic() == Mnemonic::Xsetbv
+}

@@ -1,0 +1,252 @@
+//! Exceptions and interrupts: interception by the hypervisor, side effects, double faults, and delivery through the IDT.
+//!
+//! Sources: SDM vol. 3, ch. 6 (delivery), 25.9.2 and 25.9.3 (what exits tell), 26.6 (injection), 27.2 (exits during delivery); APM vol. 2,
+//! ch. 8 and 15.7, 15.12. One file per form of the IDT: `real`, `protected`, `long`.
+
+mod gate;
+mod intercept;
+mod long;
+mod protected;
+mod real;
+mod software;
+
+use crate::cpu::{pending, Cpu};
+use crate::fault::{vector, Fault};
+use crate::state::{activity, cr0, interruptibility, rflags};
+use crate::uop::{slot, Exec, Stop};
+use crate::virt::exits::code;
+
+/// Bits of DR6 that read as one.
+pub const DR6_FIXED: u64 = 0xffff_0ff0;
+/// B0 to B3 of DR6.
+const DR6_BREAKPOINTS: u64 = 0xf;
+/// General detect enable of DR7.
+pub const DR7_GD: u64 = 1 << 13;
+
+/// Bit 0 of an error code: the fault happened while an event from outside the program was delivered.
+const EXTERNAL: u32 = 1;
+/// Last branch records are on (IA32_DEBUGCTL); a debug exception turns them off.
+const DEBUGCTL_LBR: u64 = 1;
+
+/// What an event is; the numbers are those of interruption information (SDM vol. 3, table 25-17).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Kind {
+    External = 0,
+    Nmi = 2,
+    Exception = 3,
+    /// INT n.
+    Software = 4,
+    /// INT1.
+    PrivilegedException = 5,
+    /// INT3 and INTO.
+    SoftwareException = 6,
+}
+
+impl Kind {
+    const fn from_info(info: u32) -> Option<Kind> {
+        Some(match info >> 8 & 7 {
+            0 => Kind::External,
+            2 => Kind::Nmi,
+            3 => Kind::Exception,
+            4 => Kind::Software,
+            5 => Kind::PrivilegedException,
+            6 => Kind::SoftwareException,
+            _ => return None,
+        })
+    }
+
+    /// Whether an instruction asked for the event, so that the DPL of its gate counts.
+    const fn checks_gate(self) -> bool {
+        matches!(self, Kind::Software | Kind::SoftwareException)
+    }
+
+    /// Whether the event comes from an instruction that is complete when its handler runs.
+    const fn by_instruction(self) -> bool {
+        matches!(self, Kind::Software | Kind::SoftwareException | Kind::PrivilegedException)
+    }
+}
+
+/// One event on its way to a handler.
+#[derive(Clone, Copy, Debug)]
+struct Event {
+    vector: u8,
+    kind: Kind,
+    error: Option<u32>,
+    /// See [`Fault::payload`].
+    payload: u64,
+    /// RIP that the handler returns to.
+    return_rip: u64,
+    /// RFLAGS that the handler finds on its stack.
+    flags: u64,
+}
+
+/// How two exceptions in a row combine (SDM vol. 3, table 6-4).
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Class {
+    Benign,
+    Contributory,
+    PageFault,
+    DoubleFault,
+}
+
+impl Event {
+    fn class(&self) -> Class {
+        if self.kind != Kind::Exception {
+            return Class::Benign;
+        }
+        match self.vector {
+            vector::DE | vector::TS | vector::NP | vector::SS | vector::GP => Class::Contributory,
+            vector::PF => Class::PageFault,
+            vector::DF => Class::DoubleFault,
+            _ => Class::Benign,
+        }
+    }
+
+    /// The error code that faults during the delivery of this event carry in bit 0.
+    fn external_bit(&self) -> u32 {
+        if self.kind.checks_gate() {
+            0
+        } else {
+            EXTERNAL
+        }
+    }
+}
+
+impl Cpu {
+    /// Delivers the exception in `fault`, raised by the instruction at RIP; RIP is exact.
+    pub fn deliver_fault(&mut self) -> Exec {
+        let event = self.exception(self.fault);
+        self.deliver(event, true)
+    }
+
+    /// Delivers the event that a hypervisor injects at VM entry (SDM vol. 3, 25.8.3 and 26.6.1). The information field has been checked.
+    pub fn deliver_event(&mut self, info: u32, error: u32, instruction_length: u32) -> Exec {
+        let Some(kind) = Kind::from_info(info) else {
+            return Err(self.exit(code::INVALID_STATE, 0));
+        };
+        let skip = if kind.by_instruction() { instruction_length } else { 0 };
+        let event = Event {
+            vector: info as u8,
+            kind,
+            error: (info & 1 << 11 != 0).then_some(error),
+            payload: 0,
+            return_rip: self.rip_at(skip.into()),
+            flags: self.rflags(),
+        };
+        self.deliver(event, false)?;
+        if kind == Kind::Nmi {
+            self.state.interruptibility |= interruptibility::NMI;
+        }
+        Ok(())
+    }
+
+    /// The event of an exception that the current instruction raised.
+    fn exception(&self, fault: Fault) -> Event {
+        // Faults restart their instruction, which must not hit its own breakpoint again (SDM vol. 3, 17.3.1.1).
+        let resume = if matches!(fault.vector, vector::DB | vector::DF) { 0 } else { rflags::RF };
+        Event {
+            vector: fault.vector,
+            kind: Kind::Exception,
+            error: fault.error.filter(|_| self.state.cr0 & cr0::PE != 0),
+            payload: fault.payload,
+            return_rip: self.rip(),
+            flags: self.rflags() | resume,
+        }
+    }
+
+    /// Delivers `event`, and what its delivery raises in turn. `fresh`: the event is the guest's own, so the hypervisor may intercept it
+    /// and its side effects are still to come.
+    fn deliver(&mut self, mut event: Event, fresh: bool) -> Exec {
+        let mut own = fresh;
+        loop {
+            if own {
+                self.intercept_exception(&event)?;
+                self.side_effects(&event);
+            }
+            (self.vectoring, self.vectoring_error) = (self.event_info(&event), event.error.unwrap_or(0));
+            let outcome = self.vector(&event);
+            if outcome != Err(Stop::Fault) {
+                (self.vectoring, self.vectoring_error) = (0, 0);
+                return outcome;
+            }
+            event = self.escalate(&event)?;
+            own = true;
+        }
+    }
+
+    /// The event that follows when the delivery of `first` raised `fault`. While it is being found, exits tell of `first`.
+    fn escalate(&mut self, first: &Event) -> Exec<Event> {
+        if matches!(self.fault.vector, vector::TS | vector::NP | vector::SS | vector::GP) {
+            self.fault.error = self.fault.error.map(|error| error | first.external_bit());
+        }
+        let second = self.exception(self.fault);
+        let doubles = match (first.class(), second.class()) {
+            (Class::DoubleFault, Class::Contributory | Class::PageFault) => {
+                (self.vectoring, self.vectoring_error) = (0, 0);
+                return Err(self.exit(code::TRIPLE_FAULT, 0));
+            }
+            (Class::Contributory, Class::Contributory) => true,
+            (Class::PageFault, Class::Contributory | Class::PageFault) => true,
+            _ => false,
+        };
+        if !doubles {
+            return Ok(second);
+        }
+        // The hypervisor sees the second exception before it becomes a double fault.
+        let checked = self.intercept_exception(&second);
+        (self.vectoring, self.vectoring_error) = (0, 0);
+        checked?;
+        self.side_effects(&second);
+        Ok(self.exception(Fault { vector: vector::DF, error: Some(0), payload: 0 }))
+    }
+
+    /// What an exception does to registers besides its delivery.
+    fn side_effects(&mut self, event: &Event) {
+        if event.kind != Kind::Exception {
+            return;
+        }
+        match event.vector {
+            vector::PF => self.state.cr2 = event.payload,
+            vector::DB => {
+                self.state.dr6 = self.state.dr6 & !DR6_BREAKPOINTS | event.payload | DR6_FIXED;
+                self.state.dr7 &= !DR7_GD;
+                self.state.debugctl &= !DEBUGCTL_LBR;
+            }
+            _ => {}
+        }
+    }
+
+    /// Runs the IDT entry of `event`.
+    fn vector(&mut self, event: &Event) -> Exec {
+        if self.ia32e() {
+            self.vector_long(event)?;
+        } else if self.state.cr0 & cr0::PE != 0 {
+            self.vector_protected(event)?;
+        } else {
+            self.vector_real(event)?;
+        }
+        self.end_wait();
+        Ok(())
+    }
+
+    /// An event ends HLT and interrupt shadows.
+    fn end_wait(&mut self) {
+        self.state.activity = activity::ACTIVE;
+        self.state.interruptibility &= !(interruptibility::STI | interruptibility::MOV_SS);
+        self.pending &= !(pending::HALTED | pending::SHADOW);
+    }
+
+    /// Runs `deliver` for an event of the current instruction with RIP where the instruction is, as the interfaces above expect it.
+    fn deliver_at(&mut self, event: Event, instruction: u64) -> Exec {
+        let block = self.rip();
+        self.regs[slot::RIP as usize] = instruction;
+        match self.deliver(event, true) {
+            Ok(()) => Err(Stop::Next),
+            Err(stop) => {
+                self.regs[slot::RIP as usize] = block;
+                Err(stop)
+            }
+        }
+    }
+}

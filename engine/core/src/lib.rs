@@ -1,0 +1,18 @@
+//! The silicon: an x86-64 CPU with virtual machine extensions, in software.
+//!
+//! This crate is hardware. It knows no KVM, no devices and no Python; a hypervisor drives it through a [`virt::control::Block`] and a
+//! [`memory::nested::NestedPageTable`].
+
+pub mod cpu;
+pub mod decode;
+pub mod exec;
+pub mod fault;
+pub mod flags;
+pub mod interrupts;
+pub mod memory;
+pub mod model;
+pub mod paging;
+pub mod state;
+pub mod uop;
+pub mod virt;
+pub mod word;

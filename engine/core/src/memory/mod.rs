@@ -1,0 +1,9 @@
+//! Guest-physical memory: the RAM regions that back it, and the nested page table that maps it.
+
+pub mod nested;
+pub mod region;
+
+/// Bytes of a page.
+pub const PAGE_SIZE: u64 = 4096;
+/// Mask of the offset in a page.
+pub const PAGE_OFFSET: u64 = PAGE_SIZE - 1;

@@ -1,0 +1,230 @@
+//! VM entry: from a control block to a running guest, and back (SDM vol. 3, ch. 27 and 28; APM vol. 2, 15.5 and 15.6).
+
+use std::sync::Arc;
+
+use crate::cpu::clock::{host_tsc, host_tsc_khz, Clock, TICK_MS};
+use crate::cpu::signal::Signal;
+use crate::cpu::{pending, Cpu};
+use crate::memory::nested::NestedPageTable;
+use crate::model::Model;
+use crate::paging::walk::{probe, Context};
+use crate::paging::{canonical, AccessKind, Privilege};
+use crate::state::{activity, cr0, cr4, efer, rflags, rights, seg, State};
+use crate::virt::control::{intercept, Block, ACCESS_MAX};
+use crate::virt::exits::code;
+
+/// Kinds of access for [`Core::translate`].
+pub mod access {
+    pub const WRITE: u32 = 2;
+    pub const FETCH: u32 = 4;
+    pub const USER: u32 = 8;
+}
+
+const EVENT_VALID: u32 = 1 << 31;
+const EVENT_HAS_ERROR: u32 = 1 << 11;
+
+/// One physical CPU.
+pub struct Core {
+    cpu: Box<Cpu>,
+    index: u32,
+}
+
+impl Core {
+    /// Core number `index` of a machine with CPUs of `model`.
+    pub fn new(model: Arc<Model>, index: u32) -> Self {
+        Core { cpu: Cpu::new(model, Clock::default()), index }
+    }
+
+    /// What other threads use to reach the core.
+    pub fn signal(&self) -> Arc<Signal> {
+        self.cpu.signal.clone()
+    }
+
+    /// Number of the core in its machine.
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// Sets the core's own timer to a host TSC value; zero stops it.
+    pub fn set_timer(&mut self, tsc: u64) {
+        self.cpu.clock.timer = tsc;
+    }
+
+    /// Runs the guest of `block` until a VM exit and returns the exit reason, which `block` holds too.
+    ///
+    /// # Safety
+    /// `block` must be valid for reads and writes, and nobody else may write its state, control or access list during the call.
+    pub unsafe fn enter(&mut self, block: *mut Block, npt: &Arc<NestedPageTable>) -> u32 {
+        let cpu = &mut *self.cpu;
+        // SAFETY: valid by the caller's promise; the copies keep later changes by others from reaching the CPU.
+        unsafe {
+            cpu.control = (*block).control;
+            cpu.state = (*block).state;
+            cpu.accesses.clear();
+            let count = (cpu.control.access_count as usize).min(ACCESS_MAX);
+            cpu.accesses.extend_from_slice(&(&(*block).access)[..count]);
+        }
+        cpu.bitmaps = block;
+        cpu.access_next = 0;
+        let start = cpu.instructions();
+        if state_is_valid(&cpu.state, &cpu.model) {
+            self.attach(npt);
+            self.load();
+            self.run();
+            self.unload();
+        } else {
+            self.cpu.exit(code::INVALID_STATE, 0);
+        }
+        let cpu = &mut *self.cpu;
+        cpu.bitmaps = std::ptr::null();
+        cpu.exit.instructions = cpu.instructions().wrapping_sub(start);
+        // SAFETY: as above.
+        unsafe {
+            (*block).exit = cpu.exit;
+            (*block).state = cpu.state;
+            (*block).control.event = cpu.control.event;
+            (*block).control.tlb_control = cpu.control.tlb_control;
+        }
+        cpu.exit.reason
+    }
+
+    /// Makes the core translate through `npt`, and forget what it cached from another one.
+    fn attach(&mut self, npt: &Arc<NestedPageTable>) {
+        let cpu = &mut *self.cpu;
+        if !Arc::ptr_eq(&cpu.npt, npt) {
+            cpu.npt = npt.clone();
+            npt.attach(&cpu.signal);
+            cpu.code.clear();
+            cpu.nested_generation = 0;
+        }
+        cpu.signal.set_running(true);
+        let generation = npt.generation();
+        if cpu.nested_generation != generation {
+            cpu.tlb.flush();
+            cpu.nested_generation = generation;
+        }
+        cpu.signal.set_nested_seen(generation);
+    }
+
+    fn load(&mut self) {
+        let cpu = &mut *self.cpu;
+        let before = (cpu.paging.cr0, cpu.paging.cr3, cpu.paging.cr4, cpu.paging.efer);
+        let state = &cpu.state;
+        if cpu.control.tlb_control != 0 || before != (state.cr0, state.cr3, state.cr4, state.efer) {
+            cpu.tlb.flush();
+            cpu.control.tlb_control = 0;
+        }
+        cpu.regs[..16].copy_from_slice(&cpu.state.gpr);
+        cpu.clock.tick = host_tsc() + host_tsc_khz() * TICK_MS;
+        cpu.clock.offset = cpu.control.tsc_offset;
+        cpu.clock.multiplier = cpu.control.tsc_multiplier;
+        cpu.clock.preemption =
+            if cpu.control.intercepts(intercept::PREEMPTION_TIMER) { cpu.clock.host_deadline(cpu.control.preemption_deadline) } else { 0 };
+        cpu.pending = entry_work(cpu);
+        (cpu.vectoring, cpu.vectoring_error) = (0, 0);
+        let image = cpu.state.rflags;
+        cpu.set_rflags(image);
+        cpu.refresh();
+        let rip = cpu.state.rip;
+        cpu.set_rip(rip);
+        if cpu.control.instruction_budget != 0 {
+            cpu.control.instruction_budget = cpu.control.instruction_budget.wrapping_add(cpu.instructions());
+        }
+    }
+
+    /// Delivers the injected event, then runs.
+    fn run(&mut self) {
+        let cpu = &mut *self.cpu;
+        let event = cpu.control.event;
+        if event & EVENT_VALID != 0 {
+            cpu.control.event = 0;
+            cpu.state.activity = activity::ACTIVE;
+            cpu.pending &= !pending::HALTED;
+            let error = if event & EVENT_HAS_ERROR != 0 { cpu.control.event_error } else { 0 };
+            if cpu.deliver_event(event, error, cpu.control.event_instruction_length).is_err() {
+                return;
+            }
+        }
+        cpu.run();
+    }
+
+    fn unload(&mut self) {
+        let cpu = &mut *self.cpu;
+        cpu.signal.set_running(false);
+        cpu.state.gpr.copy_from_slice(&cpu.regs[..16]);
+        cpu.state.rip = cpu.rip();
+        cpu.state.rflags = cpu.rflags();
+        cpu.state.activity = if cpu.pending & pending::HALTED != 0 { activity::HLT } else { activity::ACTIVE };
+    }
+
+    /// Guest-physical address of `la` for an observer: nothing changes in the guest. `None` where the guest would fault.
+    pub fn translate(&self, state: &State, npt: &NestedPageTable, la: u64, access: u32) -> Option<u64> {
+        let context = Context::new(state, self.cpu.model.physical_bits());
+        if context.efer & efer::LMA != 0 && !canonical(la) {
+            return None;
+        }
+        let kind = match access {
+            bits if bits & access::WRITE != 0 => AccessKind::Write,
+            bits if bits & access::FETCH != 0 => AccessKind::Fetch,
+            _ => AccessKind::Read,
+        };
+        let privilege = if access & access::USER != 0 { Privilege::User } else { Privilege::SupervisorAc };
+        probe(&context, &npt.tree(), la, privilege, kind).ok().map(|mapping| mapping.gpa)
+    }
+
+    /// Everything that the core counts, by name.
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        let cpu = &*self.cpu;
+        vec![
+            ("instructions", cpu.instructions()),
+            ("blocks_run", cpu.blocks_run),
+            ("blocks_decoded", cpu.code.decoded),
+            ("blocks_invalidated", cpu.code.invalidated),
+            ("blocks_cached", cpu.code.len() as u64),
+            ("tlb_fills", cpu.tlb.fills),
+            ("tlb_flushes", cpu.tlb.flushes),
+            ("page_walks", cpu.walks),
+        ]
+    }
+}
+
+fn entry_work(cpu: &Cpu) -> u32 {
+    let mut work = 0;
+    if cpu.control.emulate != 0 {
+        work |= pending::EMULATE;
+    }
+    if cpu.control.instruction_budget != 0 {
+        work |= pending::BUDGET;
+    }
+    if cpu.state.pending_debug != 0 {
+        work |= pending::DEBUG;
+    }
+    if cpu.state.activity == activity::HLT {
+        work |= pending::HALTED;
+    }
+    work
+}
+
+/// The checks of a VM entry on guest state that the engine relies on (SDM vol. 3, 27.3.1; APM vol. 2, 15.5.1).
+fn state_is_valid(state: &State, model: &Model) -> bool {
+    let paging = state.cr0 & cr0::PG != 0;
+    let long = state.efer & efer::LMA != 0;
+    let cs = &state.segments[seg::CS];
+    let code_64 = long && cs.has(rights::LONG);
+    let checks = [
+        !paging || state.cr0 & cr0::PE != 0,
+        state.cr0 >> 32 == 0,
+        long == (paging && state.efer & efer::LME != 0),
+        !long || state.cr4 & cr4::PAE != 0,
+        state.cr4 & cr4::PCIDE == 0 || long,
+        state.cr3 >> model.physical_bits() == 0,
+        state.rflags & rflags::FIXED != 0,
+        state.rflags & rflags::VM == 0 || !long,
+        !(cs.has(rights::LONG) && cs.has(rights::DB) && long),
+        if code_64 { canonical(state.rip) } else { state.rip >> 32 == 0 },
+        canonical(state.segments[seg::FS].base) && canonical(state.segments[seg::GS].base),
+        state.activity <= activity::HLT,
+        state.gdtr.limit <= 0xffff && state.idtr.limit <= 0xffff,
+    ];
+    checks.iter().all(|good| *good)
+}

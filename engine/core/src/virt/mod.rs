@@ -1,0 +1,6 @@
+//! Virtual machine extensions: the control block, VM entry and VM exit.
+
+pub mod bitmaps;
+pub mod control;
+pub mod entry;
+pub mod exits;

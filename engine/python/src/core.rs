@@ -1,0 +1,116 @@
+//! One physical CPU.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+use softkvm_engine::cpu::signal::Signal;
+use softkvm_engine::virt::entry::Core as Silicon;
+
+use crate::block::ControlBlock;
+use crate::bug;
+use crate::model::Model;
+use crate::nested::NestedPageTable;
+
+/// Value of `Core::timer` when no change waits for the next entry.
+const UNCHANGED: u64 = u64::MAX;
+
+/// One physical CPU: translation caches, code cache, TSC and its own timer.
+#[pyclass(frozen, module = "softkvm._engine")]
+pub struct Core {
+    silicon: Mutex<Silicon>,
+    signal: Arc<Signal>,
+    /// The timer setting that the next entry takes over.
+    timer: AtomicU64,
+    running: AtomicBool,
+    /// The engine panicked while the core ran; its caches cannot be trusted any more.
+    broken: AtomicBool,
+}
+
+#[pymethods]
+impl Core {
+    #[new]
+    fn new(model: &Model, index: u32) -> Self {
+        let silicon = Silicon::new(model.model.clone(), index);
+        let signal = silicon.signal();
+        let (running, broken) = (AtomicBool::new(false), AtomicBool::new(false));
+        Core { silicon: Mutex::new(silicon), signal, timer: AtomicU64::new(UNCHANGED), running, broken }
+    }
+
+    /// Runs the guest of `block` on `npt` until a VM exit, without the GIL, and returns the exit reason.
+    ///
+    /// Raises RuntimeError while the core or the block runs already, EngineBug when the engine itself failed.
+    fn enter(&self, py: Python<'_>, block: &ControlBlock, npt: &NestedPageTable) -> PyResult<u32> {
+        if self.broken.load(Ordering::Relaxed) {
+            return Err(bug::EngineBug::new_err("the core stopped for good at an earlier bug of the engine"));
+        }
+        let _running = Running::start(&self.running).ok_or_else(|| PyRuntimeError::new_err("the core is running already"))?;
+        let claim = block.claim().ok_or_else(|| PyRuntimeError::new_err("another core runs on the control block"))?;
+        let outcome = py.detach(|| {
+            let mut silicon = self.lock();
+            let timer = self.timer.swap(UNCHANGED, Ordering::SeqCst);
+            if timer != UNCHANGED {
+                silicon.set_timer(timer);
+            }
+            // SAFETY: the claim keeps the block alive and other cores away from it. Python code may still write it through a view, which
+            // the contract of the class forbids during the run; the engine copies what it checks.
+            bug::guard(|| unsafe { silicon.enter(claim.as_ptr(), &npt.table) })
+        });
+        outcome.map_err(|message| {
+            self.broken.store(true, Ordering::Relaxed);
+            bug::EngineBug::new_err(message)
+        })
+    }
+
+    /// A host interrupt: a running guest leaves, and the next entry of one that does not run returns at once.
+    fn kick(&self) {
+        self.signal.kick();
+    }
+
+    /// Sets the core's timer, which interrupts a running guest, to a host TSC value; 0 stops it. Never waits: a core that runs leaves
+    /// the guest and takes the new setting with its next entry.
+    fn set_timer(&self, tsc: u64) {
+        self.timer.store(tsc.min(UNCHANGED - 1), Ordering::SeqCst);
+        if self.running.load(Ordering::SeqCst) {
+            self.signal.kick();
+        }
+    }
+
+    /// Guest-physical address of `gva` in the address space of `block`, or None where the guest would fault; nothing changes.
+    /// `access` is the sum of 1 read, 2 write, 4 execute, 8 user mode. Waits while the core runs.
+    fn translate(&self, py: Python<'_>, block: &ControlBlock, npt: &NestedPageTable, gva: u64, access: u32) -> Option<u64> {
+        py.detach(|| {
+            // SAFETY: the block is valid as long as `block`, and its state is plain data.
+            let state = unsafe { (&raw const (*block.as_ptr()).state).read_volatile() };
+            self.lock().translate(&state, &npt.table, gva, access)
+        })
+    }
+
+    /// Everything that the core counts, by name. Waits while the core runs.
+    fn counters(&self, py: Python<'_>) -> BTreeMap<&'static str, u64> {
+        py.detach(|| self.lock().counters().into_iter().collect())
+    }
+}
+
+impl Core {
+    fn lock(&self) -> MutexGuard<'_, Silicon> {
+        self.silicon.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Says that a thread is in `enter`, until dropped.
+struct Running<'a>(&'a AtomicBool);
+
+impl<'a> Running<'a> {
+    fn start(flag: &'a AtomicBool) -> Option<Self> {
+        flag.compare_exchange(false, true, Ordering::SeqCst, Ordering::Relaxed).is_ok().then_some(Running(flag))
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::SeqCst);
+    }
+}

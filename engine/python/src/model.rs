@@ -1,0 +1,71 @@
+//! CPU models.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use softkvm_engine::model;
+
+/// leaf, subleaf, whether the subleaf matters, EAX, EBX, ECX, EDX
+type Leaf = (u32, u32, bool, u32, u32, u32, u32);
+
+/// A CPU model by name, with features switched on and off by name.
+///
+/// Raises ValueError, which lists the names that exist, for an unknown name or a feature that the engine lacks.
+#[pyclass(frozen, module = "softkvm._engine")]
+pub struct Model {
+    pub model: Arc<model::Model>,
+}
+
+#[pymethods]
+impl Model {
+    #[new]
+    #[pyo3(signature = (name, features=None))]
+    fn new(name: &str, features: Option<BTreeMap<String, bool>>) -> PyResult<Self> {
+        let switches: Vec<_> = features.unwrap_or_default().into_iter().collect();
+        let model = model::Model::new(name, &switches).map_err(|error| PyValueError::new_err(error.to_string()))?;
+        Ok(Model { model: Arc::new(model) })
+    }
+
+    /// Name of the model.
+    #[getter]
+    fn name(&self) -> &'static str {
+        self.model.name()
+    }
+
+    /// "intel" or "amd".
+    #[getter]
+    fn vendor(&self) -> &'static str {
+        if self.model.is_amd() {
+            "amd"
+        } else {
+            "intel"
+        }
+    }
+
+    /// Names of the features that are on.
+    #[getter]
+    fn features(&self) -> Vec<&'static str> {
+        self.model.features().iter().map(|info| info.name).collect()
+    }
+
+    /// What CPUID answers: EAX, EBX, ECX, EDX.
+    fn cpuid(&self, leaf: u32, subleaf: u32) -> (u32, u32, u32, u32) {
+        self.model.cpuid(leaf, subleaf).into()
+    }
+
+    /// Every leaf and subleaf: leaf, subleaf, whether the subleaf matters, EAX, EBX, ECX, EDX.
+    fn leaves(&self) -> Vec<Leaf> {
+        let flat = |found: model::cpuid::Leaf| {
+            let [eax, ebx, ecx, edx] = found.registers;
+            (found.leaf, found.subleaf, found.indexed, eax, ebx, ecx, edx)
+        };
+        self.model.leaves().into_iter().map(flat).collect()
+    }
+
+    /// MSR values of the model by index.
+    fn msrs(&self) -> BTreeMap<u32, u64> {
+        self.model.msrs()
+    }
+}

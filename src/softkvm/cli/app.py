@@ -1,0 +1,138 @@
+"""The command tree, and the one place where an error becomes a sentence and an exit status."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import click
+import msgspec
+from click.shell_completion import CompletionItem
+
+from softkvm.cli import output, status
+from softkvm.cli.errors import CliError
+from softkvm.cli.options import RunOptions, StatsFormat
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (default: the process's own) and return the exit status."""
+    _open_missing_streams()
+    try:
+        return int(cli.main(args=arguments, prog_name="softkvm", standalone_mode=False) or status.SUCCESS)
+    except click.Abort:
+        return status.INTERRUPTED
+    except KeyboardInterrupt:
+        return status.INTERRUPTED
+    except BrokenPipeError:
+        return status.BROKEN_PIPE
+    except click.ClickException as error:
+        error.show()
+        return status.OWN_ERROR
+    except CliError as error:
+        output.say(str(error))
+        return status.OWN_ERROR
+    except Exception as error:  # a bug in softkvm, whatever it is: the last line of defence before a traceback
+        return _bug(error)
+
+
+def _open_missing_streams() -> None:
+    """Whoever starts us with a standard stream closed gets /dev/null there, not whatever file we happen to open first."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def _bug(error: Exception) -> int:
+    from softkvm.cli import report
+
+    state = dict(getattr(error, "state", {}))
+    message = f"{type(error).__name__}: {error}"
+    try:
+        place = f"please attach {report.write(message, error, state)} to a report"
+    except OSError as failure:
+        place = f"no report could be written: {failure.strerror}"
+    output.say(f"this is a bug in softkvm ({message}); {place}")
+    return status.OWN_ERROR
+
+
+def _complete_cpu(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from softkvm import silicon
+
+    return [CompletionItem(name) for name in silicon.model_names() if name.startswith(incomplete)]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110})
+def cli() -> None:
+    """KVM without the hardware: unmodified guests on a software CPU."""
+
+
+@cli.command(short_help="Boot a guest.", context_settings={"ignore_unknown_options": False})
+@click.option("-k", "--kernel", default="cloud", metavar="FILE|cloud|generic", help="bzImage, or a flavour of Debian's kernel.")
+@click.option("-i", "--initrd", metavar="FILE", help="Initial RAM disk.  [default: busybox]")
+@click.option("-p", "--append", default="", metavar="TEXT", help="Kernel parameters, added to softkvm's own.", show_default=False)
+@click.option("-m", "--memory", default="512M", metavar="SIZE", help="Guest memory, with K, M or G.")
+@click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=_complete_cpu)
+@click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this wall time, with exit status 124.")
+@click.option("--stats", is_flag=False, flag_value="table", type=click.Choice(["table", "json"]), help="Print counters at the end.")
+@click.option("--json", is_flag=True, help="Print one JSON object about the run in place of the guest's output.")
+@click.option("--selftest", is_flag=True, help="Check this installation with a small built-in guest.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- CMD...]")
+@click.pass_context
+def run(
+    context: click.Context,
+    kernel: str,
+    initrd: str | None,
+    append: str,
+    memory: str,
+    cpu: str,
+    timeout: float | None,
+    stats: StatsFormat | None,
+    json: bool,
+    selftest: bool,
+    command: tuple[str, ...],
+) -> int:
+    """Boot a guest: by default Debian's cloud kernel with a busybox shell on this terminal (Ctrl-A X quits).
+
+    With CMD, run that command in the guest instead: its input, output and exit status are passed through. Other exit statuses: 255 the
+    guest panicked or triple-faulted, 124 time-out, 125 softkvm's own error, 130 Ctrl-C.
+    """
+    from softkvm.cli import run as runner
+
+    if selftest:
+        from softkvm.cli import selftest as tester
+
+        _refuse_with_selftest(context, ("kernel", "initrd", "append", "command", "json"))
+        return tester.run(memory, cpu, timeout, stats)
+    return runner.run(RunOptions(kernel, initrd, append, memory, cpu, timeout, stats, json, command))
+
+
+def _refuse_with_selftest(context: click.Context, names: Sequence[str]) -> None:
+    given = [name for name in names if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
+    if given:
+        raise CliError(f"`--selftest` boots its own guest, so it excludes {given[0]}")
+
+
+@cli.command(short_help="Check what softkvm needs.")
+@click.option("--json", is_flag=True, help="Print a JSON list.")
+def doctor(json: bool) -> int:
+    """List what softkvm needs on this machine, what was found, and the remedy where something is missing (exit status 1)."""
+    from softkvm.cli import doctor as checks
+
+    findings = checks.examine()
+    if json:
+        click.echo(msgspec.json.encode(findings))
+    else:
+        rows = [(finding.requirement, finding.state.value, finding.found, finding.remedy) for finding in findings]
+        output.table("softkvm doctor", ("requirement", "state", "found", "remedy"), rows, on_stdout=True)
+    return int(any(finding.state is checks.State.MISSING for finding in findings))
+
+
+@cli.command(short_help="Print the version.")
+def version() -> int:
+    """Print softkvm's version."""
+    from softkvm.cli.report import softkvm_version
+
+    click.echo(f"softkvm {softkvm_version()}")
+    return status.SUCCESS

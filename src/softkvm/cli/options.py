@@ -1,0 +1,32 @@
+"""What `softkvm run` was asked for, checked for contradictions before anything is fetched or started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from softkvm.cli.errors import CliError
+
+StatsFormat = Literal["table", "json"]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options of `softkvm run`; `kernel` is a path or a flavour of Debian's kernel, `timeout` is in seconds."""
+
+    kernel: str = "cloud"
+    initrd: str | None = None
+    append: str = ""
+    memory: str = "512M"
+    cpu: str = "cascadelake"
+    timeout: float | None = None
+    stats: StatsFormat | None = None
+    json: bool = False
+    command: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise CliError, one sentence, for options that contradict each other."""
+        if self.command and self.initrd is not None:
+            raise CliError("a command runs in softkvm's own initramfs, so `-i` and `-- CMD` exclude each other")
+        if self.timeout is not None and self.timeout <= 0:
+            raise CliError(f"the time-out must be more than 0 seconds, not {self.timeout:g}")

@@ -1,0 +1,8 @@
+"""The machine around a VM: a PC with a Linux kernel, built on KVM's public methods alone."""
+
+from softkvm.vmm.config import SerialBackend
+from softkvm.vmm.errors import ConfigError, StateError
+from softkvm.vmm.machine import Machine, Stats
+from softkvm.vmm.stop import Stop, StopReason
+
+__all__ = ["ConfigError", "Machine", "SerialBackend", "StateError", "Stats", "Stop", "StopReason"]

@@ -1,0 +1,131 @@
+"""What a caller may ask of a machine, checked: every mistake is a `ConfigError` of one sentence before anything is built."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from softkvm.vmm import layout
+from softkvm.vmm.errors import ConfigError
+from softkvm.vmm.layout import GIB, KIB, MIB
+
+SerialBackend = Callable[[bytes], object]
+"""Takes what the guest sends on a serial port, a piece at a time, on a vCPU's thread; what it raises comes out of `Machine.run()`."""
+
+DEFAULT_MEMORY = "512M"
+DEFAULT_CPU = "cascadelake"
+DEFAULT_PARAMETERS = "console=ttyS0"
+"""Goes before a command line that names no console."""
+
+SMALLEST_MEMORY = 4 * MIB
+LARGEST_MEMORY = layout.RAM_BELOW_4G.size + layout.RAM_ABOVE_4G.size
+MOST_CPUS = 64
+
+_PAGE = 4096
+_UNITS = {"": MIB, "K": KIB, "M": MIB, "G": GIB, "T": 1024 * GIB}
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?) ?([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
+_FEATURE = re.compile(r"[+-][a-z0-9_.]+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A machine that can be built."""
+
+    kernel: Path
+    initrd: bytes | None
+    command_line: bytes
+    memory: int
+    """Bytes of RAM, whole pages."""
+    cpu: str
+    features: Mapping[str, bool]
+    cpus: int
+    serial: Mapping[int, SerialBackend] = field(default_factory=dict)
+
+
+def check(
+    kernel: str | Path | None,
+    initrd: str | Path | bytes | None,
+    append: str,
+    memory: str | int,
+    cpu: str,
+    cpus: int,
+    serial: Mapping[int, SerialBackend] | None,
+) -> Config:
+    """The configuration for the arguments of `Machine`; ConfigError names the first mistake."""
+    if kernel is None:
+        raise ConfigError("an initrd was given without a kernel" if initrd is not None else "no kernel was given")
+    if not 1 <= cpus <= MOST_CPUS:
+        raise ConfigError(f"a machine has 1 to {MOST_CPUS} CPUs, not {cpus}")
+    ports = dict(serial or {})
+    for port in ports:
+        if port not in range(len(layout.SERIAL_PORTS)):
+            raise ConfigError(f"there is no serial port {port}; the machine has ports 0 to {len(layout.SERIAL_PORTS) - 1}")
+    name, features = parse_cpu(cpu)
+    return Config(
+        kernel=Path(kernel),
+        memory=parse_memory(memory),
+        initrd=read_initrd(initrd),
+        command_line=command_line(append),
+        cpu=name,
+        features=features,
+        cpus=cpus,
+        serial=ports,
+    )
+
+
+def parse_memory(memory: str | int) -> int:
+    """Bytes of RAM from a number of bytes or from text such as `512M` or `1.5G` (no unit: MB), rounded down to whole pages."""
+    if isinstance(memory, int):
+        size = memory
+    elif match := _SIZE.fullmatch(memory.strip()):
+        size = int(float(match[1]) * _UNITS[match[2].upper()])
+    else:
+        raise ConfigError(f"{memory!r} is not a memory size; write for example 512M or 2G")
+    if size < SMALLEST_MEMORY:
+        raise ConfigError(f"{memory!r} is too small for the memory of a machine; it needs at least {SMALLEST_MEMORY // MIB}M")
+    if size > LARGEST_MEMORY:
+        raise ConfigError(f"{memory!r} is too large for the memory of a machine; it can have at most {LARGEST_MEMORY // GIB}G")
+    return size & -_PAGE
+
+
+def parse_cpu(cpu: str) -> tuple[str, dict[str, bool]]:
+    """Model name and switched features from text such as `cascadelake,-pcid,+avx2`; the names themselves are checked by KVM."""
+    name, *switches = cpu.strip().lower().split(",")
+    features: dict[str, bool] = {}
+    for switch in switches:
+        if not _FEATURE.fullmatch(switch):
+            raise ConfigError(f"{switch!r} in the CPU {cpu!r} is not +feature or -feature")
+        feature, on = switch[1:], switch.startswith("+")
+        if features.setdefault(feature, on) != on:
+            raise ConfigError(f"the CPU {cpu!r} switches {feature} both on and off")
+    return name, features
+
+
+def read_initrd(initrd: str | Path | bytes | None) -> bytes | None:
+    """The initial RAM disk's bytes."""
+    if initrd is None:
+        return None
+    if isinstance(initrd, bytes):
+        data = initrd
+    else:
+        try:
+            data = Path(initrd).read_bytes()
+        except FileNotFoundError as error:
+            raise ConfigError(f"there is no initrd file {initrd}") from error
+        except OSError as error:
+            raise ConfigError(f"the initrd file {initrd} cannot be read: {error.strerror}") from error
+    if not data:
+        raise ConfigError("the initrd is empty")
+    return data
+
+
+def command_line(append: str) -> bytes:
+    """The kernel command line: what the caller wrote, behind the default console unless it names one."""
+    if "\0" in append or "\n" in append:
+        raise ConfigError("the kernel command line must be one line of text")
+    words = append.split()
+    if not any(word.startswith("console=") for word in words):
+        return " ".join([DEFAULT_PARAMETERS, *([append.strip()] if words else [])]).encode()
+    return append.strip().encode()

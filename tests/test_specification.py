@@ -1,0 +1,25 @@
+"""SPECIFICATION.md promises nothing without a test."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROW = re.compile(r"^\| (?!promise|---)(?P<promise>.+?) \| (?P<test>.+?) \|$", re.MULTILINE)
+ROWS = [(match["promise"], match["test"]) for match in ROW.finditer((ROOT / "SPECIFICATION.md").read_text())]
+
+
+def test_there_are_promises() -> None:
+    assert len(ROWS) > 10
+
+
+@pytest.mark.parametrize(("promise", "test"), ROWS, ids=[promise for promise, _ in ROWS])
+def test_promise_has_its_test(promise: str, test: str) -> None:
+    match = re.fullmatch(r"`(tests/[\w/]+\.py)::(test_\w+)`", test)
+    assert match, f"{promise!r} names no test but {test!r}"
+    tree = ast.parse((ROOT / match[1]).read_text())
+    assert match[2] in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}

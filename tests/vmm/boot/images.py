@@ -1,0 +1,45 @@
+"""Small kernels made for tests: valid as files, with nothing worth running inside."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from softkvm.vmm.layout import MIB
+
+PAYLOAD = 4096
+
+
+def bzimage(**changes: Any) -> bytes:
+    """A bzImage of two setup sectors and `PAYLOAD` bytes; `changes` are header fields by name."""
+    fields = {
+        "setup_sects": (0x1F1, "<B", 1),
+        "syssize": (0x1F4, "<I", PAYLOAD // 16),
+        "boot_flag": (0x1FE, "<H", 0xAA55),
+        "jump": (0x200, "<H", 0x6AEB),
+        "header": (0x202, "<4s", b"HdrS"),
+        "version": (0x206, "<H", 0x020F),
+        "loadflags": (0x211, "<B", 1),
+        "initrd_addr_max": (0x22C, "<I", 0x7FFFFFFF),
+        "kernel_alignment": (0x230, "<I", 2 * MIB),
+        "relocatable_kernel": (0x234, "<B", 1),
+        "xloadflags": (0x236, "<H", 1),
+        "cmdline_size": (0x238, "<I", 2047),
+        "pref_address": (0x258, "<Q", 16 * MIB),
+        "init_size": (0x260, "<I", 8 * MIB),
+    }
+    image = bytearray(1024 + PAYLOAD)
+    image[1024:] = bytes(range(256)) * (PAYLOAD // 256)
+    for name, (offset, code, value) in fields.items():
+        struct.pack_into(code, image, offset, changes.pop(name, value))
+    assert not changes, f"no such field: {changes}"
+    return bytes(image)
+
+
+def vmlinux(machine: int = 62, kind: int = 2, address: int = 16 * MIB, filesz: int = 256, memsz: int = 4 * MIB) -> bytes:
+    """An ELF64 file with one loadable segment of 256 bytes in the file."""
+    header = struct.pack(
+        "<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", kind, machine, 1, address, 64, 0, 0, 64, 56, 1, 0, 0, 0
+    )  # fmt: skip
+    segment = struct.pack("<IIQQQQQQ", 1, 5, 120, 0xFFFFFFFF81000000, address, filesz, memsz, 0x1000)
+    return header + segment + bytes(range(256))
