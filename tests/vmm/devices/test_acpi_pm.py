@@ -87,6 +87,12 @@ def test_soft_off_works_by_bytes(bench: Bench) -> None:
     assert bench.offs == 1
 
 
+def test_every_fixed_event_can_be_enabled_as_linux_checks(bench: Bench) -> None:
+    for bit in (0, 5, 8, 9, 10):
+        bench.pm.event.write(PM1_ENABLE, 2, 1 << bit)
+        assert bench.pm.event.read(PM1_ENABLE, 2) == 1 << bit
+
+
 def test_enable_register_keeps_the_other_byte(bench: Bench) -> None:
     bench.pm.event.write(PM1_ENABLE, 2, PM1_POWER_BUTTON | PM1_TIMER)
     bench.pm.event.write(PM1_ENABLE, 1, 0)
