@@ -43,3 +43,10 @@ def vmlinux(machine: int = 62, kind: int = 2, address: int = 16 * MIB, filesz: i
     )  # fmt: skip
     segment = struct.pack("<IIQQQQQQ", 1, 5, 120, 0xFFFFFFFF81000000, address, filesz, memsz, 0x1000)
     return header + segment + bytes(range(256))
+
+
+def program(code: bytes) -> bytes:
+    """A bzImage whose 64-bit entry point is `code`."""
+    image = bytearray(bzimage())
+    image[1024 + 0x200 : 1024 + 0x200 + len(code)] = code
+    return bytes(image)
