@@ -81,7 +81,6 @@ class ExitHandler:
             uapi.KVM_EXIT_IO: self._io,
             uapi.KVM_EXIT_MMIO: self._mmio,
             uapi.KVM_EXIT_INTR: self._nothing,
-            uapi.KVM_EXIT_IRQ_WINDOW_OPEN: self._nothing,
             uapi.KVM_EXIT_SHUTDOWN: self._shutdown,
             uapi.KVM_EXIT_SYSTEM_EVENT: self._system_event,
             uapi.KVM_EXIT_FAIL_ENTRY: self._fail_entry,
@@ -122,7 +121,7 @@ class ExitHandler:
                 self._area[_MMIO_DATA : _MMIO_DATA + 8] = self._memory.read(address, size).to_bytes(8, "little")
 
     def _nothing(self) -> None:
-        """A signal, or a window that user space did not ask for: enter again."""
+        """A signal: enter again, unless the run is over."""
 
     def _shutdown(self) -> None:
         self._stop(StopReason.TRIPLE_FAULT, "an exception could not be delivered, nor the double fault that followed")
