@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vmm.boot import images
 
 from softkvm.vmm import Machine, StopReason, layout
+from tests.vmm.boot import images
 
 MOV_AL_0_OUT_F4 = bytes.fromhex("b000e6f4")
 HALT = bytes.fromhex("fa f4 ebfd")  # cli; again: hlt; jmp again

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from vmm.doubles import Time, Wire
 
 from softkvm.vmm.devices.acpi_pm import (
     CONTROL_SCI_EN,
@@ -17,6 +16,7 @@ from softkvm.vmm.devices.acpi_pm import (
     SLP_TYP_S5,
     AcpiPm,
 )
+from tests.vmm.doubles import Time, Wire
 
 SECOND = 1_000_000_000
 
