@@ -16,39 +16,10 @@ from softkvm.uapi import kvm as uapi
 from tests import fake_engine
 from tests.fake_engine import exits_with
 from tests.kvm.conftest import Script, ready
+from tests.kvm.guest import REASONS, leave, out_of_guest, run_errno
 
-NAMES = ("hlt", "cpuid", "interrupt", "window", "shutdown", "invalid", "io", "unknown")
-REASONS = {
-    "intel": dict(zip(NAMES, (12, 10, 1, 7, 2, 0x8000_0021, 30, 63), strict=True)),
-    "amd": dict(zip(NAMES, (0x78, 0x72, 0x60, 0x64, 0x7F, 0xFFFF_FFFF, 0x7B, 0x3FF), strict=True)),
-}
 RIP = 0x1000
 INTERRUPT_FLAG = 1 << 9
-
-
-def leave(vcpu: Vcpu, name: str, length: int = 1, **fields: int) -> fake_engine.Step:
-    """The guest exits for `name` at an instruction of `length` bytes."""
-    step = exits_with(REASONS[vcpu.model.vendor][name], instruction_length=length, **fields)
-
-    def at_instruction(view: control.ControlBlock) -> int:
-        view.exit.next_rip = view.state.rip + length
-        return step(view)
-
-    return at_instruction
-
-
-def run_errno(vcpu: Vcpu) -> int:
-    with pytest.raises(OSError) as caught:  # noqa: PT011 - the errno is the result
-        vcpu.run()
-    assert caught.value.errno is not None
-    return caught.value.errno
-
-
-def out_of_guest(vcpu: Vcpu, play: Script, *steps: fake_engine.Step) -> None:
-    """Play the steps, then leave for user space."""
-    play(*steps, leave(vcpu, "shutdown"))
-    vcpu.run()
-    assert vcpu.kvm_run.exit_reason == uapi.KVM_EXIT_SHUTDOWN
 
 
 def test_immediate_exit_leaves_the_exit_reason_alone(vcpu: Vcpu) -> None:

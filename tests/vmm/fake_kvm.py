@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from vmm.doubles import HostBlock
+
 from softkvm.uapi import kvm as uapi
-from tests.vmm.doubles import HostBlock
 
 PIO_DATA = 4096
 Exit = Callable[["Vcpu"], None]
@@ -231,7 +232,7 @@ class FakeKvm:
 
     def System(self, model: Any) -> Any:
         return SimpleNamespace(
-            create_vm=lambda: self.vm,
+            create_vm=lambda clock: self.vm,
             check_extension=lambda capability: 1,
             get_supported_cpuid=lambda: [uapi.CpuidEntry2(function=1)],
         )

@@ -221,8 +221,7 @@ class Vcpu(VcpuCore):
         """KVM_SET_CPUID2; OSError E2BIG above 256 entries, EINVAL for an impossible set or a change after KVM_RUN."""
         if len(entries) > MAX_CPUID_ENTRIES:
             raise OSError(errno.E2BIG, "too many CPUID entries")
-        if self.has_run and list(map(bytes, entries)) != list(map(bytes, self.cpuid.entries)):
-            raise OSError(errno.EINVAL, "CPUID cannot change once the vCPU has run")
+        cpuid.check(self, entries)
         self.cpuid = cpuid.CpuidTable(entries)
         cpuid.update_runtime(self)
         self._update_cr4_mask()

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from vmm.boot import images
 
 from softkvm.vmm.boot import Kernel, read_kernel
 from softkvm.vmm.errors import ConfigError
 from softkvm.vmm.layout import MIB
-from tests.vmm.boot import images
 
 RAM = 512 * MIB
 DEBIAN = Path(os.environ.get("SOFTKVM_TEST_KERNEL", "/nonexistent"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from vmm.doubles import Time, Wire
 
 from softkvm.vmm.devices.acpi_pm import (
     CONTROL_SCI_EN,
@@ -16,7 +17,6 @@ from softkvm.vmm.devices.acpi_pm import (
     SLP_TYP_S5,
     AcpiPm,
 )
-from tests.vmm.doubles import Time, Wire
 
 SECOND = 1_000_000_000
 
@@ -48,14 +48,14 @@ def test_timer_runs_at_3_579545_mhz_with_32_bits(bench: Bench) -> None:
 def test_timer_carry_sets_status_and_raises_sci_when_enabled(bench: Bench) -> None:
     carry = (1 << 31) * SECOND // PM_TIMER_HZ + 1
     bench.pm.event.write(PM1_ENABLE, 2, PM1_TIMER)
-    bench.time.pass_(carry - 1000)
+    bench.time.advance(carry - 1000)
     assert not bench.wire.level
-    bench.time.pass_(1000)
+    bench.time.advance(1000)
     assert bench.wire.level
     assert bench.pm.event.read(PM1_STATUS, 2) == PM1_TIMER
     bench.pm.event.write(PM1_STATUS, 2, PM1_TIMER)
     assert not bench.wire.level
-    bench.time.pass_(carry)
+    bench.time.advance(carry)
     assert bench.wire.level
 
 

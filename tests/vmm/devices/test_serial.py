@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from vmm.doubles import Wire
 
 from softkvm.vmm.devices import serial
 from softkvm.vmm.devices.serial import (
@@ -32,7 +33,6 @@ from softkvm.vmm.devices.serial import (
     SCR,
     Serial,
 )
-from tests.vmm.doubles import Wire
 
 
 class Bench:

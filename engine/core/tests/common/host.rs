@@ -92,7 +92,7 @@ impl Stub {
     }
 
     fn run(&mut self, code: &[u8], registers: &mut Registers) {
-        assert!(code.len() < 64);
+        assert!(code.len() < 128);
         // SAFETY: the page is ours, and the tests write only instructions that touch the test data and fall through to RET.
         unsafe {
             self.0.copy_from(code.as_ptr(), code.len());
@@ -140,6 +140,11 @@ impl Comparison {
 
     /// [`Comparison::check`] with the given test data.
     pub fn check_with_data(&mut self, code: &[u8], registers: Registers, defined: u64, image: &[u8]) {
+        self.check_program(code, 1, registers, defined, image);
+    }
+
+    /// [`Comparison::check_with_data`] with `count` instructions.
+    pub fn check_program(&mut self, code: &[u8], count: usize, registers: Registers, defined: u64, image: &[u8]) {
         self.machine.poke(DATA, image);
         let mut expected = registers;
         self.stub.run(code, &mut expected);
@@ -149,7 +154,7 @@ impl Comparison {
         self.machine.poke(DATA, image);
         self.machine.cpu.regs[..16].copy_from_slice(&registers.gpr);
         self.machine.set_flags(registers.rflags);
-        let outcome = self.machine.run(code, 1);
+        let outcome = self.machine.run(code, count);
         assert!(outcome.is_ok(), "{code:02x?} {registers:x?}: {outcome:?}, vector {}", self.machine.vector());
         let mut found = Registers { rflags: self.machine.cpu.rflags(), ..Default::default() };
         found.gpr.copy_from_slice(&self.machine.cpu.regs[..16]);

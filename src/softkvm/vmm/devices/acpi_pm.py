@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from softkvm.vmm.irq import SetLevel
 from softkvm.vmm.state import Record
-from softkvm.vmm.timers import NSEC_PER_SEC, TimerQueue
+from softkvm.vmm.timers import NSEC_PER_SEC, Timers
 
 PM_TIMER_HZ = 3_579_545
 PM_TIMER_BITS = 32
@@ -51,7 +51,7 @@ class AcpiPmState(Record, frozen=True, kw_only=True):
 class AcpiPm:
     """The registers behind `event`, `control` and `timer`, which are claimed as three devices."""
 
-    def __init__(self, sci: SetLevel, timers: TimerQueue, on_power_off: Callable[[], None]) -> None:
+    def __init__(self, sci: SetLevel, timers: Timers, on_power_off: Callable[[], None]) -> None:
         """`sci` drives the system control interrupt; `on_power_off()` follows a write of SLP_EN with the type of S5."""
         self._sci = sci
         self._now = timers.now

@@ -3,7 +3,7 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use super::lanes::zip;
-use super::operand::{by_source, operations, Source};
+use super::operand::{vector_source, operations, Source};
 use crate::cpu::Cpu;
 use crate::flags::Flags;
 use crate::state::rflags::{CF, ZF};
@@ -12,7 +12,7 @@ use crate::uop::{Exec, Handler, Uop};
 /// The handler of an instruction of this file.
 pub fn handler(insn: &Instruction) -> Option<Handler> {
     match insn.mnemonic() {
-        Mnemonic::Ptest => Some(by_source!(insn, ptest)),
+        Mnemonic::Ptest => Some(vector_source!(insn, ptest)),
         _ => logic::handler(insn),
     }
 }

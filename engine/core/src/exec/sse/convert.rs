@@ -3,7 +3,7 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use super::host::{simd, simd_from_integer, simd_to_integer};
-use super::operand::{by_source, is_memory, Memory64, Register, Source};
+use super::operand::{vector_source, is_memory, Memory64, Register, Source};
 use crate::cpu::Cpu;
 use crate::uop::{Exec, Handler, Uop};
 use crate::word::Word;
@@ -35,22 +35,22 @@ pub fn handler(insn: &Instruction) -> Option<Handler> {
             from_memory::<u32, Cvtsi2sd32>,
             from_memory::<u64, Cvtsi2sd64>,
         ),
-        Mnemonic::Cvtss2si if wide => by_source!(insn, to_integer, Cvtss2si64),
-        Mnemonic::Cvtss2si => by_source!(insn, to_integer, Cvtss2si32),
-        Mnemonic::Cvttss2si if wide => by_source!(insn, to_integer, Cvttss2si64),
-        Mnemonic::Cvttss2si => by_source!(insn, to_integer, Cvttss2si32),
-        Mnemonic::Cvtsd2si if wide => by_source!(insn, to_integer, Cvtsd2si64),
-        Mnemonic::Cvtsd2si => by_source!(insn, to_integer, Cvtsd2si32),
-        Mnemonic::Cvttsd2si if wide => by_source!(insn, to_integer, Cvttsd2si64),
-        Mnemonic::Cvttsd2si => by_source!(insn, to_integer, Cvttsd2si32),
+        Mnemonic::Cvtss2si if wide => vector_source!(insn, to_integer, Cvtss2si64),
+        Mnemonic::Cvtss2si => vector_source!(insn, to_integer, Cvtss2si32),
+        Mnemonic::Cvttss2si if wide => vector_source!(insn, to_integer, Cvttss2si64),
+        Mnemonic::Cvttss2si => vector_source!(insn, to_integer, Cvttss2si32),
+        Mnemonic::Cvtsd2si if wide => vector_source!(insn, to_integer, Cvtsd2si64),
+        Mnemonic::Cvtsd2si => vector_source!(insn, to_integer, Cvtsd2si32),
+        Mnemonic::Cvttsd2si if wide => vector_source!(insn, to_integer, Cvttsd2si64),
+        Mnemonic::Cvttsd2si => vector_source!(insn, to_integer, Cvttsd2si32),
         Mnemonic::Cvtpi2ps if is_memory(insn, 1) => pi2ps::<Memory64>,
         Mnemonic::Cvtpi2ps => pi2ps::<Register>,
         Mnemonic::Cvtpi2pd if is_memory(insn, 1) => pi2pd_memory,
         Mnemonic::Cvtpi2pd => pi2pd_register,
-        Mnemonic::Cvtps2pi => by_source!(insn, to_mm, Cvtps2pi),
-        Mnemonic::Cvttps2pi => by_source!(insn, to_mm, Cvttps2pi),
-        Mnemonic::Cvtpd2pi => by_source!(insn, to_mm, Cvtpd2pi),
-        Mnemonic::Cvttpd2pi => by_source!(insn, to_mm, Cvttpd2pi),
+        Mnemonic::Cvtps2pi => vector_source!(insn, to_mm, Cvtps2pi),
+        Mnemonic::Cvttps2pi => vector_source!(insn, to_mm, Cvttps2pi),
+        Mnemonic::Cvtpd2pi => vector_source!(insn, to_mm, Cvtpd2pi),
+        Mnemonic::Cvttpd2pi => vector_source!(insn, to_mm, Cvttpd2pi),
         _ => return None,
     })
 }

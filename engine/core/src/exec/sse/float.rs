@@ -3,7 +3,7 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use super::host::simd;
-use super::operand::{by_source, Source};
+use super::operand::{vector_source, Source};
 use crate::cpu::Cpu;
 use crate::uop::{Exec, Handler, Uop};
 
@@ -36,7 +36,7 @@ macro_rules! host_operations {
                             simd!(mxcsr, $op, a, b)
                         }
                     }
-                    by_source!(insn, float, Operation)
+                    vector_source!(insn, float, Operation)
                 })*
                 _ => return None,
             })

@@ -5,21 +5,21 @@ use iced_x86::{Instruction, Mnemonic};
 use super::float::{float, Float};
 use super::host::simd;
 use super::lanes::{build, Lane};
-use super::operand::{by_source, Source};
+use super::operand::{vector_source, Source};
 use crate::cpu::Cpu;
 use crate::uop::{Exec, Handler, Uop};
 
 /// The handler of an instruction of this file.
 pub fn handler(insn: &Instruction) -> Option<Handler> {
     Some(match insn.mnemonic() {
-        Mnemonic::Haddps => by_source!(insn, float, Haddps),
-        Mnemonic::Hsubps => by_source!(insn, float, Hsubps),
-        Mnemonic::Haddpd => by_source!(insn, float, Haddpd),
-        Mnemonic::Hsubpd => by_source!(insn, float, Hsubpd),
-        Mnemonic::Addsubps => by_source!(insn, float, Addsubps),
-        Mnemonic::Addsubpd => by_source!(insn, float, Addsubpd),
-        Mnemonic::Dpps => by_source!(insn, dot_single),
-        Mnemonic::Dppd => by_source!(insn, dot_double),
+        Mnemonic::Haddps => vector_source!(insn, float, Haddps),
+        Mnemonic::Hsubps => vector_source!(insn, float, Hsubps),
+        Mnemonic::Haddpd => vector_source!(insn, float, Haddpd),
+        Mnemonic::Hsubpd => vector_source!(insn, float, Hsubpd),
+        Mnemonic::Addsubps => vector_source!(insn, float, Addsubps),
+        Mnemonic::Addsubpd => vector_source!(insn, float, Addsubpd),
+        Mnemonic::Dpps => vector_source!(insn, dot_single),
+        Mnemonic::Dppd => vector_source!(insn, dot_double),
         _ => return None,
     })
 }

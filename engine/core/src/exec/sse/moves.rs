@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Instruction, Mnemonic};
 
-use super::operand::{by_source, is_memory, is_mm, is_xmm, Source};
+use super::operand::{vector_source, is_memory, is_mm, is_xmm, Source};
 use crate::cpu::Cpu;
 use crate::uop::{Exec, Handler, Uop};
 use crate::word::Word;
@@ -38,9 +38,9 @@ pub fn handler(insn: &Instruction) -> Option<Handler> {
         Mnemonic::Movlhps => low_to_high,
         Mnemonic::Movdq2q => low_to_mm,
         Mnemonic::Movq2dq => mm_to_low,
-        Mnemonic::Movddup => by_source!(insn, duplicate_64),
-        Mnemonic::Movsldup => by_source!(insn, duplicate_even),
-        Mnemonic::Movshdup => by_source!(insn, duplicate_odd),
+        Mnemonic::Movddup => vector_source!(insn, duplicate_64),
+        Mnemonic::Movsldup => vector_source!(insn, duplicate_even),
+        Mnemonic::Movshdup => vector_source!(insn, duplicate_odd),
         _ => return None,
     })
 }

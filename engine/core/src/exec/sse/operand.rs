@@ -160,7 +160,7 @@ pub fn is_xmm(insn: &Instruction, n: u32) -> bool {
 }
 
 /// Picks `$handler::<..., Source>` by where operand 1 of `$insn` is and how much of it is read.
-macro_rules! by_source {
+macro_rules! vector_source {
     ($insn:expr, $handler:ident $(, $generic:ty)*) => {{
         use crate::exec::sse::operand::{Memory, Memory32, Memory64, Register};
         use crate::uop::Handler;
@@ -172,11 +172,11 @@ macro_rules! by_source {
         }
     }};
 }
-pub(super) use by_source;
+pub(super) use vector_source;
 
 /// The handler of operation `O` on MMX or XMM registers.
 pub fn binary<O: Binary>(insn: &Instruction) -> Option<Handler> {
-    Some(if is_mm(insn, 0) { by_source!(insn, binary_mm, O) } else { by_source!(insn, binary_xmm, O) })
+    Some(if is_mm(insn, 0) { vector_source!(insn, binary_mm, O) } else { vector_source!(insn, binary_xmm, O) })
 }
 
 fn binary_xmm<O: Binary, S: Source>(cpu: &mut Cpu, uop: &Uop) -> Exec {
@@ -198,7 +198,7 @@ fn binary_mm<O: Binary, S: Source>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 
 /// The handler of operation `O` with an immediate on MMX or XMM registers.
 pub fn immediate<O: Immediate>(insn: &Instruction) -> Option<Handler> {
-    Some(if is_mm(insn, 0) { by_source!(insn, immediate_mm, O) } else { by_source!(insn, immediate_xmm, O) })
+    Some(if is_mm(insn, 0) { vector_source!(insn, immediate_mm, O) } else { vector_source!(insn, immediate_xmm, O) })
 }
 
 fn immediate_xmm<O: Immediate, S: Source>(cpu: &mut Cpu, uop: &Uop) -> Exec {

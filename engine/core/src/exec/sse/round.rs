@@ -4,17 +4,17 @@ use iced_x86::{Instruction, Mnemonic};
 
 use super::host::mxcsr::FLAGS;
 use super::lanes::{build, Lane};
-use super::operand::{by_source, Source};
+use super::operand::{vector_source, Source};
 use crate::cpu::Cpu;
 use crate::uop::{Exec, Handler, Uop};
 
 /// The handler of an instruction of this file.
 pub fn handler(insn: &Instruction) -> Option<Handler> {
     Some(match insn.mnemonic() {
-        Mnemonic::Roundps => by_source!(insn, round, u32, Packed),
-        Mnemonic::Roundpd => by_source!(insn, round, u64, Packed),
-        Mnemonic::Roundss => by_source!(insn, round, u32, Scalar),
-        Mnemonic::Roundsd => by_source!(insn, round, u64, Scalar),
+        Mnemonic::Roundps => vector_source!(insn, round, u32, Packed),
+        Mnemonic::Roundpd => vector_source!(insn, round, u64, Packed),
+        Mnemonic::Roundss => vector_source!(insn, round, u32, Scalar),
+        Mnemonic::Roundsd => vector_source!(insn, round, u64, Scalar),
         _ => return None,
     })
 }

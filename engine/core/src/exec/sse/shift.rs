@@ -3,7 +3,7 @@
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::lanes::map;
-use super::operand::{by_source, is_mm, Source};
+use super::operand::{vector_source, is_mm, Source};
 use crate::cpu::Cpu;
 use crate::uop::{Exec, Handler, Uop};
 
@@ -69,9 +69,9 @@ fn form<O: Shift>(insn: &Instruction) -> Option<Handler> {
     let by_immediate = insn.op1_kind() == OpKind::Immediate8;
     Some(match (is_mm(insn, 0), by_immediate) {
         (true, true) => mm_immediate::<O>,
-        (true, false) => by_source!(insn, mm_operand, O),
+        (true, false) => vector_source!(insn, mm_operand, O),
         (false, true) => xmm_immediate::<O>,
-        (false, false) => by_source!(insn, xmm_operand, O),
+        (false, false) => vector_source!(insn, xmm_operand, O),
     })
 }
 

@@ -3,16 +3,16 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use super::lanes::{build, Lane};
-use super::operand::{by_source, immediate_operations, operations, Source};
+use super::operand::{vector_source, immediate_operations, operations, Source};
 use crate::cpu::Cpu;
 use crate::uop::{Exec, Handler, Uop};
 
 /// The handler of an instruction of this file.
 pub fn handler(insn: &Instruction) -> Option<Handler> {
     match insn.mnemonic() {
-        Mnemonic::Pblendvb => Some(by_source!(insn, variable_blend, u8)),
-        Mnemonic::Blendvps => Some(by_source!(insn, variable_blend, u32)),
-        Mnemonic::Blendvpd => Some(by_source!(insn, variable_blend, u64)),
+        Mnemonic::Pblendvb => Some(vector_source!(insn, variable_blend, u8)),
+        Mnemonic::Blendvps => Some(vector_source!(insn, variable_blend, u32)),
+        Mnemonic::Blendvpd => Some(vector_source!(insn, variable_blend, u64)),
         _ => fixed::handler(insn).or_else(|| selected(insn)),
     }
 }

@@ -144,12 +144,6 @@ impl Cpu {
         unmasked & BEFORE == 0
     }
 
-    /// Like [`Cpu::conclude`], with all four condition bits.
-    pub(super) fn conclude_conditions(&mut self, uop: &Uop, frame_status: u16) -> bool {
-        self.state.fpu.fsw = self.state.fpu.fsw & !CONDITIONS | frame_status & CONDITIONS;
-        self.conclude(uop, frame_status)
-    }
-
     /// Result of an instruction with an empty source: the default NaN in ST(`destination`) when masked. True when it is.
     #[cold]
     pub(super) fn underflow(&mut self, uop: &Uop, destination: Option<u8>) -> bool {

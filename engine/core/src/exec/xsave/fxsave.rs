@@ -5,7 +5,7 @@ use iced_x86::{Code, Instruction};
 use crate::cpu::Cpu;
 use crate::fault::vector;
 use crate::paging::AccessKind;
-use crate::state::{cr0, cr4, efer, Fpu};
+use crate::state::{cr0, efer, Fpu};
 use crate::uop::{Exec, Handler, Uop};
 
 /// Bytes of the legacy region.
@@ -165,17 +165,4 @@ fn fxrstor<const WIDE: bool>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     cpu.state.fpu.mxcsr = mxcsr;
     get_xmm(&mut cpu.state.fpu, &image, registers);
     Ok(())
-}
-
-impl Cpu {
-    /// First step of the XSAVE family: #UD without CR4.OSXSAVE, #NM with CR0.TS.
-    pub(super) fn require_xsave(&mut self) -> Exec {
-        if self.state.cr4 & cr4::OSXSAVE == 0 {
-            return Err(self.undefined());
-        }
-        if self.state.cr0 & cr0::TS != 0 {
-            return Err(self.raise(vector::NM));
-        }
-        Ok(())
-    }
 }
