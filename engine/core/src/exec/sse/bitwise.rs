@@ -3,7 +3,7 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use super::lanes::zip;
-use super::operand::{vector_source, operations, Source};
+use super::operand::{operations, vector_source, Source};
 use crate::cpu::Cpu;
 use crate::flags::Flags;
 use crate::state::rflags::{CF, ZF};

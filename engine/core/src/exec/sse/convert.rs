@@ -3,7 +3,7 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use super::host::{simd, simd_from_integer, simd_to_integer};
-use super::operand::{vector_source, is_memory, Memory64, Register, Source};
+use super::operand::{is_memory, vector_source, Memory64, Register, Source};
 use crate::cpu::Cpu;
 use crate::uop::{Exec, Handler, Uop};
 use crate::word::Word;

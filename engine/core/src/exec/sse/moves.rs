@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Instruction, Mnemonic};
 
-use super::operand::{vector_source, is_memory, is_mm, is_xmm, Source};
+use super::operand::{is_memory, is_mm, is_xmm, vector_source, Source};
 use crate::cpu::Cpu;
 use crate::uop::{Exec, Handler, Uop};
 use crate::word::Word;

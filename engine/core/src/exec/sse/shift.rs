@@ -3,7 +3,7 @@
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::lanes::map;
-use super::operand::{vector_source, is_mm, Source};
+use super::operand::{is_mm, vector_source, Source};
 use crate::cpu::Cpu;
 use crate::uop::{Exec, Handler, Uop};
 

@@ -3,7 +3,7 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use super::lanes::{build, Lane};
-use super::operand::{vector_source, immediate_operations, operations, Source};
+use super::operand::{immediate_operations, operations, vector_source, Source};
 use crate::cpu::Cpu;
 use crate::uop::{Exec, Handler, Uop};
 
