@@ -31,6 +31,14 @@ impl Cpu {
         }
     }
 
+    /// Raises #GP where UMIP hides the system registers from user code (SDM vol. 3, 2.5, CR4.UMIP).
+    pub fn check_umip(&mut self) -> Exec {
+        if self.state.cr4 & cr4::UMIP != 0 {
+            self.require_cpl0()?;
+        }
+        Ok(())
+    }
+
     /// I/O privilege level (EFLAGS.IOPL).
     pub fn io_privilege(&self) -> u8 {
         ((self.rflags & rflags::IOPL) >> rflags::IOPL.trailing_zeros()) as u8

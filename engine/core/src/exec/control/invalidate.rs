@@ -3,7 +3,7 @@
 use iced_x86::{Code, Instruction};
 
 use super::load::PCID;
-use crate::cpu::{CodeSize, Cpu};
+use crate::cpu::Cpu;
 use crate::model::Feature;
 use crate::paging::{canonical, AccessKind};
 use crate::state::cr4;
@@ -12,7 +12,7 @@ use crate::virt::control::intercept;
 use crate::virt::exits::{code, Code as ExitCode};
 use crate::word::Word;
 
-pub(super) fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
+pub(super) fn handler(insn: &Instruction) -> Option<Handler> {
     Some(match insn.code() {
         Code::Invlpg_m => invalidate_page,
         Code::Invpcid_r32_m128 => invalidate_pcid::<u32>,
