@@ -180,7 +180,7 @@ def test_timers_arm_the_core_and_run_on_its_interrupt(vcpu: Vcpu, clock: Virtual
 
     out_of_guest(vcpu, play, until_timer)
     assert fired == [expiry]
-    assert fake_engine.Core.cores[-1].timer == 0  # off the core, no timer
+    assert fake_engine.Core.cores[-1].timer == 0  # no timer is left, none is armed
 
 
 def test_request_interrupt_window(bare_vcpu: Vcpu, play: Script) -> None:

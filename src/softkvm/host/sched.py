@@ -40,7 +40,7 @@ class Scheduler:
     def __init__(self, model: silicon.Model) -> None:
         self._model = model
         self._lock = threading.Lock()
-        self._idle: list[Cpu] = []
+        self._idle: set[Cpu] = set()
         self._count = 0
 
     def load(self, task: PreemptNotifier, preferred: Cpu | None) -> Cpu:
@@ -61,4 +61,4 @@ class Scheduler:
         """Take the task off its core, after notifying it."""
         task.sched_out(cpu)
         with self._lock:
-            self._idle.append(cpu)
+            self._idle.add(cpu)

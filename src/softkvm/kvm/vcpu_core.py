@@ -157,8 +157,7 @@ class VcpuCore(KvmFile):
         self._cpu = self.vm.scheduler.load(self, self._last_cpu)
 
     def put(self) -> None:
-        """`vcpu_put()`: give the core back, also when Ctrl-C came between an exit and its handling."""
-        self.mode = OUTSIDE_GUEST_MODE
+        """`vcpu_put()`: give the core back."""
         cpu, self._cpu = self._cpu, None
         if cpu is not None:
             self.vm.scheduler.put(self, cpu)
@@ -171,11 +170,12 @@ class VcpuCore(KvmFile):
             cpu.last = self
             self._last_cpu = cpu
             self.enter = partial(cpu.core.enter, self._hardware, self.vm.mmu.npt)
-        self.armed = _NOT_ARMED
+            self.armed = _NOT_ARMED
 
     def sched_out(self, cpu: Cpu) -> None:
-        """Off the core."""
-        cpu.core.set_timer(0)
+        """Off the core, out of guest mode even if Ctrl-C came between an exit and its handling. The timer stays as it is: whoever runs
+        here next arms it anew, and it is still right if that is this vCPU."""
+        self.mode = OUTSIDE_GUEST_MODE
 
     @staticmethod
     def _not_loaded() -> NoReturn:
