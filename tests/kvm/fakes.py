@@ -16,7 +16,7 @@ from softkvm.kvm.kvmclock import PvClock, VmClock
 from softkvm.kvm.msr import MsrState
 from softkvm.kvm.tsc import VcpuTsc, VmTsc
 from softkvm.silicon.control import ControlBlock
-from softkvm.uapi.kvm import KVM_PIT_SPEAKER_DUMMY, CpuidEntry2
+from softkvm.uapi.kvm import CpuidEntry2
 
 ALL = 0xFFFF_FFFF
 INTEL = (0x756E_6547, 0x6C65_746E, 0x4965_6E69)
@@ -102,7 +102,7 @@ class FakeVm:
         self.kvmclock = VmClock(self)
         if irqchip:
             self.irqchip = Irqchip(self)
-        self.pit = Pit(self, KVM_PIT_SPEAKER_DUMMY) if pit else None
+        self.pit = Pit(self, speaker=True) if pit else None
 
     @property
     def chips(self) -> Irqchip:

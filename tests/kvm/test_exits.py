@@ -160,39 +160,3 @@ def test_user_space_hears_of_a_lower_task_priority(bare_vcpu: Vcpu) -> None:
     assert exits.write_cr8(bare_vcpu, 9) == 1
     assert exits.write_cr8(bare_vcpu, 3) == 0
     assert bare_vcpu.kvm_run.exit_reason == uapi.KVM_EXIT_SET_TPR
-
-
-def test_hypercalls(vcpu: Vcpu, play: Script) -> None:
-    vcpu.state.rip = RIP
-    for number, expected in ((uapi.KVM_HC_SCHED_YIELD, 0), (99, -uapi.KVM_ENOSYS & 0xFFFF_FFFF)):
-        vcpu.gpr[0] = number
-        out_of_guest(vcpu, play, leave(vcpu, "hypercall", 3))
-        assert vcpu.gpr[0] == expected
-    assert vcpu.state.rip == RIP + 6
-    vcpu.state.cr0 |= 1
-    vcpu.state.segments[2].access_rights |= 3 << 5
-    vcpu.gpr[0] = uapi.KVM_HC_SCHED_YIELD
-    out_of_guest(vcpu, play, leave(vcpu, "hypercall", 3))
-    assert vcpu.gpr[0] == -1 & 0xFFFF_FFFF
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "expected"),
-    [
-        (events.GP, events.GP, events.DF),
-        (events.PF, events.GP, events.DF),
-        (events.PF, events.PF, events.DF),
-        (events.GP, events.PF, events.PF),
-        (events.UD, events.GP, events.GP),
-        (events.DF, events.GP, None),
-    ],
-)
-def test_exceptions_combine(vcpu: Vcpu, first: int, second: int, expected: int | None) -> None:
-    vcpu.take_requests()
-    events.queue_exception(vcpu, first, 0)
-    events.queue_exception(vcpu, second, 0)
-    if expected is None:
-        vcpu.run()
-        assert vcpu.kvm_run.exit_reason == uapi.KVM_EXIT_SHUTDOWN
-    else:
-        assert vcpu.events.vector == expected

@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from vmm.doubles import HostBlock
-
 from softkvm.uapi import kvm as uapi
+from tests.vmm.doubles import HostBlock
 
 PIO_DATA = 4096
 Exit = Callable[["Vcpu"], None]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from vmm.doubles import Ram
 
 from softkvm.vmm.bus import Bus
 from softkvm.vmm.layout import Range
+from tests.vmm.doubles import Ram
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vmm.boot import images
-from vmm.fake_kvm import Exit, FakeKvm, fail, in_, load, out, outs, reason, say, store
 
 from softkvm.host.clock import VirtualClock
 from softkvm.uapi import kvm as uapi
 from softkvm.vmm import ConfigError, Machine, StopReason, layout, machine
+from tests.vmm.boot import images
+from tests.vmm.fake_kvm import Exit, FakeKvm, fail, in_, load, out, outs, reason, say, store
 
 PANIC = "[    1.0] Kernel panic - not syncing: Attempted to kill init!\r\n"
 S5 = out(layout.PM1A_CONTROL.base, 5 << 10 | 1 << 13, 2)

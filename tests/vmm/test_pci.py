@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from vmm.doubles import Ram
 
 from softkvm.vmm import layout, pci
 from softkvm.vmm.bus import Bus
 from softkvm.vmm.layout import Range
 from softkvm.vmm.pci import HostBridge, PciDevice
+from tests.vmm.doubles import Ram
 
 SLOT = 3
 

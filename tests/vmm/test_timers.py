@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 
-from vmm.doubles import Time
-
 from softkvm.vmm.timers import Timers
+from tests.vmm.doubles import Time
 
 
 def test_a_timer_rings_once_at_its_deadline() -> None:

@@ -61,7 +61,7 @@ class Vcpu(VcpuCore):
             self.lapic = Lapic(self)
             if vcpu_id != vm.boot_cpu_id:
                 self.mp_state = uapi.KVM_MP_STATE_UNINITIALIZED
-        setup_controls(self, 0)
+        setup_controls(self)
         reset.reset(self, init=False)
         self._update_cr4_mask()
 
@@ -82,7 +82,7 @@ class Vcpu(VcpuCore):
 
     @ioctl(uapi.KVM_RUN, zero)
     def run(self) -> None:
-        """KVM_RUN; OSError EINTR (signal, immediate_exit), EAGAIN (before SIPI), EFAULT (no memory behind a slot), EIO (closed VM)."""
+        """KVM_RUN; OSError EINTR (signal, immediate_exit), EAGAIN (before SIPI), EFAULT (no memory behind a slot)."""
         result = run.ioctl_run(self, current())
         if result < 0:
             raise OSError(-result, "KVM_RUN")

@@ -21,7 +21,7 @@ import msgspec
 from softkvm import kvm
 from softkvm.host.clock import Clock
 from softkvm.uapi import kvm as uapi
-from softkvm.vmm import config, layout
+from softkvm.vmm import config, cpuid, layout
 from softkvm.vmm.board import Board, Chassis
 from softkvm.vmm.boot import cpu as boot_cpu
 from softkvm.vmm.boot import linux, read_kernel
@@ -108,7 +108,7 @@ class Machine:
         _set_up_vm(vm, guest)
         self._vcpus: list[kvm.Vcpu] = []
         for index in range(settings.cpus):
-            self._vcpus.append(_make_vcpu(system, vm, index, settings.cpus, image.entry))
+            self._vcpus.append(_make_vcpu(system, vm, index, settings, image.entry))
             resources.callback(self._vcpus[index].close)
         self._board = self._make_board(settings, vm, clock)
         self._handlers = [
@@ -284,10 +284,15 @@ def _set_up_vm(vm: kvm.Vm, guest: GuestMemory) -> None:
     vm.set_gsi_routing(list(default_routing()))
 
 
-def _make_vcpu(system: kvm.System, vm: kvm.Vm, index: int, cpus: int, entry: int) -> kvm.Vcpu:
+def _make_vcpu(system: kvm.System, vm: kvm.Vm, index: int, settings: Config, entry: int) -> kvm.Vcpu:
     vcpu = vm.create_vcpu(index)
-    tsc_deadline = bool(system.check_extension(uapi.KVM_CAP_TSC_DEADLINE_TIMER))
-    vcpu.set_cpuid2(boot_cpu.cpuid(system.get_supported_cpuid(), index, cpus, tsc_deadline))
+    identity = cpuid.Identity(
+        apic_id=index,
+        cpus=settings.cpus,
+        tsc_deadline=settings.features.get("tsc-deadline", True) and bool(system.check_extension(uapi.KVM_CAP_TSC_DEADLINE_TIMER)),
+        invariant_tsc=settings.features.get("invtsc", False),
+    )
+    vcpu.set_cpuid2(cpuid.identify(system.get_supported_cpuid(), identity))
     (misc_enable,) = vcpu.get_msrs([boot_cpu.MSR_MISC_ENABLE])
     vcpu.set_msrs(boot_cpu.msrs(misc_enable))
     lapic = vcpu.get_lapic()

@@ -163,7 +163,7 @@ def test_poll() -> None:
     out(vm, MASTER, POLL)
     assert inb(vm, MASTER) == 0x84
     out(vm, MASTER, POLL)
-    assert inb(vm, MASTER) == 0
+    assert inb(vm, MASTER) == 0x07
 
 
 def test_ends_are_announced() -> None:

@@ -6,8 +6,6 @@ import struct
 from pathlib import Path
 
 import pytest
-from vmm.boot import images
-from vmm.doubles import HostBlock
 
 from softkvm.vmm import layout
 from softkvm.vmm.boot import Kernel, linux, zero_page
@@ -15,6 +13,8 @@ from softkvm.vmm.boot.bzimage import parse
 from softkvm.vmm.errors import ConfigError
 from softkvm.vmm.layout import GIB, MIB
 from softkvm.vmm.memory import GuestMemory
+from tests.vmm.boot import images
+from tests.vmm.doubles import HostBlock
 
 LINE = b"console=ttyS0 quiet"
 

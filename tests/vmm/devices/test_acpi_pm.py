@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from vmm.doubles import Time, Wire
 
 from softkvm.vmm.devices.acpi_pm import (
     CONTROL_SCI_EN,
@@ -17,6 +16,7 @@ from softkvm.vmm.devices.acpi_pm import (
     SLP_TYP_S5,
     AcpiPm,
 )
+from tests.vmm.doubles import Time, Wire
 
 SECOND = 1_000_000_000
 
@@ -85,6 +85,12 @@ def test_soft_off_needs_both_the_type_and_the_enable_bit(bench: Bench) -> None:
 def test_soft_off_works_by_bytes(bench: Bench) -> None:
     bench.pm.control.write(1, 1, (CONTROL_SLP_EN | SLP_TYP_S5 << CONTROL_SLP_TYP_SHIFT) >> 8)
     assert bench.offs == 1
+
+
+def test_every_fixed_event_can_be_enabled_as_linux_checks(bench: Bench) -> None:
+    for bit in (0, 5, 8, 9, 10):
+        bench.pm.event.write(PM1_ENABLE, 2, 1 << bit)
+        assert bench.pm.event.read(PM1_ENABLE, 2) == 1 << bit
 
 
 def test_enable_register_keeps_the_other_byte(bench: Bench) -> None:

@@ -7,11 +7,11 @@ import datetime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from vmm.doubles import Time, Wire
 
 from softkvm.vmm.devices import rtc
 from softkvm.vmm.devices.rtc import Rtc, memory_sizes
 from softkvm.vmm.layout import GIB, MIB
+from tests.vmm.doubles import Time, Wire
 
 SECOND = 1_000_000_000
 START = datetime.datetime(2026, 11, 21, 23, 59, 58, tzinfo=datetime.UTC)

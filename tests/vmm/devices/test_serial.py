@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from vmm.doubles import Wire
 
 from softkvm.vmm.devices import serial
 from softkvm.vmm.devices.serial import (
@@ -33,6 +32,7 @@ from softkvm.vmm.devices.serial import (
     SCR,
     Serial,
 )
+from tests.vmm.doubles import Wire
 
 
 class Bench:

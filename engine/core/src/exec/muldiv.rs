@@ -22,9 +22,9 @@ pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
     match insn.mnemonic() {
         Mnemonic::Mul => one_operand::<Mul>(insn),
         Mnemonic::Imul if insn.op_count() == 1 => one_operand::<Imul>(insn),
-        Mnemonic::Imul if is_immediate(insn, 2) => by_source!(insn, 1, imul_immediate),
-        Mnemonic::Imul => by_source!(insn, 1, imul),
-        Mnemonic::Mulx => by_source!(insn, 2, mulx),
+        Mnemonic::Imul if is_immediate(insn, 2) => by_wide_source!(insn, 1, imul_immediate),
+        Mnemonic::Imul => by_wide_source!(insn, 1, imul),
+        Mnemonic::Mulx => by_wide_source!(insn, 2, mulx),
         Mnemonic::Div => one_operand::<Div>(insn),
         Mnemonic::Idiv => one_operand::<Idiv>(insn),
         _ => None,

@@ -27,10 +27,10 @@ pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
         Mnemonic::Rcr => shift::<Rcr>(insn),
         Mnemonic::Shld => double_shift::<Shld>(insn),
         Mnemonic::Shrd => double_shift::<Shrd>(insn),
-        Mnemonic::Shlx => by_source!(insn, 1, flagless, Shl),
-        Mnemonic::Shrx => by_source!(insn, 1, flagless, Shr),
-        Mnemonic::Sarx => by_source!(insn, 1, flagless, Sar),
-        Mnemonic::Rorx => by_source!(insn, 1, rorx),
+        Mnemonic::Shlx => by_wide_source!(insn, 1, flagless, Shl),
+        Mnemonic::Shrx => by_wide_source!(insn, 1, flagless, Shr),
+        Mnemonic::Sarx => by_wide_source!(insn, 1, flagless, Sar),
+        Mnemonic::Rorx => by_wide_source!(insn, 1, rorx),
         _ => None,
     }
 }
