@@ -118,7 +118,7 @@ fn guest_state(random: &mut Random) -> State {
 
 /// Identity maps the first 2 MB in 4 KB pages at a place of the RAM, so that most long-mode cases execute something.
 fn identity_tables(ram: &Region, state: &State) {
-    let root = state.cr3 as usize % (RAM - 0x10000) & !0xfff;
+    let root = (state.cr3 as usize % (RAM - 0x10000)) & !0xfff;
     let write = |at: usize, value: u64| {
         // SAFETY: `root` leaves room for four tables in the region.
         unsafe { ram.start().add(at).cast::<u64>().write(value) }
