@@ -12,6 +12,10 @@ ENGINE_SOURCES := $(shell find engine -name target -prune -o -type f \( -name '*
 ENVIRONMENT := $(VENV)/.stamp-environment
 ENGINE := $(VENV)/.stamp-engine
 
+# pip and maturin (which calls pip) speak up only when something fails.
+export PIP_QUIET := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
 .DEFAULT_GOAL := help
 .PHONY: help boot build test test-fast lint format bench selftest readme-screen clean prerequisites
 
@@ -69,7 +73,7 @@ prerequisites:
 
 $(ENVIRONMENT): pyproject.toml | prerequisites
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check 'maturin>=1.9,<2'
+	$(BIN)/pip install 'maturin>=1.9,<2'
 	@touch $@
 
 # maturin installs the package in editable mode, with its dependencies, around the engine that it builds.

@@ -11,20 +11,21 @@ from softkvm.vmm import Machine, StopReason
 
 README = Path(__file__).parents[1] / "README.md"
 SCREEN = re.compile(r"(<!-- screen: .*? -->\n```console\n).*?(```\n<!-- end of screen -->)", re.DOTALL)
-PROMPT = "softkvm:~# "
+PROMPT = re.compile(r"^softkvm:\S*# ", re.MULTILINE)
 COMMANDS = (
     "uname -a",
     "cat /sys/devices/system/clocksource/clocksource0/current_clocksource",
     "grep -m1 'model name' /proc/cpuinfo",
     "poweroff -f",
 )
+TERMINAL = "TERM=vt100 SOFTKVM_ROWS=50 SOFTKVM_COLUMNS=132"  # what makes the guest's /init offer a shell that echoes
 HEAD, TAIL = 14, 22  # lines of the kernel's log that are shown
 
 
 def boot() -> list[str]:
     """The lines of a session at the guest's console."""
     image = guest.prepare("cloud")
-    with Machine(kernel=image.kernel, initrd=image.initrd) as vm:
+    with Machine(kernel=image.kernel, initrd=image.initrd, append=TERMINAL) as vm:
         for command in COMMANDS:
             if vm.run(until=PROMPT, timeout=300).reason is not StopReason.UNTIL:
                 sys.exit("the guest did not come to its prompt")
@@ -37,7 +38,7 @@ def boot() -> list[str]:
 def main() -> None:
     """Write the screen."""
     lines = boot()
-    shell = next(number for number, line in enumerate(lines) if line.startswith(PROMPT.strip()))
+    shell = next(number for number, line in enumerate(lines) if PROMPT.match(line))
     shown = [*lines[:HEAD], "[...]", *lines[max(HEAD, shell - TAIL) :]]
     screen = "$ softkvm run\n" + "\n".join(shown) + "\n"
     text, count = SCREEN.subn(lambda match: match[1] + screen + match[2], README.read_text())

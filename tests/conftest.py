@@ -1,4 +1,4 @@
-"""What all tests share: hypothesis profiles, the softkvm plugin where softkvm is not installed, and a stand-in where the engine is not built."""
+"""What all tests share: hypothesis profiles, the softkvm plugin where it is not installed, a stand-in where the engine is not built."""
 
 from __future__ import annotations
 

@@ -4,6 +4,21 @@ from typing import final
 
 from typing_extensions import Buffer
 
+__all__ = [
+    "ControlBlock",
+    "Core",
+    "EngineBug",
+    "Memory",
+    "Model",
+    "NestedPageTable",
+    "build_info",
+    "control_layout",
+    "feature_names",
+    "model_names",
+    "tsc",
+    "tsc_khz",
+]
+
 @final
 class Memory(Buffer):
     """Guest RAM: a page-aligned shared memfd mapping with the buffer protocol (writable, format "B"); weakly referenceable."""

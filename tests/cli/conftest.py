@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from helpers.fake_machine import FakeMachine
+
+from tests.helpers.fake_machine import FakeMachine
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from helpers.fake_machine import FakeMachine, stop
 
 from softkvm.cli import app, guest
 from softkvm.vmm import ConfigError, Stop, StopReason
+from tests.helpers.fake_machine import FakeMachine, stop
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ COMMON_FLAGS = {
     "x2apic",
     "smep",
 }
-VENDOR_FLAGS = {"cascadelake": {"pcid", "invpcid", "tsc_deadline_timer"}, "epyc": {"clzero", "cr8_legacy", "sse4a"}}
+VENDOR_FLAGS = {"cascadelake": {"ss", "md_clear", "movdiri"}, "epyc": {"mmxext", "topoext", "extd_apicid", "vmmcall"}}
 
 # What Linux prints when it finds something wrong.
 COMPLAINT = re.compile(r"WARNING:|BUG\b|Oops|Call Trace|general protection|unchecked MSR|[Uu]nstable|segfault|soft lockup|stall")

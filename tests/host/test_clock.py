@@ -16,6 +16,13 @@ def test_ns_to_tsc_is_the_first_cycle_at_or_after_the_time(ns: int, khz: int) ->
     assert clock.tsc_to_ns(tsc - 1) < ns
 
 
+@given(tsc=st.integers(0, 1 << 62), khz=st.integers(1_000, 6_000_000))
+def test_ns_reaching_is_not_early(tsc: int, khz: int) -> None:
+    clock = Clock(lambda: 0, khz)
+    assert clock.ns_to_tsc(clock.ns_reaching(tsc)) >= tsc
+    assert clock.ns_reaching(tsc) - clock.tsc_to_ns(tsc) <= 1
+
+
 def test_monotonic_follows_the_tsc() -> None:
     cycles = [5_000_000]
     clock = Clock(lambda: cycles[0], 2_000_000)

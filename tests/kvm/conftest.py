@@ -16,7 +16,8 @@ Script = Callable[..., None]
 
 @pytest.fixture(autouse=True)
 def scripted_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every core is a scripted one, whatever engine there is."""
+    """Every core is a scripted one, of a model that does not grow with the engine, whatever engine there is."""
+    monkeypatch.setattr(silicon, "Model", fake_engine.Model)
     monkeypatch.setattr(silicon, "Core", fake_engine.Core)
     monkeypatch.setattr(fake_engine.Core, "script", iter(()))
     monkeypatch.setattr(fake_engine.Core, "cores", [])

@@ -16,39 +16,10 @@ from softkvm.uapi import kvm as uapi
 from tests import fake_engine
 from tests.fake_engine import exits_with
 from tests.kvm.conftest import Script, ready
+from tests.kvm.guest import REASONS, leave, out_of_guest, run_errno
 
-NAMES = ("hlt", "cpuid", "interrupt", "window", "shutdown", "invalid", "io", "unknown")
-REASONS = {
-    "intel": dict(zip(NAMES, (12, 10, 1, 7, 2, 0x8000_0021, 30, 63), strict=True)),
-    "amd": dict(zip(NAMES, (0x78, 0x72, 0x60, 0x64, 0x7F, 0xFFFF_FFFF, 0x7B, 0x3FF), strict=True)),
-}
 RIP = 0x1000
 INTERRUPT_FLAG = 1 << 9
-
-
-def leave(vcpu: Vcpu, name: str, length: int = 1, **fields: int) -> fake_engine.Step:
-    """The guest exits for `name` at an instruction of `length` bytes."""
-    step = exits_with(REASONS[vcpu.model.vendor][name], instruction_length=length, **fields)
-
-    def at_instruction(view: control.ControlBlock) -> int:
-        view.exit.next_rip = view.state.rip + length
-        return step(view)
-
-    return at_instruction
-
-
-def run_errno(vcpu: Vcpu) -> int:
-    with pytest.raises(OSError) as caught:  # noqa: PT011 - the errno is the result
-        vcpu.run()
-    assert caught.value.errno is not None
-    return caught.value.errno
-
-
-def out_of_guest(vcpu: Vcpu, play: Script, *steps: fake_engine.Step) -> None:
-    """Play the steps, then leave for user space."""
-    play(*steps, leave(vcpu, "shutdown"))
-    vcpu.run()
-    assert vcpu.kvm_run.exit_reason == uapi.KVM_EXIT_SHUTDOWN
 
 
 def test_immediate_exit_leaves_the_exit_reason_alone(vcpu: Vcpu) -> None:
@@ -148,27 +119,6 @@ def test_halt_without_irqchip_goes_to_user_space(bare_vcpu: Vcpu, play: Script) 
     assert bare_vcpu.mp_state == uapi.KVM_MP_STATE_RUNNABLE
 
 
-def test_application_processor_waits_for_init_and_sipi(vm: Vm, system: kvm.System, play: Script) -> None:
-    vm.create_irqchip()
-    ready(vm.create_vcpu(0), system)
-    ap = ready(vm.create_vcpu(1), system)
-    assert ap.lapic is not None
-    assert ap.get_mp_state().mp_state == uapi.KVM_MP_STATE_UNINITIALIZED
-    ap.kvm_run.exit_reason = 99
-    ap.kvm_run.immediate_exit = 1
-    assert run_errno(ap) == errno.EINTR
-    assert ap.kvm_run.exit_reason == 99
-    ap.kvm_run.immediate_exit = 0
-    ap.lapic.pending_init = True
-    assert run_errno(ap) == errno.EAGAIN
-    assert ap.kvm_run.exit_reason == 99
-    assert ap.mp_state == uapi.KVM_MP_STATE_INIT_RECEIVED
-    ap.lapic.sipi_vector = 0x9A
-    out_of_guest(ap, play)
-    code = ap.get_sregs().cs
-    assert (code.selector, code.base, ap.get_regs().rip) == (0x9A00, 0x9A000, 0)
-
-
 def test_signal_ends_the_wait_for_sipi(vm: Vm, system: kvm.System) -> None:
     vm.create_irqchip()
     vm.create_vcpu(0)
@@ -233,26 +183,6 @@ def test_timers_arm_the_core_and_run_on_its_interrupt(vcpu: Vcpu, clock: Virtual
     assert fake_engine.Core.cores[-1].timer == 0  # off the core, no timer
 
 
-def test_interrupt_injection_waits_for_its_window(bare_vcpu: Vcpu, play: Script) -> None:
-    vcpu = bare_vcpu
-    vcpu.interrupt(0x31)
-    with pytest.raises(OSError) as caught:  # noqa: PT011
-        vcpu.interrupt(0x32)
-    assert caught.value.errno == errno.EEXIST
-
-    def closed(view: control.ControlBlock) -> int:
-        assert view.control.intercepts & events.INTERRUPT_WINDOW
-        view.state.rflags |= INTERRUPT_FLAG
-        return REASONS[vcpu.model.vendor]["window"]
-
-    def opened(view: control.ControlBlock) -> int:
-        assert not view.control.intercepts & events.INTERRUPT_WINDOW
-        return REASONS[vcpu.model.vendor]["interrupt"]
-
-    out_of_guest(vcpu, play, closed, opened)
-    assert fake_engine.Core.cores[-1].injected == [1 << 31 | 0x31]
-
-
 def test_request_interrupt_window(bare_vcpu: Vcpu, play: Script) -> None:
     vcpu = bare_vcpu
     vcpu.kvm_run.request_interrupt_window = 1
@@ -267,47 +197,6 @@ def test_request_interrupt_window(bare_vcpu: Vcpu, play: Script) -> None:
     assert vcpu.kvm_run.exit_reason == uapi.KVM_EXIT_IRQ_WINDOW_OPEN
     assert vcpu.kvm_run.ready_for_interrupt_injection == 1
     assert vcpu.stats["request_irq_exits"] == 1
-
-
-def test_an_event_whose_entry_never_was_is_injected_again(bare_vcpu: Vcpu, play: Script) -> None:
-    vcpu = bare_vcpu
-    vcpu.state.rflags |= INTERRUPT_FLAG
-    vcpu.interrupt(0x31)
-    play(leave(vcpu, "interrupt"))
-    vcpu.load()
-    vcpu.put()
-    fake_engine.Core.cores[-1].kicked = True  # the first entry returns at once
-    out_of_guest(vcpu, play)
-    assert fake_engine.Core.cores[-1].injected == [1 << 31 | 0x31]
-
-
-def test_an_event_whose_delivery_was_cut_short_is_injected_again(bare_vcpu: Vcpu, play: Script) -> None:
-    vcpu = bare_vcpu
-    vcpu.state.rflags |= INTERRUPT_FLAG
-    vcpu.interrupt(0x31)
-    cut = exits_with(REASONS[vcpu.model.vendor]["interrupt"], vectoring=1 << 31 | 0x31)
-    out_of_guest(vcpu, play, cut, leave(vcpu, "interrupt"))
-    assert fake_engine.Core.cores[-1].injected == [1 << 31 | 0x31] * 2
-    assert not vcpu.events.reinjection
-
-
-def test_nmi_is_injected_and_a_second_waits(vcpu: Vcpu, play: Script) -> None:
-    def blocked(view: control.ControlBlock) -> int:
-        view.state.interruptibility |= events.BLOCKED_BY_NMI
-        return REASONS[vcpu.model.vendor]["interrupt"]
-
-    def again(view: control.ControlBlock) -> int:
-        vcpu.make_request(REQ_NMI)
-        return REASONS[vcpu.model.vendor]["interrupt"]
-
-    def wants_window(view: control.ControlBlock) -> int:
-        assert view.control.intercepts & events.NMI_WINDOW
-        return REASONS[vcpu.model.vendor]["interrupt"]
-
-    vcpu.nmi()
-    out_of_guest(vcpu, play, blocked, again, wants_window)
-    assert fake_engine.Core.cores[-1].injected == [1 << 31 | 2 << 8 | 2]
-    assert vcpu.get_vcpu_events().nmi.pending == 1
 
 
 def test_a_stranger_on_the_core_flushes_the_tlb(vm: Vm, system: kvm.System, play: Script) -> None:

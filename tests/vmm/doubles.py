@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import threading
 
-from softkvm.vmm.timers import TimerQueue
+from softkvm.host.clock import VirtualClock
+from softkvm.vmm.timers import Timers
 
 
 class Wire:
@@ -22,20 +24,21 @@ class Wire:
         return bool(self.changes) and self.changes[-1]
 
 
-class Time:
+class Time(VirtualClock):
     """A clock in ns that stands still, and its timers."""
 
-    def __init__(self, now: int = 5_000_000_000) -> None:
-        self.now = now
-        self.timers = TimerQueue(lambda: self.now)
+    def __init__(self) -> None:
+        super().__init__()
+        self.timers = Timers(self, threading.RLock())
 
-    def pass_(self, ns: int) -> None:
-        """Let time pass, ringing every timer on the way at its own time."""
-        end = self.now + ns
-        while (deadline := self.timers.next_deadline()) is not None and deadline <= end:
-            self.now = max(self.now, deadline)
-            self.timers.run_expired()
-        self.now = end
+    @property
+    def now(self) -> int:
+        """The time; setting it rings no timer."""
+        return self.monotonic_ns()
+
+    @now.setter
+    def now(self, ns: int) -> None:
+        self._now = ns
 
 
 class Ram:

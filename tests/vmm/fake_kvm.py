@@ -231,7 +231,7 @@ class FakeKvm:
 
     def System(self, model: Any) -> Any:
         return SimpleNamespace(
-            create_vm=lambda: self.vm,
+            create_vm=lambda clock: self.vm,
             check_extension=lambda capability: 1,
             get_supported_cpuid=lambda: [uapi.CpuidEntry2(function=1)],
         )

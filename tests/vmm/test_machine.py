@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from softkvm.host.clock import VirtualClock
 from softkvm.uapi import kvm as uapi
 from softkvm.vmm import ConfigError, Machine, StopReason, layout, machine
 from tests.vmm.boot import images
@@ -41,7 +42,7 @@ def boot(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Boot]:
     def make(exits: Iterator[Exit] | list[Exit], **options: Any) -> Machine:
         fake = FakeKvm(lambda: iter(exits))
         monkeypatch.setattr(machine, "kvm", fake)
-        settings: dict[str, Any] = {"kernel": kernel, "memory": "64M"}
+        settings: dict[str, Any] = {"kernel": kernel, "memory": "64M", "clock": VirtualClock()}
         made = Machine(**settings | options)
         machines.append(made)
         return made
@@ -290,4 +291,4 @@ def test_memory_that_the_host_lacks(kernel: Path, monkeypatch: pytest.MonkeyPatc
     fake.memory_error = OSError(errno.ENOMEM, "Cannot allocate memory")
     monkeypatch.setattr(machine, "kvm", fake)
     with pytest.raises(ConfigError, match="this host cannot provide 512 MB of memory: Cannot allocate memory"):
-        Machine(kernel)
+        Machine(kernel, clock=VirtualClock())

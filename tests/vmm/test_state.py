@@ -7,6 +7,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
+from softkvm.host.clock import VirtualClock
 from softkvm.vmm import state
 from softkvm.vmm.board import Board, Chassis
 from softkvm.vmm.devices import acpi_pm, rtc, serial
@@ -14,21 +15,16 @@ from softkvm.vmm.errors import StateError
 from softkvm.vmm.layout import GIB
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1_000_000_007
-
-
-def make_board(clock: Clock) -> Board:
+def make_board(clock: VirtualClock) -> Board:
     chassis = Chassis(power_off=lambda: None, reset=lambda: None, debug_exit=lambda status: None)
-    return Board(chassis, lambda gsi, level: None, lambda: clock.now, 1_700_000_000_123_456_789, (GIB, 0), [lambda data: None] * 4)
+    return Board(chassis, lambda gsi, level: None, clock, (GIB, 0), [lambda data: None] * 4)
 
 
-def fresh(board: Board, clock: Clock) -> None:
+def fresh(board: Board, clock: VirtualClock) -> None:
     """As it left the factory."""
 
 
-def used(board: Board, clock: Clock) -> None:
+def used(board: Board, clock: VirtualClock) -> None:
     """After a guest has been at every device, and time has passed."""
     for uart in board.serial:
         for register, value in (
@@ -52,30 +48,29 @@ def used(board: Board, clock: Clock) -> None:
     board.reset.write(0, 1, 2)
     board.ports.write(0xCF8, 4, 0x80000010)
     board.ports.write(0xCFC, 4, 0xFFFFFFFF)
-    clock.now += 700_000_000_000
+    clock.advance(700_000_000_000)
 
 
-DEVICES = sorted(make_board(Clock()).stateful())
+DEVICES = sorted(make_board(VirtualClock()).stateful())
 
 
 @pytest.mark.parametrize("prepare", [fresh, used])
 @pytest.mark.parametrize("name", DEVICES)
-def test_save_restore_save_gives_equal_bytes(name: str, prepare: Callable[[Board, Clock], None]) -> None:
-    clock = Clock()
+def test_save_restore_save_gives_equal_bytes(name: str, prepare: Callable[[Board, VirtualClock], None]) -> None:
+    clock = VirtualClock()
     board = make_board(clock)
     prepare(board, clock)
     saved = board.stateful()[name].save()
     data = state.encode(saved)
-    other_clock = Clock()
-    other_clock.now = 99  # the clock of another host
-    device = make_board(other_clock).stateful()[name]
+    other_host = VirtualClock(start_ns=99)
+    device = make_board(other_host).stateful()[name]
     device.restore(state.decode(data, type(saved)))
     assert state.encode(device.save()) == data
 
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_use_changes_the_record(name: str) -> None:
-    clock = Clock()
+    clock = VirtualClock()
     board = make_board(clock)
     before = state.encode(board.stateful()[name].save())
     used(board, clock)
@@ -85,7 +80,7 @@ def test_use_changes_the_record(name: str) -> None:
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_record_of_another_version_is_refused(name: str) -> None:
-    saved = make_board(Clock()).stateful()[name].save()
+    saved = make_board(VirtualClock()).stateful()[name].save()
     fields = msgspec.to_builtins(saved, builtin_types=(bytes,)) | {"version": 99}
     with pytest.raises(StateError, match=type(saved).__name__):
         state.decode(msgspec.msgpack.encode(fields), type(saved))

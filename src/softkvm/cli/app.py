@@ -58,9 +58,9 @@ def _bug(error: Exception) -> int:
 
 
 def _complete_cpu(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from softkvm import _engine
+    from softkvm import silicon
 
-    return [CompletionItem(name) for name in _engine.model_names() if name.startswith(incomplete)]
+    return [CompletionItem(name) for name in silicon.model_names() if name.startswith(incomplete)]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110})

@@ -41,10 +41,10 @@ def versions() -> dict[str, str]:
     """Versions of everything that takes part in a run; the engine's entry says why if it cannot be loaded."""
     found = {"softkvm": softkvm_version(), "python": platform.python_version(), "platform": platform.platform()}
     try:
-        from softkvm import _engine
+        from softkvm import silicon
     except ImportError as error:
         return found | {"engine": f"not loadable: {error}"}
-    return found | {f"engine.{key}": value for key, value in _engine.build_info().items()}
+    return found | {f"engine.{key}": value for key, value in silicon.build_info().items()}
 
 
 def write(message: str, error: BaseException | None, state: dict[str, object], command: Sequence[str] = sys.argv) -> Path:

@@ -62,6 +62,10 @@ class Clock:
         """The `monotonic_ns()` at which the TSC reads `tsc`."""
         return self._base_ns + self._cycles_to_ns(tsc)
 
+    def ns_reaching(self, tsc: int) -> int:
+        """The first `monotonic_ns()` by which the TSC has surely reached `tsc`."""
+        return self._base_ns - (-tsc * KHZ_NSEC // self.tsc_khz)
+
     def ns_to_tsc(self, ns: int) -> int:
         """The first TSC value at which `monotonic_ns()` is `ns` or later."""
         return -(-(ns - self._base_ns) * self.tsc_khz // KHZ_NSEC)

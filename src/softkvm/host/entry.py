@@ -31,13 +31,15 @@ def syscall(task: Task, nr: int, args: tuple[Any, ...], handler: Callable[..., _
     """Run `handler(*args)` as the system call `nr` of `task`: enter work, the call, exit work, each exactly once."""
     if trace.sys_enter.enabled:
         trace.sys_enter(nr, args)
+    ret: object = -errno.EINTR  # for what is no error of the call: Ctrl-C, or an exception of somebody's hook
     try:
-        result = handler(*args)
+        ret = result = handler(*args)
+        return result
     except OSError as error:
-        _syscall_exit(task, nr, -(error.errno or errno.EIO))
+        ret = -(error.errno or errno.EIO)
         raise
-    _syscall_exit(task, nr, result)
-    return result
+    finally:
+        _syscall_exit(task, nr, ret)
 
 
 def _syscall_exit(task: Task, nr: int, ret: object) -> None:

@@ -11,9 +11,6 @@ from typing import Protocol
 
 from softkvm import silicon
 
-TICK_NS = 20_000_000
-"""The scheduler tick, in ns: how long a guest may run before the main thread looks for Python signals (Ctrl-C)."""
-
 
 class Cpu:
     """A core and whose state was last loaded on it."""

@@ -15,8 +15,6 @@ TIF_SIGPENDING = 1 << 2
 TIF_NEED_RESCHED = 1 << 3
 TIF_USER_RETURN_NOTIFY = 1 << 11
 
-SYSCALL_WORK_TRACEPOINT = 1 << 1
-
 TaskWork = Callable[[], None]
 
 

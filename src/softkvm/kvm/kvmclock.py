@@ -189,7 +189,7 @@ class PvClock:
             return
         vcpu = self._vcpu
         host_tsc, system_time, stable = vcpu.vm.kvmclock.reference()
-        shift, multiplier = time_scale(vcpu.tsc.scale(vcpu.vm.clock.tsc_khz) * 1000)
+        shift, multiplier = time_scale(vcpu.tsc.scale(vcpu.vm.clock.tsc_khz * 1000))
         memory, gpa = vcpu.vm.memory, self.system_time_msr & ~MSR_ENABLED
         try:
             before = memory.read(gpa, _TIME_INFO.size)

@@ -55,7 +55,7 @@ class Slot:
 class Memslots:
     """The slots of a VM, by id and by address; the VM's lock is held by whoever changes them.
 
-    Readers need no lock: `_by_gpa` and `_starts` are replaced, never changed, and read as one pair.
+    Readers need no lock: `_sorted`, start addresses and slots, is one pair that is replaced and never changed.
     """
 
     def __init__(self, max_gpa: int) -> None:

@@ -68,12 +68,18 @@ class Mmu:
             slot = self.slots.find(gpa)
             if slot is None or (write and slot.readonly):
                 return Fault.MMIO
+            if self._allowed(gpa, write):
+                return Fault.FIXED  # another vCPU was faster
             page = gpa & -PAGE_SIZE
             backing = mm.mapped(slot.hva + page - slot.gpa)
             if backing is None:
                 return Fault.UNMAPPED
             self._map(slot, page, write, *backing)
         return Fault.FIXED
+
+    def _allowed(self, gpa: int, write: bool) -> bool:
+        found = self.npt.lookup(gpa)
+        return found is not None and bool(found[1] & (RIGHT_W if write else RIGHT_R))
 
     def _map(self, slot: Slot, page: int, write: bool, memory: _engine.Memory, offset: int) -> None:
         if slot.dirty is not None:

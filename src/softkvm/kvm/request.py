@@ -19,7 +19,5 @@ REQ_STEAL_UPDATE = 1 << 6
 """Refresh the steal-time record."""
 REQ_UNHALT = 1 << 7
 """Leave HLT (`KVM_HC_KICK_CPU`)."""
-REQ_IOAPIC_EOI = 1 << 8
-"""Report an end of interrupt to the user-space I/O APIC (KVM_EXIT_IOAPIC_EOI)."""
 REQ_CLOCK = REQ_CLOCK_UPDATE | REQ_MASTERCLOCK_UPDATE | REQ_STEAL_UPDATE
 """All that `kvmclock.service()` handles."""

@@ -14,7 +14,7 @@ from softkvm.host import entry, trace
 from softkvm.host.task import Task
 from softkvm.kvm import events, kvmclock, regs, reset
 from softkvm.kvm.irqchip import irq
-from softkvm.kvm.request import REQ_CLOCK, REQ_EVENT, REQ_IOAPIC_EOI, REQ_NMI, REQ_TLB_FLUSH, REQ_TRIPLE_FAULT
+from softkvm.kvm.request import REQ_CLOCK, REQ_EVENT, REQ_NMI, REQ_TLB_FLUSH, REQ_TRIPLE_FAULT
 from softkvm.kvm.vcpu_core import IN_GUEST_MODE, OUTSIDE_GUEST_MODE
 from softkvm.uapi import kvm as uapi
 
@@ -106,6 +106,7 @@ def vcpu_run(vcpu: Vcpu, task: Task) -> int:
     """Run the guest until user space must act."""
     user_pic = vcpu.vm.irqchip is None
     shared = vcpu.kvm_run
+    vcpu.control.emulate = 0  # whatever an exception in a caller's hook, or Ctrl-C, has left behind
     while True:
         result = enter_guest(vcpu, task) if vcpu.mp_state == RUNNABLE else block(vcpu, task)
         if result <= 0:
@@ -154,16 +155,15 @@ def _cancel_injection(vcpu: Vcpu) -> None:
 
 def _service_requests(vcpu: Vcpu) -> int:
     """Do what other threads and KVM itself have asked for before this entry."""
+    if vcpu.requests & REQ_TRIPLE_FAULT:
+        vcpu.set_triple_fault(False)
+        return vcpu.exit_to_user(uapi.KVM_EXIT_SHUTDOWN)
     requests = vcpu.take_requests()
     if requests & REQ_CLOCK:
         kvmclock.service(vcpu, requests)
-    if requests & REQ_TRIPLE_FAULT:
-        return vcpu.exit_to_user(uapi.KVM_EXIT_SHUTDOWN)
     if requests & REQ_TLB_FLUSH:
         vcpu.control.tlb_control = 1
         vcpu.flush_requested = True
-    if requests & REQ_IOAPIC_EOI:
-        return vcpu.exit_to_user(uapi.KVM_EXIT_IOAPIC_EOI)
     if requests & REQ_NMI:
         _process_nmi(vcpu)
     if requests & (REQ_EVENT | REQ_NMI):

@@ -89,12 +89,13 @@ class VcpuTsc:
         """Host cycles to guest cycles."""
         return host_cycles * self.ratio >> FRACTION_BITS
 
-    def ns_until(self, guest_tsc: int) -> int:
-        """Nanoseconds until the guest's TSC reaches `guest_tsc`; 0 if it has."""
-        left = guest_tsc - self.read()
+    def expiry_of(self, guest_tsc: int) -> int | None:
+        """When the guest's TSC reaches `guest_tsc`, in `Clock.monotonic_ns()` time; None if it already has."""
+        now = self._clock.tsc()
+        left = guest_tsc - self.read(now)
         if left <= 0:
-            return 0
-        return -(-(left << FRACTION_BITS) * KHZ_NSEC // (self.ratio * self._clock.tsc_khz))
+            return None
+        return self._clock.ns_reaching(-(-(self.scale(now) + left << FRACTION_BITS) // self.ratio))
 
     def set_khz(self, khz: int) -> None:
         """KVM_SET_TSC_KHZ; 0 means the host's rate. OSError(EINVAL) for a rate that cannot be scaled to."""

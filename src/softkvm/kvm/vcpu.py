@@ -61,7 +61,7 @@ class Vcpu(VcpuCore):
             self.lapic = Lapic(self)
             if vcpu_id != vm.boot_cpu_id:
                 self.mp_state = uapi.KVM_MP_STATE_UNINITIALIZED
-        setup_controls(self, 0)
+        setup_controls(self)
         reset.reset(self, init=False)
         self._update_cr4_mask()
 
@@ -82,7 +82,7 @@ class Vcpu(VcpuCore):
 
     @ioctl(uapi.KVM_RUN, zero)
     def run(self) -> None:
-        """KVM_RUN; OSError EINTR (signal, immediate_exit), EAGAIN (before SIPI), EFAULT (no memory behind a slot), EIO (closed VM)."""
+        """KVM_RUN; OSError EINTR (signal, immediate_exit), EAGAIN (before SIPI), EFAULT (no memory behind a slot)."""
         result = run.ioctl_run(self, current())
         if result < 0:
             raise OSError(-result, "KVM_RUN")
@@ -221,8 +221,7 @@ class Vcpu(VcpuCore):
         """KVM_SET_CPUID2; OSError E2BIG above 256 entries, EINVAL for an impossible set or a change after KVM_RUN."""
         if len(entries) > MAX_CPUID_ENTRIES:
             raise OSError(errno.E2BIG, "too many CPUID entries")
-        if self.has_run and list(map(bytes, entries)) != list(map(bytes, self.cpuid.entries)):
-            raise OSError(errno.EINVAL, "CPUID cannot change once the vCPU has run")
+        cpuid.check(self, entries)
         self.cpuid = cpuid.CpuidTable(entries)
         cpuid.update_runtime(self)
         self._update_cr4_mask()

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from softkvm import silicon
-from softkvm.host.sched import TICK_NS, Cpu
+from softkvm.host.sched import Cpu
 from softkvm.host.task import TIF_SIGPENDING, Task
 from softkvm.kvm import events
 from softkvm.kvm.ioctl import KvmFile
@@ -80,7 +80,6 @@ class VcpuCore(KvmFile):
         self._last_cpu: Cpu | None = None
         self.enter: Callable[[], int] = self._not_loaded
         self.armed: int | None = _NOT_ARMED
-        self._ticks = False
         self.flush_requested = False
         self.events = events.EventQueue()
         self.userspace_irq = NO_INTERRUPT
@@ -145,7 +144,6 @@ class VcpuCore(KvmFile):
             signalled, self._signalled = self._signalled, False
         if signalled:
             task.set_flag(TIF_SIGPENDING)
-        self._ticks = threading.current_thread() is threading.main_thread()
 
     def detach(self) -> None:
         """KVM_RUN ends; a signal that comes from now on waits for the next one."""
@@ -159,7 +157,8 @@ class VcpuCore(KvmFile):
         self._cpu = self.vm.scheduler.load(self, self._last_cpu)
 
     def put(self) -> None:
-        """`vcpu_put()`: give the core back."""
+        """`vcpu_put()`: give the core back, also when Ctrl-C came between an exit and its handling."""
+        self.mode = OUTSIDE_GUEST_MODE
         cpu, self._cpu = self._cpu, None
         if cpu is not None:
             self.vm.scheduler.put(self, cpu)
@@ -193,13 +192,10 @@ class VcpuCore(KvmFile):
         return self._last_cpu.index if self._last_cpu is not None else 0
 
     def arm_timer(self, expiry: int | None) -> None:
-        """Let the core's timer end guest mode at `expiry` (ns, None for never); on the main thread also at each scheduler tick."""
-        self.armed = deadline = expiry
-        if self._ticks:
-            tick = self.clock.monotonic_ns() + TICK_NS
-            deadline = tick if expiry is None else min(tick, expiry)
+        """Let the core's timer end guest mode at `expiry` (ns), None for never."""
+        self.armed = expiry
         if self._cpu is not None:
-            self._cpu.core.set_timer(0 if deadline is None else max(1, self.clock.ns_to_tsc(deadline)))
+            self._cpu.core.set_timer(0 if expiry is None else max(1, self.clock.ns_to_tsc(expiry)))
 
     def disarm_timer(self) -> None:
         """Stop the core's timer until the next entry arms it again."""

@@ -66,13 +66,11 @@ class Vendor(Protocol):
         """GPA of the nested page fault, and whether it was a write."""
 
 
-def setup_controls(vcpu: Vcpu, cr4_host_owned: int) -> None:
+def setup_controls(vcpu: Vcpu) -> None:
     """The controls that a new vCPU starts with."""
     control = vcpu.control
     control.intercepts = INTERCEPTS
     control.cr_read = control.cr_write = _CR8_BIT
-    control.cr4_mask = cr4_host_owned
-    control.cr4_shadow = vcpu.state.cr4
     control.tsc_multiplier = 1 << 48
     control.vpid = vcpu.vcpu_id + 1
     memset(vcpu.block.msr_bitmap, 0xFF, sizeof(vcpu.block.msr_bitmap))

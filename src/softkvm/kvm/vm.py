@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 _VENDORS: dict[str, Vendor] = {"intel": vmx, "amd": svm}
 _PAGE = 4096
 _MAXPHYADDR_LEAF = 0x8000_0008
-_X2APIC_FLAGS = 3  # KVM_X2APIC_API_USE_32BIT_IDS, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
 
 
 class Vm(KvmFile):
@@ -113,8 +112,8 @@ class Vm(KvmFile):
             self.exception_payload = bool(cap.args[0])
         elif cap.cap == uapi.KVM_CAP_X86_TRIPLE_FAULT_EVENT:
             self.triple_fault_event = bool(cap.args[0])
-        elif cap.cap == uapi.KVM_CAP_X2APIC_API and not cap.args[0] & ~_X2APIC_FLAGS:
-            self.routing.x2apic_format |= bool(cap.args[0] & 1)
+        elif cap.cap == uapi.KVM_CAP_X2APIC_API and not cap.args[0] & ~capabilities.X2APIC_API_USE_32BIT_IDS:
+            self.routing.x2apic_format |= bool(cap.args[0])
         else:
             raise OSError(errno.EINVAL, "no such capability")
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from softkvm.host.clock import Clock
 from softkvm.vmm import layout
 from softkvm.vmm.bus import Bus
 from softkvm.vmm.devices.acpi_pm import AcpiPm
@@ -16,7 +17,7 @@ from softkvm.vmm.devices.serial import Serial
 from softkvm.vmm.irq import Lines
 from softkvm.vmm.pci import HostBridge
 from softkvm.vmm.state import Stateful
-from softkvm.vmm.timers import TimerQueue
+from softkvm.vmm.timers import Timers
 
 
 class Chassis(NamedTuple):
@@ -35,20 +36,18 @@ class Board:
         self,
         chassis: Chassis,
         drive: Callable[[int, int], object],
-        now: Callable[[], int],
-        utc_ns: int,
+        clock: Clock,
         ram: tuple[int, int],
         transmit: Sequence[Callable[[bytes], object]],
     ) -> None:
-        """`drive(gsi, level)` is KVM_IRQ_LINE, `now()` a monotonic clock in ns, `utc_ns` the time of day; `ram` = bytes below and above
-        4 GB; `transmit` takes the output of each UART."""
+        """`drive(gsi, level)` is KVM_IRQ_LINE; `ram` = bytes below and above 4 GB; `transmit` takes the output of each UART."""
         self.lock = threading.RLock()
-        self.timers = TimerQueue(now, self.lock)
+        timers = Timers(clock, self.lock)
         self.ports = Bus()
         self.memory = Bus()
         self.lines = Lines(drive)
-        self.pm = AcpiPm(self.lines.connect(layout.IRQ_SCI.gsi), self.timers, chassis.power_off)
-        self.rtc = Rtc(self.lines.connect(layout.IRQ_RTC.gsi), self.timers, utc_ns, memory_sizes(*ram))
+        self.pm = AcpiPm(self.lines.connect(layout.IRQ_SCI.gsi), timers, chassis.power_off)
+        self.rtc = Rtc(self.lines.connect(layout.IRQ_RTC.gsi), timers, clock.realtime_ns(), memory_sizes(*ram))
         self.serial = [Serial(self.lines.connect(line.gsi), sink) for line, sink in zip(layout.SERIAL_LINES, transmit, strict=True)]
         self.reset = ResetControl(chassis.reset)
         self.pci = HostBridge(self.ports, self.memory, narrow=self.reset)

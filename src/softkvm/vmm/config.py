@@ -26,7 +26,7 @@ MOST_CPUS = 64
 _PAGE = 4096
 _UNITS = {"": MIB, "K": KIB, "M": MIB, "G": GIB, "T": 1024 * GIB}
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?) ?([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
-_FEATURE = re.compile(r"[+-][a-z0-9_.]+", re.ASCII)
+_FEATURE = re.compile(r"[+-][a-z0-9][a-z0-9_.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ def _offset(structure: type[Structure], field: str) -> int:
 # Where the structure has what every I/O and MMIO exit needs; read with one unpack each, because they come by the ten thousand.
 _REASON = struct.Struct("<I")
 _REASON_OFFSET = _offset(uapi.Run, "exit_reason")
+_OUT = uapi.KVM_EXIT_IO_OUT
 _IO = struct.Struct("<BBHIQ")
 _IO_OFFSET = _offset(uapi.Run, "io")
 _MMIO = struct.Struct("<QQIB")
@@ -71,7 +72,7 @@ class ExitHandler:
         """`stop(reason, detail)` ends the run; `failed(error)` ends it with an exception."""
         self._run = vcpu.kvm_run
         self._area = vcpu.mmap_area
-        self._board = board
+        self._lock, self._ports, self._memory = board.lock, board.ports, board.memory
         self._stop = stop
         self.failed = failed
         self.counts: Counter[int] = Counter()
@@ -80,7 +81,6 @@ class ExitHandler:
             uapi.KVM_EXIT_IO: self._io,
             uapi.KVM_EXIT_MMIO: self._mmio,
             uapi.KVM_EXIT_INTR: self._nothing,
-            uapi.KVM_EXIT_IRQ_WINDOW_OPEN: self._nothing,
             uapi.KVM_EXIT_SHUTDOWN: self._shutdown,
             uapi.KVM_EXIT_SYSTEM_EVENT: self._system_event,
             uapi.KVM_EXIT_FAIL_ENTRY: self._fail_entry,
@@ -104,24 +104,24 @@ class ExitHandler:
 
     def _io(self) -> None:
         direction, size, port, count, data_offset = _IO.unpack_from(self._area, _IO_OFFSET)
-        ports = self._board.ports
-        with self._board.lock:
+        area, ports = self._area, self._ports
+        with self._lock:
             for start in range(data_offset, data_offset + count * size, size):
-                if direction == uapi.KVM_EXIT_IO_OUT:
-                    ports.write(port, size, int.from_bytes(self._area[start : start + size], "little"))
+                if direction == _OUT:
+                    ports.write(port, size, int.from_bytes(area[start : start + size], "little"))
                 else:
-                    self._area[start : start + size] = ports.read(port, size).to_bytes(size, "little")
+                    area[start : start + size] = ports.read(port, size).to_bytes(size, "little")
 
     def _mmio(self) -> None:
         address, data, size, is_write = _MMIO.unpack_from(self._area, _MMIO_OFFSET)
-        with self._board.lock:
+        with self._lock:
             if is_write:
-                self._board.memory.write(address, size, data & ((1 << 8 * size) - 1))
+                self._memory.write(address, size, data & ((1 << 8 * size) - 1))
             else:
-                self._area[_MMIO_DATA : _MMIO_DATA + 8] = self._board.memory.read(address, size).to_bytes(8, "little")
+                self._area[_MMIO_DATA : _MMIO_DATA + 8] = self._memory.read(address, size).to_bytes(8, "little")
 
     def _nothing(self) -> None:
-        """A signal, or a window that user space did not ask for: enter again."""
+        """A signal: enter again, unless the run is over."""
 
     def _shutdown(self) -> None:
         self._stop(StopReason.TRIPLE_FAULT, "an exception could not be delivered, nor the double fault that followed")

@@ -51,7 +51,9 @@ ACPI_TABLES = Range(0xE0000, 0x20000, "ACPI tables, the RSDP first; reserved")
 KERNEL_FLOOR = Range(0x100000, 0, "lowest address of a kernel; a bzImage goes to its preferred address, 16 MB, if memory is large enough")
 RAM_BELOW_4G = Range(0, 3 * GIB, "RAM, up to 3 GB of it")
 PCI_MMIO_32 = Range(0xC0000000, 0x20000000, "window for 32-bit memory BARs")
-PCI_ECAM = Range(0xE0000000, 0x10000000, "PCI Express configuration space, 1 MB for each of 256 buses; reserved")
+PCI_BUSES = 16
+"""Buses of the PCI segment: Linux scans every one of them at boot, 32 slots each, so there are no more than a machine may need."""
+PCI_ECAM = Range(0xE0000000, PCI_BUSES * MIB, "PCI Express configuration space, 1 MB for each of 16 buses; reserved")
 IOAPIC = Range(0xFEC00000, 0x1000, "I/O APIC (in KVM)")
 LOCAL_APIC = Range(0xFEE00000, 0x1000, "local APIC of each CPU (in KVM); writes of devices here are MSIs")
 KVM_IDENTITY_MAP = Range(0xFEFFC000, 0x1000, "one page for KVM's identity map (KVM_SET_IDENTITY_MAP_ADDR); reserved")

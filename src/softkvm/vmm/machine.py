@@ -19,8 +19,9 @@ from types import TracebackType
 import msgspec
 
 from softkvm import kvm
+from softkvm.host.clock import Clock
 from softkvm.uapi import kvm as uapi
-from softkvm.vmm import config, layout
+from softkvm.vmm import config, cpuid, layout
 from softkvm.vmm.board import Board, Chassis
 from softkvm.vmm.boot import cpu as boot_cpu
 from softkvm.vmm.boot import linux, read_kernel
@@ -74,12 +75,14 @@ class Machine:
         *,
         cpus: int = 1,
         output_limit: int = DEFAULT_LIMIT,
+        clock: Clock | None = None,
     ) -> None:
         """Build the machine and load the kernel; nothing runs yet.
 
         `kernel` is a bzImage or an ELF vmlinux, `initrd` a file or its bytes; `append` is the command line, behind `console=ttyS0` unless
         it names a console; `memory` is bytes or text such as `512M`; `cpu` is a model with switched features such as `epyc,-avx2`;
-        `serial` gives each port number its listener; `output_limit` bytes of the console are kept. ConfigError for anything that cannot be.
+        `serial` gives each port number its listener; `output_limit` bytes of the console are kept; `clock` is the
+        time that guest and devices live by, the host's if none is given. ConfigError for anything that cannot be.
         """
         settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial)
         self._console = Console(output_limit)
@@ -92,30 +95,29 @@ class Machine:
         self._seconds = 0.0
         self._closed = False
         with ExitStack() as resources:
-            self._build(settings, resources)
+            self._build(settings, resources, clock if clock is not None else Clock())
             self._resources = resources.pop_all()
 
-    def _build(self, settings: Config, resources: ExitStack) -> None:
+    def _build(self, settings: Config, resources: ExitStack, clock: Clock) -> None:
         system = _open_kvm(settings)
         guest = _allocate(settings.memory)
         resources.callback(guest.close)
         image = read_kernel(settings.kernel, guest.low_end)
         linux.load(guest, image, settings.initrd, settings.command_line, settings.cpus)
-        vm = resources.enter_context(system.create_vm())
+        vm = resources.enter_context(system.create_vm(clock=clock))
         _set_up_vm(vm, guest)
         self._vcpus: list[kvm.Vcpu] = []
         for index in range(settings.cpus):
-            self._vcpus.append(_make_vcpu(system, vm, index, settings.cpus, image.entry))
+            self._vcpus.append(_make_vcpu(system, vm, index, settings, image.entry))
             resources.callback(self._vcpus[index].close)
-        self._board = self._make_board(settings, vm)
-        resources.callback(self._board.timers.close)
+        self._board = self._make_board(settings, vm, clock)
         self._handlers = [
             ExitHandler(vcpu, self._board, partial(self._end, index), partial(self._fail, index)) for index, vcpu in enumerate(self._vcpus)
         ]
         self._crew = Crew(self._vcpus, self._handlers)
         resources.callback(self._crew.close)
 
-    def _make_board(self, settings: Config, vm: kvm.Vm) -> Board:
+    def _make_board(self, settings: Config, vm: kvm.Vm, clock: Clock) -> Board:
         sinks: list[SerialBackend] = [settings.serial.get(port, _discard) for port in range(len(layout.SERIAL_PORTS))]
         sinks[CONSOLE_PORT] = partial(self._print, sinks[CONSOLE_PORT])
         chassis = Chassis(
@@ -123,7 +125,7 @@ class Machine:
             reset=lambda: self._end(self._crew.current(), StopReason.RESET, "the guest reset the machine"),
             debug_exit=lambda status: self._end(self._crew.current(), StopReason.EXIT, f"the guest exited with status {status}", status),
         )
-        return Board(chassis, vm.irq_line, _monotonic_ns, time.time_ns(), split(settings.memory), sinks)
+        return Board(chassis, vm.irq_line, clock, split(settings.memory), sinks)
 
     # Running
 
@@ -169,7 +171,6 @@ class Machine:
         started = time.monotonic()
         with short_switch_interval():
             try:
-                self._board.timers.start(partial(self._fail, 0))
                 self._crew.resume()
                 self._ended.wait(timeout)
             finally:
@@ -258,11 +259,6 @@ def _discard(data: bytes) -> None:
     """The listener of a serial port that nobody listens to."""
 
 
-def _monotonic_ns() -> int:
-    """The clock of the devices; KVM's clocks run at the same rate."""
-    return time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
-
-
 def _open_kvm(settings: Config) -> kvm.System:
     try:
         model = kvm.Model(settings.cpu, dict(settings.features))
@@ -288,10 +284,15 @@ def _set_up_vm(vm: kvm.Vm, guest: GuestMemory) -> None:
     vm.set_gsi_routing(list(default_routing()))
 
 
-def _make_vcpu(system: kvm.System, vm: kvm.Vm, index: int, cpus: int, entry: int) -> kvm.Vcpu:
+def _make_vcpu(system: kvm.System, vm: kvm.Vm, index: int, settings: Config, entry: int) -> kvm.Vcpu:
     vcpu = vm.create_vcpu(index)
-    tsc_deadline = bool(system.check_extension(uapi.KVM_CAP_TSC_DEADLINE_TIMER))
-    vcpu.set_cpuid2(boot_cpu.cpuid(system.get_supported_cpuid(), index, cpus, tsc_deadline))
+    identity = cpuid.Identity(
+        apic_id=index,
+        cpus=settings.cpus,
+        tsc_deadline=settings.features.get("tsc-deadline", True) and bool(system.check_extension(uapi.KVM_CAP_TSC_DEADLINE_TIMER)),
+        invariant_tsc=settings.features.get("invtsc", False),
+    )
+    vcpu.set_cpuid2(cpuid.identify(system.get_supported_cpuid(), identity))
     (misc_enable,) = vcpu.get_msrs([boot_cpu.MSR_MISC_ENABLE])
     vcpu.set_msrs(boot_cpu.msrs(misc_enable))
     lapic = vcpu.get_lapic()

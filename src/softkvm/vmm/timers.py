@@ -1,6 +1,7 @@
-"""Alarms for devices: a device that must act at a time asks for a timer; one thread serves them all.
+"""Alarms for devices, on the clock that the whole VM lives by (`host/clock.py`).
 
-A device never reads a clock by itself: `TimerQueue.now` is the time it knows, so a test can hold it still and move it.
+A device never reads a clock by itself: `Timers.now` is the time it knows. The threads that run vCPUs ring the alarms on the way, as they do
+for KVM's own timers, so a machine that stands still has no alarms, and a virtual clock moves devices and guest alike.
 """
 
 from __future__ import annotations
@@ -8,95 +9,47 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-NSEC_PER_SEC = 1_000_000_000
+from softkvm.host.clock import NSEC_PER_SEC, Clock, HrTimer
+
+__all__ = ["NSEC_PER_SEC", "Timer", "Timers"]
 
 
 class Timer:
-    """A one-shot alarm of a queue; the callback runs under the board's lock and may arm it again."""
+    """A one-shot alarm; the callback runs under the board's lock and may arm it again.
 
-    __slots__ = ("_callback", "_queue", "deadline")
+    A callback that had to wait for the lock may come after `disarm()`: a device looks at the time and not at the fact that it was called.
+    """
 
-    def __init__(self, queue: TimerQueue, callback: Callable[[], None]) -> None:
-        self._queue = queue
+    __slots__ = ("_callback", "_hrtimer", "_lock")
+
+    def __init__(self, clock: Clock, lock: threading.RLock, callback: Callable[[], None]) -> None:
+        self._hrtimer = HrTimer(clock, self._ring)
+        self._lock = lock
         self._callback = callback
-        self.deadline: int | None = None
-        """When it rings, in ns of `TimerQueue.now()`; None while disarmed."""
 
     def arm(self, deadline: int) -> None:
         """Ring at `deadline` ns instead of any earlier wish; a time in the past rings at once."""
-        self.deadline = deadline
-        self._queue._changed(self)
+        self._hrtimer.start(deadline)
 
     def disarm(self) -> None:
         """Ring no more."""
-        self.deadline = None
-        self._queue._changed(self)
+        self._hrtimer.cancel()
 
-    def ring(self) -> None:
-        """Disarm and call the device."""
-        self.deadline = None
-        self._queue._changed(self)
-        self._callback()
+    def _ring(self, now: int) -> None:
+        with self._lock:
+            self._callback()
 
 
-class TimerQueue:
-    """The timers of a board and, once `start()`ed, the thread that rings them."""
+class Timers:
+    """Makes the timers of a board."""
 
-    def __init__(self, now: Callable[[], int], lock: threading.RLock | None = None) -> None:
-        """`now()` is a monotonic clock in ns; `lock` is the board's lock, held while a callback runs."""
-        self.now = now
-        self._condition = threading.Condition(lock or threading.RLock())
-        self._armed: set[Timer] = set()
-        self._thread: threading.Thread | None = None
-        self._closed = False
+    def __init__(self, clock: Clock, lock: threading.RLock) -> None:
+        """Alarms by `clock`; `lock` is the board's lock, held while a callback runs."""
+        self.now: Callable[[], int] = clock.monotonic_ns
+        """The time in ns."""
+        self._clock = clock
+        self._lock = lock
 
     def timer(self, callback: Callable[[], None]) -> Timer:
         """A new timer, disarmed."""
-        return Timer(self, callback)
-
-    def next_deadline(self) -> int | None:
-        """The earliest deadline in ns, or None."""
-        return min((timer.deadline for timer in self._armed if timer.deadline is not None), default=None)
-
-    def run_expired(self) -> None:
-        """Ring what is due, earliest first; a timer that a callback arms again waits for the next call."""
-        with self._condition:
-            now = self.now()
-            due = [(timer.deadline, timer) for timer in self._armed if timer.deadline is not None and timer.deadline <= now]
-            for deadline, timer in sorted(due, key=lambda item: item[0]):
-                if timer.deadline == deadline:  # an earlier callback may have moved or disarmed it
-                    timer.ring()
-
-    def start(self, on_error: Callable[[Exception], None]) -> None:
-        """Let a thread ring the timers from now on; what a callback raises goes to `on_error` and ends the thread."""
-        with self._condition:
-            if self._thread is None and not self._closed:
-                self._thread = threading.Thread(target=self._serve, args=(on_error,), name="softkvm-timers", daemon=True)
-                self._thread.start()
-
-    def close(self) -> None:
-        """End the thread; armed timers ring no more."""
-        with self._condition:
-            self._closed = True
-            self._condition.notify()
-            thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
-
-    def _changed(self, timer: Timer) -> None:
-        with self._condition:
-            if timer.deadline is None:
-                self._armed.discard(timer)
-            else:
-                self._armed.add(timer)
-                self._condition.notify()
-
-    def _serve(self, on_error: Callable[[Exception], None]) -> None:
-        try:
-            with self._condition:
-                while not self._closed:
-                    self.run_expired()
-                    deadline = self.next_deadline()
-                    self._condition.wait(None if deadline is None else max(0, deadline - self.now()) / NSEC_PER_SEC)
-        except Exception as error:
-            on_error(error)
+        return Timer(self._clock, self._lock, callback)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from helpers.fake_machine import FakeMachine
 
 from softkvm.cli import app
 from softkvm.cli.selftest import VENDORS, image, verdict
 from softkvm.vmm import Stop, StopReason
+from tests.helpers.fake_machine import FakeMachine
 
-PASSED = Stop(StopReason.EXIT, 0, 0x100300, "", image.PASSED)
+PASSED = Stop(StopReason.EXIT, 0, 0x100300, "", image.PASSED_STATUS)
 
 
 @pytest.mark.parametrize("vendor", VENDORS)

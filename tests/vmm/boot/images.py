@@ -36,10 +36,19 @@ def bzimage(**changes: Any) -> bytes:
     return bytes(image)
 
 
-def vmlinux(machine: int = 62, kind: int = 2, address: int = 16 * MIB, filesz: int = 256, memsz: int = 4 * MIB) -> bytes:
+def vmlinux(
+    machine: int = 62, kind: int = 2, address: int = 16 * MIB, filesz: int = 256, memsz: int = 4 * MIB, entry: int | None = None
+) -> bytes:
     """An ELF64 file with one loadable segment of 256 bytes in the file."""
     header = struct.pack(
-        "<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", kind, machine, 1, address, 64, 0, 0, 64, 56, 1, 0, 0, 0
+        "<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", kind, machine, 1, address if entry is None else entry, 64, 0, 0, 64, 56, 1, 0, 0, 0
     )  # fmt: skip
     segment = struct.pack("<IIQQQQQQ", 1, 5, 120, 0xFFFFFFFF81000000, address, filesz, memsz, 0x1000)
     return header + segment + bytes(range(256))
+
+
+def program(code: bytes) -> bytes:
+    """A bzImage whose 64-bit entry point is `code`."""
+    image = bytearray(bzimage())
+    image[1024 + 0x200 : 1024 + 0x200 + len(code)] = code
+    return bytes(image)

@@ -89,6 +89,11 @@ def test_kernel_that_does_not_fit_names_the_memory_it_needs(tmp_path: Path) -> N
     assert "too small" in refused(tmp_path, images.bzimage(pref_address=1 << 63, init_size=0xFFFFFFFF), RAM)
 
 
+def test_kernel_whose_header_understates_its_memory_still_must_fit(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="too small"):
+        read(tmp_path, images.bzimage(init_size=0, relocatable_kernel=0), 16 * MIB + images.PAYLOAD - 1)
+
+
 def test_missing_file_and_directory(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no kernel file"):
         read_kernel(tmp_path / "none", RAM)
@@ -110,6 +115,8 @@ def test_vmlinux_is_entered_at_its_elf_entry(tmp_path: Path) -> None:
         (images.vmlinux(machine=40), "not an x86-64 kernel"),
         (images.vmlinux(kind=3), "not an x86-64 kernel"),
         (images.vmlinux(filesz=257), "truncated"),
+        (images.vmlinux(memsz=255), "damaged"),
+        (images.vmlinux(entry=0), "damaged"),
         (images.vmlinux(address=0x1000), "below 1 MB"),
         (images.vmlinux(memsz=1 << 30), "needs 1040 MB"),
     ],

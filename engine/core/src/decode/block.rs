@@ -25,10 +25,10 @@ impl std::hash::Hash for CodeSize {
     }
 }
 
-/// A decoded block. The last micro-op leaves it.
+/// A decoded block. Its last micro-op is always one that leaves it.
 pub struct Block {
     pub key: Key,
-    /// Micro-ops; one per instruction, and one more that falls through where the last instruction does not end the block itself.
+    /// One micro-op per instruction, and one more that falls through to what follows.
     pub uops: Box<[Uop]>,
     pub instructions: u32,
     /// Length in bytes.
@@ -53,13 +53,11 @@ pub fn decode(cpu: &mut Cpu) -> Exec<Block> {
     let mut block =
         Block { key: Key { host: host as u64, size }, uops: Box::default(), instructions: 0, length: 0, second_page: None, valid: true };
     let mut uops = Vec::with_capacity(16);
-    let ended = decode_page(&bytes[..available], size, &mut uops, &mut block);
+    decode_page(&bytes[..available], size, &mut uops, &mut block);
     if uops.is_empty() {
         return crossing(cpu, la, &bytes[..available], block);
     }
-    if !ended {
-        uops.push(fall_through(block.length));
-    }
+    uops.push(fall_through(block.length));
     block.uops = uops.into();
     Ok(block)
 }
@@ -79,8 +77,8 @@ fn decoder(bytes: &[u8], size: CodeSize) -> Decoder<'_> {
     Decoder::with_ip(bits, bytes, 0, DecoderOptions::NONE)
 }
 
-/// Decodes instructions that lie wholly in `bytes`; tells whether the last one ends the block itself.
-fn decode_page(bytes: &[u8], size: CodeSize, uops: &mut Vec<Uop>, block: &mut Block) -> bool {
+/// Decodes instructions that lie wholly in `bytes`, up to one that ends the block.
+fn decode_page(bytes: &[u8], size: CodeSize, uops: &mut Vec<Uop>, block: &mut Block) {
     let mut decoder = decoder(bytes, size);
     let mut insn = Instruction::default();
     while uops.len() < MAX_INSTRUCTIONS {
@@ -91,14 +89,10 @@ fn decode_page(bytes: &[u8], size: CodeSize, uops: &mut Vec<Uop>, block: &mut Bl
         uops.push(lower(&insn, size));
         block.instructions += 1;
         block.length += insn.len() as u32;
-        if ends_block(&insn) {
-            return true;
-        }
-        if block.length as usize == bytes.len() {
+        if ends_block(&insn) || block.length as usize == bytes.len() {
             break;
         }
     }
-    false
 }
 
 /// Whether an invalid instruction is invalid only because its bytes end.
@@ -120,14 +114,10 @@ fn crossing(cpu: &mut Cpu, la: u64, head: &[u8], mut block: Block) -> Exec<Block
     // SAFETY: `host` is the start of a translated page.
     unsafe { host.copy_to_nonoverlapping(bytes[head.len()..].as_mut_ptr(), MAX_LENGTH - head.len()) };
     let insn = decoder(&bytes, block.key.size).decode();
-    let mut uops = vec![lower(&insn, block.key.size)];
     block.instructions = 1;
     block.length = insn.len() as u32;
     block.second_page = Some(host as u64);
-    if !ends_block(&insn) {
-        uops.push(fall_through(block.length));
-    }
-    block.uops = uops.into();
+    block.uops = [lower(&insn, block.key.size), fall_through(block.length)].into();
     Ok(block)
 }
 

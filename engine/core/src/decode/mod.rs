@@ -141,9 +141,8 @@ fn memory(uop: &mut Uop, insn: &Instruction, size: CodeSize) {
         }
         match i32::try_from(displacement as i64) {
             Ok(disp) => uop.disp = disp,
-            Err(_) if base == Register::None && index == Register::None && displacement <= u32::MAX.into() && size != CodeSize::Bits64 => {
-                uop.disp = displacement as i32;
-            }
+            // 32-bit addresses have their displacements zero-extended, and are truncated again.
+            Err(_) if insn.memory_displ_size() != 8 => uop.disp = displacement as i32,
             Err(_) => {
                 uop.imm = displacement;
                 uop.flags |= flag::ABSOLUTE | flag::SLOW_ADDRESS;

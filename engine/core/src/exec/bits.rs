@@ -5,7 +5,9 @@ use iced_x86::{Instruction, Mnemonic};
 use super::select::{in_memory, is_immediate, width, InMemory, InRegister, Source};
 use crate::cpu::{CodeSize, Cpu};
 use crate::flags::Flags;
+use crate::model::features::Feature;
 use crate::paging::AccessKind;
+use crate::state::rflags;
 use crate::uop::{flag, Exec, Handler, Uop};
 use crate::word::Word;
 
@@ -16,20 +18,20 @@ pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
         Mnemonic::Bts => bit_change::<Set>(insn),
         Mnemonic::Btr => bit_change::<Reset>(insn),
         Mnemonic::Btc => bit_change::<Complement>(insn),
-        Mnemonic::Bsf => by_source!(insn, 1, scan, Forward),
-        Mnemonic::Bsr => by_source!(insn, 1, scan, Backward),
-        Mnemonic::Tzcnt => by_source!(insn, 1, count, TrailingZeros),
-        Mnemonic::Lzcnt => by_source!(insn, 1, count, LeadingZeros),
-        Mnemonic::Popcnt => by_source!(insn, 1, count, Population),
-        Mnemonic::Blsi => by_source!(insn, 1, count, LowestSet),
-        Mnemonic::Blsmsk => by_source!(insn, 1, count, MaskToLowestSet),
-        Mnemonic::Blsr => by_source!(insn, 1, count, ResetLowestSet),
-        Mnemonic::Andn => by_source!(insn, 2, andn),
+        Mnemonic::Bsf => by_wide_source!(insn, 1, scan, Forward),
+        Mnemonic::Bsr => by_wide_source!(insn, 1, scan, Backward),
+        Mnemonic::Tzcnt => by_wide_source!(insn, 1, count_or_scan, TrailingZeros, Forward),
+        Mnemonic::Lzcnt => by_wide_source!(insn, 1, count_or_scan, LeadingZeros, Backward),
+        Mnemonic::Popcnt => by_wide_source!(insn, 1, count, Population),
+        Mnemonic::Blsi => by_wide_source!(insn, 1, count, LowestSet),
+        Mnemonic::Blsmsk => by_wide_source!(insn, 1, count, MaskToLowestSet),
+        Mnemonic::Blsr => by_wide_source!(insn, 1, count, ResetLowestSet),
+        Mnemonic::Andn => by_wide_source!(insn, 2, andn),
         Mnemonic::Bextr if is_immediate(insn, 2) => None, // TBM
-        Mnemonic::Bextr => by_source!(insn, 1, extract),
-        Mnemonic::Bzhi => by_source!(insn, 1, zero_high),
-        Mnemonic::Pdep => by_source!(insn, 2, deposit),
-        Mnemonic::Pext => by_source!(insn, 2, gather),
+        Mnemonic::Bextr => by_wide_source!(insn, 1, extract),
+        Mnemonic::Bzhi => by_wide_source!(insn, 1, zero_high),
+        Mnemonic::Pdep => by_wide_source!(insn, 2, deposit),
+        Mnemonic::Pext => by_wide_source!(insn, 2, gather),
         Mnemonic::Crc32 if in_memory(insn, 1) => by_width!(width(insn, 1), crc32, InMemory),
         Mnemonic::Crc32 => by_width!(width(insn, 1), crc32, InRegister),
         _ => None,
@@ -198,8 +200,18 @@ fn scan<O: Scan, S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     Ok(())
 }
 
+/// TZCNT is BSF, and LZCNT is BSR, to a model that does not know the prefix.
+fn count_or_scan<O: Counting, L: Scan, S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    if O::require(cpu).is_err() {
+        return scan::<L, S, W>(cpu, uop);
+    }
+    count::<O, S, W>(cpu, uop)
+}
+
 /// Operations that make a result and all flags of one source.
 trait Counting {
+    /// #UD unless the model has the instruction.
+    fn require(cpu: &mut Cpu) -> Exec;
     fn apply<W: Word>(source: W) -> (W, Flags);
 }
 
@@ -218,6 +230,10 @@ fn zeros<W: Word>(source: W, zeros: u32) -> (W, Flags) {
 
 impl Counting for TrailingZeros {
     #[inline(always)]
+    fn require(cpu: &mut Cpu) -> Exec {
+        cpu.require(Feature::Bmi1)
+    }
+    #[inline(always)]
     fn apply<W: Word>(source: W) -> (W, Flags) {
         zeros(source, source.zero_extend().trailing_zeros().min(W::BITS))
     }
@@ -225,22 +241,34 @@ impl Counting for TrailingZeros {
 
 impl Counting for LeadingZeros {
     #[inline(always)]
+    fn require(cpu: &mut Cpu) -> Exec {
+        cpu.require(Feature::Abm)
+    }
+    #[inline(always)]
     fn apply<W: Word>(source: W) -> (W, Flags) {
         zeros(source, source.zero_extend().leading_zeros() - (64 - W::BITS))
     }
 }
 
 impl Counting for Population {
+    #[inline(always)]
+    fn require(cpu: &mut Cpu) -> Exec {
+        cpu.require(Feature::Popcnt)
+    }
     /// ZF tells of the source; every other flag is clear, PF too.
     #[inline(always)]
     fn apply<W: Word>(source: W) -> (W, Flags) {
         let result = W::truncate(source.zero_extend().count_ones().into());
-        let image = if source == W::ZERO { crate::state::rflags::ZF } else { 0 };
+        let image = if source == W::ZERO { rflags::ZF } else { 0 };
         (result, Flags::from_bits(image))
     }
 }
 
 impl Counting for LowestSet {
+    #[inline(always)]
+    fn require(cpu: &mut Cpu) -> Exec {
+        cpu.require_vex(Feature::Bmi1)
+    }
     #[inline(always)]
     fn apply<W: Word>(source: W) -> (W, Flags) {
         let result = source & W::ZERO.sub(source);
@@ -250,6 +278,10 @@ impl Counting for LowestSet {
 
 impl Counting for MaskToLowestSet {
     #[inline(always)]
+    fn require(cpu: &mut Cpu) -> Exec {
+        cpu.require_vex(Feature::Bmi1)
+    }
+    #[inline(always)]
     fn apply<W: Word>(source: W) -> (W, Flags) {
         let result = source ^ source.sub(W::ONE);
         (result, Flags::logic(result).with_carry(source == W::ZERO))
@@ -258,6 +290,10 @@ impl Counting for MaskToLowestSet {
 
 impl Counting for ResetLowestSet {
     #[inline(always)]
+    fn require(cpu: &mut Cpu) -> Exec {
+        cpu.require_vex(Feature::Bmi1)
+    }
+    #[inline(always)]
     fn apply<W: Word>(source: W) -> (W, Flags) {
         let result = source & source.sub(W::ONE);
         (result, Flags::logic(result).with_carry(source == W::ZERO))
@@ -265,6 +301,7 @@ impl Counting for ResetLowestSet {
 }
 
 fn count<O: Counting, S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    O::require(cpu)?;
     let (result, flags) = O::apply(S::get::<W>(cpu, uop, 1)?);
     cpu.set_reg(uop.reg[0], result);
     cpu.flags = flags;
@@ -274,6 +311,7 @@ fn count<O: Counting, S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 // ---- BMI with two sources -------------------------------------------------------------------------------------------------------------
 
 fn andn<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require_vex(Feature::Bmi1)?;
     let result = !cpu.reg::<W>(uop.reg[1]) & S::get::<W>(cpu, uop, 2)?;
     cpu.set_reg(uop.reg[0], result);
     cpu.flags = Flags::logic(result);
@@ -292,6 +330,7 @@ fn low_bits<W: Word>(value: W, count: u32) -> W {
 
 /// BEXTR: start in bits 7:0 of the control, length in bits 15:8.
 fn extract<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require_vex(Feature::Bmi1)?;
     let source = S::get::<W>(cpu, uop, 1)?;
     let control: u16 = cpu.reg(uop.reg[2]);
     let start = u32::from(control & 0xff);
@@ -303,6 +342,7 @@ fn extract<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 }
 
 fn zero_high<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require_vex(Feature::Bmi2)?;
     let source = S::get::<W>(cpu, uop, 1)?;
     let count = u32::from(cpu.reg::<u8>(uop.reg[2]));
     let result = low_bits(source, count);
@@ -313,6 +353,7 @@ fn zero_high<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 
 /// PDEP: the low bits of the source go to the places of the mask.
 fn deposit<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require_vex(Feature::Bmi2)?;
     let source = cpu.reg::<W>(uop.reg[1]).zero_extend();
     let mut mask = S::get::<W>(cpu, uop, 2)?.zero_extend();
     let (mut result, mut taken) = (0, 0);
@@ -330,6 +371,7 @@ fn deposit<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 
 /// PEXT: the bits at the places of the mask go to the low bits.
 fn gather<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require_vex(Feature::Bmi2)?;
     let source = cpu.reg::<W>(uop.reg[1]).zero_extend();
     let mut mask = S::get::<W>(cpu, uop, 2)?.zero_extend();
     let (mut result, mut filled) = (0, 0);
@@ -365,6 +407,7 @@ const CRC_TABLE: [u32; 256] = {
 };
 
 fn crc32<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require(Feature::Sse42)?;
     let source = S::get::<W>(cpu, uop, 1)?.zero_extend().to_le_bytes();
     let seed: u32 = cpu.reg(uop.reg[0]);
     let crc = source[..W::BYTES as usize].iter().fold(seed, |crc, byte| crc >> 8 ^ CRC_TABLE[usize::from(crc as u8 ^ byte)]);

@@ -8,6 +8,7 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 use super::select::{condition, holds, in_memory, width};
 use crate::cpu::{CodeSize, Cpu};
 use crate::flags::Flags;
+use crate::model::features::Feature;
 use crate::paging::AccessKind;
 use crate::state::{gpr, rflags};
 use crate::uop::{flag, Exec, Handler, RegOffset, Uop};
@@ -38,7 +39,8 @@ pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
         Cqo => Some(sign_into_rdx::<u64>),
         Lahf => Some(lahf),
         Sahf => Some(sahf),
-        Movnti | Movdiri => by_wide_width!(width(insn, 1), mov_mr),
+        Movnti => by_wide_width!(width(insn, 1), mov_mr),
+        Movdiri => by_wide_width!(width(insn, 1), movdiri),
         _ => conditional_move(insn),
     }
 }
@@ -81,6 +83,11 @@ fn mov_ri<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 
 fn mov_mi<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     cpu.store(uop, W::truncate(uop.imm))
+}
+
+fn movdiri<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require(Feature::Movdiri)?;
+    mov_mr::<W>(cpu, uop)
 }
 
 // ---- widening -------------------------------------------------------------------------------------------------------------------------
@@ -216,12 +223,14 @@ fn bswap16(cpu: &mut Cpu, uop: &Uop) -> Exec {
 }
 
 fn movbe_rm<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require(Feature::Movbe)?;
     let value: W = cpu.load(uop)?;
     cpu.set_reg(uop.reg[0], reverse(value));
     Ok(())
 }
 
 fn movbe_mr<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require(Feature::Movbe)?;
     let value: W = cpu.reg(uop.reg[1]);
     cpu.store(uop, reverse(value))
 }

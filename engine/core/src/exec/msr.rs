@@ -321,3 +321,92 @@ fn require(cpu: &mut Cpu, feature: Feature) -> Exec {
         Err(cpu.undefined())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::clock::Clock;
+    use crate::model::Model;
+    use crate::state::rights;
+    use std::sync::Arc;
+
+    fn cpu(model: &str) -> Box<Cpu> {
+        Cpu::new(Arc::new(Model::new(model, &[]).unwrap()), Clock::default())
+    }
+
+    #[test]
+    fn registers_keep_what_is_written() {
+        for model in ["cascadelake", "epyc"] {
+            let mut cpu = cpu(model);
+            let plain = [index::LSTAR, index::CSTAR, index::KERNEL_GS_BASE, index::FS_BASE, index::GS_BASE, index::STAR];
+            for (index, value) in plain.into_iter().map(|index| (index, 0xffff_8000_0000_0000)).chain([
+                (index::FMASK, 0x47700),
+                (index::PAT, 0x0407_0506_0007_0106),
+                (index::SPEC_CTRL, 7),
+                (index::TSC_AUX, 3),
+                (index::SYSENTER_EIP, 0x8000_1000),
+            ]) {
+                assert_eq!(write_msr(&mut cpu, index, value), Ok(()), "{index:#x}");
+                assert_eq!(read_msr(&mut cpu, index), Ok(value), "{index:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn values_that_a_register_cannot_hold_are_refused() {
+        let mut cpu = cpu("cascadelake");
+        for (index, value) in [
+            (index::LSTAR, 1 << 47),
+            (index::GS_BASE, 1 << 63),
+            (index::SYSENTER_ESP, 1 << 47),
+            (index::FMASK, 1 << 32),
+            (index::PAT, 2),
+            (index::PAT, 8 << 56),
+            (index::EFER, 1 << 1),
+            (index::EFER, efer::SVME),
+            (index::SPEC_CTRL, 8),
+            (index::PRED_CMD, 2),
+            (index::TSC_AUX, 1 << 32),
+            (index::DEBUGCTL, 1 << 6),
+            (index::XSS, 0),
+            (index::TSC, 0),
+            (index::MTRRCAP, 0),
+            (0x1234, 0),
+        ] {
+            assert_eq!(write_msr(&mut cpu, index, value), Err(Stop::Fault), "{index:#x}");
+            assert_eq!(cpu.fault.vector, crate::fault::vector::GP);
+        }
+        for index in [index::PRED_CMD, index::XSS, index::MTRRCAP, 0x1234] {
+            assert_eq!(read_msr(&mut cpu, index), Err(Stop::Fault), "{index:#x}");
+        }
+    }
+
+    #[test]
+    fn amd_keeps_32_bits_of_sysenter_addresses_and_of_tsc_aux() {
+        let mut cpu = cpu("epyc");
+        assert_eq!(write_msr(&mut cpu, index::SYSENTER_EIP, 0xffff_ffff_8000_0000), Ok(()));
+        assert_eq!(read_msr(&mut cpu, index::SYSENTER_EIP), Ok(0x8000_0000));
+        assert_eq!(write_msr(&mut cpu, index::TSC_AUX, 0x1_0000_0002), Ok(()));
+        assert_eq!(read_msr(&mut cpu, index::TSC_AUX), Ok(2));
+    }
+
+    #[test]
+    fn lma_follows_paging_alone_and_lme_stays_while_paging_is_on() {
+        let mut cpu = cpu("cascadelake");
+        assert_eq!(write_msr(&mut cpu, index::EFER, efer::LME | efer::LMA), Ok(()));
+        assert_eq!(cpu.state.efer, efer::LME);
+        cpu.state.cr0 |= cr0::PE | cr0::PG;
+        cpu.state.efer |= efer::LMA;
+        assert_eq!(write_msr(&mut cpu, index::EFER, 0), Err(Stop::Fault));
+        assert_eq!(write_msr(&mut cpu, index::EFER, efer::LME | efer::NXE | efer::SCE), Ok(()));
+        assert_eq!(cpu.state.efer, efer::LME | efer::LMA | efer::NXE | efer::SCE);
+    }
+
+    #[test]
+    fn a_new_base_is_used_at_once() {
+        let mut cpu = cpu("cascadelake");
+        cpu.state.segments[seg::CS].access_rights = rights::PRESENT | rights::S | rights::CODE;
+        assert_eq!(write_msr(&mut cpu, index::GS_BASE, 0xffff_8880_0000_0000), Ok(()));
+        assert_eq!(cpu.segment_base(seg::GS), 0xffff_8880_0000_0000);
+    }
+}

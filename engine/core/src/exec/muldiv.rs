@@ -8,6 +8,7 @@ use super::select::{in_memory, is_immediate, width, InMemory, InRegister, Source
 use crate::cpu::{CodeSize, Cpu};
 use crate::fault::vector;
 use crate::flags::Flags;
+use crate::model::features::Feature;
 use crate::state::gpr;
 use crate::uop::{Exec, Handler, RegOffset, Uop};
 use crate::word::Word;
@@ -21,9 +22,9 @@ pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
     match insn.mnemonic() {
         Mnemonic::Mul => one_operand::<Mul>(insn),
         Mnemonic::Imul if insn.op_count() == 1 => one_operand::<Imul>(insn),
-        Mnemonic::Imul if is_immediate(insn, 2) => by_source!(insn, 1, imul_immediate),
-        Mnemonic::Imul => by_source!(insn, 1, imul),
-        Mnemonic::Mulx => by_source!(insn, 2, mulx),
+        Mnemonic::Imul if is_immediate(insn, 2) => by_wide_source!(insn, 1, imul_immediate),
+        Mnemonic::Imul => by_wide_source!(insn, 1, imul),
+        Mnemonic::Mulx => by_wide_source!(insn, 2, mulx),
         Mnemonic::Div => one_operand::<Div>(insn),
         Mnemonic::Idiv => one_operand::<Idiv>(insn),
         _ => None,
@@ -135,6 +136,7 @@ fn imul_immediate<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 
 /// Where both destinations are one register, it gets the high half.
 fn mulx<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require_vex(Feature::Bmi2)?;
     let source = S::get::<W>(cpu, uop, 2)?;
     let (low, high) = multiply(cpu.reg::<W>(RDX), source);
     cpu.set_reg(uop.reg[1], low);

@@ -127,7 +127,7 @@ impl Source for InMemory {
 }
 
 /// Picks `$handler::<$type.., S, W>` for where operand `$n` is and for its width of at least 16 bits.
-macro_rules! by_source {
+macro_rules! by_wide_source {
     ($insn:expr, $n:expr, $handler:ident $(, $type:ty)*) => {
         if $crate::exec::select::in_memory($insn, $n) {
             by_wide_width!($crate::exec::select::width($insn, $n), $handler $(, $type)*, $crate::exec::select::InMemory)

@@ -8,6 +8,7 @@ use iced_x86::{Instruction, Mnemonic};
 use super::select::{in_memory, is_immediate, width, Source};
 use crate::cpu::{CodeSize, Cpu};
 use crate::flags::Flags;
+use crate::model::features::Feature;
 use crate::state::gpr;
 use crate::uop::{Exec, Handler, RegOffset, Uop};
 use crate::word::Word;
@@ -26,10 +27,10 @@ pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
         Mnemonic::Rcr => shift::<Rcr>(insn),
         Mnemonic::Shld => double_shift::<Shld>(insn),
         Mnemonic::Shrd => double_shift::<Shrd>(insn),
-        Mnemonic::Shlx => by_source!(insn, 1, flagless, Shl),
-        Mnemonic::Shrx => by_source!(insn, 1, flagless, Shr),
-        Mnemonic::Sarx => by_source!(insn, 1, flagless, Sar),
-        Mnemonic::Rorx => by_source!(insn, 1, rorx),
+        Mnemonic::Shlx => by_wide_source!(insn, 1, flagless, Shl),
+        Mnemonic::Shrx => by_wide_source!(insn, 1, flagless, Shr),
+        Mnemonic::Sarx => by_wide_source!(insn, 1, flagless, Sar),
+        Mnemonic::Rorx => by_wide_source!(insn, 1, rorx),
         _ => None,
     }
 }
@@ -277,6 +278,7 @@ fn double_m<O: DoubleShift, C: Count, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec
 // ---- BMI2 -----------------------------------------------------------------------------------------------------------------------------
 
 fn flagless<O: Shift, S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require_vex(Feature::Bmi2)?;
     let a = S::get::<W>(cpu, uop, 1)?;
     let count = mask_count::<W>(cpu.reg(uop.reg[2]));
     let (result, _) = apply::<O, W>(cpu.flags, a, count);
@@ -285,6 +287,7 @@ fn flagless<O: Shift, S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 }
 
 fn rorx<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require_vex(Feature::Bmi2)?;
     let a = S::get::<W>(cpu, uop, 1)?;
     let (result, _) = apply::<Ror, W>(cpu.flags, a, mask_count::<W>(uop.imm as u8));
     cpu.set_reg(uop.reg[0], result);

@@ -138,14 +138,20 @@ pub struct Tlb {
 
 impl Default for Tlb {
     fn default() -> Self {
-        let bank =
-            |n: u16| Bank { pcid: n, used: 0, user: empty_table(), supervisor_ac: empty_table(), generation: n as u32, dirty: false };
+        let bank = |n: u16| Bank {
+            pcid: n,
+            used: u64::from(n == 0),
+            user: empty_table(),
+            supervisor_ac: empty_table(),
+            generation: n as u32,
+            dirty: false,
+        };
         Tlb {
             supervisor: empty_table(),
             local: Vec::with_capacity(LOCAL_MAX),
             banks: (0..BANKS as u16).map(bank).collect(),
             current: 0,
-            clock: 0,
+            clock: 1,
             next_generation: BANKS as u32,
             large: Filter::EMPTY,
             fetched: Filter::EMPTY,

@@ -31,3 +31,49 @@ impl Cpu {
         byte >> (port % 8) & 1 != 0
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::clock::Clock;
+    use crate::virt::control::{Block, BLOCK_SIZE};
+    use std::sync::Arc;
+
+    /// A zeroed block that changed as `edit` says.
+    fn block(edit: impl FnOnce(&mut Block)) -> Box<Block> {
+        let mut block = Box::<Block>::new_uninit();
+        // SAFETY: `BLOCK_SIZE` bytes are the whole block, and zeroes are a valid one.
+        let mut block = unsafe {
+            block.as_mut_ptr().cast::<u8>().write_bytes(0, BLOCK_SIZE);
+            block.assume_init()
+        };
+        edit(&mut block);
+        block
+    }
+
+    fn cpu(block: &Block) -> Box<Cpu> {
+        let mut cpu = Cpu::new(Arc::default(), Clock::default());
+        cpu.bitmaps = block;
+        cpu
+    }
+
+    #[test]
+    fn msr_bits_are_by_range_and_direction() {
+        let block = block(|block| {
+            block.msr_bitmap[0][0][0x10 / 8] |= 1 << (0x10 % 8);
+            block.msr_bitmap[1][1][0x82 / 8] |= 1 << (0x82 % 8);
+        });
+        let cpu = cpu(&block);
+        assert!(cpu.msr_intercepted(0x10, false) && !cpu.msr_intercepted(0x10, true));
+        assert!(cpu.msr_intercepted(0xc000_0082, true) && !cpu.msr_intercepted(0xc000_0082, false));
+        assert!(!cpu.msr_intercepted(0xc001_1fff, true));
+        assert!(cpu.msr_intercepted(0x2000, false) && cpu.msr_intercepted(0xc001_2000, true) && cpu.msr_intercepted(u32::MAX, false));
+    }
+
+    #[test]
+    fn port_bits_are_by_number() {
+        let block = block(|block| block.io_bitmap[0x3f8 / 8] |= 1);
+        let cpu = cpu(&block);
+        assert!(cpu.port_intercepted(0x3f8) && !cpu.port_intercepted(0x3f9) && !cpu.port_intercepted(0xffff));
+    }
+}

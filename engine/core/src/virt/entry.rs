@@ -112,6 +112,7 @@ impl Core {
         let state = &cpu.state;
         if cpu.control.tlb_control != 0 || before != (state.cr0, state.cr3, state.cr4, state.efer) {
             cpu.tlb.flush();
+            cpu.tlb.switch(cpu.pcid(), false);
             cpu.control.tlb_control = 0;
         }
         cpu.regs[..16].copy_from_slice(&cpu.state.gpr);

@@ -5,6 +5,7 @@
 
 #[cfg(target_arch = "x86_64")]
 pub mod host;
+pub mod system;
 
 use std::sync::Arc;
 

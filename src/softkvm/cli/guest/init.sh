@@ -45,6 +45,9 @@ run_shell() {
     cd /root || exit
     if [ -n "$SOFTKVM_ROWS" ]; then
         stty -F /dev/ttyS0 rows "$SOFTKVM_ROWS" columns "$SOFTKVM_COLUMNS"
+    else
+        # Nobody sits there. Without echo the shell leaves line editing to the kernel, so nothing that is sent early is lost.
+        stty -F /dev/ttyS0 -echo
     fi
     unset SOFTKVM_ROWS SOFTKVM_COLUMNS
     echo shell >/dev/ttyS3

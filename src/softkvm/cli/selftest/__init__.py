@@ -52,7 +52,7 @@ def verdict(stop: Stop, printed: str) -> str | None:
         best = max((_common_lines(lines, candidate), candidate) for candidate in candidates)
         expected = best[1].splitlines()
         return f"the guest did not print {expected[min(best[0], len(expected) - 1)]!r} ({stop.reason.value}: {stop.detail})"
-    if stop.reason is not StopReason.EXIT or stop.status != image.PASSED:
+    if stop.reason is not StopReason.EXIT or stop.status != image.PASSED_STATUS:
         return f"the guest ended by {stop.reason.value} ({stop.detail})"
     return None
 

@@ -42,7 +42,8 @@ _DIVIDE_BY_1 = 0xB
 _APIC_ENABLED = 0x1FF
 
 _COM1, _DEBUG_EXIT = 0x3F8, 0xF4
-PASSED, FAILED = 0, 1
+_PASSED, _FAILED = 0, 1
+PASSED_STATUS = _PASSED << 1 | 1  # what the debug-exit port makes of it
 
 # The boot protocol's header
 _SECTOR = 512
@@ -226,14 +227,14 @@ def _long_mode(asm: Assembler) -> None:
         test(asm)
     asm.mov("esi", "passed")
     asm.call("print")
-    asm.mov("eax", PASSED)
+    asm.mov("eax", _PASSED)
     asm.label("exit")
     asm.mov("edx", _DEBUG_EXIT)
     asm.do("out dx, al", "hlt")
     asm.label("failed")
     asm.mov("esi", "failed text")
     asm.call("print")
-    asm.mov("eax", FAILED)
+    asm.mov("eax", _FAILED)
     asm.jump("exit")
     _page_fault_handler(asm)
     _timer_handler(asm)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from softkvm.kvm.irqchip.lapic import Lapic
+    from softkvm.kvm.irqchip.lapic_core import LapicCore
     from softkvm.kvm.types import Vcpu, Vm
 
 NO_INTERRUPT = -1
@@ -48,7 +48,7 @@ class LapicIrq:
         return self.delivery_mode == DM_LOWEST or self.redirection_hint
 
 
-def deliver(vm: Vm, irq: LapicIrq, source: Lapic | None = None) -> int:
+def deliver(vm: Vm, irq: LapicIrq, source: LapicCore | None = None) -> int:
     """Bring a message to the APICs it addresses; `source` is the sender of an IPI.
 
     Returns the number of APICs that accepted it, 0 if all refused it, or -1 if it addresses none.
@@ -63,11 +63,11 @@ def deliver(vm: Vm, irq: LapicIrq, source: Lapic | None = None) -> int:
     return accepted
 
 
-def _accept(lapic: Lapic, irq: LapicIrq) -> bool:
+def _accept(lapic: LapicCore, irq: LapicIrq) -> bool:
     return lapic.accept(irq.delivery_mode, irq.vector, irq.level, irq.level_triggered)
 
 
-def _addressed(vm: Vm, irq: LapicIrq, source: Lapic | None) -> Iterator[Lapic]:
+def _addressed(vm: Vm, irq: LapicIrq, source: LapicCore | None) -> Iterator[LapicCore]:
     if irq.shorthand == SHORTHAND_SELF:
         if source is not None:
             yield source
@@ -83,7 +83,7 @@ def _addressed(vm: Vm, irq: LapicIrq, source: Lapic | None) -> Iterator[Lapic]:
             yield lapic
 
 
-def _lowest_priority(vm: Vm, irq: LapicIrq, source: Lapic | None) -> Lapic | None:
+def _lowest_priority(vm: Vm, irq: LapicIrq, source: LapicCore | None) -> LapicCore | None:
     """The APIC that wins the arbitration: KVM's vector hashing spreads vectors evenly and keeps each at one APIC."""
     candidates = [lapic for lapic in _addressed(vm, irq, source) if lapic.sw_enabled]
     return candidates[irq.vector % len(candidates)] if candidates else None

@@ -20,7 +20,7 @@ MIN_PERIOD_NS = 200_000
 """Shortest period of a periodic timer (KVM's `min_timer_period_us`): a guest cannot make its host do nothing but timers."""
 
 FOREVER_NS = 1 << 60
-"""Longest delay, 36 years: keeps the expiry within 64 bits of TSC."""
+"""Latest expiry, after 36 years of uptime: keeps it within 64 bits of TSC."""
 
 
 class LapicTimer:
@@ -83,9 +83,9 @@ class LapicTimer:
     def set_deadline(self, deadline: int) -> None:
         """Write of the TSC-deadline MSR in TSC-deadline mode: arm for the guest TSC `deadline`; 0 disarms, the past fires at once."""
         self._deadline = deadline
-        delay = self._vcpu.tsc.ns_until(deadline) if deadline else 0
-        if delay > 0:
-            self.hrtimer.start(self._clock.monotonic_ns() + min(delay, FOREVER_NS))
+        expiry = self._vcpu.tsc.expiry_of(deadline) if deadline else None
+        if expiry is not None:
+            self.hrtimer.start(min(expiry, FOREVER_NS))
             return
         self.hrtimer.cancel()
         if deadline:

@@ -172,7 +172,7 @@ class PicChip:
         """The poll command acknowledges and, as KVM has it, also ends the interrupt; bit 7 says that there was one."""
         line = self.pending()
         if line < 0:
-            return 0
+            return SPURIOUS
         if self._chip_id == KVM_IRQCHIP_PIC_SLAVE:
             self._pair.drop_cascade()
         self.state.irr &= ~_bit(line)

@@ -30,7 +30,7 @@ def definition_block(cpus: int) -> bytes:
 
 def _pci_root() -> bytes:
     windows = aml.resources(
-        aml.bus_numbers(0, layout.PCI_ECAM.size >> 20),
+        aml.bus_numbers(0, layout.PCI_BUSES),
         aml.io_ports(layout.PCI_CONFIG_ADDRESS.base, layout.PCI_CONFIG_ADDRESS.size + layout.PCI_CONFIG_DATA.size),
         aml.io_window(_LOW_IO.base, _LOW_IO.size),
         aml.io_window(_HIGH_IO.base, _HIGH_IO.size),

@@ -35,5 +35,4 @@ def madt_body(cpus: int) -> bytes:
 
 def mcfg_body() -> bytes:
     """What follows the header: segment 0, all buses."""
-    buses = layout.PCI_ECAM.size >> 20
-    return struct.pack("<8xQHBB4x", layout.PCI_ECAM.base, 0, 0, buses - 1)
+    return struct.pack("<8xQHBB4x", layout.PCI_ECAM.base, 0, 0, layout.PCI_BUSES - 1)

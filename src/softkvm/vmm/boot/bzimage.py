@@ -47,7 +47,7 @@ def parse(data: bytes, path: Path, ram_end: int) -> Kernel:
         raise ConfigError(f"the kernel {path} is truncated: {len(data)} bytes of {payload_start + payload_size}")
     if payload_size <= _ENTRY_64:
         raise ConfigError(f"the kernel {path} is damaged: its 64-bit entry point lies behind its end")
-    start, end = _place(data, path, ram_end)
+    start, end = _place(data, path, ram_end, payload_size)
     return Kernel(
         pieces=(Piece(start, memoryview(data)[payload_start : payload_start + payload_size]),),
         entry=start + _ENTRY_64,
@@ -59,17 +59,18 @@ def parse(data: bytes, path: Path, ram_end: int) -> Kernel:
     )
 
 
-def _place(data: bytes, path: Path, ram_end: int) -> tuple[int, int]:
+def _place(data: bytes, path: Path, ram_end: int, payload_size: int) -> tuple[int, int]:
     """Where the kernel goes and where the memory ends that it needs until it knows the memory map."""
     alignment, relocatable = struct.unpack_from("<I", data, 0x230)[0], data[0x234]
     preferred, init_size = struct.unpack_from("<QI", data, 0x258)
+    size = max(init_size, payload_size)
     if alignment == 0 or alignment & (alignment - 1) or preferred < KERNEL_FLOOR.base:
         raise ConfigError(f"the kernel {path} is damaged: it asks for address {preferred:#x} with an alignment of {alignment:#x}")
     start: int = preferred
-    if preferred + init_size > ram_end and relocatable:
+    if preferred + size > ram_end and relocatable:
         start = -(-KERNEL_FLOOR.base // alignment) * alignment
-    if start + init_size > ram_end:
+    if start + size > ram_end:
         raise ConfigError(
-            f"{ram_end // MIB} MB of memory are too small for the kernel {path}, which needs {-(-(start + init_size) // MIB)} MB to start"
+            f"{ram_end // MIB} MB of memory are too small for the kernel {path}, which needs {-(-(start + size) // MIB)} MB to start"
         )
-    return start, start + init_size
+    return start, start + size

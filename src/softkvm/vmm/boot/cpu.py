@@ -1,13 +1,12 @@
-"""The state of a vCPU before it runs: CPUID, MSRs, local APIC and, for the boot CPU, the registers at the kernel's entry.
+"""The state of a vCPU before it runs: MSRs, local APIC and, for the boot CPU, the registers at the kernel's entry.
 
-Source of truth: Linux 6.1 `Documentation/x86/boot.rst`, "64-bit boot protocol"; Intel SDM vol. 2A, CPUID (topology leaves) and vol. 3A,
-11.4 (multiprocessor initialisation: LINT0 takes the 8259A, LINT1 is NMI); AMD APM vol. 3, appendix E.
+Source of truth: Linux 6.1 `Documentation/x86/boot.rst`, "64-bit boot protocol"; Intel SDM vol. 3A, 11.4 (multiprocessor initialisation:
+LINT0 takes the 8259A, LINT1 is NMI).
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
 
 from softkvm.uapi import kvm as uapi
 from softkvm.vmm import layout
@@ -23,55 +22,6 @@ _RFLAGS_RESERVED = 1 << 1
 
 _APIC_LVT0, _APIC_LVT1 = 0x350, 0x360
 _DELIVERY_NMI, _DELIVERY_EXTINT = 4 << 8, 7 << 8
-
-_LEAF1_ECX_TSC_DEADLINE, _LEAF1_ECX_HYPERVISOR = 1 << 24, 1 << 31
-_LEAF1_EDX_HTT = 1 << 28
-_LEVEL_SMT, _LEVEL_CORE = 1, 2
-
-
-def cpuid(supported: Sequence[uapi.CpuidEntry2], apic_id: int, cpus: int, tsc_deadline: bool) -> list[uapi.CpuidEntry2]:
-    """What KVM can offer, with the identity of one of `cpus` single-threaded cores in one package."""
-    entries = [uapi.CpuidEntry2.from_buffer_copy(entry) for entry in supported if entry.function not in (0xB, 0x1F)]
-    if len(entries) < len(supported):
-        entries += _extended_topology(apic_id, cpus)
-    amd = any(entry.function == 0x8000001E for entry in entries)
-    for entry in entries:
-        _identify(entry, apic_id, cpus, tsc_deadline, amd)
-    return entries
-
-
-def _extended_topology(apic_id: int, cpus: int) -> Iterator[uapi.CpuidEntry2]:
-    """Leaf 0xB: a level of threads, a level of cores, and the end of the list."""
-    for index, (shift, count, kind) in enumerate(((0, 1, _LEVEL_SMT), (_core_bits(cpus), cpus, _LEVEL_CORE), (0, 0, 0))):
-        yield uapi.CpuidEntry2(
-            function=0xB,
-            index=index,
-            flags=uapi.KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
-            eax=shift,
-            ebx=count,
-            ecx=index | kind << 8,
-            edx=apic_id,
-        )
-
-
-def _core_bits(cpus: int) -> int:
-    """Bits of the APIC id that number the cores."""
-    return (cpus - 1).bit_length()
-
-
-def _identify(entry: uapi.CpuidEntry2, apic_id: int, cpus: int, tsc_deadline: bool, amd: bool) -> None:
-    if entry.function == 0x1:
-        entry.ebx = entry.ebx & 0xFFFF | cpus << 16 | apic_id << 24
-        entry.ecx |= _LEAF1_ECX_HYPERVISOR | (_LEAF1_ECX_TSC_DEADLINE if tsc_deadline else 0)
-        entry.edx = entry.edx | _LEAF1_EDX_HTT if cpus > 1 else entry.edx & ~_LEAF1_EDX_HTT
-    elif entry.function in (0x4, 0x8000001D) and entry.eax & 0x1F:
-        sharing = cpus - 1 if entry.eax >> 5 & 7 == 3 else 0  # the third level is the package's, the others are each core's own
-        cores = (1 << _core_bits(cpus)) - 1 << 26 if entry.function == 0x4 else 0
-        entry.eax = entry.eax & 0x3FFF | sharing << 14 | cores
-    elif entry.function == 0x80000008 and amd:
-        entry.ecx = entry.ecx & ~0xF0FF | _core_bits(cpus) << 12 | cpus - 1
-    elif entry.function == 0x8000001E:
-        entry.eax, entry.ebx, entry.ecx = apic_id, apic_id, 0
 
 
 def msrs(misc_enable: int) -> dict[int, int]:

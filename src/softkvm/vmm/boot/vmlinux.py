@@ -45,6 +45,8 @@ def parse(data: bytes, path: Path, ram_end: int) -> Kernel:
         raise ConfigError(f"the kernel {path} is truncated: its segments lie behind its end")
     start = min(segment.p_paddr for segment in segments)
     end = max(segment.p_paddr + segment.p_memsz for segment in segments)
+    if not start <= elf.header.e_entry < end or any(segment.p_filesz > segment.p_memsz for segment in segments):
+        raise ConfigError(f"the kernel {path} is damaged: its entry point or its segments do not fit together")
     if start < KERNEL_FLOOR.base:
         raise ConfigError(f"the kernel {path} wants to be at {start:#x}, below 1 MB")
     if end > ram_end:

@@ -1,7 +1,8 @@
 """ACPI fixed hardware: the PM1a event and control blocks and the power management timer.
 
 Source of truth: ACPI specification 6.5, 4.8 (fixed hardware registers). SMI_CMD is 0 in our FADT, so the machine is always in ACPI mode and
-SCI_EN always set. The only sleep state is S5, soft-off; the power button is the only fixed button.
+SCI_EN always set. The only sleep state is S5, soft-off. Of the fixed events the timer and the power button can happen; the others can be
+enabled, which a guest checks by reading the register back.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from msgspec import Meta
 
 from softkvm.vmm.irq import SetLevel
 from softkvm.vmm.state import Record
-from softkvm.vmm.timers import NSEC_PER_SEC, TimerQueue
+from softkvm.vmm.timers import NSEC_PER_SEC, Timers
 
 PM_TIMER_HZ = 3_579_545
 PM_TIMER_BITS = 32
@@ -25,7 +26,9 @@ PM1_STATUS, PM1_ENABLE = 0, 2
 PM1_TIMER = 1 << 0
 PM1_GLOBAL_LOCK = 1 << 5
 PM1_POWER_BUTTON = 1 << 8
-PM1_EVENTS = PM1_TIMER | PM1_GLOBAL_LOCK | PM1_POWER_BUTTON
+PM1_SLEEP_BUTTON = 1 << 9
+PM1_RTC = 1 << 10
+PM1_EVENTS = PM1_TIMER | PM1_GLOBAL_LOCK | PM1_POWER_BUTTON | PM1_SLEEP_BUTTON | PM1_RTC
 
 CONTROL_SCI_EN = 1 << 0
 CONTROL_SLP_TYP_SHIFT = 10
@@ -51,7 +54,7 @@ class AcpiPmState(Record, frozen=True, kw_only=True):
 class AcpiPm:
     """The registers behind `event`, `control` and `timer`, which are claimed as three devices."""
 
-    def __init__(self, sci: SetLevel, timers: TimerQueue, on_power_off: Callable[[], None]) -> None:
+    def __init__(self, sci: SetLevel, timers: Timers, on_power_off: Callable[[], None]) -> None:
         """`sci` drives the system control interrupt; `on_power_off()` follows a write of SLP_EN with the type of S5."""
         self._sci = sci
         self._now = timers.now

@@ -15,7 +15,7 @@ from msgspec import Meta
 from softkvm.vmm.irq import SetLevel
 from softkvm.vmm.layout import KIB, MIB
 from softkvm.vmm.state import Record
-from softkvm.vmm.timers import NSEC_PER_SEC, TimerQueue
+from softkvm.vmm.timers import NSEC_PER_SEC, Timers
 
 # CMOS addresses
 SECONDS, SECONDS_ALARM, MINUTES, MINUTES_ALARM, HOURS, HOURS_ALARM, WEEKDAY, DAY, MONTH, YEAR = range(10)
@@ -95,7 +95,7 @@ def memory_sizes(low: int, high: int) -> dict[int, int]:
 class Rtc:
     """Two ports: index at 0, data at 1."""
 
-    def __init__(self, irq: SetLevel, timers: TimerQueue, utc_ns: int, cmos: dict[int, int]) -> None:
+    def __init__(self, irq: SetLevel, timers: Timers, utc_ns: int, cmos: dict[int, int]) -> None:
         """`irq` drives IRQ 8; the clock starts at `utc_ns` (ns since 1970, UTC); `cmos` presets bytes of the memory."""
         self._irq = irq
         self._now = timers.now

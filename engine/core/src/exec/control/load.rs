@@ -138,7 +138,7 @@ impl Cpu {
     }
 
     /// PCID of the current address space, zero when PCIDs are off.
-    fn pcid(&self) -> u16 {
+    pub(crate) fn pcid(&self) -> u16 {
         if self.state.cr4 & cr4::PCIDE != 0 {
             (self.state.cr3 & PCID) as u16
         } else {

@@ -8,6 +8,7 @@ mod aes;
 mod bitwise;
 mod clmul;
 mod compare;
+mod control;
 mod convert;
 mod crc32;
 mod extend;
@@ -32,9 +33,10 @@ use crate::uop::Handler;
 
 /// The handler of an instruction of this family.
 pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
-    const FAMILIES: [fn(&Instruction) -> Option<Handler>; 17] = [
+    const FAMILIES: [fn(&Instruction) -> Option<Handler>; 18] = [
         moves::handler,
         integer::handler,
+        control::handler,
         bitwise::handler,
         shuffle::handler,
         shift::handler,

@@ -1,0 +1,92 @@
+//! MXCSR, and stores that bypass the caches: LDMXCSR, STMXCSR, MOVNT*, MASKMOVQ, MASKMOVDQU (SDM vol. 1, 10.4.6 and 11.6).
+
+use iced_x86::{Instruction, Mnemonic};
+
+use crate::cpu::Cpu;
+use crate::paging::AccessKind;
+use crate::state::gpr;
+use crate::uop::{flag, Exec, Handler, Uop};
+
+/// Bits of MXCSR that exist: all with DAZ, none above 15.
+const MXCSR_MASK: u32 = 0xffff;
+
+/// The handler of an instruction of this file.
+pub fn handler(insn: &Instruction) -> Option<Handler> {
+    Some(match insn.mnemonic() {
+        Mnemonic::Ldmxcsr => ldmxcsr,
+        Mnemonic::Stmxcsr => stmxcsr,
+        Mnemonic::Movntps | Mnemonic::Movntpd | Mnemonic::Movntdq => store_128,
+        Mnemonic::Movntdqa => load_128,
+        Mnemonic::Movntq => store_mm,
+        Mnemonic::Maskmovdqu => maskmovdqu,
+        Mnemonic::Maskmovq => maskmovq,
+        _ => return None,
+    })
+}
+
+fn ldmxcsr(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require_sse()?;
+    let value: u32 = cpu.load(uop)?;
+    if value & !MXCSR_MASK != 0 {
+        return Err(cpu.general_protection());
+    }
+    cpu.state.fpu.mxcsr = value;
+    Ok(())
+}
+
+fn stmxcsr(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require_sse()?;
+    cpu.store(uop, cpu.state.fpu.mxcsr)
+}
+
+fn store_128(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require_sse()?;
+    cpu.store_aligned(uop, cpu.xmm(uop.reg[1]))
+}
+
+fn load_128(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require_sse()?;
+    let value = cpu.load_aligned(uop)?;
+    cpu.set_xmm(uop.reg[0], value);
+    Ok(())
+}
+
+fn store_mm(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require_mmx()?;
+    cpu.store(uop, cpu.mm(uop.reg[1]))?;
+    cpu.touch_mmx();
+    Ok(())
+}
+
+fn maskmovdqu(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require_sse()?;
+    let (value, mask) = (cpu.xmm(uop.reg[1]).to_le_bytes(), cpu.xmm(uop.reg[2]).to_le_bytes());
+    store_selected(cpu, uop, &value, &mask)
+}
+
+fn maskmovq(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require_mmx()?;
+    let (value, mask) = (cpu.mm(uop.reg[1]).to_le_bytes(), cpu.mm(uop.reg[2]).to_le_bytes());
+    store_selected(cpu, uop, &value, &mask)?;
+    cpu.touch_mmx();
+    Ok(())
+}
+
+/// Stores at RDI the bytes whose mask byte has its top bit set. All of them are probed before the first is written.
+fn store_selected(cpu: &mut Cpu, uop: &Uop, value: &[u8], mask: &[u8]) -> Exec {
+    let offset = match (uop.has(flag::ADDRESS_16), uop.has(flag::ADDRESS_32)) {
+        (true, _) => cpu.gpr(gpr::RDI) & 0xffff,
+        (_, true) => cpu.gpr(gpr::RDI) & 0xffff_ffff,
+        _ => cpu.gpr(gpr::RDI),
+    };
+    let selected = |n: &usize| mask[*n] >> 7 != 0;
+    for n in (0..value.len()).filter(selected) {
+        let la = cpu.segment_address(uop.segment(), offset.wrapping_add(n as u64), 1, AccessKind::Write)?;
+        cpu.probe_write(uop.segment(), la, 1)?;
+    }
+    for n in (0..value.len()).filter(selected) {
+        let la = cpu.segment_address(uop.segment(), offset.wrapping_add(n as u64), 1, AccessKind::Write)?;
+        cpu.write(uop.segment(), la, value[n])?;
+    }
+    Ok(())
+}

@@ -1,0 +1,183 @@
+"""`softkvm.kvm.kvmclock`: the pages in guest memory, the master clock, KVM_{GET,SET}_CLOCK, steal time."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from softkvm.kvm import kvmclock, msr, request
+from softkvm.kvm.kvmclock import scale_delta, service, time_scale
+from softkvm.kvm.msr import MsrError
+from softkvm.uapi import kvm as uapi
+from tests.kvm.fakes import FakeVcpu, FakeVm
+
+SECOND = 1_000_000_000
+PAGE = 0x1000
+WALL, SYSTEM = uapi.MSR_KVM_WALL_CLOCK_NEW, uapi.MSR_KVM_SYSTEM_TIME_NEW
+
+
+def serve(vcpu: FakeVcpu) -> None:
+    service(vcpu, vcpu.take_requests())
+
+
+def page(vcpu: FakeVcpu) -> tuple[int, int, int, int, int, int]:
+    return struct.unpack("<I4xQQIbB2x", vcpu.vm.memory.read(PAGE, 32))
+
+
+def guest_ns(vcpu: FakeVcpu) -> int:
+    """kvmclock as the guest computes it."""
+    _, timestamp, system_time, multiplier, shift, _ = page(vcpu)
+    return system_time + scale_delta(vcpu.tsc.read() - timestamp, shift, multiplier)
+
+
+@given(st.integers(1_000_000, 10_000_000_000))
+def test_scale_uses_all_bits_of_the_multiplier(hz: int) -> None:
+    shift, multiplier = time_scale(hz)
+    assert 1 << 31 <= multiplier < 1 << 32
+    assert abs(scale_delta(hz << 4, shift, multiplier) - (SECOND << 4)) <= 16
+
+
+@pytest.mark.parametrize("khz", [2_000_000, 1_234_567])
+def test_the_guest_computes_the_vms_time(khz: int) -> None:
+    vm = FakeVm()
+    vm.tsc.set_default_khz(khz)
+    vcpu = FakeVcpu(vm)
+    vm.clock.advance(3 * SECOND)
+    msr.set(vcpu, SYSTEM, PAGE | 1, False)
+    serve(vcpu)
+    vm.clock.advance(10 * SECOND)
+    assert abs(guest_ns(vcpu) - 13 * SECOND) < 100
+    assert abs(vm.kvmclock.now() - 13 * SECOND) < 100
+
+
+def test_version_is_even_after_and_grows() -> None:
+    vcpu = FakeVcpu(FakeVm())
+    msr.set(vcpu, SYSTEM, PAGE | 1, False)
+    versions = []
+    for _ in range(3):
+        vcpu.make_request(request.REQ_CLOCK_UPDATE)
+        serve(vcpu)
+        versions.append(page(vcpu)[0])
+    assert versions == [2, 4, 6]
+
+
+def test_stable_flag_follows_the_master_clock() -> None:
+    vm = FakeVm()
+    first, second = FakeVcpu(vm, 0), FakeVcpu(vm, 1)
+    msr.set(first, SYSTEM, PAGE | 1, False)
+    serve(first)
+    assert page(first)[5] == 0
+    assert vm.kvmclock.get().flags == 0
+    first.make_request(request.REQ_MASTERCLOCK_UPDATE)
+    serve(first)
+    assert page(first)[5] == 1
+    assert second.take_requests() & request.REQ_CLOCK_UPDATE
+    data = vm.kvmclock.get()
+    assert data.flags == uapi.KVM_CLOCK_TSC_STABLE | uapi.KVM_CLOCK_REALTIME | uapi.KVM_CLOCK_HOST_TSC
+    assert data.host_tsc == vm.clock.tsc()
+    assert data.realtime == vm.clock.realtime_ns()
+
+
+def test_an_old_guest_on_the_boot_cpu_has_no_master_clock() -> None:
+    vm = FakeVm()
+    vcpu = FakeVcpu(vm)
+    msr.set(vcpu, uapi.MSR_KVM_SYSTEM_TIME, PAGE | 1, False)
+    serve(vcpu)
+    assert not vm.kvmclock.use_master_clock
+    msr.set(vcpu, SYSTEM, PAGE | 1, False)
+    serve(vcpu)
+    assert vm.kvmclock.use_master_clock
+
+
+def test_paused_flag_stays_until_the_guest_clears_it() -> None:
+    vcpu = FakeVcpu(FakeVm())
+    with pytest.raises(OSError, match=r"\[Errno 22\]"):
+        vcpu.pvclock.set_guest_paused()
+    msr.set(vcpu, SYSTEM, PAGE | 1, False)
+    vcpu.pvclock.set_guest_paused()
+    serve(vcpu)
+    vcpu.make_request(request.REQ_CLOCK_UPDATE)
+    serve(vcpu)
+    assert page(vcpu)[5] & kvmclock.FLAG_GUEST_STOPPED
+    vcpu.vm.memory.data[PAGE + 29] = 0
+    vcpu.make_request(request.REQ_CLOCK_UPDATE)
+    serve(vcpu)
+    assert not page(vcpu)[5] & kvmclock.FLAG_GUEST_STOPPED
+
+
+@pytest.mark.parametrize("index", [SYSTEM, WALL, uapi.MSR_KVM_STEAL_TIME])
+def test_a_page_without_memory_is_left_alone(index: int) -> None:
+    vcpu = FakeVcpu(FakeVm())
+    msr.set(vcpu, index, 1 << 40 | (index != WALL), False)
+    serve(vcpu)
+    assert not any(vcpu.vm.memory.data)
+
+
+def test_disabled_clock_is_not_written() -> None:
+    vcpu = FakeVcpu(FakeVm())
+    msr.set(vcpu, SYSTEM, PAGE, False)
+    serve(vcpu)
+    assert not any(vcpu.vm.memory.data)
+
+
+def test_wall_clock_is_the_time_of_kvmclocks_zero() -> None:
+    vm = FakeVm()
+    vcpu = FakeVcpu(vm)
+    born = vm.clock.realtime_ns()
+    vm.clock.advance(7 * SECOND + 5)
+    msr.set(vcpu, WALL, 0x2000, False)
+    version, seconds, nsec = struct.unpack("<III", vm.memory.read(0x2000, 12))
+    assert version == 2
+    assert seconds * SECOND + nsec == born
+    assert msr.get(vcpu, WALL, False) == 0x2000
+
+
+def test_set_clock() -> None:
+    vm = FakeVm()
+    vcpu = FakeVcpu(vm)
+    vm.kvmclock.set(uapi.ClockData(clock=180 * SECOND))
+    assert vm.kvmclock.get().clock == 180 * SECOND
+    assert vcpu.take_requests() & request.REQ_CLOCK_UPDATE
+    vm.clock.advance(SECOND)
+    assert vm.kvmclock.get().clock == 181 * SECOND
+    with pytest.raises(OSError, match=r"\[Errno 22\]"):
+        vm.kvmclock.set(uapi.ClockData(flags=1))
+
+
+@pytest.mark.parametrize(("ago", "gained"), [(180, 180), (-180, 0)])
+def test_set_clock_with_realtime_never_steps_back(ago: int, gained: int) -> None:
+    vm = FakeVm()
+    FakeVcpu(vm)
+    realtime = vm.clock.realtime_ns() - ago * SECOND
+    vm.kvmclock.set(uapi.ClockData(clock=5 * SECOND, flags=uapi.KVM_CLOCK_REALTIME, realtime=realtime))
+    assert vm.kvmclock.get().clock == (5 + gained) * SECOND
+
+
+def test_system_time_is_not_negative_after_set_clock_to_zero() -> None:
+    vm = FakeVm()
+    vcpu = FakeVcpu(vm)
+    msr.set(vcpu, SYSTEM, PAGE | 1, False)
+    vm.kvmclock.set(uapi.ClockData(clock=0))
+    vm.clock.advance(50)
+    serve(vcpu)
+    assert page(vcpu)[2] < SECOND
+
+
+def test_steal_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    delays = iter([1000, 1500, 1800])
+    monkeypatch.setattr(kvmclock, "run_delay_ns", lambda: next(delays))
+    vcpu = FakeVcpu(FakeVm())
+    with pytest.raises(MsrError):
+        msr.set(vcpu, uapi.MSR_KVM_STEAL_TIME, PAGE | 3, False)
+    msr.set(vcpu, uapi.MSR_KVM_STEAL_TIME, PAGE | 1, False)
+    stolen = []
+    for _ in range(3):
+        vcpu.make_request(request.REQ_STEAL_UPDATE)
+        serve(vcpu)
+        steal, version = struct.unpack("<QI", vcpu.vm.memory.read(PAGE, 12))
+        assert version % 2 == 0
+        stolen.append(steal)
+    assert stolen == [0, 500, 800]

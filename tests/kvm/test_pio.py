@@ -1,0 +1,147 @@
+"""Port I/O: registers and widths, strings in batches (kvm-core reference 1.8, userspace_io_test), devices in the kernel."""
+
+from __future__ import annotations
+
+import pytest
+
+from softkvm.kvm import Vcpu, Vm, events
+from softkvm.uapi import kvm as uapi
+from tests import fake_engine
+from tests.fake_engine import as_bytes
+from tests.kvm.conftest import Script
+from tests.kvm.guest import leave, out_of_guest
+
+RIP = 0x1000
+PORT = 0x3F8
+IN, STRING, REP, ADDRESS32, ADDRESS64, DOWN = 1, 2, 4, 8, 16, 32
+
+
+def io(vcpu: Vcpu, flags: int, size: int = 1, length: int = 1, count: int = 1, gla: int = 0) -> fake_engine.Step:
+    return leave(vcpu, "io", length, io_port=PORT, io_size=size, io_flags=flags, io_count=count, io_gla=gla)
+
+
+@pytest.fixture(autouse=True)
+def at_rip(vcpu: Vcpu) -> None:
+    vcpu.state.rip = RIP
+
+
+@pytest.mark.parametrize(("size", "value"), [(1, 0x44), (2, 0x3344), (4, 0x1122_3344)])
+def test_out_to_user_space(vcpu: Vcpu, play: Script, size: int, value: int) -> None:
+    vcpu.gpr[0] = 0x1122_3344
+    play(io(vcpu, 0, size, 2))
+    vcpu.run()
+    out = vcpu.kvm_run.io
+    assert vcpu.kvm_run.exit_reason == uapi.KVM_EXIT_IO
+    assert (out.direction, out.size, out.port, out.count, out.data_offset) == (1, size, PORT, 1, 4096)
+    assert int.from_bytes(vcpu.mmap_area[4096 : 4096 + size], "little") == value
+    assert vcpu.state.rip == RIP  # stepped over when user space comes back
+    out_of_guest(vcpu, play)
+    assert vcpu.state.rip == RIP + 2
+
+
+@pytest.mark.parametrize(("size", "rax"), [(1, 0xAAAA_AAAA_AAAA_AA04), (2, 0xAAAA_AAAA_AAAA_0304), (4, 0x0102_0304)])
+def test_in_from_user_space_merges_into_rax(vcpu: Vcpu, play: Script, size: int, rax: int) -> None:
+    vcpu.gpr[0] = 0xAAAA_AAAA_AAAA_AAAA
+    play(io(vcpu, IN, size))
+    vcpu.run()
+    vcpu.mmap_area[4096 : 4096 + size] = (0x0102_0304).to_bytes(4, "little")[:size]
+    out_of_guest(vcpu, play)
+    assert (vcpu.gpr[0], vcpu.state.rip) == (rax, RIP + 1)
+
+
+def test_a_reset_by_user_space_is_not_skipped_over(vcpu: Vcpu, play: Script) -> None:
+    play(io(vcpu, 0))
+    vcpu.run()
+    regs = vcpu.get_regs()
+    regs.rip = 0xFFF0
+    vcpu.set_regs(regs)
+    out_of_guest(vcpu, play)
+    assert vcpu.state.rip == 0xFFF0
+
+
+class Latch:
+    """A port that counts up when read, and keeps what is written."""
+
+    def __init__(self) -> None:
+        self.value = 0x40
+        self.written: list[int] = []
+
+    def read(self, address: int, size: int) -> int | None:
+        self.value += 1
+        return self.value
+
+    def write(self, address: int, size: int, value: int) -> bool:
+        self.written.append(value)
+        return True
+
+
+def test_devices_in_the_kernel(vcpu: Vcpu, vm: Vm, ram: object, play: Script) -> None:
+    latch = Latch()
+    vm.pio_bus.register(PORT, 1, latch)
+    vcpu.gpr[0] = 0x55
+    out_of_guest(vcpu, play, io(vcpu, 0), io(vcpu, IN))
+    assert (latch.written, vcpu.gpr[0], vcpu.state.rip) == ([0x55], 0x41, RIP + 2)
+    vcpu.gpr[1], vcpu.gpr[7] = 3, 0x2000
+    out_of_guest(vcpu, play, io(vcpu, IN | STRING | REP | ADDRESS64, count=3, gla=0x2000))
+    assert bytes(as_bytes(ram)[0x2000:0x2003]) == b"\x42\x43\x44"
+    assert (vcpu.gpr[1], vcpu.gpr[7], vcpu.state.rip) == (0, 0x2003, RIP + 3)
+    vcpu.gpr[1], vcpu.gpr[6] = 2, 0x2001
+    out_of_guest(vcpu, play, io(vcpu, STRING | REP | ADDRESS64 | DOWN, count=2, gla=0x2001))
+    assert (latch.written, vcpu.gpr[6]) == ([0x55, 0x43, 0x42], 0x1FFF)
+
+
+def test_rep_ins_comes_in_batches_of_1024_bytes(vcpu: Vcpu, ram: object, play: Script) -> None:
+    flags = IN | STRING | REP | ADDRESS64
+    total, address, exits = 8192, 0x4000, 0
+    vcpu.gpr[1], vcpu.gpr[7] = total, address
+    while vcpu.gpr[1]:
+        play(io(vcpu, flags, count=vcpu.gpr[1], gla=vcpu.gpr[7]))
+        vcpu.run()
+        assert vcpu.kvm_run.io.count == 1024
+        vcpu.mmap_area[4096 : 4096 + 1024] = bytes([exits + 1]) * 1024
+        exits += 1
+        vcpu.kvm_run.immediate_exit = 1
+        with pytest.raises(InterruptedError):
+            vcpu.run()
+        vcpu.kvm_run.immediate_exit = 0
+    assert exits == 8
+    assert bytes(as_bytes(ram)[address : address + total]) == b"".join(bytes([index + 1]) * 1024 for index in range(8))
+    assert vcpu.state.rip == RIP + 1
+
+
+@pytest.mark.parametrize(("wanted", "left_by_user", "stored"), [(2, 1, 1), (3, 8192, 3)])
+def test_user_space_may_rewrite_the_count(vcpu: Vcpu, ram: object, play: Script, wanted: int, left_by_user: int, stored: int) -> None:
+    vcpu.gpr[1], vcpu.gpr[7] = wanted, 0x3000
+    play(io(vcpu, IN | STRING | REP | ADDRESS64, count=wanted, gla=0x3000))
+    vcpu.run()
+    vcpu.mmap_area[4096:4104] = b"\xaa" * 8
+    regs = vcpu.get_regs()
+    regs.rcx = left_by_user
+    vcpu.set_regs(regs)
+    out_of_guest(vcpu, play)
+    assert bytes(as_bytes(ram)[0x3000:0x3008]) == b"\xaa" * stored + bytes(8 - stored)
+    assert vcpu.gpr[7] == 0x3000 + stored
+
+
+def test_element_across_pages_and_16_bit_addresses(vcpu: Vcpu, ram: object, play: Script) -> None:
+    as_bytes(ram)[0x2FFE:0x3002] = b"\x01\x02\x03\x04"
+    vcpu.gpr[6] = 0xABCD_2FFE
+    play(io(vcpu, STRING, 4, gla=0x2FFE))
+    vcpu.run()
+    assert bytes(vcpu.mmap_area[4096:4100]) == b"\x01\x02\x03\x04"
+    out_of_guest(vcpu, play)
+    assert vcpu.gpr[6] == 0xABCD_3002
+
+
+def test_string_to_unmapped_memory_is_a_page_fault(vcpu: Vcpu, ram: object, play: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vcpu, "translate_gva", lambda gva, access: None)
+    vcpu.state.cr0 |= 1
+    out_of_guest(vcpu, play, io(vcpu, IN | STRING | ADDRESS64, 2, gla=0x2FFF))
+    core = fake_engine.Core.cores[-1]
+    assert core.injected == [1 << 31 | 1 << 11 | 3 << 8 | events.PF]
+    assert (vcpu.state.cr2, vcpu.control.event_error, vcpu.state.rip) == (0x2FFF, 2, RIP)
+
+
+def test_rep_with_count_zero_is_stepped_over(vcpu: Vcpu, play: Script) -> None:
+    out_of_guest(vcpu, play, io(vcpu, IN | STRING | REP, 2, length=3, count=0))
+    assert vcpu.state.rip == RIP + 3

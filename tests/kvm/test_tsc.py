@@ -1,0 +1,160 @@
+"""`softkvm.kvm.tsc`: synchronisation of writes, offsets, rates. The cases are the rows of kvm-core 3.2."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from softkvm.kvm import msr, request
+from softkvm.kvm.msr_index import IA32_TSC, IA32_TSC_ADJUST
+from tests.kvm.fakes import FakeVcpu, FakeVm
+
+U64 = (1 << 64) - 1
+SECOND = 1_000_000_000
+
+
+def test_the_first_vcpu_starts_at_zero_and_others_follow_it() -> None:
+    vm = FakeVm()
+    first = FakeVcpu(vm, 0)
+    assert first.tsc.read() == 0
+    assert vm.tsc.current.number == 1
+    vm.clock.advance(5 * SECOND)
+    second = FakeVcpu(vm, 1)
+    assert second.tsc.offset == first.tsc.offset
+    assert second.tsc.read() == 5 * SECOND * 2
+    assert vm.tsc.vcpus_matched == 1
+    assert vm.tsc.current.number == 1
+
+
+def test_host_writes_within_a_second_give_the_current_offset_whatever_the_value() -> None:
+    vm = FakeVm()
+    first, second = FakeVcpu(vm, 0), FakeVcpu(vm, 1)
+    msr.set(first, IA32_TSC, 1 << 40, True)
+    assert vm.tsc.current.number == 2
+    vm.clock.advance(1_000_000)
+    msr.set(second, IA32_TSC, (1 << 40) + 12345, True)
+    assert second.tsc.offset == first.tsc.offset
+    assert vm.tsc.vcpus_matched == 1
+
+
+def test_a_write_further_away_begins_a_generation() -> None:
+    vm = FakeVm()
+    vcpu = FakeVcpu(vm)
+    vm.clock.advance(SECOND)
+    hertz = vcpu.tsc.khz * 1000
+    msr.set(vcpu, IA32_TSC, vcpu.tsc.read() + hertz, True)  # exactly one second is too much
+    assert vm.tsc.current.number == 2
+    expected = vcpu.tsc.read()
+    msr.set(vcpu, IA32_TSC, vcpu.tsc.read() + hertz - 1, True)
+    assert vm.tsc.current.number == 2
+    assert vcpu.tsc.read() == expected
+
+
+def test_a_matched_write_of_the_same_vcpu_is_counted_once() -> None:
+    vm = FakeVm()
+    first, second = FakeVcpu(vm, 0), FakeVcpu(vm, 1)
+    msr.set(first, IA32_TSC, 1 << 40, True)
+    for _ in range(3):
+        msr.set(first, IA32_TSC, 1 << 40, True)
+    assert vm.tsc.vcpus_matched == 0
+    msr.set(second, IA32_TSC, 1 << 40, True)
+    msr.set(second, IA32_TSC, 1 << 40, True)
+    assert vm.tsc.vcpus_matched == 1
+
+
+def test_another_rate_does_not_match() -> None:
+    vm = FakeVm()
+    first, second = FakeVcpu(vm, 0), FakeVcpu(vm, 1)
+    second.tsc.set_khz(1_000_000)
+    msr.set(first, IA32_TSC, 1 << 40, True)
+    msr.set(second, IA32_TSC, 1 << 40, True)
+    assert vm.tsc.current.number == 3
+
+
+def test_a_matched_generation_asks_for_the_master_clock() -> None:
+    vm = FakeVm()
+    first, second = FakeVcpu(vm, 0), FakeVcpu(vm, 1)
+    msr.set(first, IA32_TSC, 1 << 40, True)
+    assert not first.take_requests() & request.REQ_MASTERCLOCK_UPDATE
+    msr.set(second, IA32_TSC, 1 << 40, True)
+    assert second.take_requests() & request.REQ_MASTERCLOCK_UPDATE
+
+
+def test_guest_writes_move_tsc_and_adjust_together() -> None:
+    vm = FakeVm()
+    vcpu = FakeVcpu(vm)
+    vm.clock.advance(SECOND)
+    before = vcpu.tsc.read()
+    msr.set(vcpu, IA32_TSC, before - (1 << 32) & U64, False)
+    assert msr.get(vcpu, IA32_TSC_ADJUST, False) == -(1 << 32) & U64
+    assert vcpu.tsc.read() == before - (1 << 32) & U64
+    assert vm.tsc.current.number == 1
+
+
+def test_guest_adjust_moves_the_tsc_and_host_adjust_does_not() -> None:
+    vm = FakeVm()
+    vcpu = FakeVcpu(vm)
+    vm.clock.advance(SECOND)
+    before = vcpu.tsc.read()
+    msr.set(vcpu, IA32_TSC_ADJUST, 1000, False)
+    assert vcpu.tsc.read() == before + 1000
+    msr.set(vcpu, IA32_TSC_ADJUST, 5000, True)
+    assert vcpu.tsc.read() == before + 1000
+    assert msr.get(vcpu, IA32_TSC_ADJUST, True) == 5000
+    msr.set(vcpu, IA32_TSC_ADJUST, 4000, False)
+    assert vcpu.tsc.read() == before
+
+
+def test_offset_attribute() -> None:
+    vm = FakeVm()
+    first, second = FakeVcpu(vm, 0), FakeVcpu(vm, 1)
+    first.tsc.set_offset(1 << 48)
+    assert first.tsc.offset == first.control.tsc_offset == 1 << 48
+    assert first.tsc.read() == vm.clock.tsc() + (1 << 48)
+    assert vm.tsc.vcpus_matched == 0
+    second.tsc.set_offset(1 << 48)
+    assert vm.tsc.vcpus_matched == 1
+    assert second.take_requests() & request.REQ_MASTERCLOCK_UPDATE
+
+
+@pytest.mark.parametrize(("vendor", "precision"), [("intel", 48), ("amd", 32)])
+def test_scaling(vendor: str, precision: int) -> None:
+    vm = FakeVm(vendor)
+    vcpu = FakeVcpu(vm)
+    vcpu.tsc.set_khz(3_000_000)
+    assert vcpu.control.tsc_multiplier == (3 << precision) // 2 << 48 - precision
+    assert vcpu.tsc.scale(1000) == 1500
+    vcpu.tsc.set_khz(2_000_499)  # within 250 ppm: not worth it
+    assert vcpu.control.tsc_multiplier == 1 << 48
+    assert vcpu.tsc.khz == 2_000_499
+    vcpu.tsc.set_khz(0)
+    assert vcpu.tsc.khz == 2_000_000
+    for khz in (1 << 31, -1):
+        with pytest.raises(OSError, match=r"\[Errno 22\]"):
+            vcpu.tsc.set_khz(khz)
+
+
+def test_the_vms_rate_is_for_new_vcpus() -> None:
+    vm = FakeVm()
+    first = FakeVcpu(vm, 0)
+    vm.tsc.set_default_khz(1_000_000)
+    assert (first.tsc.khz, FakeVcpu(vm, 1).tsc.khz) == (2_000_000, 1_000_000)
+    vm.tsc.set_default_khz(0)
+    assert vm.tsc.default_khz == 2_000_000
+
+
+@given(khz=st.integers(100_000, 8_000_000), ahead=st.integers(1, 1 << 40))
+def test_waiting_for_a_tsc_value_is_neither_early_nor_late(khz: int, ahead: int) -> None:
+    vm = FakeVm()
+    vcpu = FakeVcpu(vm)
+    vcpu.tsc.set_khz(khz)
+    vcpu.tsc.set_offset(0)
+    deadline = vcpu.tsc.read() + ahead
+    expiry = vcpu.tsc.expiry_of(deadline)
+    assert expiry is not None
+    vm.clock.advance(expiry - vm.clock.monotonic_ns() - 1)
+    assert vcpu.tsc.read() < deadline
+    vm.clock.advance(1)
+    assert vcpu.tsc.read() >= deadline
+    assert vcpu.tsc.expiry_of(deadline) is None
