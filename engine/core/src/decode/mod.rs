@@ -5,6 +5,7 @@
 
 pub mod block;
 pub mod cache;
+pub mod liveness;
 
 use iced_x86::{Instruction, OpKind, Register};
 
