@@ -1,11 +1,12 @@
 //! Blocks: straight lines of micro-ops with one entry.
 
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction};
+use iced_x86::{Decoder, FlowControl, Instruction};
 
-use super::{lower, MAX_LENGTH};
+use super::{feature, lower, MAX_LENGTH};
 use crate::cpu::{CodeSize, Cpu};
 use crate::exec;
 use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
+use crate::model::Model;
 use crate::uop::{Exec, Handler, Uop};
 
 /// Most instructions of a block.
@@ -53,7 +54,7 @@ pub fn decode(cpu: &mut Cpu) -> Exec<Block> {
     let mut block =
         Block { key: Key { host: host as u64, size }, uops: Box::default(), instructions: 0, length: 0, second_page: None, valid: true };
     let mut uops = Vec::with_capacity(16);
-    decode_page(&bytes[..available], size, &mut uops, &mut block);
+    decode_page(&bytes[..available], &cpu.model, &mut uops, &mut block);
     if uops.is_empty() {
         return crossing(cpu, la, &bytes[..available], block);
     }
@@ -68,25 +69,26 @@ fn code_address(cpu: &mut Cpu, rip: u64) -> Exec<u64> {
     cpu.segment_address(seg::CS, rip, 1, AccessKind::Fetch)
 }
 
-fn decoder(bytes: &[u8], size: CodeSize) -> Decoder<'_> {
+fn decoder<'a>(bytes: &'a [u8], size: CodeSize, model: &Model) -> Decoder<'a> {
     let bits = match size {
         CodeSize::Bits16 => 16,
         CodeSize::Bits32 => 32,
         CodeSize::Bits64 => 64,
     };
-    Decoder::with_ip(bits, bytes, 0, DecoderOptions::NONE)
+    Decoder::with_ip(bits, bytes, 0, feature::options(model))
 }
 
 /// Decodes instructions that lie wholly in `bytes`, up to one that ends the block.
-fn decode_page(bytes: &[u8], size: CodeSize, uops: &mut Vec<Uop>, block: &mut Block) {
-    let mut decoder = decoder(bytes, size);
+fn decode_page(bytes: &[u8], model: &Model, uops: &mut Vec<Uop>, block: &mut Block) {
+    let size = block.key.size;
+    let mut decoder = decoder(bytes, size, model);
     let mut insn = Instruction::default();
     while uops.len() < MAX_INSTRUCTIONS {
         decoder.decode_out(&mut insn);
         if insn.is_invalid() && truncated(&decoder, bytes.len() - block.length as usize) {
             break;
         }
-        uops.push(lower(&insn, size));
+        uops.push(lower(&insn, size, model));
         block.instructions += 1;
         block.length += insn.len() as u32;
         if ends_block(&insn) || block.length as usize == bytes.len() {
@@ -113,11 +115,11 @@ fn crossing(cpu: &mut Cpu, la: u64, head: &[u8], mut block: Block) -> Exec<Block
     bytes[..head.len()].copy_from_slice(head);
     // SAFETY: `host` is the start of a translated page.
     unsafe { host.copy_to_nonoverlapping(bytes[head.len()..].as_mut_ptr(), MAX_LENGTH - head.len()) };
-    let insn = decoder(&bytes, block.key.size).decode();
+    let insn = decoder(&bytes, block.key.size, &cpu.model).decode();
     block.instructions = 1;
     block.length = insn.len() as u32;
     block.second_page = Some(host as u64);
-    block.uops = [lower(&insn, block.key.size), fall_through(block.length)].into();
+    block.uops = [lower(&insn, block.key.size, &cpu.model), fall_through(block.length)].into();
     Ok(block)
 }
 
