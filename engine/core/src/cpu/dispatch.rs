@@ -1,7 +1,7 @@
 //! The dispatcher: runs blocks one after another, and between them everything that happens at instruction boundaries.
 
 use super::clock::host_tsc;
-use super::signal::attention;
+use super::signal::{attention, EVERYWHERE};
 use super::{pending, Cpu};
 use crate::decode::block::{self, Block};
 use crate::fault::{vector, Fault};
@@ -49,9 +49,7 @@ impl Cpu {
         }
         if signals & attention::CODE != 0 {
             self.signal.take(attention::CODE);
-            for (host, bytes) in self.signal.take_written() {
-                self.code.invalidate(host, bytes);
-            }
+            self.drop_written_code();
         }
         if self.budget <= 0 {
             self.renew_budget();
@@ -72,6 +70,17 @@ impl Cpu {
         }
         let alone = self.pending & (pending::SHADOW | pending::STEP | pending::EMULATE) != 0;
         Ok(self.check_instruction_budget()? || alone)
+    }
+
+    /// Forgets the code that was made from what somebody else has written.
+    fn drop_written_code(&mut self) {
+        let written = self.signal.take_written();
+        if written.contains(&EVERYWHERE) {
+            return self.code.clear();
+        }
+        for (host, bytes) in written {
+            self.code.invalidate(host, bytes);
+        }
     }
 
     /// Exits when the hypervisor's instruction budget is used up; tells whether less than a block is left of it.
