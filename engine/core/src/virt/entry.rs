@@ -93,9 +93,9 @@ impl Core {
     fn attach(&mut self, npt: &Arc<NestedPageTable>) {
         let cpu = &mut *self.cpu;
         if !Arc::ptr_eq(&cpu.npt, npt) {
+            cpu.code.clear(&cpu.npt.code);
             cpu.npt = npt.clone();
             npt.attach(&cpu.signal);
-            cpu.code.clear();
             cpu.nested_generation = 0;
         }
         cpu.signal.set_running(true);
@@ -105,6 +105,7 @@ impl Core {
             cpu.nested_generation = generation;
         }
         cpu.signal.set_nested_seen(generation);
+        cpu.shoot_down();
     }
 
     fn load(&mut self) {
@@ -187,6 +188,13 @@ impl Core {
             ("tlb_flushes", cpu.tlb.flushes),
             ("page_walks", cpu.walks),
         ]
+    }
+}
+
+impl Drop for Core {
+    fn drop(&mut self) {
+        let cpu = &mut *self.cpu;
+        cpu.code.clear(&cpu.npt.code);
     }
 }
 
