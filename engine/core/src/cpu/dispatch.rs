@@ -1,7 +1,7 @@
 //! The dispatcher: runs blocks one after another, and between them everything that happens at instruction boundaries.
 
 use super::clock::host_tsc;
-use super::signal::{attention, EVERYWHERE};
+use super::signal::attention;
 use super::{pending, Cpu};
 use crate::decode::block::{self, Block};
 use crate::fault::{vector, Fault};
@@ -43,13 +43,8 @@ impl Cpu {
     #[inline(never)]
     fn boundary(&mut self) -> Exec<bool> {
         let signals = self.signal.pending();
-        if signals & attention::NESTED != 0 {
-            self.signal.take(attention::NESTED);
-            self.flush_nested();
-        }
-        if signals & attention::CODE != 0 {
-            self.signal.take(attention::CODE);
-            self.drop_written_code();
+        if signals & attention::SHOOT_DOWN != 0 {
+            self.shoot_down();
         }
         if self.budget <= 0 {
             self.renew_budget();
@@ -70,17 +65,6 @@ impl Cpu {
         }
         let alone = self.pending & (pending::SHADOW | pending::STEP | pending::EMULATE) != 0;
         Ok(self.check_instruction_budget()? || alone)
-    }
-
-    /// Forgets the code that was made from what somebody else has written.
-    fn drop_written_code(&mut self) {
-        let written = self.signal.take_written();
-        if written.contains(&EVERYWHERE) {
-            return self.code.clear();
-        }
-        for (host, bytes) in written {
-            self.code.invalidate(host, bytes);
-        }
     }
 
     /// Exits when the hypervisor's instruction budget is used up; tells whether less than a block is left of it.
@@ -132,16 +116,16 @@ impl Cpu {
         Ok(())
     }
 
-    /// A halted CPU whose hypervisor does not intercept HLT sleeps until something happens.
+    /// A halted CPU whose hypervisor does not intercept HLT sleeps until an interrupt of the host.
     fn wait_halted(&mut self) -> Exec {
-        while self.signal.pending() == 0 {
+        loop {
+            self.shoot_down();
+            if self.signal.take(attention::KICK) != 0 {
+                return Err(self.exit_external_interrupt());
+            }
             self.check_clocks()?;
             std::thread::sleep(std::time::Duration::from_micros(50));
         }
-        if self.signal.take(attention::KICK) != 0 {
-            return Err(self.exit_external_interrupt());
-        }
-        Ok(())
     }
 
     /// Delivers the debug exceptions that the last instruction left behind. A MOV SS shadow holds them back (SDM vol. 3, 6.8.3).
@@ -153,15 +137,6 @@ impl Cpu {
         let payload = std::mem::take(&mut self.state.pending_debug) & (DEBUG_BREAKPOINTS | DEBUG_STEP);
         self.fault = Fault { vector: vector::DB, error: None, payload };
         self.deliver_fault()
-    }
-
-    /// Drops what depends on the nested page table, and tells whoever changed it.
-    pub fn flush_nested(&mut self) {
-        let generation = self.npt.generation();
-        self.tlb.flush();
-        self.refresh_table();
-        self.nested_generation = generation;
-        self.signal.set_nested_seen(generation);
     }
 
     // ---- blocks ---------------------------------------------------------------------------------------------------------------------
@@ -182,28 +157,18 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     fn find_block(&mut self, rip: u64) -> Exec<*mut Block> {
-        self.code.collect();
+        self.code.collect(&self.npt.code);
         let la = self.segment_address(crate::state::seg::CS, rip, 1, crate::paging::AccessKind::Fetch)?;
         let host = self.fetch_address(la)? as u64;
         let block = match self.code.find(host, self.code_size) {
             Some(block) if self.second_page_matches(block, la)? => block,
             _ => {
                 let block = block::decode(self)?;
-                self.adopt(block)
+                self.code.insert(block)
             }
         };
         self.code.remember(rip, self.jump_context, block);
         Ok(block)
-    }
-
-    fn adopt(&mut self, block: Block) -> *mut Block {
-        let pages = [Some(block.key.host), block.second_page];
-        for page in pages.into_iter().flatten() {
-            if !self.code.holds_code(page) {
-                self.tlb.protect_host_page(page & !PAGE_OFFSET);
-            }
-        }
-        self.code.insert(block)
     }
 
     /// Whether the tail of a block that crosses a page is where it was when the block was made.

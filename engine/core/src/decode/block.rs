@@ -70,6 +70,7 @@ pub fn decode(cpu: &mut Cpu) -> Exec<Block> {
     let rip = cpu.rip();
     let la = code_address(cpu, rip)?;
     let host = cpu.fetch_address(la)?;
+    cpu.claim_code(host as u64);
     let size = cpu.code_size;
     let left = (PAGE_SIZE - (la & PAGE_OFFSET)) as usize;
     // Guest RAM may change while we read it, so decode from a copy.
@@ -133,6 +134,7 @@ fn crossing(cpu: &mut Cpu, la: u64, head: &[u8], mut block: Block) -> Exec<Block
     let next = code_address(cpu, cpu.rip_at(head.len() as u64))?;
     debug_assert_eq!(la.wrapping_add(head.len() as u64) & PAGE_OFFSET, 0);
     let host = cpu.fetch_address(next)?;
+    cpu.claim_code(host as u64);
     let mut bytes = [0u8; MAX_LENGTH];
     bytes[..head.len()].copy_from_slice(head);
     // SAFETY: `host` is the start of a translated page.
