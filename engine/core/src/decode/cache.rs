@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
-use super::block::{Block, Key};
+use super::block::{Block, Key, Link};
 use crate::cpu::CodeSize;
 use crate::exec;
 use crate::memory::PAGE_OFFSET;
@@ -188,8 +188,12 @@ impl CodeCache {
         }
     }
 
+    /// Forgets every way to a block that does not go through `by_key`.
     fn forget_jumps(&mut self) {
         self.jumps.fill(NO_JUMP);
+        for block in self.blocks.iter_mut().flatten().chain(&mut self.dead) {
+            block.links = [Link::NONE; 2];
+        }
     }
 
     /// Takes a block out of every index but page `except`, which the caller keeps itself, and stops it where it runs.
