@@ -19,7 +19,7 @@ COMMANDS = (
     "poweroff -f",
 )
 TERMINAL = "TERM=vt100 SOFTKVM_ROWS=50 SOFTKVM_COLUMNS=132"  # what makes the guest's /init offer a shell that echoes
-HEAD, TAIL = 14, 22  # lines of the kernel's log that are shown
+HEAD, TAIL = 14, 12  # lines of the kernel's log that are shown
 
 
 def boot() -> list[str]:

@@ -16,4 +16,5 @@ sleep 0.3
 section later; cut -d' ' -f1 /proc/uptime
 section arithmetic; echo 'scale=20; 4*a(1)' | bc -l
 section checksum; head -c 1000000 /dev/zero | sha256sum
+section warnings; dmesg -r | grep "^<[0-4]>"  # KERN_WARNING and worse
 section dmesg; dmesg

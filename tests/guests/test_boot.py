@@ -138,6 +138,10 @@ def test_kernel_has_no_complaint(facts: Facts) -> None:
     assert [line for line in facts["dmesg"].splitlines() if COMPLAINT.search(line)] == []
 
 
+def test_kernel_log_has_nothing_at_warning_level(facts: Facts) -> None:
+    assert facts["warnings"] == ""
+
+
 def test_shell_on_the_console_and_power_off(vm_factory: VmFactory, cpu: str) -> None:
     vm = vm_factory(cpu=cpu)
     assert vm.run(until="# ", timeout=100).reason is StopReason.UNTIL

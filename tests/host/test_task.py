@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 from softkvm.host import task
 from softkvm.host.task import TIF_NOTIFY_RESUME, TIF_SIGPENDING, Task
@@ -22,9 +23,10 @@ def test_clearing_tells_whether_the_flag_was_set() -> None:
 
 
 def test_works_run_in_order_and_once() -> None:
-    mine, done = Task(), []
+    mine = Task()
+    done: list[int] = []
     for number in range(3):
-        mine.add_work(lambda number=number: done.append(number))
+        mine.add_work(partial(done.append, number))
     assert mine.flags == TIF_NOTIFY_RESUME
     mine.run_works()
     mine.run_works()

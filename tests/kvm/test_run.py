@@ -138,7 +138,7 @@ def test_sync_regs_go_in_and_out(vcpu: Vcpu, play: Script) -> None:
     shared.kvm_valid_regs = shared.kvm_dirty_regs = uapi.KVM_SYNC_X86_REGS
     shared.regs.regs.rbx, shared.regs.regs.rip = 7, RIP
 
-    def guest(view: control.ControlBlock) -> int:
+    def guest(view: control.ControlBlock) -> int | None:
         assert (view.state.gpr[3], view.state.rip) == (7, RIP)
         view.state.gpr[3] = 8
         return exits_with(REASONS[vcpu.model.vendor]["interrupt"])(view)
@@ -180,7 +180,7 @@ def test_timers_arm_the_core_and_run_on_its_interrupt(vcpu: Vcpu, clock: Virtual
 
     out_of_guest(vcpu, play, until_timer)
     assert fired == [expiry]
-    assert fake_engine.Core.cores[-1].timer == 0  # off the core, no timer
+    assert fake_engine.Core.cores[-1].timer == 0  # no timer is left, none is armed
 
 
 def test_request_interrupt_window(bare_vcpu: Vcpu, play: Script) -> None:

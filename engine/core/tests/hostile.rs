@@ -118,7 +118,7 @@ fn guest_state(random: &mut Random) -> State {
 
 /// Identity maps the first 2 MB in 4 KB pages at a place of the RAM, so that most long-mode cases execute something.
 fn identity_tables(ram: &Region, state: &State) {
-    let root = state.cr3 as usize % (RAM - 0x10000) & !0xfff;
+    let root = (state.cr3 as usize % (RAM - 0x10000)) & !0xfff;
     let write = |at: usize, value: u64| {
         // SAFETY: `root` leaves room for four tables in the region.
         unsafe { ram.start().add(at).cast::<u64>().write(value) }
@@ -156,7 +156,7 @@ fn run_case(seed: u64) {
     block.control.tsc_multiplier = 1 << 48;
     for _ in 0..EXITS {
         block.control.instruction_budget = INSTRUCTIONS;
-        block.control.emulate = random.chance(3).into();
+        block.control.emulate = random.below(3) as u32;
         if random.chance(3) {
             block.control.event = random.next() as u32 | 1 << 31;
             block.control.event_error = random.next() as u32;

@@ -234,3 +234,17 @@ fn bit_strings_fault_where_the_bit_is() {
     assert_eq!(machine.run(&[0x48, 0x0f, 0xab, 0x0e], 1), Err(Stop::Fault));
     assert_eq!((machine.vector(), machine.cpu.fault.payload), (vector::PF, DATA + 0x1008));
 }
+
+#[test]
+fn a_model_without_the_feature_does_not_know_the_instruction() {
+    let without = ["bmi1", "bmi2", "abm", "popcnt"].map(|name| (name.to_owned(), false));
+    let mut machine = Machine::new();
+    machine.cpu.model = std::sync::Arc::new(softkvm_engine::model::Model::new("cascadelake", &without).expect("optional features"));
+    for code in [&[0xc4u8, 0xe2, 0x60, 0xf2, 0xc7] as &[u8], &[0xc4, 0xe3, 0x7b, 0xf0, 0xc7, 1], &[0xf3, 0x0f, 0xb8, 0xc3]] {
+        assert_eq!(machine.run(code, 1), Err(Stop::Fault), "{code:x?}");
+        assert_eq!(machine.vector(), vector::UD);
+    }
+    machine.cpu.set_gpr(gpr::RBX, 0x50);
+    machine.run(&[0xf3, 0x0f, 0xbd, 0xc3], 1).unwrap(); // lzcnt eax, ebx, which is bsr
+    assert_eq!(machine.cpu.gpr(gpr::RAX), 6);
+}

@@ -315,7 +315,6 @@ fn immediates() {
 #[test]
 fn shifts_by_immediates() {
     let mut bench = Bench::new(4);
-    // ModRM with the operation in its reg field is the last opcode byte here, so only one register is tested.
     for opcode in [0x71u8, 0x72, 0x73] {
         for operation in [2u8, 3, 4, 6, 7] {
             for prefix in [PS, PD] {
@@ -424,4 +423,26 @@ fn misaligned_operands() {
     assert_eq!(exception(&[0x66, 0x0f, 0xfc, 0x04, 0x25, 1, 0, 0x10, 0], 0x1f80).0, 13);
     assert_eq!(exception(&[0x0f, 0x28, 0x04, 0x25, 8, 0, 0x10, 0], 0x1f80).0, 13);
     assert!(common::Machine::new().run(&[0x0f, 0x10, 0x04, 0x25, 1, 0, 0x10, 0], 1).is_ok());
+}
+
+#[test]
+fn strings() {
+    let mut bench = Bench::new(8);
+    for opcode in [&[0x3a, 0x60], &[0x3a, 0x61], &[0x3a, 0x62], &[0x3a, 0x63]] {
+        for rex_w in [false, true] {
+            bench.check(&Form { immediate: true, rex_w, ..form(PD, opcode) }, 600);
+        }
+    }
+}
+
+#[test]
+fn cryptography() {
+    let mut bench = Bench::new(9);
+    bench.all(&prefixed(&[PD], &[&[0x38, 0xdb], &[0x38, 0xdc], &[0x38, 0xdd], &[0x38, 0xde], &[0x38, 0xdf]]));
+    bench.all(&prefixed(&[PS], &[&[0x38, 0xc8], &[0x38, 0xc9], &[0x38, 0xca], &[0x38, 0xcb], &[0x38, 0xcc], &[0x38, 0xcd]]));
+    for (prefix, opcode) in [(PD, &[0x3a, 0xdf]), (PD, &[0x3a, 0x44]), (PS, &[0x3a, 0xcc])] {
+        bench.check(&Form { immediate: true, ..form(prefix, opcode) }, 100);
+    }
+    bench.all(&prefixed(&[SD, &[0x66, 0xf2]], &[&[0x38, 0xf0], &[0x38, 0xf1]]));
+    bench.check(&Form { rex_w: true, ..form(SD, &[0x38, 0xf1]) }, 60);
 }

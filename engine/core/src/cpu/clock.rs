@@ -80,7 +80,7 @@ impl Clock {
         if self.multiplier == UNITY || self.multiplier == 0 {
             return tsc;
         }
-        (u128::from(tsc) * u128::from(self.multiplier) >> 48) as u64
+        ((u128::from(tsc) * u128::from(self.multiplier)) >> 48) as u64
     }
 
     /// Host TSC at which the guest's TSC reaches `deadline`.

@@ -3,14 +3,14 @@
 use core::ptr;
 
 use super::clock::host_tsc;
-use super::signal::attention;
+use super::signal::{attention, EVERYWHERE};
 use super::{pending, Cpu};
 use crate::decode::block::{self, Block};
 use crate::fault::{vector, Fault};
 use crate::memory::PAGE_OFFSET;
 use crate::state::{interruptibility, rflags};
 use crate::uop::{slot, Exec, Stop, Uop};
-use crate::virt::control::intercept;
+use crate::virt::control::{emulate, intercept};
 use crate::virt::exits::code;
 
 /// Instructions between two looks at the clock: some tens of microseconds.
@@ -60,9 +60,7 @@ impl Cpu {
         }
         if signals & attention::CODE != 0 {
             self.signal.take(attention::CODE);
-            for (host, bytes) in self.signal.take_written() {
-                self.code.invalidate(host, bytes);
-            }
+            self.drop_written_code();
         }
         if self.budget <= 0 {
             self.renew_budget();
@@ -75,7 +73,7 @@ impl Cpu {
         if self.pending & pending::DEBUG != 0 {
             self.take_debug_trap()?;
         }
-        if self.pending & pending::WINDOW != 0 {
+        if self.pending & (pending::WINDOW | pending::EMULATE) == pending::WINDOW {
             self.check_windows()?;
         }
         if self.pending & pending::HALTED != 0 {
@@ -83,6 +81,17 @@ impl Cpu {
         }
         let alone = self.pending & (pending::SHADOW | pending::STEP | pending::EMULATE) != 0;
         Ok(self.check_instruction_budget()? || alone)
+    }
+
+    /// Forgets the code that was made from what somebody else has written.
+    fn drop_written_code(&mut self) {
+        let written = self.signal.take_written();
+        if written.contains(&EVERYWHERE) {
+            return self.code.clear();
+        }
+        for (host, bytes) in written {
+            self.code.invalidate(host, bytes);
+        }
     }
 
     /// Exits when the hypervisor's instruction budget is used up; tells whether less than a block is left of it.
@@ -343,12 +352,23 @@ impl Cpu {
         }
         self.software_interrupt = false;
         if self.pending & pending::EMULATE != 0 {
-            return Err(self.exit(code::EMULATED, 0));
+            self.end_emulation()?;
         }
         if self.control.intercepts(intercept::MONITOR_TRAP) {
             return Err(self.exit(code::MONITOR_TRAP, 0));
         }
         Ok(())
+    }
+
+    /// The emulated instruction is done: back to the hypervisor, or on without it.
+    #[cold]
+    fn end_emulation(&mut self) -> Exec {
+        self.pending &= !pending::EMULATE;
+        self.accesses.clear();
+        if std::mem::take(&mut self.control.emulate) == emulate::FIRST {
+            return Ok(());
+        }
+        Err(self.exit(code::EMULATED, 0))
     }
 
     /// Runs exactly the first instruction of a block and moves RIP.

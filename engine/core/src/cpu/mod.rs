@@ -16,7 +16,6 @@ use crate::decode::cache::CodeCache;
 use crate::fault::{vector, Fault};
 use crate::flags::Flags;
 use crate::memory::nested::NestedPageTable;
-use crate::model::features::Feature;
 use crate::model::Model;
 use crate::paging::tlb::{self, Tlb};
 use crate::paging::walk::Context;
@@ -352,24 +351,6 @@ impl Cpu {
     pub fn require_cpl0(&mut self) -> Exec {
         if self.cpl != 0 {
             return Err(self.general_protection());
-        }
-        Ok(())
-    }
-
-    /// #UD unless the model has `feature`.
-    #[inline(always)]
-    pub fn require(&mut self, feature: Feature) -> Exec {
-        if !self.model.has(feature) {
-            return Err(self.undefined());
-        }
-        Ok(())
-    }
-
-    /// #UD unless the model has `feature` and the mode knows VEX prefixes (SDM vol. 2, 2.8).
-    #[inline(always)]
-    pub fn require_vex(&mut self, feature: Feature) -> Exec {
-        if !self.model.has(feature) || !self.long_mode() && !self.protected() {
-            return Err(self.undefined());
         }
         Ok(())
     }

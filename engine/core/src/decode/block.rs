@@ -1,12 +1,13 @@
 //! Blocks: straight lines of micro-ops with one entry.
 
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction};
+use iced_x86::{Decoder, FlowControl, Instruction};
 
 use super::liveness::dead_flags;
-use super::{lower, MAX_LENGTH};
+use super::{feature, lower, MAX_LENGTH};
 use crate::cpu::{CodeSize, Cpu};
 use crate::exec;
 use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
+use crate::model::Model;
 use crate::uop::{Exec, Handler, Uop};
 
 /// Most instructions of a block.
@@ -72,9 +73,9 @@ impl Block {
     }
 
     /// Makes the block one of `instructions`, with fast handlers where there are some.
-    fn fill(&mut self, instructions: &[Instruction]) {
+    fn fill(&mut self, instructions: &[Instruction], model: &Model) {
         let dead = dead_flags(instructions);
-        let mut uops: Vec<Uop> = instructions.iter().map(|insn| lower(insn, self.key.size)).collect();
+        let mut uops: Vec<Uop> = instructions.iter().map(|insn| lower(insn, self.key.size, model)).collect();
         self.reference = uops.iter().map(|uop| uop.run).collect();
         for ((uop, insn), dead) in uops.iter_mut().zip(instructions).zip(dead) {
             uop.run = exec::fast::handler(insn, uop, dead).unwrap_or(uop.run);
@@ -118,11 +119,11 @@ pub fn decode(cpu: &mut Cpu) -> Exec<Block> {
     // SAFETY: `host` is a translated page and `available` does not reach beyond it.
     unsafe { host.copy_to_nonoverlapping(bytes.as_mut_ptr(), available) };
     let mut block = Block::new(host as u64, size);
-    let instructions = decode_page(&bytes[..available], size);
+    let instructions = decode_page(&bytes[..available], size, &cpu.model);
     if instructions.is_empty() {
         return crossing(cpu, la, &bytes[..available], block);
     }
-    block.fill(&instructions);
+    block.fill(&instructions, &cpu.model);
     Ok(block)
 }
 
@@ -132,18 +133,18 @@ fn code_address(cpu: &mut Cpu, rip: u64) -> Exec<u64> {
     cpu.segment_address(seg::CS, rip, 1, AccessKind::Fetch)
 }
 
-fn decoder(bytes: &[u8], size: CodeSize) -> Decoder<'_> {
+fn decoder<'a>(bytes: &'a [u8], size: CodeSize, model: &Model) -> Decoder<'a> {
     let bits = match size {
         CodeSize::Bits16 => 16,
         CodeSize::Bits32 => 32,
         CodeSize::Bits64 => 64,
     };
-    Decoder::with_ip(bits, bytes, 0, DecoderOptions::NONE)
+    Decoder::with_ip(bits, bytes, 0, feature::options(model))
 }
 
 /// Decodes instructions that lie wholly in `bytes`, up to one that ends the block.
-fn decode_page(bytes: &[u8], size: CodeSize) -> Vec<Instruction> {
-    let mut decoder = decoder(bytes, size);
+fn decode_page(bytes: &[u8], size: CodeSize, model: &Model) -> Vec<Instruction> {
+    let mut decoder = decoder(bytes, size, model);
     let mut instructions = Vec::with_capacity(16);
     while instructions.len() < MAX_INSTRUCTIONS && decoder.can_decode() {
         let left = bytes.len() - decoder.position();
@@ -177,8 +178,8 @@ fn crossing(cpu: &mut Cpu, la: u64, head: &[u8], mut block: Block) -> Exec<Block
     bytes[..head.len()].copy_from_slice(head);
     // SAFETY: `host` is the start of a translated page.
     unsafe { host.copy_to_nonoverlapping(bytes[head.len()..].as_mut_ptr(), MAX_LENGTH - head.len()) };
-    let insn = decoder(&bytes, block.key.size).decode();
-    block.fill(&[insn]);
+    let insn = decoder(&bytes, block.key.size, &cpu.model).decode();
+    block.fill(&[insn], &cpu.model);
     block.second_page = Some(host as u64);
     Ok(block)
 }

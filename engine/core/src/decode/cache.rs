@@ -67,6 +67,7 @@ pub struct CodeCache {
     blocks: Vec<Option<Box<Block>>>,
     free: Vec<BlockId>,
     /// Blocks that died while they may have been running; freed at the next dispatch that needs a slot.
+    #[expect(clippy::vec_box, reason = "whoever runs a block points to it, so it must not move")]
     dead: Vec<Box<Block>>,
     by_key: AddressMap<Key, BlockId>,
     pages: AddressMap<u64, CodePage>,

@@ -8,7 +8,6 @@ use iced_x86::{Instruction, Mnemonic};
 use super::select::{condition, holds, in_memory, is_immediate, width};
 use crate::cpu::{CodeSize, Cpu};
 use crate::flags::Flags;
-use crate::model::features::Feature;
 use crate::state::rflags;
 use crate::uop::{Exec, Handler, Uop};
 use crate::word::Word;
@@ -274,13 +273,11 @@ fn add_chained<C: CarryChain, W: Word>(cpu: &mut Cpu, uop: &Uop, b: W) {
 }
 
 fn adx_rr<C: CarryChain, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require(Feature::Adx)?;
     add_chained::<C, W>(cpu, uop, cpu.reg(uop.reg[1]));
     Ok(())
 }
 
 fn adx_rm<C: CarryChain, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require(Feature::Adx)?;
     let b = cpu.load(uop)?;
     add_chained::<C, W>(cpu, uop, b);
     Ok(())

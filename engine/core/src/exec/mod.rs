@@ -83,6 +83,11 @@ pub fn resume(_cpu: &mut Cpu, _uop: &Uop) -> Exec {
     Err(Stop::Retry)
 }
 
+/// Handler of an instruction that the CPU model lacks.
+pub fn undefined(cpu: &mut Cpu, _uop: &Uop) -> Exec {
+    Err(cpu.undefined())
+}
+
 /// Handler of an instruction that the engine lacks: #UD, and one line in the log per opcode.
 pub fn unknown(cpu: &mut Cpu, uop: &Uop) -> Exec {
     let code = Code::try_from(usize::from(uop.code)).unwrap_or(Code::INVALID);

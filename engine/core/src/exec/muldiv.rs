@@ -8,7 +8,6 @@ use super::select::{in_memory, is_immediate, width, InMemory, InRegister, Source
 use crate::cpu::{CodeSize, Cpu};
 use crate::fault::vector;
 use crate::flags::Flags;
-use crate::model::features::Feature;
 use crate::state::gpr;
 use crate::uop::{Exec, Handler, RegOffset, Uop};
 use crate::word::Word;
@@ -142,7 +141,7 @@ fn imul_immediate<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 
 /// Where both destinations are one register, it gets the high half.
 fn mulx<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_vex(Feature::Bmi2)?;
+    cpu.require_vex()?;
     let source = S::get::<W>(cpu, uop, 2)?;
     let (low, high) = multiply(cpu.reg::<W>(RDX), source);
     cpu.set_reg(uop.reg[1], low);

@@ -8,7 +8,6 @@ use iced_x86::{Instruction, Mnemonic};
 use super::select::{in_memory, is_immediate, width, Source};
 use crate::cpu::{CodeSize, Cpu};
 use crate::flags::Flags;
-use crate::model::features::Feature;
 use crate::state::gpr;
 use crate::uop::{Exec, Handler, RegOffset, Uop};
 use crate::word::Word;
@@ -278,7 +277,7 @@ fn double_m<O: DoubleShift, C: Count, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec
 // ---- BMI2 -----------------------------------------------------------------------------------------------------------------------------
 
 fn flagless<O: Shift, S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_vex(Feature::Bmi2)?;
+    cpu.require_vex()?;
     let a = S::get::<W>(cpu, uop, 1)?;
     let count = mask_count::<W>(cpu.reg(uop.reg[2]));
     let (result, _) = apply::<O, W>(cpu.flags, a, count);
@@ -287,7 +286,7 @@ fn flagless<O: Shift, S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 }
 
 fn rorx<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_vex(Feature::Bmi2)?;
+    cpu.require_vex()?;
     let a = S::get::<W>(cpu, uop, 1)?;
     let (result, _) = apply::<Ror, W>(cpu.flags, a, mask_count::<W>(uop.imm as u8));
     cpu.set_reg(uop.reg[0], result);

@@ -20,6 +20,8 @@ use crate::virt::exits::code;
 pub const DR6_FIXED: u64 = 0xffff_0ff0;
 /// B0 to B3 of DR6.
 const DR6_BREAKPOINTS: u64 = 0xf;
+/// BD of DR6: the debug registers were touched while DR7.GD was set.
+pub const DR6_BD: u64 = 1 << 13;
 /// General detect enable of DR7.
 pub const DR7_GD: u64 = 1 << 13;
 
@@ -143,8 +145,13 @@ impl Cpu {
 
     /// The event of an exception that the current instruction raised.
     fn exception(&self, fault: Fault) -> Event {
-        // Faults restart their instruction, which must not hit its own breakpoint again (SDM vol. 3, 17.3.1.1).
-        let resume = if matches!(fault.vector, vector::DB | vector::DF) { 0 } else { rflags::RF };
+        // Faults restart their instruction, which must not hit its own breakpoint again (SDM vol. 3, 17.3.1.1). Debug exceptions are
+        // traps, but for the access to a protected debug register.
+        let restarts = match fault.vector {
+            vector::DB => fault.payload & DR6_BD != 0,
+            vector => vector != vector::DF,
+        };
+        let resume = if restarts { rflags::RF } else { 0 };
         Event {
             vector: fault.vector,
             kind: Kind::Exception,

@@ -42,7 +42,7 @@ impl Context {
     }
     /// Address field of a wide entry.
     fn frame_mask(&self) -> u64 {
-        (1u64 << self.physical_bits) - 1 & !PAGE_OFFSET
+        ((1u64 << self.physical_bits) - 1) & !PAGE_OFFSET
     }
     /// Bits that must be zero in every wide entry.
     fn reserved(&self) -> u64 {
@@ -80,7 +80,7 @@ impl Mapping {
             (Privilege::User, AccessKind::Read) => self.user,
             (Privilege::User, AccessKind::Write) => self.user && self.writable,
             (Privilege::User, AccessKind::Fetch) => self.user && !self.no_execute,
-            (_, AccessKind::Fetch) => !self.no_execute && !(self.user && context.cr4 & cr4::SMEP != 0),
+            (_, AccessKind::Fetch) => !(self.no_execute || self.user && context.cr4 & cr4::SMEP != 0),
             (_, _) if self.user && privilege == Privilege::Supervisor && context.cr4 & cr4::SMAP != 0 => false,
             (_, AccessKind::Read) => true,
             (_, AccessKind::Write) => self.writable || context.cr0 & cr0::WP == 0,
@@ -158,7 +158,7 @@ impl Walker<'_> {
             let large = entry & LARGE != 0 && (level == 2 || level == 3);
             let mut reserved = context.reserved() | extra_reserved;
             if large {
-                reserved |= (1u64 << shift) - 1 & !0x1fff;
+                reserved |= ((1u64 << shift) - 1) & !0x1fff;
             } else if level == 4 {
                 reserved |= LARGE;
             }

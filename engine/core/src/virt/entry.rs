@@ -32,6 +32,7 @@ pub struct Core {
 impl Core {
     /// Core number `index` of a machine with CPUs of `model`.
     pub fn new(model: Arc<Model>, index: u32) -> Self {
+        host_tsc_khz(); // measured once, and not at the first entry
         Core { cpu: Cpu::new(model, Clock::default()), index }
     }
 
@@ -84,6 +85,7 @@ impl Core {
             (*block).state = cpu.state;
             (*block).control.event = cpu.control.event;
             (*block).control.tlb_control = cpu.control.tlb_control;
+            (*block).control.emulate = cpu.control.emulate;
         }
         cpu.exit.reason
     }

@@ -161,7 +161,10 @@ impl Comparison {
         assert_eq!(found.gpr, expected.gpr, "registers (found, expected by the host) of {code:02x?} with {registers:x?}");
         let mask = FLAGS & defined;
         assert_eq!(found.rflags & mask, expected.rflags & mask, "flags (found, expected by the host) of {code:02x?} with {registers:x?}");
-        assert!(self.machine.peek(DATA, DATA_SIZE) == expected_data, "memory of {code:02x?} with {registers:x?}");
+        let data = self.machine.peek(DATA, DATA_SIZE);
+        let differences: Vec<_> =
+            (0..DATA_SIZE).filter(|n| data[*n] != expected_data[*n]).map(|n| (n, data[n], expected_data[n])).collect();
+        assert!(differences.is_empty(), "memory (place, found, expected) of {code:02x?} with {registers:x?}: {differences:x?}");
     }
 
     /// Checks an instruction with a ModRM byte: every operand size, random registers and memory operands, `count` times each.

@@ -2,14 +2,12 @@
 
 use crate::cpu::Cpu;
 use crate::fault::{vector, Fault};
-use crate::interrupts::{DR6_FIXED, DR7_GD};
+use crate::interrupts::{DR6_BD, DR6_FIXED, DR7_GD};
 use crate::state::cr4;
 use crate::uop::{Exec, Stop, Uop};
 use crate::virt::exits::code;
 use crate::word::Word;
 
-/// BD of DR6: the debug registers were touched while DR7.GD was set.
-const DR6_BD: u64 = 1 << 13;
 /// Bits of DR6 that can be written: B0 to B3, BD, BS and BT.
 const DR6_BITS: u64 = 0xe00f;
 /// Bits of DR7 that can be written, and the one that reads as one.

@@ -3,8 +3,7 @@
 use iced_x86::{Code, Instruction};
 
 use super::load::PCID;
-use crate::cpu::{CodeSize, Cpu};
-use crate::model::Feature;
+use crate::cpu::Cpu;
 use crate::paging::{canonical, AccessKind};
 use crate::state::cr4;
 use crate::uop::{Exec, Handler, Stop, Uop};
@@ -12,7 +11,7 @@ use crate::virt::control::intercept;
 use crate::virt::exits::{code, Code as ExitCode};
 use crate::word::Word;
 
-pub(super) fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
+pub(super) fn handler(insn: &Instruction) -> Option<Handler> {
     Some(match insn.code() {
         Code::Invlpg_m => invalidate_page,
         Code::Invpcid_r32_m128 => invalidate_pcid::<u32>,
@@ -50,9 +49,6 @@ enum Scope {
 }
 
 fn invalidate_pcid<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    if !cpu.model.has(Feature::Invpcid) {
-        return Err(cpu.undefined());
-    }
     cpu.require_cpl0()?;
     if cpu.control.intercepts(intercept::INVPCID) {
         return Err(exit_invpcid(cpu, uop));

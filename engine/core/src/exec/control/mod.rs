@@ -16,8 +16,8 @@ use crate::cpu::CodeSize;
 use crate::uop::Handler;
 
 /// The handler of an instruction of this family.
-pub fn handler(insn: &Instruction, size: CodeSize) -> Option<Handler> {
-    registers(insn).or_else(|| enable::handler(insn)).or_else(|| invalidate::handler(insn, size)).or_else(|| idle::handler(insn))
+pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
+    registers(insn).or_else(|| enable::handler(insn)).or_else(|| invalidate::handler(insn)).or_else(|| idle::handler(insn))
 }
 
 fn registers(insn: &Instruction) -> Option<Handler> {

@@ -2,7 +2,6 @@
 
 use super::load::{intercept_control, Access};
 use crate::cpu::Cpu;
-use crate::state::cr4;
 use crate::uop::{Exec, Uop};
 use crate::word::Word;
 
@@ -31,22 +30,15 @@ fn visible_cr0(cpu: &Cpu) -> u64 {
     cpu.state.cr0 & !cpu.control.cr0_mask | cpu.control.cr0_shadow & cpu.control.cr0_mask
 }
 
-fn check_umip(cpu: &mut Cpu) -> Exec {
-    if cpu.state.cr4 & cr4::UMIP != 0 {
-        cpu.require_cpl0()?;
-    }
-    Ok(())
-}
-
 pub(super) fn read_status<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    check_umip(cpu)?;
+    cpu.check_umip()?;
     let value = visible_cr0(cpu);
     cpu.set_reg(uop.reg[0], W::truncate(value));
     Ok(())
 }
 
 pub(super) fn store_status(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    check_umip(cpu)?;
+    cpu.check_umip()?;
     let value = visible_cr0(cpu);
     cpu.store(uop, value as u16)
 }

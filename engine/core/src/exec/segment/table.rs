@@ -6,7 +6,7 @@ use crate::cpu::descriptor::{is_null, system, Descriptor};
 use crate::cpu::{CodeSize, Cpu};
 use crate::fault::vector;
 use crate::paging::{canonical, AccessKind};
-use crate::state::{cr4, rights, seg, DescriptorTable, Segment};
+use crate::state::{rights, seg, DescriptorTable, Segment};
 use crate::uop::{Exec, Handler, Uop};
 use crate::virt::control::intercept;
 use crate::virt::exits::{code, Code as ExitCode};
@@ -68,14 +68,6 @@ fn check_intercept(cpu: &mut Cpu, exit: ExitCode, instruction: u32, uop: &Uop) -
     Err(stop)
 }
 
-/// UMIP hides where the tables are from user code (SDM vol. 3, 2.5, CR4.UMIP).
-fn check_umip(cpu: &mut Cpu) -> Exec {
-    if cpu.state.cr4 & cr4::UMIP != 0 {
-        cpu.require_cpl0()?;
-    }
-    Ok(())
-}
-
 fn load_table<W: Word, const MASK: u64, const INSTRUCTION: u32>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     cpu.require_cpl0()?;
     check_intercept(cpu, code::GDTR_IDTR, INSTRUCTION, uop)?;
@@ -95,7 +87,7 @@ fn load_table<W: Word, const MASK: u64, const INSTRUCTION: u32>(cpu: &mut Cpu, u
 }
 
 fn store_table<W: Word, const INSTRUCTION: u32>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    check_umip(cpu)?;
+    cpu.check_umip()?;
     check_intercept(cpu, code::GDTR_IDTR, INSTRUCTION, uop)?;
     let table = if INSTRUCTION == STORE_GDTR { cpu.state.gdtr } else { cpu.state.idtr };
     let la = cpu.linear(uop, 2 + W::BYTES, AccessKind::Write)?;
@@ -110,7 +102,7 @@ fn system_selector<const INSTRUCTION: u32>(cpu: &mut Cpu, uop: &Uop) -> Exec<u16
     if !cpu.protected() {
         return Err(cpu.undefined());
     }
-    check_umip(cpu)?;
+    cpu.check_umip()?;
     check_intercept(cpu, code::LDTR_TR, INSTRUCTION, uop)?;
     let number = if INSTRUCTION == STORE_LDTR { seg::LDTR } else { seg::TR };
     Ok(cpu.state.segments[number].selector)

@@ -1,145 +1,200 @@
-//! String comparison: PCMPESTRI, PCMPESTRM, PCMPISTRI, PCMPISTRM (SDM vol. 2, 4.1).
+//! PCMPESTRI, PCMPESTRM, PCMPISTRI, PCMPISTRM (SDM vol. 1, ch. 14; vol. 2, 4.1).
 
-use iced_x86::{Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, Instruction};
 
+use super::lanes::{build, Lane};
+use super::operand::is_memory;
 use crate::cpu::Cpu;
 use crate::flags::Flags;
-use crate::state::{gpr, rflags};
+use crate::state::gpr;
+use crate::state::rflags::{CF, OF, SF, ZF};
 use crate::uop::{Exec, Handler, Uop};
 
 /// The handler of an instruction of this file.
 pub fn handler(insn: &Instruction) -> Option<Handler> {
-    let memory = insn.op1_kind() == OpKind::Memory;
-    Some(match (insn.mnemonic(), memory) {
-        (Mnemonic::Pcmpistri, false) => implicit::<false, true>,
-        (Mnemonic::Pcmpistri, true) => implicit::<true, true>,
-        (Mnemonic::Pcmpistrm, false) => implicit::<false, false>,
-        (Mnemonic::Pcmpistrm, true) => implicit::<true, false>,
-        (Mnemonic::Pcmpestri, false) => explicit::<false, true, false>,
-        (Mnemonic::Pcmpestri, true) => explicit::<true, true, false>,
-        (Mnemonic::Pcmpestrm, false) => explicit::<false, false, false>,
-        (Mnemonic::Pcmpestrm, true) => explicit::<true, false, false>,
-        (Mnemonic::Pcmpestri64, false) => explicit::<false, true, true>,
-        (Mnemonic::Pcmpestri64, true) => explicit::<true, true, true>,
-        (Mnemonic::Pcmpestrm64, false) => explicit::<false, false, true>,
-        (Mnemonic::Pcmpestrm64, true) => explicit::<true, false, true>,
+    let memory = is_memory(insn, 1);
+    Some(match insn.code() {
+        Code::Pcmpistri_xmm_xmmm128_imm8 if memory => compare::<Memory, Implicit, Index>,
+        Code::Pcmpistri_xmm_xmmm128_imm8 => compare::<Register, Implicit, Index>,
+        Code::Pcmpistrm_xmm_xmmm128_imm8 if memory => compare::<Memory, Implicit, Mask>,
+        Code::Pcmpistrm_xmm_xmmm128_imm8 => compare::<Register, Implicit, Mask>,
+        Code::Pcmpestri_xmm_xmmm128_imm8 if memory => compare::<Memory, Explicit<u32>, Index>,
+        Code::Pcmpestri_xmm_xmmm128_imm8 => compare::<Register, Explicit<u32>, Index>,
+        Code::Pcmpestri64_xmm_xmmm128_imm8 if memory => compare::<Memory, Explicit<u64>, Index>,
+        Code::Pcmpestri64_xmm_xmmm128_imm8 => compare::<Register, Explicit<u64>, Index>,
+        Code::Pcmpestrm_xmm_xmmm128_imm8 if memory => compare::<Memory, Explicit<u32>, Mask>,
+        Code::Pcmpestrm_xmm_xmmm128_imm8 => compare::<Register, Explicit<u32>, Mask>,
+        Code::Pcmpestrm64_xmm_xmmm128_imm8 if memory => compare::<Memory, Explicit<u64>, Mask>,
+        Code::Pcmpestrm64_xmm_xmmm128_imm8 => compare::<Register, Explicit<u64>, Mask>,
         _ => return None,
     })
 }
 
-fn operands<const MEMORY: bool>(cpu: &mut Cpu, uop: &Uop) -> Exec<(u128, u128)> {
-    cpu.require_sse()?;
-    let second = if MEMORY { cpu.load(uop)? } else { cpu.xmm(uop.reg[1]) };
-    Ok((cpu.xmm(uop.reg[0]), second))
+// ---- operands -----------------------------------------------------------------------------------------------------------------------
+
+/// Where operand 1 is; memory need not be aligned.
+trait Operand {
+    fn get(cpu: &mut Cpu, uop: &Uop) -> Exec<u128>;
+}
+struct Register;
+struct Memory;
+impl Operand for Register {
+    fn get(cpu: &mut Cpu, uop: &Uop) -> Exec<u128> {
+        Ok(cpu.xmm(uop.reg[1]))
+    }
+}
+impl Operand for Memory {
+    fn get(cpu: &mut Cpu, uop: &Uop) -> Exec<u128> {
+        cpu.load(uop)
+    }
 }
 
-/// Strings that end at their first zero element.
-fn implicit<const MEMORY: bool, const INDEX: bool>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    let (first, second) = operands::<MEMORY>(cpu, uop)?;
-    let form = Form(uop.imm as u8);
-    let end = |value| (0..form.count()).find(|n| form.element(value, *n) == 0).unwrap_or(form.count());
-    finish::<INDEX>(cpu, form, Text { value: first, length: end(first) }, Text { value: second, length: end(second) })
+/// Elements of one string, sign- or zero-extended, and how many of them are valid.
+struct Elements {
+    values: [i32; 16],
+    valid: usize,
 }
 
-/// Strings whose lengths are in (R)AX and (R)DX, as absolute values.
-fn explicit<const MEMORY: bool, const INDEX: bool, const WIDE: bool>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    let (first, second) = operands::<MEMORY>(cpu, uop)?;
-    let form = Form(uop.imm as u8);
-    let length = |register: u64| {
-        let magnitude = if WIDE { (register as i64).unsigned_abs() } else { u64::from((register as i32).unsigned_abs()) };
-        magnitude.min(form.count() as u64) as usize
+/// Bits of the immediate.
+mod imm {
+    pub const WORDS: u8 = 1;
+    pub const SIGNED: u8 = 2;
+    pub const NEGATE: u8 = 1 << 4;
+    pub const ONLY_VALID: u8 = 1 << 5;
+    pub const TOP: u8 = 1 << 6;
+}
+
+/// Elements of a vector in the format of the immediate.
+fn values(vector: u128, format: u8) -> [i32; 16] {
+    let bytes = vector.to_le_bytes();
+    let element = |n: usize| match (format & imm::WORDS != 0, format & imm::SIGNED != 0) {
+        (false, false) => i32::from(bytes[n]),
+        (false, true) => i32::from(bytes[n] as i8),
+        (true, false) => i32::from(u16::get(&bytes, n % 8)),
+        (true, true) => i32::from(i16::get(&bytes, n % 8)),
     };
-    let (a, b) = (length(cpu.gpr(gpr::RAX)), length(cpu.gpr(gpr::RDX)));
-    finish::<INDEX>(cpu, form, Text { value: first, length: a }, Text { value: second, length: b })
+    std::array::from_fn(element)
 }
 
-/// The immediate operand.
-#[derive(Clone, Copy)]
-struct Form(u8);
-
-impl Form {
-    fn words(self) -> bool {
-        self.0 & 1 != 0
-    }
-    fn signed(self) -> bool {
-        self.0 & 2 != 0
-    }
-    /// Elements of an operand.
-    fn count(self) -> usize {
-        if self.words() {
-            8
-        } else {
-            16
-        }
-    }
-    fn element(self, value: u128, n: usize) -> i32 {
-        match (self.words(), self.signed()) {
-            (false, false) => (value >> (8 * n)) as u8 as i32,
-            (false, true) => (value >> (8 * n)) as i8 as i32,
-            (true, false) => (value >> (16 * n)) as u16 as i32,
-            (true, true) => (value >> (16 * n)) as i16 as i32,
-        }
+/// Elements of a vector in the format of the immediate.
+fn count(format: u8) -> usize {
+    if format & imm::WORDS != 0 {
+        8
+    } else {
+        16
     }
 }
 
-#[derive(Clone, Copy)]
-struct Text {
-    value: u128,
-    length: usize,
+/// How the lengths of the strings are told.
+trait Lengths {
+    /// Valid elements of the first and of the second string.
+    fn of(cpu: &Cpu, a: &[i32; 16], b: &[i32; 16], count: usize) -> (usize, usize);
 }
 
-/// The aggregated comparison before polarity: bit j belongs to element j of `second`.
-fn compare(form: Form, first: Text, second: Text) -> u32 {
-    let count = form.count();
-    let (a, b) = (|n| form.element(first.value, n), |n| form.element(second.value, n));
-    let holds = |j: usize| match form.0 >> 2 & 3 {
-        0 => j < second.length && (0..first.length).any(|i| a(i) == b(j)),
-        1 => j < second.length && (0..first.length / 2).any(|pair| a(2 * pair) <= b(j) && b(j) <= a(2 * pair + 1)),
-        2 => match (j < first.length, j < second.length) {
-            (true, true) => a(j) == b(j),
-            (one, other) => one == other,
-        },
-        _ => (0..count - j).all(|i| i >= first.length || i + j < second.length && a(i) == b(i + j)),
+/// Each string ends before its first zero.
+struct Implicit;
+impl Lengths for Implicit {
+    fn of(_cpu: &Cpu, a: &[i32; 16], b: &[i32; 16], count: usize) -> (usize, usize) {
+        let length = |values: &[i32; 16]| values[..count].iter().position(|value| *value == 0).unwrap_or(count);
+        (length(a), length(b))
+    }
+}
+
+/// Absolute values of RAX and RDX, or EAX and EDX without REX.W, up to the size of a vector.
+struct Explicit<W>(core::marker::PhantomData<W>);
+impl Lengths for Explicit<u32> {
+    fn of(cpu: &Cpu, _a: &[i32; 16], _b: &[i32; 16], count: usize) -> (usize, usize) {
+        let length = |number| ((cpu.gpr(number) as i32).unsigned_abs() as usize).min(count);
+        (length(gpr::RAX), length(gpr::RDX))
+    }
+}
+impl Lengths for Explicit<u64> {
+    fn of(cpu: &Cpu, _a: &[i32; 16], _b: &[i32; 16], count: usize) -> (usize, usize) {
+        let length = |number| (cpu.gpr(number) as i64).unsigned_abs().min(count as u64) as usize;
+        (length(gpr::RAX), length(gpr::RDX))
+    }
+}
+
+// ---- comparison ---------------------------------------------------------------------------------------------------------------------
+
+/// Result bits before polarity (IntRes1): bit n belongs to element n of `b`.
+fn aggregate(a: &Elements, b: &Elements, mode: u8, count: usize) -> u32 {
+    let in_any = |n: usize| n < b.valid && a.values[..a.valid].contains(&b.values[n]);
+    let in_range = |n: usize| {
+        let inside = |range: &[i32]| range[0] <= b.values[n] && b.values[n] <= range[1];
+        n < b.valid && a.values[..a.valid].chunks_exact(2).any(inside)
     };
-    (0..count).filter(|j| holds(*j)).fold(0, |bits, j| bits | 1 << j)
-}
-
-fn finish<const INDEX: bool>(cpu: &mut Cpu, form: Form, first: Text, second: Text) -> Exec {
-    let count = form.count();
-    let everything = (1u32 << count) - 1;
-    let result = compare(form, first, second)
-        ^ match form.0 >> 4 & 3 {
-            1 => everything,
-            3 => (1u32 << second.length) - 1,
-            _ => 0,
+    let equal = |n: usize| match (n < a.valid, n < b.valid) {
+        (true, true) => a.values[n] == b.values[n],
+        (false, false) => true,
+        _ => false,
+    };
+    let substring = |n: usize| (0..a.valid.min(count - n)).all(|k| n + k < b.valid && a.values[k] == b.values[n + k]);
+    (0..count).fold(0, |bits, n| {
+        let set = match mode >> 2 & 3 {
+            0 => in_any(n),
+            1 => in_range(n),
+            2 => equal(n),
+            _ => substring(n),
         };
-    if INDEX {
-        let index = match (result, form.0 & 0x40 != 0) {
+        bits | u32::from(set) << n
+    })
+}
+
+/// Result bits (IntRes2).
+fn result_bits(a: &Elements, b: &Elements, mode: u8, count: usize) -> u32 {
+    let bits = aggregate(a, b, mode, count);
+    let all = (1 << count) - 1;
+    let flipped = match (mode & imm::NEGATE != 0, mode & imm::ONLY_VALID != 0) {
+        (false, _) => 0,
+        (true, false) => all,
+        (true, true) => (1 << b.valid) - 1,
+    };
+    bits ^ flipped
+}
+
+/// Where the result goes.
+trait Output {
+    fn put(cpu: &mut Cpu, bits: u32, mode: u8, count: usize);
+}
+
+/// ECX: place of the lowest or highest bit, or the number of elements.
+struct Index;
+impl Output for Index {
+    fn put(cpu: &mut Cpu, bits: u32, mode: u8, count: usize) {
+        let index = match (bits, mode & imm::TOP != 0) {
             (0, _) => count as u32,
-            (_, false) => result.trailing_zeros(),
-            (_, true) => 31 - result.leading_zeros(),
+            (_, false) => bits.trailing_zeros(),
+            (_, true) => 31 - bits.leading_zeros(),
         };
         cpu.set_gpr(gpr::RCX, index.into());
-    } else {
-        cpu.set_xmm(0, mask(form, result));
     }
-    let mut image = 0;
-    for (set, bit) in
-        [(result != 0, rflags::CF), (second.length < count, rflags::ZF), (first.length < count, rflags::SF), (result & 1 != 0, rflags::OF)]
-    {
-        if set {
-            image |= bit;
-        }
-    }
-    cpu.flags = Flags::from_bits(image);
-    Ok(())
 }
 
-/// The result as bits, or widened to all-ones elements.
-fn mask(form: Form, result: u32) -> u128 {
-    if form.0 & 0x40 == 0 {
-        return result.into();
+/// XMM0: the bits themselves, or a mask of elements.
+struct Mask;
+impl Output for Mask {
+    fn put(cpu: &mut Cpu, bits: u32, mode: u8, _count: usize) {
+        let mask = match (mode & imm::TOP != 0, mode & imm::WORDS != 0) {
+            (false, _) => bits.into(),
+            (true, false) => u128::from_le_bytes(build(|n| if bits >> n & 1 != 0 { u8::MAX } else { 0 })),
+            (true, true) => u128::from_le_bytes(build(|n| if bits >> n & 1 != 0 { u16::MAX } else { 0 })),
+        };
+        cpu.set_xmm(0, mask);
     }
-    let width = if form.words() { 16 } else { 8 };
-    (0..form.count()).filter(|n| result >> n & 1 != 0).fold(0, |all, n| all | ((1u128 << width) - 1) << (width * n))
+}
+
+fn compare<S: Operand, L: Lengths, O: Output>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require_sse()?;
+    let second = S::get(cpu, uop)?;
+    let mode = uop.imm as u8;
+    let count = count(mode);
+    let (a, b) = (values(cpu.xmm(uop.reg[0]), mode), values(second, mode));
+    let (valid_a, valid_b) = L::of(cpu, &a, &b, count);
+    let (a, b) = (Elements { values: a, valid: valid_a }, Elements { values: b, valid: valid_b });
+    let bits = result_bits(&a, &b, mode, count);
+    O::put(cpu, bits, mode, count);
+    let image = [(bits != 0, CF), (valid_b < count, ZF), (valid_a < count, SF), (bits & 1 != 0, OF)];
+    cpu.flags = Flags::from_bits(image.into_iter().fold(0, |image, (set, flag)| if set { image | flag } else { image }));
+    Ok(())
 }

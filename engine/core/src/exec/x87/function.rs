@@ -63,6 +63,7 @@ fn unary<O: Operation, const CONDITIONS: u16>(cpu: &mut Cpu, uop: &Uop) -> Exec 
     cpu.begin_x87()?;
     let Some(st0) = cpu.st(0) else {
         cpu.underflow(uop, Some(0));
+        conditions(cpu, CONDITIONS & C2, 0);
         return Ok(());
     };
     let frame = cpu.operate::<O>(st0, st0, &[]);
@@ -78,6 +79,7 @@ fn with_second<O: Operation, const CONDITIONS: u16>(cpu: &mut Cpu, uop: &Uop) ->
     cpu.begin_x87()?;
     let (Some(st0), Some(st1)) = (cpu.st(0), cpu.st(1)) else {
         cpu.underflow(uop, Some(0));
+        conditions(cpu, CONDITIONS & C2, 0);
         return Ok(());
     };
     let frame = cpu.operate::<O>(st0, st1, &[]);
@@ -117,6 +119,7 @@ fn pushing<O: Operation, const CONDITIONS: u16>(cpu: &mut Cpu, uop: &Uop) -> Exe
                 cpu.set_st(0, INDEFINITE);
                 cpu.push_x87(INDEFINITE);
             }
+            conditions(cpu, CONDITIONS & C2, 0);
             return Ok(());
         }
     };

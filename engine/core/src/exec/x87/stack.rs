@@ -111,13 +111,17 @@ impl Cpu {
         self.st(7).is_some()
     }
 
-    /// Loads `value` as FLD does: a full stack is an invalid operation that pushes the default NaN when masked.
+    /// Loads `value` as FLD does: a full stack is an invalid operation that pushes the default NaN when masked. Of the exceptions of a
+    /// conversion, an unmasked invalid operation alone keeps the value from being pushed; a denormal one is reported behind the push.
     pub(super) fn load_x87(&mut self, uop: &Uop, frame_status: u16, value: Float80) {
         if self.stack_full() {
             if self.conclude(uop, INVALID | STACK_FAULT | C1) {
                 self.push_x87(INDEFINITE);
             }
-        } else if self.conclude(uop, frame_status) {
+            return;
+        }
+        self.conclude(uop, frame_status);
+        if frame_status & INVALID & !self.state.fpu.fcw == 0 {
             self.push_x87(value);
         }
     }

@@ -4,7 +4,7 @@ use iced_x86::{Code, Instruction};
 
 use super::component::{area_size, bit, places, AREA_MAX, EXTENDED};
 use super::fxsave::get_mxcsr;
-use super::xsave::{COMPACTED, MXCSR_INITIAL, XCOMP_BV, XSTATE_BV};
+use super::save::{COMPACTED, MXCSR_INITIAL, XCOMP_BV, XSTATE_BV};
 use crate::cpu::Cpu;
 use crate::exec::sse::lanes::Lane;
 use crate::model::Feature;

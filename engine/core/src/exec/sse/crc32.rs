@@ -1,3 +1,0 @@
-pub fn handler(_: &iced_x86::Instruction) -> Option<crate::uop::Handler> {
-    None
-}
