@@ -77,8 +77,8 @@ impl Block {
         let dead = dead_flags(instructions);
         let mut uops: Vec<Uop> = instructions.iter().map(|insn| lower(insn, self.key.size, model)).collect();
         self.reference = uops.iter().map(|uop| uop.run).collect();
-        for ((uop, insn), dead) in uops.iter_mut().zip(instructions).zip(dead) {
-            uop.run = exec::fast::handler(insn, uop, dead).unwrap_or(uop.run);
+        for (n, (uop, insn)) in uops.iter_mut().zip(instructions).enumerate() {
+            uop.run = exec::fast::handler(insn, uop, instructions.get(n + 1), dead[n]).unwrap_or(uop.run);
         }
         self.instructions = instructions.len() as u32;
         self.length = instructions.iter().map(|insn| insn.len() as u32).sum();
