@@ -6,6 +6,7 @@
 pub mod block;
 pub mod cache;
 mod feature;
+pub mod liveness;
 
 use iced_x86::{Instruction, OpKind, Register};
 

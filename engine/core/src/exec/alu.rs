@@ -47,7 +47,7 @@ pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
 // ---- two operands ---------------------------------------------------------------------------------------------------------------------
 
 /// An operation on two operands: its result, and the flags that it leaves.
-trait Binary {
+pub trait Binary: 'static {
     fn apply<W: Word>(flags: Flags, a: W, b: W) -> (W, Flags);
 }
 
@@ -56,7 +56,7 @@ macro_rules! operations {
     ($trait:ident: $($(#[$doc:meta])* $name:ident($flags:pat, $($operand:ident),+) => $body:expr;)+) => {
         $(
             $(#[$doc])*
-            struct $name;
+            pub struct $name;
             impl $trait for $name {
                 #[inline(always)]
                 fn apply<W: Word>($flags: Flags, $($operand: W),+) -> (W, Flags) {
@@ -173,7 +173,7 @@ fn compare_mi<O: Binary, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 // ---- one operand ----------------------------------------------------------------------------------------------------------------------
 
 /// An operation on one operand.
-trait Unary {
+pub trait Unary: 'static {
     fn apply<W: Word>(flags: Flags, a: W) -> (W, Flags);
 }
 

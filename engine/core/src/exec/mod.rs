@@ -14,6 +14,7 @@ pub mod control;
 pub mod decimal;
 pub mod exchange;
 pub mod far;
+pub mod fast;
 pub mod fence;
 pub mod io;
 pub mod mov;

@@ -158,7 +158,7 @@ impl Machine {
     pub fn step(&mut self) -> Exec {
         let block = block::decode(&mut self.cpu)?;
         let uop = block.uops[0];
-        match (uop.run)(&mut self.cpu, &uop) {
+        match block.reference[0](&mut self.cpu, &uop) {
             Ok(()) | Err(Stop::Leave) => {
                 let next = self.cpu.rip_at(uop.next_offset());
                 self.cpu.set_rip(next);
