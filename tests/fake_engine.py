@@ -70,11 +70,11 @@ class NestedPageTable:
 class Model:
     """A CPU with just enough CPUID for KVM."""
 
-    features: tuple[str, ...] = ()
-
     def __init__(self, name: str, features: dict[str, bool] | None = None) -> None:
         self.name = name
         self.vendor = "amd" if name == "epyc" else "intel"
+        optional = {"nrip-save": self.vendor == "amd"} | (features or {})
+        self.features = [feature for feature, on in optional.items() if on]
 
     def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
         vendor = (0x756E6547, 0x6C65746E, 0x49656E69) if self.vendor == "intel" else (0x68747541, 0x444D4163, 0x69746E65)
@@ -154,6 +154,11 @@ def model_names() -> list[str]:
 
 def feature_names() -> list[str]:
     return []
+
+
+def instruction_length(code: bytes, bits: int) -> int | None:
+    """Without a decoder nothing is an instruction."""
+    return None
 
 
 def tsc() -> int:

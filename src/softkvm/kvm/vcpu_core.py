@@ -46,6 +46,8 @@ class VcpuCore(KvmFile):
         self.clock = vm.clock
         self.vendor = vm.vendor
         self.handlers = vm.vendor.handlers
+        self.saves_next_rip = vm.parameters.nrips and "nrip-save" in vm.model.features
+        """Whether `Exit.next_rip` counts: the silicon saves it, and the module parameter lets KVM use it."""
         self.next_expiry = vm.clock.next_expiry
         self._init_shared_state()
         self._init_concurrency()
@@ -86,6 +88,8 @@ class VcpuCore(KvmFile):
         self.complete_userspace_io: Callable[[], int] | None = None
         self.stats: Counter[str] = Counter()
         """Counters by the names of the kernel's binary statistics (`halt_exits`, `signal_exits`, ...)."""
+        self.instructions_skipped = 0
+        """Instructions that KVM has retired in the guest's place; the silicon counts those that it has executed itself."""
         self.exit_counts: Counter[int] = Counter()
         """VM exits by the vendor's exit reason."""
 

@@ -1,6 +1,6 @@
 """The typed face of the silicon: CPU models, cores, nested page tables and RAM of the engine, and the control block's layout."""
 
-from softkvm._engine import Core, Model, NestedPageTable, build_info, feature_names, model_names, tsc, tsc_khz
+from softkvm._engine import Core, Model, NestedPageTable, build_info, feature_names, instruction_length, model_names, tsc, tsc_khz
 from softkvm.silicon.core import EXIT_ACCESS, EXIT_BUDGET, EXIT_EMULATED, RIGHT_R, RIGHT_W, RIGHT_X, Vmcb
 from softkvm.silicon.memory import Memory
 
@@ -18,6 +18,7 @@ __all__ = [
     "Vmcb",
     "build_info",
     "feature_names",
+    "instruction_length",
     "model_names",
     "tsc",
     "tsc_khz",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from softkvm.kvm import exits, hypercall, pio
+from softkvm.kvm import emulate, events, exits, hypercall, pio
 from softkvm.kvm.vendor import Handler
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ VMCALL, VMCLEAR, VMXON, CR_ACCESS, IO_INSTRUCTION, MSR_READ, MSR_WRITE = 18, 19,
 MWAIT, MONITOR, EPT_VIOLATION, INVEPT, INVVPID, WBINVD, XSETBV, VMFUNC = 36, 39, 48, 50, 53, 54, 55, 59
 ENTRY_FAILURE = 1 << 31
 
-_TYPE_MASK, _TYPE_NMI = 7 << 8, 2 << 8
+_VECTOR_MASK, _TYPE_MASK, _TYPE_NMI = 0xFF, 7 << 8, 2 << 8
 _MOV_TO_CR, _MOV_FROM_CR = 0, 1
 _EPT_WRITE = 1 << 1
 
@@ -58,6 +58,8 @@ def _ept_violation(vcpu: Vcpu) -> int:
 def _exception_or_nmi(vcpu: Vcpu) -> int:
     if vcpu.exit.interruption & _TYPE_MASK == _TYPE_NMI:
         return 1  # the host's, and the host has handled it
+    if vcpu.exit.interruption & _VECTOR_MASK == events.UD:
+        return emulate.handle_ud(vcpu)
     return exits.handle_exception(vcpu)
 
 
