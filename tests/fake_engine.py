@@ -14,8 +14,8 @@ PAGE = 4096
 CONTROL_BLOCK_SIZE = 0x5000
 EVENT_VALID = 1 << 31
 
-Step = Callable[["control.ControlBlock"], int]
-"""One run of the guest: changes the block as the silicon would and returns the exit reason."""
+Step = Callable[["control.ControlBlock"], int | None]
+"""A piece of the guest: changes the block as the silicon would and returns the exit reason, None if the guest runs on to the next step."""
 
 
 class Memory(mmap.mmap):
@@ -92,6 +92,9 @@ class Model:
     def leaves(self) -> list[tuple[int, int, bool, int, int, int, int]]:
         return [(leaf, 0, leaf in (7, 0xD), *self.cpuid(leaf, 0)) for leaf in (0, 1, 7, 0xD, 0x8000_0000, 0x8000_0001, 0x8000_0008)]
 
+    def instruction_length(self, code: bytes, bits: int) -> int | None:
+        """Without a decoder nothing is an instruction."""
+
     def msrs(self) -> dict[int, int]:
         return {0x10A: 0, 0x17: 0, 0x8B: 0x1000_0000, 0x1A0: 1, 0xCE: 0}
 
@@ -129,9 +132,11 @@ class Core:
         if view.control.event & EVENT_VALID:
             self.injected.append(view.control.event)
             view.control.event = 0
-        step = next(Core.script, None)
-        assert step is not None, "the guest ran on past the end of its script"
-        reason = step(view)
+        reason = None
+        while reason is None:
+            step = next(Core.script, None)
+            assert step is not None, "the guest ran on past the end of its script"
+            reason = step(view)
         view.exit.reason = reason & 0xFFFF_FFFF
         return reason
 
@@ -154,11 +159,6 @@ def model_names() -> list[str]:
 
 def feature_names() -> list[str]:
     return []
-
-
-def instruction_length(code: bytes, bits: int) -> int | None:
-    """Without a decoder nothing is an instruction."""
-    return None
 
 
 def tsc() -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field
 
-from softkvm import kvm, silicon
+from softkvm import kvm
 from softkvm.uapi import kvm as uapi
 
 RAM_SIZE = 2 << 20
@@ -51,7 +51,7 @@ class Guest:
 
     def __init__(self, system: kvm.System, code: bytes, **registers: int) -> None:
         self.vm = system.create_vm()
-        self.memory = silicon.Memory(RAM_SIZE)
+        self.memory = kvm.allocate_memory(RAM_SIZE)
         self.ram = memoryview(self.memory)
         self.vm.set_user_memory_region(uapi.UserspaceMemoryRegion(memory_size=RAM_SIZE, userspace_addr=self.memory.address))
         self._write_tables()
@@ -86,7 +86,7 @@ class Guest:
     @property
     def retired(self) -> int:
         """Instructions that the guest has retired, on the silicon and by KVM."""
-        cpu = self.vcpu._last_cpu
+        cpu = self.vcpu._cpu
         return self.vcpu.instructions_skipped + (0 if cpu is None else cpu.core.counters()["instructions"])
 
     def run(self) -> Outcome:

@@ -34,7 +34,7 @@ def test_skip_uses_the_length_that_the_silicon_gives(vcpu: Vcpu, play: Script, l
 def unknown_length(vcpu: Vcpu) -> fake_engine.Step:
     """An exit of silicon that does not tell where the instruction ends."""
 
-    def step(view: control.ControlBlock) -> int:
+    def step(view: control.ControlBlock) -> int | None:
         reason = leave(vcpu, "cpuid", 0)(view)
         view.exit.next_rip = 0
         return reason

@@ -315,7 +315,6 @@ fn immediates() {
 #[test]
 fn shifts_by_immediates() {
     let mut bench = Bench::new(4);
-    // ModRM with the operation in its reg field is the last opcode byte here, so only one register is tested.
     for opcode in [0x71u8, 0x72, 0x73] {
         for operation in [2u8, 3, 4, 6, 7] {
             for prefix in [PS, PD] {

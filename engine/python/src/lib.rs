@@ -19,11 +19,8 @@ use pyo3::prelude::*;
 mod _engine {
     use std::collections::BTreeMap;
 
-    use pyo3::exceptions::PyValueError;
     use pyo3::prelude::*;
     use softkvm_engine::cpu::clock::{host_tsc, host_tsc_khz};
-    use softkvm_engine::cpu::CodeSize;
-    use softkvm_engine::decode;
     use softkvm_engine::model::Model;
 
     #[pymodule_export]
@@ -58,19 +55,6 @@ mod _engine {
     #[pyfunction]
     fn feature_names() -> Vec<&'static str> {
         Model::feature_names().collect()
-    }
-
-    /// Length of the instruction that `code` begins with, as the CPU decodes it in code segments of 16, 32 or 64 bits; None if there is
-    /// no such instruction, or if it goes on behind the end.
-    #[pyfunction]
-    fn instruction_length(code: &[u8], bits: u32) -> PyResult<Option<usize>> {
-        let size = match bits {
-            16 => CodeSize::Bits16,
-            32 => CodeSize::Bits32,
-            64 => CodeSize::Bits64,
-            _ => return Err(PyValueError::new_err("code segments have 16, 32 or 64 bits")),
-        };
-        Ok(decode::length(code, size))
     }
 
     /// The host's time stamp counter now.

@@ -2,27 +2,30 @@
 
 Answers to Linux 6.1 `x86_emulate_instruction()`, `handle_emulation_failure()`, `emulator_{read,write}_emulated()`,
 `vcpu_mmio_{read,write}()`, `complete_emulated_mmio()` and `handle_ud()`. There is no second set of instruction semantics: the interpreter
-is the silicon's `Control.emulate` mode, the decoder the silicon's own. What the emulator of Linux has as callbacks are its exits here:
-memory that is no RAM asks for an access (KVM gives it a list of completed ones, which starts empty and grows by one each time the
-instruction is restarted, until it runs through); intercepts, ports and MSRs leave as they do for any other instruction.
+is the silicon's `Control.emulate`, the decoder the silicon's own. What the emulator of Linux has as callbacks are its exits here: memory
+that is no RAM asks for an access (KVM gives it a list of completed ones, which starts empty and grows by one each time the instruction is
+restarted, until it runs through and the guest goes on behind it); intercepts, ports and MSRs leave as those of any other instruction.
+
+From its first completed access to its end an instruction is half done: its accesses are made once and must not be lost, so nothing may
+come in between (`Vcpu.half_done`).
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import struct
 from functools import cache
 from typing import TYPE_CHECKING
 
-from softkvm import silicon
 from softkvm.host import trace
 from softkvm.kvm import events, exits, regs
 from softkvm.kvm.memslots import PAGE_SIZE
 from softkvm.kvm.mmu import Fault
-from softkvm.kvm.request import REQ_EVENT
-from softkvm.silicon import EXIT_ACCESS, EXIT_EMULATED, RIGHT_X
+from softkvm.silicon import EMULATE_FIRST, EXIT_ACCESS, EXIT_EMULATED, RIGHT_X
 from softkvm.uapi import kvm as uapi
-from softkvm.uapi.kvm import KVM_EXIT_MMIO
+from softkvm.uapi.kvm import KVM_EXIT_MMIO, Run, RunMmio
+from softkvm.uapi.layout import offset_of
 
 if TYPE_CHECKING:
     from softkvm.kvm.irqchip.lapic import Lapic
@@ -31,8 +34,6 @@ if TYPE_CHECKING:
 _APIC_PAGE = (1 << 52) - (1 << 12)
 """Address bits of IA32_APIC_BASE."""
 
-EMULTYPE_NO_DECODE = 1 << 0
-"""Go on with the instruction in progress, whose device access user space has completed."""
 EMULTYPE_SKIP = 1 << 2
 """Only step over the instruction: KVM has done its work."""
 EMULTYPE_TRAP_UD_FORCED = 1 << 4
@@ -49,22 +50,26 @@ _TRANSLATE_USER = 8
 _CS_DB = 1 << 14
 _RFLAGS_VM = 1 << 17
 
+_log = logging.getLogger(__name__)
+
+_put_mmio = struct.Struct("<QQIB").pack_into
+_MMIO_OFFSET = offset_of(Run, "mmio")
+_MMIO_DATA = _MMIO_OFFSET + offset_of(RunMmio, "data")
+
 ACCESS_LIMIT = 8
 """Entries of `ControlBlock.access`: the most device accesses of one instruction (a 64-byte load in 8-byte pieces)."""
 
 
-_log = logging.getLogger(__name__)
-
-
 def emulate_instruction(vcpu: Vcpu, emulation_type: int) -> int:
-    """Execute or, with EMULTYPE_SKIP, step over the instruction at RIP: the result is that of an exit handler."""
+    """Step over the instruction at RIP (EMULTYPE_SKIP), or restart it with devices behind its memory: as an exit handler."""
     if emulation_type & EMULTYPE_SKIP:
         return _skip(vcpu)
-    if emulation_type & EMULTYPE_NO_DECODE:
-        return _continue(vcpu)
-    if emulation_type & EMULTYPE_TRAP_UD_FORCED:
-        return _execute_forced(vcpu)
-    return _execute(vcpu)
+    control = vcpu.control
+    if emulation_type & EMULTYPE_PF and control.emulate:  # what the page tables refused again is a fetch, or a page table
+        stop(vcpu)
+        return handle_emulation_failure(vcpu, emulation_type)
+    control.access_count, control.emulate = 0, EMULATE_FIRST
+    return 1
 
 
 # --- Stepping over -----------------------------------------------------------------------------------------------------------------
@@ -72,7 +77,7 @@ def emulate_instruction(vcpu: Vcpu, emulation_type: int) -> int:
 
 def _skip(vcpu: Vcpu) -> int:
     """Nothing is executed and no fault reaches the guest: an instruction that cannot be read any more goes to user space."""
-    length = silicon.instruction_length(fetch(vcpu), _code_bits(vcpu))
+    length = vcpu.model.instruction_length(fetch(vcpu), _code_bits(vcpu))
     if length is None:
         _say_once_that_skipping_failed()
         return handle_emulation_failure(vcpu, EMULTYPE_SKIP)
@@ -120,71 +125,52 @@ def _code_bits(vcpu: Vcpu) -> int:
 
 def handle_ud(vcpu: Vcpu) -> int:
     """An intercepted #UD: the forced emulation prefix, or the guest's own."""
-    if fetch(vcpu).startswith(FORCED_EMULATION_PREFIX):
-        rip = vcpu.state.rip + len(FORCED_EMULATION_PREFIX)
-        vcpu.state.rip = rip if regs.is_64_bit_mode(vcpu) else rip & _U32
-        return emulate_instruction(vcpu, EMULTYPE_TRAP_UD_FORCED)
-    events.inject_ud(vcpu)
+    if not fetch(vcpu).startswith(FORCED_EMULATION_PREFIX):
+        events.inject_ud(vcpu)
+        return 1
+    rip = vcpu.state.rip + len(FORCED_EMULATION_PREFIX)
+    vcpu.state.rip = rip if regs.is_64_bit_mode(vcpu) else rip & _U32
+    if fetch(vcpu).startswith(FORCED_EMULATION_PREFIX):  # to the emulator its UD2 is no prefix but undefined
+        events.inject_ud(vcpu)
+        return 1
+    return emulate_instruction(vcpu, EMULTYPE_TRAP_UD_FORCED)
+
+
+def after_exit(vcpu: Vcpu, reason: int) -> None:
+    """The guest was entered with a half done instruction: see whether it still is."""
+    if reason == EXIT_ACCESS:
+        return
+    if vcpu.exit.vectoring & events.EVENT_VALID:
+        stop(vcpu)  # it ended by an exception, which KVM has now
+    elif not vcpu.control.emulate:
+        vcpu.half_done = False
+    elif reason != vcpu.vendor.exit_memory_fault:  # which is for a page that the restarted instruction needs
+        stop(vcpu)  # it has become another instruction
+
+
+def stop(vcpu: Vcpu) -> None:
+    """Forget the instruction."""
+    vcpu.half_done = False
+    vcpu.control.emulate = 0
+
+
+def handle_emulated(vcpu: Vcpu) -> int:
+    """The instruction is done, and the guest stopped behind it because something waits."""
     return 1
 
 
-def _execute_forced(vcpu: Vcpu) -> int:
-    """As `_execute()`; a second prefix is the #UD that its bytes say, so that prefixes do not nest."""
-    control = vcpu.control
-    bitmap, control.exception_bitmap = control.exception_bitmap, 0
-    try:
-        return _execute(vcpu)
-    finally:
-        control.exception_bitmap = bitmap
-
-
-def _execute(vcpu: Vcpu) -> int:
-    """Run the guest's instruction with devices behind its memory."""
-    control = vcpu.control
-    if control.intercepts & events.WINDOWS:  # an exit for a window would lose accesses that are already done
-        vcpu.set_windows(0)
-        vcpu.make_request(REQ_EVENT)
-    control.access_count = 0
-    control.emulate = 1
-    return _continue(vcpu)
-
-
-def _continue(vcpu: Vcpu) -> int:
-    """Run until the instruction is done, waits for user space, or leaves for a reason of its own."""
-    vendor = vcpu.vendor
-    control = vcpu.control
-    while True:
-        reason = vcpu.enter()
-        if reason == EXIT_ACCESS:
-            if (result := _access(vcpu)) <= 0:
-                return result
-        elif reason == EXIT_EMULATED:
-            control.emulate = 0
-            return 1
-        elif reason == vendor.exit_interrupt:
-            exits.handle_interrupt(vcpu)  # a kick or a timer got in first; what it is about is looked at after the instruction
-        elif reason == vendor.exit_memory_fault:
-            fault = vcpu.vm.mmu.fault(*vendor.memory_fault(vcpu))
-            if fault is not Fault.FIXED:  # an instruction fetch from where no memory is
-                control.emulate = 0
-                return handle_emulation_failure(vcpu, EMULTYPE_PF)
-        else:
-            control.emulate = 0
-            return vendor.handle_exit(vcpu, reason)
-
-
-def _access(vcpu: Vcpu) -> int:
-    """Serve the access that the instruction waits for: 1 served, 0 user space must do it, else -errno."""
+def handle_access(vcpu: Vcpu) -> int:
+    """Serve the access that the instruction waits for."""
     access = vcpu.exit.access
     gpa, size, write = access.gpa, access.size, access.write
     fault = vcpu.vm.mmu.fault(gpa, bool(write))
     if fault is Fault.FIXED:
         return 1
     if fault is Fault.UNMAPPED:
-        vcpu.control.emulate = 0
+        stop(vcpu)
         return -errno.EFAULT
-    if vcpu.control.access_count >= ACCESS_LIMIT:
-        vcpu.control.emulate = 0
+    if vcpu.half_done and vcpu.control.access_count >= ACCESS_LIMIT:
+        stop(vcpu)
         return handle_emulation_failure(vcpu, EMULTYPE_PF)
     if write:
         return _write(vcpu, gpa, size, access.data[0] & (1 << size * 8) - 1)
@@ -203,16 +189,8 @@ def _read(vcpu: Vcpu, gpa: int, size: int) -> int:
     lapic = _lapic_at(vcpu, gpa)
     value = lapic.mmio_read(gpa & 0xFFF, size) if lapic is not None else vcpu.vm.mmio_bus.read(gpa, size)
     if value is not None:
-        _complete(vcpu, gpa, size, 0, value)
-        return 1
-    mmio = vcpu.kvm_run.mmio
-    mmio.phys_addr, mmio.len, mmio.is_write = gpa, size, 0
-
-    def finish() -> int:
-        _complete(vcpu, gpa, size, 0, int.from_bytes(mmio.data[:size], "little"))
-        return emulate_instruction(vcpu, EMULTYPE_NO_DECODE)
-
-    return vcpu.exit_to_user(KVM_EXIT_MMIO, finish)
+        return _complete(vcpu, gpa, size, 0, value)
+    return _exit(vcpu, gpa, size, 0, 0)
 
 
 def _write(vcpu: Vcpu, gpa: int, size: int, value: int) -> int:
@@ -220,27 +198,40 @@ def _write(vcpu: Vcpu, gpa: int, size: int, value: int) -> int:
     if lapic is not None:
         lapic.mmio_write(gpa & 0xFFF, size, value)
     if lapic is not None or vcpu.vm.mmio_bus.write(gpa, size, value):
-        _complete(vcpu, gpa, size, 1, value)
+        return _complete(vcpu, gpa, size, 1, value)
+    return _exit(vcpu, gpa, size, 1, value)
+
+
+def _exit(vcpu: Vcpu, gpa: int, size: int, write: int, value: int) -> int:
+    """KVM_EXIT_MMIO."""
+    _put_mmio(vcpu.mmap_area, _MMIO_OFFSET, gpa, value, size, write)
+    vcpu.pending_io = (vcpu.state.rip, gpa, size, write, value)
+    return vcpu.exit_to_user(KVM_EXIT_MMIO, _complete_in_user_space)
+
+
+def _complete_in_user_space(vcpu: Vcpu) -> int:
+    """`complete_emulated_mmio()`; user space that moved RIP meanwhile (a reset) wants no restart."""
+    rip, gpa, size, write, value = vcpu.pending_io
+    if vcpu.state.rip != rip:
+        stop(vcpu)
         return 1
-    mmio = vcpu.kvm_run.mmio
-    mmio.phys_addr, mmio.len, mmio.is_write = gpa, size, 1
-    mmio.data[:] = list(value.to_bytes(8, "little"))
-
-    def finish() -> int:
-        _complete(vcpu, gpa, size, 1, value)
-        return emulate_instruction(vcpu, EMULTYPE_NO_DECODE)
-
-    return vcpu.exit_to_user(KVM_EXIT_MMIO, finish)
+    if not write:
+        value = int.from_bytes(vcpu.mmap_area[_MMIO_DATA : _MMIO_DATA + size], "little")
+    return _complete(vcpu, gpa, size, write, value)
 
 
-def _complete(vcpu: Vcpu, gpa: int, size: int, write: int, value: int) -> None:
-    """Append a done access for the restart of the instruction."""
+def _complete(vcpu: Vcpu, gpa: int, size: int, write: int, value: int) -> int:
+    """Append a done access, and restart the instruction."""
     control = vcpu.control
-    done = vcpu.accesses[control.access_count]
+    count = control.access_count if vcpu.half_done else 0
+    done = vcpu.accesses[count]
     done.gpa, done.size, done.write, done.data[0] = gpa, size, write, value
-    control.access_count += 1
+    control.access_count = count + 1
+    control.emulate = EMULATE_FIRST
+    vcpu.half_done = True
     if trace.kvm_mmio.enabled:
         trace.kvm_mmio("write" if write else "read", size, gpa, value)
+    return 1
 
 
 # --- Failing -----------------------------------------------------------------------------------------------------------------------
@@ -267,3 +258,8 @@ def _prepare_emulation_failure_exit(vcpu: Vcpu) -> int:
         failure.ndata += (1 + _INSTRUCTION_LIMIT) // 8
     exits.append_internal_data(vcpu, info.reason, info.qualification, info.info2, info.interruption, info.interruption_error)
     return vcpu.exit_to_user(uapi.KVM_EXIT_INTERNAL_ERROR)
+
+
+handlers = {EXIT_ACCESS: handle_access, EXIT_EMULATED: handle_emulated}
+"""The silicon's private exits, the same for both vendors."""
+EXIT_NAMES = {EXIT_ACCESS: "ACCESS", EXIT_EMULATED: "EMULATED"}

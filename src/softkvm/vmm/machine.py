@@ -23,8 +23,9 @@ from softkvm.host.clock import Clock
 from softkvm.uapi import kvm as uapi
 from softkvm.vmm import config, cpuid, layout
 from softkvm.vmm.board import Board, Chassis
+from softkvm.vmm.boot import Bootable
 from softkvm.vmm.boot import cpu as boot_cpu
-from softkvm.vmm.boot import linux, read_kernel
+from softkvm.vmm.boot import read as read_image
 from softkvm.vmm.config import Config, SerialBackend
 from softkvm.vmm.console import DEFAULT_LIMIT, Console
 from softkvm.vmm.crew import Crew
@@ -42,14 +43,20 @@ Text = str | bytes | re.Pattern[str] | re.Pattern[bytes]
 
 
 class Stats(msgspec.Struct, frozen=True):
-    """Counters of a machine since it was made."""
+    """Counters of a machine since it was made, summed over its vCPUs."""
 
     seconds: float
     """Wall time inside `run()`."""
+    instructions: int
+    """Instructions that the guest has retired."""
+    engine: dict[str, int]
+    """What else the silicon counts: blocks of code, TLB, page walks."""
     exits: dict[str, int]
-    """Returns of KVM_RUN by exit reason, over all vCPUs."""
+    """VM exits by the vendor's name of the reason, most frequent first."""
+    user_exits: dict[str, int]
+    """Returns of KVM_RUN by exit reason, most frequent first."""
     vcpu: dict[str, int]
-    """The counters of KVM and of the engine, summed over all vCPUs."""
+    """KVM's own counters, by the names of its statistics."""
 
 
 class _Failure(Exception):
@@ -77,13 +84,15 @@ class Machine:
         kvm_parameters: Iterable[str] = (),
         output_limit: int = DEFAULT_LIMIT,
         clock: Clock | None = None,
+        test_device: bool = False,
     ) -> None:
         """Build the machine and load the kernel; nothing runs yet.
 
-        `kernel` is a bzImage or an ELF vmlinux, `initrd` a file or its bytes; `append` is the command line, behind `console=ttyS0` unless
-        it names a console; `memory` is bytes or text such as `512M`; `cpu` is a model with switched features such as `epyc,-avx2`;
-        `serial` gives each port number its listener; `kvm_parameters` are module parameters such as `nrips=0`; `output_limit` bytes of
-        the console are kept; `clock` is the time that guest and devices live by, the host's if none is given.
+        `kernel` is a bzImage, an ELF vmlinux or a multiboot image, `initrd` a file or its bytes (multiboot: the module); `append` is
+        the command line, for Linux behind `console=ttyS0` unless it names a console; `memory` is bytes or text such as `512M`; `cpu`
+        is a model with switched features such as `epyc,-avx2`; `serial` gives each port number its listener; `output_limit` bytes of
+        the console are kept; `clock` is the time that guest and devices live by, the host's if none is given; `test_device` adds the
+        registers of `devices/test_device.py`; `kvm_parameters` are KVM's module parameters, such as `nrips=0`.
         ConfigError for anything that cannot be.
         """
         settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial, kvm_parameters)
@@ -97,22 +106,24 @@ class Machine:
         self._seconds = 0.0
         self._closed = False
         with ExitStack() as resources:
-            self._build(settings, resources, clock if clock is not None else Clock())
+            self._build(settings, resources, clock if clock is not None else Clock(), test_device)
             self._resources = resources.pop_all()
 
-    def _build(self, settings: Config, resources: ExitStack, clock: Clock) -> None:
+    def _build(self, settings: Config, resources: ExitStack, clock: Clock, test_device: bool) -> None:
         system = _open_kvm(settings)
         guest = _allocate(settings.memory)
         resources.callback(guest.close)
-        image = read_kernel(settings.kernel, guest.low_end)
-        linux.load(guest, image, settings.initrd, settings.command_line, settings.cpus)
+        image = read_image(settings.kernel, guest.low_end)
+        image.load(guest, settings.initrd, settings.command_line, settings.cpus)
         vm = resources.enter_context(system.create_vm(clock=clock))
         _set_up_vm(vm, guest)
         self._vcpus: list[kvm.Vcpu] = []
         for index in range(settings.cpus):
-            self._vcpus.append(_make_vcpu(system, vm, index, settings, image.entry))
+            self._vcpus.append(_make_vcpu(system, vm, index, settings, image))
             resources.callback(self._vcpus[index].close)
         self._board = self._make_board(settings, vm, clock)
+        if test_device:
+            self._board.plug_in_test_device(partial(_forget_page, vm, guest))
         self._handlers = [
             ExitHandler(vcpu, self._board, partial(self._end, index), partial(self._fail, index)) for index, vcpu in enumerate(self._vcpus)
         ]
@@ -127,7 +138,7 @@ class Machine:
             reset=lambda: self._end(self._crew.current(), StopReason.RESET, "the guest reset the machine"),
             debug_exit=lambda status: self._end(self._crew.current(), StopReason.EXIT, f"the guest exited with status {status}", status),
         )
-        return Board(chassis, vm.irq_line, clock, split(settings.memory), sinks)
+        return Board(chassis, vm.irq_line, clock, split(settings.memory), settings.cpus, sinks)
 
     # Running
 
@@ -234,12 +245,14 @@ class Machine:
 
     def stats(self) -> Stats:
         """The counters now."""
-        exits: Counter[str] = Counter()
-        counters: Counter[str] = Counter()
+        engine, exits, user_exits, vcpus = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
         for handler, vcpu in zip(self._handlers, self._vcpus, strict=True):
-            exits.update({REASON_NAMES.get(reason, str(reason)): count for reason, count in handler.counts.items()})
-            counters.update(vcpu.stats)
-        return Stats(seconds=self._seconds, exits=dict(exits), vcpu=dict(counters))
+            engine.update(vcpu.engine_counters())
+            exits.update(vcpu.exits_by_reason())
+            user_exits.update({REASON_NAMES[reason]: count for reason, count in handler.counts.items() if count})
+            vcpus.update(vcpu.stats)
+        instructions = engine.pop("instructions", 0)
+        return Stats(self._seconds, instructions, dict(engine), dict(exits.most_common()), dict(user_exits.most_common()), dict(vcpus))
 
     # The end
 
@@ -286,7 +299,17 @@ def _set_up_vm(vm: kvm.Vm, guest: GuestMemory) -> None:
     vm.set_gsi_routing(list(default_routing()))
 
 
-def _make_vcpu(system: kvm.System, vm: kvm.Vm, index: int, settings: Config, entry: int) -> kvm.Vcpu:
+def _forget_page(vm: kvm.Vm, guest: GuestMemory, address: int) -> None:
+    """Make the next access to a page of RAM a nested page fault again, by taking its whole memslot away for a moment."""
+    for slot in guest.slots():
+        if slot.guest_phys_addr <= address < slot.guest_phys_addr + slot.memory_size:
+            size, slot.memory_size = slot.memory_size, 0
+            vm.set_user_memory_region(slot)
+            slot.memory_size = size
+            vm.set_user_memory_region(slot)
+
+
+def _make_vcpu(system: kvm.System, vm: kvm.Vm, index: int, settings: Config, image: Bootable) -> kvm.Vcpu:
     vcpu = vm.create_vcpu(index)
     identity = cpuid.Identity(
         apic_id=index,
@@ -302,7 +325,7 @@ def _make_vcpu(system: kvm.System, vm: kvm.Vm, index: int, settings: Config, ent
     vcpu.set_lapic(lapic)
     if index == 0:
         sregs = vcpu.get_sregs()
-        boot_cpu.enter_long_mode(sregs)
+        registers = image.enter(sregs)
         vcpu.set_sregs(sregs)
-        vcpu.set_regs(boot_cpu.entry_registers(entry))
+        vcpu.set_regs(registers)
     return vcpu

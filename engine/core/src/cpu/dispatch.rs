@@ -8,7 +8,7 @@ use crate::fault::{vector, Fault};
 use crate::memory::PAGE_OFFSET;
 use crate::state::{interruptibility, rflags};
 use crate::uop::{slot, Exec, Stop, Uop};
-use crate::virt::control::intercept;
+use crate::virt::control::{emulate, intercept};
 use crate::virt::exits::code;
 
 /// Instructions between two looks at the clock: some tens of microseconds.
@@ -64,7 +64,7 @@ impl Cpu {
         if self.pending & pending::DEBUG != 0 {
             self.take_debug_trap()?;
         }
-        if self.pending & pending::WINDOW != 0 {
+        if self.pending & (pending::WINDOW | pending::EMULATE) == pending::WINDOW {
             self.check_windows()?;
         }
         if self.pending & pending::HALTED != 0 {
@@ -212,21 +212,37 @@ impl Cpu {
         let (first, instructions) = unsafe { ((*block).uops.as_ptr(), (*block).instructions) };
         self.budget -= i64::from(instructions);
         self.blocks_run += 1;
-        let mut at = first;
+        self.at = first;
         loop {
             // SAFETY: as above; a block that dies while it runs keeps its micro-ops, which then stop at once.
-            let uop = unsafe { &*at };
-            match (uop.run)(self, uop) {
+            let uop = unsafe { &*self.at };
+            let mut result = (uop.run)(self, uop);
+            if result == Err(Stop::Slow) {
+                result = self.run_reference(block);
+            }
+            match result {
                 // SAFETY: not the last micro-op, because that one stops.
-                Ok(()) => at = unsafe { at.add(1) },
+                Ok(()) => self.at = unsafe { self.at.add(1) },
                 Err(Stop::Next) => return Ok(()),
                 Err(stop) => {
                     // SAFETY: both point into the same slice.
-                    let index = unsafe { at.offset_from(first) };
+                    let (uop, index) = unsafe { (&*self.at, self.at.offset_from(first)) };
                     return self.leave(uop, stop, i64::from(instructions) - index as i64);
                 }
             }
         }
+    }
+
+    /// Runs the instruction at `at` with its reference handler.
+    #[cold]
+    #[inline(never)]
+    fn run_reference(&mut self, block: *mut Block) -> Exec {
+        // SAFETY: as in `execute`, which runs `block`; fast handlers keep `at` inside it.
+        let (uop, handler) = unsafe {
+            let index = self.at.offset_from((*block).uops.as_ptr()) as usize;
+            (&*self.at, *(&(*block).reference).get_unchecked(index))
+        };
+        handler(self, uop)
     }
 
     /// Leaves a block before its end; `left` instructions of it, the one of `uop` included, had been paid for.
@@ -251,7 +267,7 @@ impl Cpu {
         self.budget -= 1;
         self.budget_start -= 1;
         match stop {
-            Stop::Next | Stop::Leave | Stop::Again | Stop::Retry => Ok(()),
+            Stop::Next | Stop::Leave | Stop::Again | Stop::Retry | Stop::Slow => Ok(()),
             Stop::Fault => self.deliver_fault(),
             Stop::Exit => Err(Stop::Exit),
         }
@@ -275,7 +291,7 @@ impl Cpu {
                 self.state.interruptibility |= shadow;
                 self.pending |= if shadow != 0 { pending::SHADOW } else { 0 };
             }
-            Stop::Next | Stop::Leave | Stop::Fault => {}
+            Stop::Next | Stop::Leave | Stop::Fault | Stop::Slow => {}
         }
         self.stopped(stop)?;
         if stop == Stop::Retry {
@@ -287,7 +303,7 @@ impl Cpu {
         }
         self.software_interrupt = false;
         if self.pending & pending::EMULATE != 0 {
-            return Err(self.exit(code::EMULATED, 0));
+            self.end_emulation()?;
         }
         if self.control.intercepts(intercept::MONITOR_TRAP) {
             return Err(self.exit(code::MONITOR_TRAP, 0));
@@ -295,12 +311,23 @@ impl Cpu {
         Ok(())
     }
 
+    /// The emulated instruction is done: back to the hypervisor, or on without it.
+    #[cold]
+    fn end_emulation(&mut self) -> Exec {
+        self.pending &= !pending::EMULATE;
+        self.accesses.clear();
+        if std::mem::take(&mut self.control.emulate) == emulate::FIRST {
+            return Ok(());
+        }
+        Err(self.exit(code::EMULATED, 0))
+    }
+
     /// Runs exactly the first instruction of a block and moves RIP.
     fn execute_one(&mut self, block: *mut Block) -> Stop {
         // SAFETY: as in `execute`; a block has at least one micro-op.
-        let uop = unsafe { *(*block).uops.as_ptr() };
+        let (uop, handler) = unsafe { (*(*block).uops.as_ptr(), *(*block).reference.as_ptr()) };
         self.blocks_run += 1;
-        let stop = (uop.run)(self, &uop).err().unwrap_or(Stop::Leave);
+        let stop = handler(self, &uop).err().unwrap_or(Stop::Leave);
         match stop {
             Stop::Next => self.budget -= 1,
             Stop::Leave => {
@@ -308,7 +335,7 @@ impl Cpu {
                 self.regs[slot::RIP as usize] = self.rip_at(uop.next_offset());
             }
             Stop::Exit => self.complete_exit(&uop),
-            Stop::Fault | Stop::Again | Stop::Retry => {}
+            Stop::Fault | Stop::Again | Stop::Retry | Stop::Slow => {}
         }
         stop
     }

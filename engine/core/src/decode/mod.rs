@@ -5,11 +5,14 @@
 
 pub mod block;
 pub mod cache;
+mod feature;
+pub mod liveness;
 
 use iced_x86::{Instruction, OpKind, Register};
 
 use crate::cpu::CodeSize;
 use crate::exec;
+use crate::model::Model;
 use crate::uop::{flag, slot, Handler, Uop, RIP_STRIDE};
 
 /// Longest instruction, in bytes.
@@ -17,15 +20,15 @@ pub const MAX_LENGTH: usize = 15;
 
 /// Length of the instruction that `bytes` begin with; `None` if there is no such instruction, or if its end lies behind them.
 ///
-/// This is the decoder that the CPU itself uses, for hypervisors that have to step over an instruction whose length nobody told them.
-pub fn length(bytes: &[u8], size: CodeSize) -> Option<usize> {
-    let insn = block::decoder(bytes, size).decode();
+/// This is the decoder that CPUs of `model` use, for hypervisors that have to step over an instruction whose length nobody told them.
+pub fn length(bytes: &[u8], size: CodeSize, model: &Model) -> Option<usize> {
+    let insn = block::decoder(bytes, size, model).decode();
     (!insn.is_invalid()).then(|| insn.len())
 }
 
-/// The micro-op of `insn`, which starts `insn.ip()` bytes behind the block's first byte.
-pub fn lower(insn: &Instruction, size: CodeSize) -> Uop {
-    let run = exec::handler(insn, size).unwrap_or(exec::unknown as Handler);
+/// The micro-op of `insn`, which starts `insn.ip()` bytes behind the block's first byte. What `model` lacks is undefined.
+pub fn lower(insn: &Instruction, size: CodeSize, model: &Model) -> Uop {
+    let run = if feature::offers(model, insn) { exec::handler(insn, size).unwrap_or(exec::unknown as Handler) } else { exec::undefined };
     let mut uop = Uop {
         run,
         imm: 0,
@@ -43,7 +46,8 @@ pub fn lower(insn: &Instruction, size: CodeSize) -> Uop {
     for n in 0..insn.op_count() {
         match insn.op_kind(n) {
             OpKind::Register if n < 3 => uop.reg[n as usize] = register(insn.op_register(n)),
-            OpKind::Register => {}
+            // The mask of a blend.
+            OpKind::Register => uop.imm = register(insn.op_register(n)).into(),
             OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => {
                 let target = insn.near_branch_target();
                 uop.imm = if insn.op_kind(n) == OpKind::NearBranch64 { target } else { target as i32 as i64 as u64 };
@@ -183,7 +187,8 @@ fn rip_relative(uop: &mut Uop, target: u64) {
 
 /// Address size of the memory operand, in bits.
 fn address_width(insn: &Instruction) -> u32 {
-    let named = [insn.memory_base(), insn.memory_index()].into_iter().find(|register| *register != Register::None);
+    // The index of a gather is a vector.
+    let named = [insn.memory_base(), insn.memory_index()].into_iter().find(|register| register.is_gpr() || register.is_ip());
     match named {
         Some(Register::EIP) => 32,
         Some(Register::RIP) => 64,
@@ -208,7 +213,7 @@ mod tests {
             32 => CodeSize::Bits32,
             _ => CodeSize::Bits64,
         };
-        lower(&Decoder::with_ip(bits, bytes, 0, DecoderOptions::NONE).decode(), size)
+        lower(&Decoder::with_ip(bits, bytes, 0, DecoderOptions::NONE).decode(), size, &Model::default())
     }
 
     #[test]
@@ -251,21 +256,21 @@ mod tests {
 
     #[test]
     fn length_counts_prefixes_and_follows_the_code_size() {
-        assert_eq!(length(&[0x66, 0x2e, 0x67, 0x48, 0x0f, 0xa2, 0x90], CodeSize::Bits64), Some(6));
+        assert_eq!(length(&[0x66, 0x2e, 0x67, 0x48, 0x0f, 0xa2, 0x90], CodeSize::Bits64, &Model::default()), Some(6));
         let mov_eax_imm = [0xb8, 1, 2, 3, 4];
-        assert_eq!(length(&mov_eax_imm, CodeSize::Bits32), Some(5));
-        assert_eq!(length(&mov_eax_imm, CodeSize::Bits16), Some(3));
+        assert_eq!(length(&mov_eax_imm, CodeSize::Bits32, &Model::default()), Some(5));
+        assert_eq!(length(&mov_eax_imm, CodeSize::Bits16, &Model::default()), Some(3));
     }
 
     #[test]
     fn length_of_what_is_no_instruction_is_unknown() {
-        assert_eq!(length(&[0x0f], CodeSize::Bits64), None);
-        assert_eq!(length(&[], CodeSize::Bits64), None);
-        assert_eq!(length(&[0x06], CodeSize::Bits64), None);
+        assert_eq!(length(&[0x0f], CodeSize::Bits64, &Model::default()), None);
+        assert_eq!(length(&[], CodeSize::Bits64, &Model::default()), None);
+        assert_eq!(length(&[0x06], CodeSize::Bits64, &Model::default()), None);
         let mut too_long = [0x66; 16];
         too_long[14..].copy_from_slice(&[0x0f, 0xa2]);
-        assert_eq!(length(&too_long, CodeSize::Bits64), None);
-        assert_eq!(length(&too_long[1..], CodeSize::Bits64), Some(15));
+        assert_eq!(length(&too_long, CodeSize::Bits64, &Model::default()), None);
+        assert_eq!(length(&too_long[1..], CodeSize::Bits64, &Model::default()), Some(15));
     }
 
     #[test]

@@ -3,12 +3,10 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use crate::cpu::Cpu;
+use crate::exec::xsave::fxsave::MXCSR_MASK;
 use crate::paging::AccessKind;
 use crate::state::gpr;
 use crate::uop::{flag, Exec, Handler, Uop};
-
-/// Bits of MXCSR that exist: all with DAZ, none above 15.
-const MXCSR_MASK: u32 = 0xffff;
 
 /// The handler of an instruction of this file.
 pub fn handler(insn: &Instruction) -> Option<Handler> {

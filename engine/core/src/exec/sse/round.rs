@@ -88,8 +88,7 @@ fn round_lane<F: Float>(bits: u64, mode: u32, daz: bool) -> (u64, u32) {
     if exponent >= bias + F::FRACTION {
         return (bits, 0);
     }
-    let up_if_positive = |towards: u32| mode == towards;
-    let away = if sign == 0 { up_if_positive(2) } else { up_if_positive(1) };
+    let away = mode == if sign == 0 { 2 } else { 1 };
     if exponent < bias {
         let one = u64::from(bias) << F::FRACTION;
         let above_half = exponent == bias - 1 && magnitude & ((1 << F::FRACTION) - 1) != 0;

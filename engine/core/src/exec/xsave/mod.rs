@@ -2,10 +2,10 @@
 
 mod area;
 mod component;
-mod fxsave;
+pub(in crate::exec) mod fxsave;
+mod restore;
 mod save;
 mod xcr;
-mod xrstor;
 
 use iced_x86::{Instruction, Mnemonic};
 
@@ -14,7 +14,7 @@ use crate::uop::Handler;
 
 /// The handler of an instruction of this family.
 pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
-    fxsave::handler(insn).or_else(|| save::handler(insn)).or_else(|| xrstor::handler(insn)).or_else(|| xcr::handler(insn))
+    fxsave::handler(insn).or_else(|| save::handler(insn)).or_else(|| restore::handler(insn)).or_else(|| xcr::handler(insn))
 }
 
 /// Instructions of this family after which the dispatcher must look at the CPU.
