@@ -74,6 +74,7 @@ def cli() -> None:
 @click.option("-p", "--append", default="", metavar="TEXT", help="Kernel parameters, added to softkvm's own.", show_default=False)
 @click.option("-m", "--memory", default="512M", metavar="SIZE", help="Guest memory, with K, M or G.")
 @click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=_complete_cpu)
+@click.option("--kvm", multiple=True, metavar="NAME=VALUE", help="Module parameter of KVM, such as nrips=0.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this wall time, with exit status 124.")
 @click.option("--stats", is_flag=False, flag_value="table", type=click.Choice(["table", "json"]), help="Print counters at the end.")
 @click.option("--json", is_flag=True, help="Print one JSON object about the run in place of the guest's output.")
@@ -87,6 +88,7 @@ def run(
     append: str,
     memory: str,
     cpu: str,
+    kvm: tuple[str, ...],
     timeout: float | None,
     stats: StatsFormat | None,
     json: bool,
@@ -103,9 +105,9 @@ def run(
     if selftest:
         from softkvm.cli import selftest as tester
 
-        _refuse_with_selftest(context, ("kernel", "initrd", "append", "command", "json"))
+        _refuse_with_selftest(context, ("kernel", "initrd", "append", "kvm", "command", "json"))
         return tester.run(memory, cpu, timeout, stats)
-    return runner.run(RunOptions(kernel, initrd, append, memory, cpu, timeout, stats, json, command))
+    return runner.run(RunOptions(kernel, initrd, append, memory, cpu, kvm, timeout, stats, json, command))
 
 
 def _refuse_with_selftest(context: click.Context, names: Sequence[str]) -> None:

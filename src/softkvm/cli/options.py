@@ -19,6 +19,7 @@ class RunOptions:
     append: str = ""
     memory: str = "512M"
     cpu: str = "cascadelake"
+    kvm: tuple[str, ...] = ()
     timeout: float | None = None
     stats: StatsFormat | None = None
     json: bool = False

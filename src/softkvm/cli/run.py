@@ -112,6 +112,7 @@ class _Run:
                 append=" ".join(parameters),
                 memory=options.memory,
                 cpu=options.cpu,
+                kvm_parameters=options.kvm,
                 serial=serial,
             )
         except ConfigError as error:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from softkvm.host import trace
-from softkvm.kvm import events, exits, regs
+from softkvm.kvm import emulate, events, exits, regs
 from softkvm.kvm.memslots import PAGE_SIZE
 from softkvm.kvm.mmu import Fault
 from softkvm.silicon import RIGHT_R, RIGHT_W
@@ -123,7 +123,7 @@ def _translate(vcpu: Vcpu, addresses: list[int], size: int, access: int) -> list
             events.inject_page_fault(vcpu, max(linear, page), int(present) | (2 if access == RIGHT_W else 0) | (4 if user else 0))
             return None
         if vcpu.vm.mmu.fault(gpa, access == RIGHT_W) is not Fault.FIXED:
-            return -errno.EFAULT if vcpu.vm.mmu.slots.find(gpa) else exits.emulation_failure(vcpu)
+            return -errno.EFAULT if vcpu.vm.mmu.slots.find(gpa) else emulate.handle_emulation_failure(vcpu, emulate.EMULTYPE_PF)
         pages[page] = gpa
     result: list[Piece] = []
     for address in addresses:

@@ -14,6 +14,7 @@ from softkvm.host.clock import Clock
 from softkvm.host.sched import Scheduler
 from softkvm.kvm import capabilities, cpuid, mce, msr
 from softkvm.kvm.ioctl import KvmFile, ioctl, returns_array, returns_msr_values, returns_u64, takes_msr_indices, value, zero
+from softkvm.kvm.params import Parameters
 from softkvm.kvm.vcpu_core import MMAP_SIZE
 from softkvm.kvm.vm import Vm
 from softkvm.uapi import kvm as uapi
@@ -27,9 +28,10 @@ class System(KvmFile):
     unknown_ioctl = errno.EINVAL
     ioctl_lock = nullcontext()
 
-    def __init__(self, model: silicon.Model | None = None) -> None:
-        """KVM on cores of `model`, of Intel's Cascade Lake if none is given."""
+    def __init__(self, model: silicon.Model | None = None, parameters: Parameters | None = None) -> None:
+        """KVM on cores of `model`, of Intel's Cascade Lake if none is given, loaded with `parameters`."""
         self.model = model if model is not None else silicon.Model(DEFAULT_MODEL)
+        self.parameters = parameters if parameters is not None else Parameters()
         self.scheduler = Scheduler(self.model)
 
     @ioctl(uapi.KVM_GET_API_VERSION, zero)

@@ -62,6 +62,8 @@ class VcpuCore(KvmFile):
         self.clock = vm.clock
         self.vendor = vm.vendor
         self.handlers, self.next_rip = vm.vendor.handlers, vm.vendor.next_rip
+        self.saves_next_rip = vm.parameters.nrips and "nrip-save" in vm.model.features
+        """Whether `Exit.next_rip` counts: the silicon saves it, and the module parameter lets KVM use it."""
         self._init_shared_state()
         self._init_concurrency()
 
@@ -109,6 +111,8 @@ class VcpuCore(KvmFile):
         """An instruction has made device accesses and is not at its end (`kvm/emulate.py`)."""
         self.stats: Counter[str] = Counter()
         """KVM's own counters, by the names of the kernel's binary statistics (`halt_exits`, `signal_exits`, ...)."""
+        self.instructions_skipped = 0
+        """Instructions that KVM has retired in the guest's place; the silicon counts those that it has executed itself."""
         self.exit_counts = dict.fromkeys(self.handlers, 0)
         """VM exits by the vendor's exit reason."""
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from ctypes import memset, sizeof
 from typing import TYPE_CHECKING, Protocol
 
+from softkvm.kvm import events
 from softkvm.silicon.control import Intercept
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def setup_controls(vcpu: Vcpu) -> None:
     """The controls that a new vCPU starts with."""
     control = vcpu.control
     control.intercepts = INTERCEPTS
+    control.exception_bitmap = 1 << events.UD if vcpu.vm.parameters.force_emulation_prefix else 0
     control.cr_read = control.cr_write = _CR8_BIT
     control.tsc_multiplier = 1 << 48
     control.vpid = vcpu.vcpu_id + 1

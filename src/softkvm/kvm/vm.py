@@ -45,6 +45,7 @@ class Vm(KvmFile):
     def __init__(self, system: System, clock: Clock) -> None:
         """A VM without memory, chips and vCPUs; only `System.create_vm` makes one."""
         self.model = system.model
+        self.parameters = system.parameters
         self.scheduler = system.scheduler
         self.vendor = _VENDORS[self.model.vendor]
         self.clock = clock
@@ -62,6 +63,7 @@ class Vm(KvmFile):
         self.eventfds = EventFds(self)
         self.coalesced = Coalesced(self)
         self.exception_payload = False
+        self.exit_on_emulation_failure = False
         self.triple_fault_event = False
         self.tss_addr = 0
         self.identity_map_addr = 0
@@ -112,6 +114,8 @@ class Vm(KvmFile):
             raise OSError(errno.EINVAL, "bad flags")
         if cap.cap == uapi.KVM_CAP_EXCEPTION_PAYLOAD:
             self.exception_payload = bool(cap.args[0])
+        elif cap.cap == uapi.KVM_CAP_EXIT_ON_EMULATION_FAILURE and not cap.args[0] & ~1:
+            self.exit_on_emulation_failure = bool(cap.args[0])
         elif cap.cap == uapi.KVM_CAP_X86_TRIPLE_FAULT_EVENT:
             self.triple_fault_event = bool(cap.args[0])
         elif cap.cap == uapi.KVM_CAP_X2APIC_API and not cap.args[0] & ~capabilities.X2APIC_API:

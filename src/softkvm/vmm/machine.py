@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -81,6 +81,7 @@ class Machine:
         serial: Mapping[int, SerialBackend] | None = None,
         *,
         cpus: int = 1,
+        kvm_parameters: Iterable[str] = (),
         output_limit: int = DEFAULT_LIMIT,
         clock: Clock | None = None,
         test_device: bool = False,
@@ -91,9 +92,10 @@ class Machine:
         the command line, for Linux behind `console=ttyS0` unless it names a console; `memory` is bytes or text such as `512M`; `cpu`
         is a model with switched features such as `epyc,-avx2`; `serial` gives each port number its listener; `output_limit` bytes of
         the console are kept; `clock` is the time that guest and devices live by, the host's if none is given; `test_device` adds the
-        registers of `devices/test_device.py`. ConfigError for anything that cannot be.
+        registers of `devices/test_device.py`; `kvm_parameters` are KVM's module parameters, such as `nrips=0`.
+        ConfigError for anything that cannot be.
         """
-        settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial)
+        settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial, kvm_parameters)
         self._console = Console(output_limit)
         self._running = threading.Lock()
         self._lock = threading.Lock()
@@ -277,7 +279,7 @@ def _open_kvm(settings: Config) -> kvm.System:
         model = kvm.Model(settings.cpu, dict(settings.features))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return kvm.System(model)
+    return kvm.System(model, settings.parameters)
 
 
 def _allocate(size: int) -> GuestMemory:
