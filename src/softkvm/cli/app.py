@@ -73,6 +73,7 @@ def cli() -> None:
 @click.option("-i", "--initrd", metavar="FILE", help="Initial RAM disk.  [default: busybox]")
 @click.option("-p", "--append", default="", metavar="TEXT", help="Kernel parameters, added to softkvm's own.", show_default=False)
 @click.option("-m", "--memory", default="512M", metavar="SIZE", help="Guest memory, with K, M or G.")
+@click.option("-c", "--cpus", type=int, default=1, metavar="N", help="CPUs of the guest, 1 to 64.")
 @click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=_complete_cpu)
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this wall time, with exit status 124.")
 @click.option("--stats", is_flag=False, flag_value="table", type=click.Choice(["table", "json"]), help="Print counters at the end.")
@@ -86,6 +87,7 @@ def run(
     initrd: str | None,
     append: str,
     memory: str,
+    cpus: int,
     cpu: str,
     timeout: float | None,
     stats: StatsFormat | None,
@@ -103,9 +105,9 @@ def run(
     if selftest:
         from softkvm.cli import selftest as tester
 
-        _refuse_with_selftest(context, ("kernel", "initrd", "append", "command", "json"))
+        _refuse_with_selftest(context, ("kernel", "initrd", "append", "cpus", "command", "json"))
         return tester.run(memory, cpu, timeout, stats)
-    return runner.run(RunOptions(kernel, initrd, append, memory, cpu, timeout, stats, json, command))
+    return runner.run(RunOptions(kernel, initrd, append, memory, cpus, cpu, timeout, stats, json, command))
 
 
 def _refuse_with_selftest(context: click.Context, names: Sequence[str]) -> None:
