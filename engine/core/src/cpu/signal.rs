@@ -156,3 +156,29 @@ impl Signal {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_core_that_does_not_look_costs_memory_by_pages_only() {
+        let signal = Signal::default();
+        (0..10_000).for_each(|n| signal.wrote(0x1000 + n % 1024 * 8, 8));
+        let written = signal.take_written();
+        assert_eq!((written.len(), written[&0x1000], written[&0x2000]), (2, u64::MAX, u64::MAX));
+        signal.wrote(0x1040, 8);
+        assert_eq!(signal.take_written()[&0x1000], 2);
+        assert!(signal.take_written().is_empty());
+    }
+
+    #[test]
+    fn many_pages_to_protect_become_all() {
+        let signal = Signal::default();
+        signal.set_running(true);
+        let last = (1..=100).map(|n| signal.protect(n * 0x1000)).last();
+        assert!(!signal.has_protected(last.unwrap()));
+        signal.protect_with(|protect| assert!(protect.all && protect.pages.len() == PROTECT_MAX));
+        assert!(signal.has_protected(last.unwrap()));
+    }
+}
