@@ -86,8 +86,7 @@ class Guest:
     @property
     def retired(self) -> int:
         """Instructions that the guest has retired, on the silicon and by KVM."""
-        cpu = self.vcpu._cpu
-        return self.vcpu.instructions_skipped + (0 if cpu is None else cpu.core.counters()["instructions"])
+        return self.vcpu.instructions_skipped + self.vcpu._on_core.counters().get("instructions", 0)
 
     def run(self) -> Outcome:
         """Run to the end, serving the guest's ports."""

@@ -73,6 +73,7 @@ def cli() -> None:
 @click.option("-i", "--initrd", metavar="FILE", help="Initial RAM disk.  [default: busybox]")
 @click.option("-p", "--append", default="", metavar="TEXT", help="Kernel parameters, added to softkvm's own.", show_default=False)
 @click.option("-m", "--memory", default="512M", metavar="SIZE", help="Guest memory, with K, M or G.")
+@click.option("-c", "--cpus", type=int, default=1, metavar="N", help="CPUs of the guest, 1 to 64.")
 @click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=_complete_cpu)
 @click.option("--kvm", multiple=True, metavar="NAME=VALUE", help="Module parameter of KVM, such as nrips=0.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this wall time, with exit status 124.")
@@ -87,6 +88,7 @@ def run(
     initrd: str | None,
     append: str,
     memory: str,
+    cpus: int,
     cpu: str,
     kvm: tuple[str, ...],
     timeout: float | None,
@@ -105,9 +107,9 @@ def run(
     if selftest:
         from softkvm.cli import selftest as tester
 
-        _refuse_with_selftest(context, ("kernel", "initrd", "append", "kvm", "command", "json"))
+        _refuse_with_selftest(context, ("kernel", "initrd", "append", "cpus", "kvm", "command", "json"))
         return tester.run(memory, cpu, timeout, stats)
-    return runner.run(RunOptions(kernel, initrd, append, memory, cpu, kvm, timeout, stats, json, command))
+    return runner.run(RunOptions(kernel, initrd, append, memory, cpus, cpu, kvm, timeout, stats, json, command))
 
 
 def _refuse_with_selftest(context: click.Context, names: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ class RunOptions:
     initrd: str | None = None
     append: str = ""
     memory: str = "512M"
+    cpus: int = 1
     cpu: str = "cascadelake"
     kvm: tuple[str, ...] = ()
     timeout: float | None = None

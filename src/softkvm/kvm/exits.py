@@ -7,6 +7,7 @@ to run the guest again, 0 to leave for user space, or -errno.
 from __future__ import annotations
 
 import errno
+import os
 from typing import TYPE_CHECKING
 
 from softkvm.host import trace
@@ -110,7 +111,13 @@ def handle_halt(vcpu: Vcpu) -> int:
 
 
 def handle_nop(vcpu: Vcpu) -> int:
-    """An instruction that has no effect under KVM (WBINVD, MONITOR, MWAIT, PAUSE)."""
+    """An instruction that has no effect under KVM (WBINVD, MONITOR, MWAIT)."""
+    return skip(vcpu)
+
+
+def handle_pause(vcpu: Vcpu) -> int:
+    """A loop of PAUSE: whoever the guest waits for may want our processor (`kvm_vcpu_on_spin()`)."""
+    os.sched_yield()
     return skip(vcpu)
 
 

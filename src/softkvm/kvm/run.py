@@ -253,7 +253,7 @@ def block(vcpu: Vcpu, task: Task) -> int:
 
 def _wait(vcpu: Vcpu, task: Task) -> None:
     """Sleep until `runnable()`, work for the thread, or a wake-up; the VM's timers go on. Signals of Python get through."""
-    clock, wakeup = vcpu.clock, vcpu.wakeup
+    clock, wakeup, timekeeper = vcpu.clock, vcpu.wakeup, vcpu.vm.timekeeper
     vcpu.blocked = True
     try:
         while True:
@@ -262,9 +262,13 @@ def _wait(vcpu: Vcpu, task: Task) -> None:
             if runnable(vcpu) or task.flags & _WORK:
                 return
             expiry = clock.first_expiry
-            wakeup.wait(None if expiry is None else max(0, expiry - clock.monotonic_ns()) / 1e9)
+            if expiry is None or not timekeeper.claims(vcpu, expiry):
+                wakeup.wait()
+            else:
+                wakeup.wait(max(0, expiry - clock.monotonic_ns()) / 1e9)
     finally:
         vcpu.blocked = False
+        timekeeper.leave(vcpu)
         vcpu.account_steal_time()
 
 

@@ -23,6 +23,7 @@ from softkvm.kvm.irqchip.pit import Pit
 from softkvm.kvm.irqchip.routing import MAX_ROUTES, USERSPACE_SOURCE, Routing
 from softkvm.kvm.kvmclock import VmClock
 from softkvm.kvm.mmu import Mmu
+from softkvm.kvm.timekeeper import Timekeeper
 from softkvm.kvm.tsc import VmTsc
 from softkvm.kvm.vcpu import Vcpu
 from softkvm.kvm.vendor import Vendor
@@ -62,6 +63,7 @@ class Vm(KvmFile):
         self.kvmclock = VmClock(self)
         self.eventfds = EventFds(self)
         self.coalesced = Coalesced(self)
+        self.timekeeper = Timekeeper(self.vcpus)
         self.exception_payload = False
         self.exit_on_emulation_failure = False
         self.triple_fault_event = False

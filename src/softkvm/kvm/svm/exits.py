@@ -73,6 +73,7 @@ handlers: dict[int, Handler] = {
     ExitCode.CPUID: exits.handle_cpuid,
     ExitCode.IRET: exits.handle_nmi_window,
     ExitCode.INVD: exits.handle_nop,
+    ExitCode.PAUSE: exits.handle_pause,
     ExitCode.HLT: exits.handle_halt,
     ExitCode.INVLPGA: exits.handle_ud,
     ExitCode.IOIO: pio.handle_io,

@@ -78,6 +78,7 @@ handlers: dict[int, Handler] = {
     ExitReason.MSR_WRITE: exits.handle_wrmsr,
     ExitReason.MWAIT_INSTRUCTION: exits.handle_nop,
     ExitReason.MONITOR_INSTRUCTION: exits.handle_nop,
+    ExitReason.PAUSE_INSTRUCTION: exits.handle_pause,
     ExitReason.EPT_VIOLATION: _ept_violation,
     ExitReason.WBINVD: exits.handle_nop,
     ExitReason.XSETBV: exits.handle_xsetbv,
