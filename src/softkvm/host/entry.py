@@ -31,15 +31,19 @@ def syscall(task: Task, nr: int, args: tuple[Any, ...], handler: Callable[..., _
     """Run `handler(*args)` as the system call `nr` of `task`: enter work, the call, exit work, each exactly once."""
     if trace.sys_enter.enabled:
         trace.sys_enter(nr, args)
-    ret: object = -errno.EINTR  # for what is no error of the call: Ctrl-C, or an exception of somebody's hook
     try:
-        ret = result = handler(*args)
-        return result
-    except OSError as error:
-        ret = -(error.errno or errno.EIO)
+        result = handler(*args)
+    except BaseException as error:
+        _syscall_exit(task, nr, _errno_of(error))
         raise
-    finally:
-        _syscall_exit(task, nr, ret)
+    if task.flags or trace.sys_exit.enabled:
+        _syscall_exit(task, nr, result)
+    return result
+
+
+def _errno_of(error: BaseException) -> int:
+    """What the call returns: EINTR for what is no error of the call (Ctrl-C, or an exception of somebody's hook)."""
+    return -(error.errno or errno.EIO) if isinstance(error, OSError) else -errno.EINTR
 
 
 def _syscall_exit(task: Task, nr: int, ret: object) -> None:

@@ -11,7 +11,7 @@ import errno
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from ctypes import Structure
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, ClassVar, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from softkvm.host import entry, mm, task
@@ -47,22 +47,41 @@ def ioctl(
     """
 
     def register(method: Callable[Concatenate[_File, _P], _R]) -> Callable[Concatenate[_File, _P], _R]:
-        def locked(self: _File, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-            if self.closed:
-                raise OSError(errno.EBADF, "the file is closed")
-            with self.ioctl_lock:
-                return method(self, *args, **kwargs)
-
-        @wraps(method)
-        def call(self: _File, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-            if kwargs:
-                return entry.syscall(task.current(), number, (self, *args), lambda *values: locked(*values, **kwargs))
-            return entry.syscall(task.current(), number, (self, *args), locked)
-
+        door = _door_without_arguments if decode in (None, no_argument, zero) else _door
+        call = wraps(method)(door(number, method))
         call.operation = (number, Operation(call, decode or no_argument, encode or status))  # type: ignore[attr-defined]
         return call
 
     return register
+
+
+def _door(number: int, method: Callable[..., _R]) -> Callable[..., _R]:
+    def locked(file: KvmFile, /, *args: Any, **kwargs: Any) -> _R:
+        if file.closed:
+            raise OSError(errno.EBADF, "the file is closed")
+        with file.ioctl_lock:
+            return method(file, *args, **kwargs)
+
+    def call(file: KvmFile, /, *args: Any, **kwargs: Any) -> _R:
+        handler = partial(locked, **kwargs) if kwargs else locked
+        return entry.syscall(task.current(), number, (file, *args), handler)
+
+    return call
+
+
+def _door_without_arguments(number: int, method: Callable[..., _R]) -> Callable[..., _R]:
+    """The same at half the price, which KVM_RUN pays ten thousand times a second."""
+
+    def locked(file: KvmFile) -> _R:
+        if file.closed:
+            raise OSError(errno.EBADF, "the file is closed")
+        with file.ioctl_lock:
+            return method(file)
+
+    def call(file: KvmFile) -> _R:
+        return entry.syscall(task.current(), number, (file,), locked)
+
+    return call
 
 
 class KvmFile:
@@ -202,6 +221,12 @@ def returns(argument: Argument, result: Structure) -> int:
 def returns_first_u32(argument: Argument, result: int) -> int:
     """Store the returned number over the first u32 of the argument."""
     _memory(argument, 4)[:] = (result & 0xFFFF_FFFF).to_bytes(4, "little")
+    return 0
+
+
+def returns_u64(argument: Argument, result: int) -> int:
+    """Store the returned number where the argument points."""
+    _memory(argument, 8)[:] = result.to_bytes(8, "little")
     return 0
 
 

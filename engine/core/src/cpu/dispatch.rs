@@ -8,7 +8,7 @@ use crate::fault::{vector, Fault};
 use crate::memory::PAGE_OFFSET;
 use crate::state::{interruptibility, rflags};
 use crate::uop::{slot, Exec, Stop, Uop};
-use crate::virt::control::intercept;
+use crate::virt::control::{emulate, intercept};
 use crate::virt::exits::code;
 
 /// Instructions between two looks at the clock: some tens of microseconds.
@@ -43,15 +43,8 @@ impl Cpu {
     #[inline(never)]
     fn boundary(&mut self) -> Exec<bool> {
         let signals = self.signal.pending();
-        if signals & attention::NESTED != 0 {
-            self.signal.take(attention::NESTED);
-            self.flush_nested();
-        }
-        if signals & attention::CODE != 0 {
-            self.signal.take(attention::CODE);
-            for (host, bytes) in self.signal.take_written() {
-                self.code.invalidate(host, bytes);
-            }
+        if signals & attention::SHOOT_DOWN != 0 {
+            self.shoot_down();
         }
         if self.budget <= 0 {
             self.renew_budget();
@@ -64,7 +57,7 @@ impl Cpu {
         if self.pending & pending::DEBUG != 0 {
             self.take_debug_trap()?;
         }
-        if self.pending & pending::WINDOW != 0 {
+        if self.pending & (pending::WINDOW | pending::EMULATE) == pending::WINDOW {
             self.check_windows()?;
         }
         if self.pending & pending::HALTED != 0 {
@@ -123,16 +116,16 @@ impl Cpu {
         Ok(())
     }
 
-    /// A halted CPU whose hypervisor does not intercept HLT sleeps until something happens.
+    /// A halted CPU whose hypervisor does not intercept HLT sleeps until an interrupt of the host.
     fn wait_halted(&mut self) -> Exec {
-        while self.signal.pending() == 0 {
+        loop {
+            self.shoot_down();
+            if self.signal.take(attention::KICK) != 0 {
+                return Err(self.exit_external_interrupt());
+            }
             self.check_clocks()?;
             std::thread::sleep(std::time::Duration::from_micros(50));
         }
-        if self.signal.take(attention::KICK) != 0 {
-            return Err(self.exit_external_interrupt());
-        }
-        Ok(())
     }
 
     /// Delivers the debug exceptions that the last instruction left behind. A MOV SS shadow holds them back (SDM vol. 3, 6.8.3).
@@ -144,15 +137,6 @@ impl Cpu {
         let payload = std::mem::take(&mut self.state.pending_debug) & (DEBUG_BREAKPOINTS | DEBUG_STEP);
         self.fault = Fault { vector: vector::DB, error: None, payload };
         self.deliver_fault()
-    }
-
-    /// Drops what depends on the nested page table, and tells whoever changed it.
-    pub fn flush_nested(&mut self) {
-        let generation = self.npt.generation();
-        self.tlb.flush();
-        self.refresh_table();
-        self.nested_generation = generation;
-        self.signal.set_nested_seen(generation);
     }
 
     // ---- blocks ---------------------------------------------------------------------------------------------------------------------
@@ -173,28 +157,18 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     fn find_block(&mut self, rip: u64) -> Exec<*mut Block> {
-        self.code.collect();
+        self.code.collect(&self.npt.code);
         let la = self.segment_address(crate::state::seg::CS, rip, 1, crate::paging::AccessKind::Fetch)?;
         let host = self.fetch_address(la)? as u64;
         let block = match self.code.find(host, self.code_size) {
             Some(block) if self.second_page_matches(block, la)? => block,
             _ => {
                 let block = block::decode(self)?;
-                self.adopt(block)
+                self.code.insert(block)
             }
         };
         self.code.remember(rip, self.jump_context, block);
         Ok(block)
-    }
-
-    fn adopt(&mut self, block: Block) -> *mut Block {
-        let pages = [Some(block.key.host), block.second_page];
-        for page in pages.into_iter().flatten() {
-            if !self.code.holds_code(page) {
-                self.tlb.protect_host_page(page & !PAGE_OFFSET);
-            }
-        }
-        self.code.insert(block)
     }
 
     /// Whether the tail of a block that crosses a page is where it was when the block was made.
@@ -212,21 +186,37 @@ impl Cpu {
         let (first, instructions) = unsafe { ((*block).uops.as_ptr(), (*block).instructions) };
         self.budget -= i64::from(instructions);
         self.blocks_run += 1;
-        let mut at = first;
+        self.at = first;
         loop {
             // SAFETY: as above; a block that dies while it runs keeps its micro-ops, which then stop at once.
-            let uop = unsafe { &*at };
-            match (uop.run)(self, uop) {
+            let uop = unsafe { &*self.at };
+            let mut result = (uop.run)(self, uop);
+            if result == Err(Stop::Slow) {
+                result = self.run_reference(block);
+            }
+            match result {
                 // SAFETY: not the last micro-op, because that one stops.
-                Ok(()) => at = unsafe { at.add(1) },
+                Ok(()) => self.at = unsafe { self.at.add(1) },
                 Err(Stop::Next) => return Ok(()),
                 Err(stop) => {
                     // SAFETY: both point into the same slice.
-                    let index = unsafe { at.offset_from(first) };
+                    let (uop, index) = unsafe { (&*self.at, self.at.offset_from(first)) };
                     return self.leave(uop, stop, i64::from(instructions) - index as i64);
                 }
             }
         }
+    }
+
+    /// Runs the instruction at `at` with its reference handler.
+    #[cold]
+    #[inline(never)]
+    fn run_reference(&mut self, block: *mut Block) -> Exec {
+        // SAFETY: as in `execute`, which runs `block`; fast handlers keep `at` inside it.
+        let (uop, handler) = unsafe {
+            let index = self.at.offset_from((*block).uops.as_ptr()) as usize;
+            (&*self.at, *(&(*block).reference).get_unchecked(index))
+        };
+        handler(self, uop)
     }
 
     /// Leaves a block before its end; `left` instructions of it, the one of `uop` included, had been paid for.
@@ -251,7 +241,7 @@ impl Cpu {
         self.budget -= 1;
         self.budget_start -= 1;
         match stop {
-            Stop::Next | Stop::Leave | Stop::Again | Stop::Retry => Ok(()),
+            Stop::Next | Stop::Leave | Stop::Again | Stop::Retry | Stop::Slow => Ok(()),
             Stop::Fault => self.deliver_fault(),
             Stop::Exit => Err(Stop::Exit),
         }
@@ -275,7 +265,7 @@ impl Cpu {
                 self.state.interruptibility |= shadow;
                 self.pending |= if shadow != 0 { pending::SHADOW } else { 0 };
             }
-            Stop::Next | Stop::Leave | Stop::Fault => {}
+            Stop::Next | Stop::Leave | Stop::Fault | Stop::Slow => {}
         }
         self.stopped(stop)?;
         if stop == Stop::Retry {
@@ -287,7 +277,7 @@ impl Cpu {
         }
         self.software_interrupt = false;
         if self.pending & pending::EMULATE != 0 {
-            return Err(self.exit(code::EMULATED, 0));
+            self.end_emulation()?;
         }
         if self.control.intercepts(intercept::MONITOR_TRAP) {
             return Err(self.exit(code::MONITOR_TRAP, 0));
@@ -295,12 +285,23 @@ impl Cpu {
         Ok(())
     }
 
+    /// The emulated instruction is done: back to the hypervisor, or on without it.
+    #[cold]
+    fn end_emulation(&mut self) -> Exec {
+        self.pending &= !pending::EMULATE;
+        self.accesses.clear();
+        if std::mem::take(&mut self.control.emulate) == emulate::FIRST {
+            return Ok(());
+        }
+        Err(self.exit(code::EMULATED, 0))
+    }
+
     /// Runs exactly the first instruction of a block and moves RIP.
     fn execute_one(&mut self, block: *mut Block) -> Stop {
         // SAFETY: as in `execute`; a block has at least one micro-op.
-        let uop = unsafe { *(*block).uops.as_ptr() };
+        let (uop, handler) = unsafe { (*(*block).uops.as_ptr(), *(*block).reference.as_ptr()) };
         self.blocks_run += 1;
-        let stop = (uop.run)(self, &uop).err().unwrap_or(Stop::Leave);
+        let stop = handler(self, &uop).err().unwrap_or(Stop::Leave);
         match stop {
             Stop::Next => self.budget -= 1,
             Stop::Leave => {
@@ -308,7 +309,7 @@ impl Cpu {
                 self.regs[slot::RIP as usize] = self.rip_at(uop.next_offset());
             }
             Stop::Exit => self.complete_exit(&uop),
-            Stop::Fault | Stop::Again | Stop::Retry => {}
+            Stop::Fault | Stop::Again | Stop::Retry | Stop::Slow => {}
         }
         stop
     }

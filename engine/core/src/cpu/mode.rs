@@ -2,7 +2,6 @@
 
 use super::{pending, CodeSize, Cpu};
 use crate::fault::vector;
-use crate::memory::PAGE_OFFSET;
 use crate::paging::{AccessKind, Privilege};
 use crate::state::{cr0, cr4, efer, interruptibility, rflags, rights, seg};
 use crate::uop::Exec;
@@ -18,6 +17,8 @@ pub mod media {
     pub const NO_SSE: u8 = 4;
     /// CR4.OSXSAVE or XCR0 forbid AVX: #UD.
     pub const NO_AVX: u8 = 8;
+    /// Real or virtual-8086 mode, which know no VEX prefix: #UD.
+    pub const NO_VEX: u8 = 16;
 }
 
 impl Cpu {
@@ -69,6 +70,9 @@ impl Cpu {
         if self.state.cr4 & cr4::OSXSAVE == 0 || self.state.xcr0 & 6 != 6 {
             reasons |= media::NO_AVX;
         }
+        if !self.protected() {
+            reasons |= media::NO_VEX;
+        }
         reasons
     }
 
@@ -79,6 +83,33 @@ impl Cpu {
             return Err(self.sse_blocked());
         }
         Ok(())
+    }
+
+    /// #UD where the mode knows no VEX prefix (SDM vol. 2, 2.8).
+    #[inline(always)]
+    pub fn require_vex(&mut self) -> Exec {
+        if self.media & media::NO_VEX != 0 {
+            return Err(self.undefined());
+        }
+        Ok(())
+    }
+
+    /// Raises what keeps an AVX instruction from running (SDM vol. 2, 2.4). CR0.EM and CR4.OSFXSR are for legacy SSE alone.
+    #[inline(always)]
+    pub fn require_avx(&mut self) -> Exec {
+        if self.media & (media::TASK_SWITCHED | media::NO_AVX | media::NO_VEX) != 0 {
+            return Err(self.avx_blocked());
+        }
+        Ok(())
+    }
+
+    #[cold]
+    fn avx_blocked(&mut self) -> crate::uop::Stop {
+        if self.media & (media::NO_AVX | media::NO_VEX) != 0 {
+            self.undefined()
+        } else {
+            self.raise(vector::NM)
+        }
     }
 
     #[cold]
@@ -150,14 +181,5 @@ impl Cpu {
             bits |= pending::WINDOW;
         }
         self.pending = bits;
-    }
-
-    /// A host page that may hold translated code is about to be written at `la`.
-    pub fn note_code_write(&mut self, la: u64, host: *mut u8, bytes: usize) {
-        let at = host as u64;
-        debug_assert_eq!(at & PAGE_OFFSET, la & PAGE_OFFSET);
-        if self.code.holds_code(at) {
-            self.code.invalidate(at, bytes as u64);
-        }
     }
 }
