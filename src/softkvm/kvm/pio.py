@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from softkvm.host import trace
-from softkvm.kvm import emulate, events, exits, regs
+from softkvm.kvm import events, exits, regs, string_mmio
 from softkvm.kvm.memslots import PAGE_SIZE
 from softkvm.kvm.mmu import Fault
 from softkvm.silicon import RIGHT_R, RIGHT_W
@@ -102,9 +102,18 @@ def _string(vcpu: Vcpu, flags: int, port: int, size: int) -> int:
         return 1
     if isinstance(pieces, int):
         return pieces
+    if any(vcpu.vm.mmu.fault(gpa, bool(flags & _IN)) is Fault.MMIO for gpa, _ in pieces[0]):  # no other element reaches another page
+        return _string_mmio(vcpu, flags, port, size, pieces[0][0][0]) if len(pieces[0]) == 1 else exits.emulation_failure(vcpu)
     if flags & _IN:
         return _string_in(vcpu, flags, port, size, pieces)
     return _string_out(vcpu, flags, port, size, pieces)
+
+
+def _string_mmio(vcpu: Vcpu, flags: int, port: int, size: int, gpa: int) -> int:
+    """One element whose memory side is a device."""
+    if flags & _IN:
+        return string_mmio.transfer_in(vcpu, port, size, gpa, lambda: _advance(vcpu, flags, regs.RDI, 1, size))
+    return string_mmio.transfer_out(vcpu, port, size, gpa, lambda: _advance(vcpu, flags, regs.RSI, 1, size))
 
 
 Piece = tuple[tuple[int, int], ...]
@@ -122,8 +131,8 @@ def _translate(vcpu: Vcpu, addresses: list[int], size: int, access: int) -> list
             present = vcpu.translate_gva(page, RIGHT_R) is not None
             events.inject_page_fault(vcpu, max(linear, page), int(present) | (2 if access == RIGHT_W else 0) | (4 if user else 0))
             return None
-        if vcpu.vm.mmu.fault(gpa, access == RIGHT_W) is not Fault.FIXED:
-            return -errno.EFAULT if vcpu.vm.mmu.slots.find(gpa) else emulate.handle_emulation_failure(vcpu, emulate.EMULTYPE_PF)
+        if vcpu.vm.mmu.fault(gpa, access == RIGHT_W) is Fault.UNMAPPED:
+            return -errno.EFAULT
         pages[page] = gpa
     result: list[Piece] = []
     for address in addresses:

@@ -212,10 +212,10 @@ def _service_requests(vcpu: Vcpu) -> int:
 
 
 def _process_nmi(vcpu: Vcpu) -> None:
-    """At most two NMIs wait: one more while one is being handled (`process_nmi()`)."""
+    """At most two NMIs wait, or one while another one is being handled (`process_nmi()`)."""
     queue = vcpu.events
     blocked = vcpu.state.interruptibility & events.BLOCKED_BY_NMI or queue.nmi_injected
-    queue.nmi_pending = min(queue.nmi_pending + 1, 1 if blocked else 2)
+    queue.nmi_pending = min(queue.nmi_pending + vcpu.take_nmis(), 1 if blocked else 2)
 
 
 def _accepts_user_interrupt(vcpu: Vcpu) -> bool:

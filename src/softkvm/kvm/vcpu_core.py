@@ -19,7 +19,7 @@ from softkvm.host.sched import Cpu
 from softkvm.host.task import TIF_SIGPENDING, Task
 from softkvm.kvm import events
 from softkvm.kvm.ioctl import KvmFile
-from softkvm.kvm.request import REQ_TRIPLE_FAULT
+from softkvm.kvm.request import REQ_NMI, REQ_TRIPLE_FAULT
 from softkvm.kvm.vendor import INTERCEPTS
 from softkvm.uapi import kvm as uapi
 
@@ -86,6 +86,7 @@ class VcpuCore(KvmFile):
         """What other threads touch, and what belongs to the run loop."""
         self.mode = OUTSIDE_GUEST_MODE
         self.requests = 0
+        self._nmis_queued = 0
         self._request_lock = threading.Lock()
         self.wakeup = threading.Event()
         self.blocked = False
@@ -126,6 +127,18 @@ class VcpuCore(KvmFile):
             self.wakeup.set()
         elif self.mode:
             self.kick_guest()
+
+    def queue_nmi(self) -> None:
+        """An NMI has arrived (`kvm_inject_nmi()`): they are counted, as two may wait."""
+        with self._request_lock:
+            self._nmis_queued += 1
+        self.make_request(REQ_NMI)
+
+    def take_nmis(self) -> int:
+        """How many NMIs have arrived since the last call."""
+        with self._request_lock:
+            count, self._nmis_queued = self._nmis_queued, 0
+        return count
 
     def take_requests(self) -> int:
         """All requests, which are cleared."""

@@ -314,8 +314,8 @@ def _make_vcpu(system: kvm.System, vm: kvm.Vm, index: int, settings: Config, ima
     identity = cpuid.Identity(
         apic_id=index,
         cpus=settings.cpus,
-        tsc_deadline=settings.features.get("tsc-deadline", True) and bool(system.check_extension(uapi.KVM_CAP_TSC_DEADLINE_TIMER)),
         invariant_tsc=settings.features.get("invtsc", False),
+        without=frozenset(name.replace("_", "-") for name, on in settings.features.items() if not on),
     )
     vcpu.set_cpuid2(cpuid.identify(system.get_supported_cpuid(), identity))
     (misc_enable,) = vcpu.get_msrs([boot_cpu.MSR_MISC_ENABLE])
