@@ -99,7 +99,7 @@ class FakeVm:
         self.pio_bus, self.mmio_bus = IoBus(self.lock), IoBus(self.lock)
         self.routing = Routing(self)
         self.irqchip: Irqchip | None = None
-        self.tsc = VmTsc(self.clock)
+        self.tsc = VmTsc(self.clock, self.model.vendor)
         self.kvmclock = VmClock(self)
         if irqchip:
             self.irqchip = Irqchip(self)

@@ -18,6 +18,7 @@ NSEC_PER_SEC = 1_000_000_000
 NSEC_PER_MSEC = 1_000_000
 KHZ_NSEC = 1_000_000
 """Nanoseconds times kilohertz per cycle: `cycles = ns * khz / KHZ_NSEC`."""
+_SNAPSHOT_READS = 5
 
 
 class Clock:
@@ -58,6 +59,20 @@ class Clock:
     def realtime_ns(self) -> int:
         """CLOCK_REALTIME in ns since 1970."""
         return time.time_ns()
+
+    def realtime_and_tsc(self) -> tuple[int, int]:
+        """CLOCK_REALTIME in ns since 1970 and the TSC at one instant (`ktime_get_snapshot()`), off by half the quickest of a few reads."""
+        samples = []
+        for _ in range(_SNAPSHOT_READS):
+            before, realtime, after = self.tsc(), self.realtime_ns(), self.tsc()
+            samples.append((after - before, realtime, before + (after - before) // 2))
+        _, realtime, tsc = min(samples)
+        return realtime, tsc
+
+    def realtime_at(self, tsc: int) -> int:
+        """CLOCK_REALTIME at the moment when the TSC was `tsc`, as if nobody had set the clock since."""
+        realtime, now = self.realtime_and_tsc()
+        return realtime + self._cycles_to_ns(tsc - now)
 
     def tsc_to_ns(self, tsc: int) -> int:
         """The `monotonic_ns()` at which the TSC reads `tsc`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from softkvm.kvm import mce
 from softkvm.kvm.memslots import USER_MEM_SLOTS
 from softkvm.uapi import kvm as uapi
+from softkvm.uapi import series
 
 MAX_VCPUS = 1024
 MAX_VCPU_IDS = 4096
@@ -59,6 +60,8 @@ _PRESENT = (
     uapi.KVM_CAP_VM_TSC_CONTROL,
     uapi.KVM_CAP_X86_TRIPLE_FAULT_EVENT,
     uapi.KVM_CAP_TSC_CONTROL,
+    uapi.KVM_CAP_VCPU_ATTRIBUTES,
+    series.KVM_CAP_TSC_OFFSET,
 )
 
 _VALUES = {

@@ -218,12 +218,6 @@ def returns(argument: Argument, result: Structure) -> int:
     return 0
 
 
-def returns_first_u32(argument: Argument, result: int) -> int:
-    """Store the returned number over the first u32 of the argument."""
-    _memory(argument, 4)[:] = (result & 0xFFFF_FFFF).to_bytes(4, "little")
-    return 0
-
-
 def returns_u64(argument: Argument, result: int) -> int:
     """Store the returned number where the argument points."""
     _memory(argument, 8)[:] = result.to_bytes(8, "little")

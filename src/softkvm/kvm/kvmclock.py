@@ -68,10 +68,6 @@ class VmClock:
         self._master_tsc = 0
         self._master_ns = 0
 
-    def now(self) -> int:
-        """kvmclock in ns."""
-        return self.get().clock
-
     def all_tscs_match(self) -> bool:
         """Whether every online vCPU is of the current TSC generation."""
         return self._vm.tsc.vcpus_matched + 1 == len(self._vm.vcpus)
@@ -103,16 +99,22 @@ class VmClock:
     def get(self) -> ClockData:
         """KVM_GET_CLOCK; with a master clock, exactly as a guest at the host's rate reads it, together with the host's clocks."""
         with self._lock:
-            tsc = self._clock.tsc()
             if not self.use_master_clock:
-                return ClockData(clock=self._clock.boottime_at(tsc) + self.offset & _U64)
-            passed = scale_delta(tsc - self._master_tsc, *time_scale(self._clock.tsc_khz * 1000))
+                return ClockData(clock=self._at(self._clock.tsc()))
+            realtime, tsc = self._clock.realtime_and_tsc()
             return ClockData(
-                clock=self._master_ns + self.offset + passed & _U64,
+                clock=self._at(tsc),
                 flags=KVM_CLOCK_TSC_STABLE | KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC,
-                realtime=self._clock.realtime_ns(),
+                realtime=realtime,
                 host_tsc=tsc,
             )
+
+    def _at(self, tsc: int) -> int:
+        """kvmclock in ns when the host's TSC was `tsc`, with the lock held."""
+        if not self.use_master_clock:
+            return self._clock.boottime_at(tsc) + self.offset & _U64
+        passed = scale_delta(tsc - self._master_tsc, *time_scale(self._clock.tsc_khz * 1000))
+        return self._master_ns + self.offset + passed & _U64
 
     def set(self, data: ClockData) -> None:
         """KVM_SET_CLOCK; with KVM_CLOCK_REALTIME the time since `realtime` is added. OSError(EINVAL) for unknown flags."""
@@ -121,11 +123,11 @@ class VmClock:
         with self._lock:
             self._update_gtod_copy()
             # Against the master pair, not now: a page written from that pair must not hold a negative time.
-            base = self._master_ns if self.use_master_clock else self._clock.boottime_ns()
+            tsc = self._master_tsc if self.use_master_clock else self._clock.tsc()
             clock = data.clock
             if data.flags & KVM_CLOCK_REALTIME:
-                clock += max(self._clock.realtime_ns() - data.realtime, 0)
-            self.offset = clock - base
+                clock += max(self._clock.realtime_at(tsc) - data.realtime, 0)
+            self.offset = clock - self._clock.boottime_at(tsc)
         self._refresh_pages(None)
 
     def write_wall_clock(self, gpa: int) -> None:
@@ -135,7 +137,9 @@ class VmClock:
         memory = self._vm.memory
         try:
             version = _next_odd(_VERSION.unpack(memory.read(gpa, _VERSION.size))[0])
-            seconds, nsec = divmod(self._clock.realtime_ns() - self.now(), NSEC_PER_SEC)
+            realtime, tsc = self._clock.realtime_and_tsc()
+            with self._lock:
+                seconds, nsec = divmod(realtime - self._at(tsc), NSEC_PER_SEC)
             memory.write(gpa, _VERSION.pack(version))
             memory.write(gpa, _WALL_CLOCK.pack(version, seconds & _U32, nsec))
             memory.write(gpa, _VERSION.pack(version + 1 & _U32))

@@ -1,7 +1,8 @@
 """The guest's time stamp counter: offset and rate of each vCPU, and how the vCPUs of a VM are kept in step.
 
-Answers to Linux 6.1 `arch/x86/kvm/x86.c` (`kvm_synchronize_tsc()` and its neighbours) and `Documentation/virt/kvm/devices/vcpu.rst`
-(KVM_VCPU_TSC_OFFSET). guest TSC = (host TSC * ratio) + offset, modulo 2^64; the host's TSC counts as stable.
+Answers to Linux 6.1 `arch/x86/kvm/x86.c` (`kvm_synchronize_tsc()`, `kvm_calc_nested_tsc_{offset,multiplier}()` and their neighbours) and
+`Documentation/virt/kvm/devices/vcpu.rst` (KVM_VCPU_TSC_OFFSET). guest TSC = (host TSC * ratio) + offset, modulo 2^64; the host's TSC counts
+as stable.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ if TYPE_CHECKING:
 
 _U64 = (1 << 64) - 1
 FRACTION_BITS = 48
-"""Fixed point of `Control.tsc_multiplier`; 1 << 48 is the host's rate."""
+"""Fixed point of `Control.tsc_multiplier`."""
+UNITY = 1 << FRACTION_BITS
+"""The ratio of the host's rate."""
 SVM_FRACTION_BITS = 32
 """Precision of AMD's TSC ratio MSR."""
+_LARGEST_RATIO = {"intel": (1 << 64) - 1, "amd": (1 << 40) - 1 << FRACTION_BITS - SVM_FRACTION_BITS}
+"""What the VMCS field and the MSR C0000104h can hold."""
 TOLERANCE_PPM = 250
 """How far a wanted rate may be from the host's before scaling is used (KVM's `tsc_tolerance_ppm`)."""
 MAX_KHZ = 0x7FFF_FFFF
@@ -41,8 +46,8 @@ class Generation:
 class VmTsc:
     """What the vCPUs of a VM share: the last write, and the current generation."""
 
-    def __init__(self, clock: Clock) -> None:
-        """A VM without vCPUs, whose vCPUs will run at the host's rate."""
+    def __init__(self, clock: Clock, vendor: str) -> None:
+        """A VM without vCPUs on the silicon of a vendor, whose vCPUs will run at the host's rate."""
         self.lock = threading.Lock()
         self.default_khz = clock.tsc_khz
         """Rate of new vCPUs in kHz: KVM_SET_TSC_KHZ of the VM."""
@@ -50,18 +55,33 @@ class VmTsc:
         self.current = Generation()
         self.vcpus_matched = 0
         """vCPUs of the current generation, not counting the one that began it."""
+        self.precision = SVM_FRACTION_BITS if vendor == "amd" else FRACTION_BITS
+        """Fraction bits of a ratio that the silicon has."""
         self._host_khz = clock.tsc_khz
+        self._limit_khz = min(MAX_KHZ, clock.tsc_khz * _LARGEST_RATIO[vendor] >> FRACTION_BITS)
 
     def set_default_khz(self, khz: int) -> None:
         """KVM_SET_TSC_KHZ of the VM: the rate of vCPUs to come, 0 for the host's; OSError(EINVAL) for one that is too high."""
-        self.default_khz = checked_khz(khz or self._host_khz)
+        self.default_khz = self.checked_khz(khz)
+
+    def checked_khz(self, khz: int) -> int:
+        """`khz`, the host's rate for 0, or OSError(EINVAL) if the silicon cannot scale to it."""
+        khz = khz or self._host_khz
+        if not 0 < khz < self._limit_khz:
+            raise OSError(errno.EINVAL, "TSC frequency out of range")
+        return khz
 
 
-def checked_khz(khz: int) -> int:
-    """`khz`, or OSError(EINVAL) if the silicon cannot scale to it."""
-    if not 0 < khz < MAX_KHZ:
-        raise OSError(errno.EINVAL, "TSC frequency out of range")
-    return khz
+def nested_offset(l1_offset: int, l2_offset: int, l2_ratio: int = UNITY) -> int:
+    """The offset from the host's TSC to L2's, of L1's own and those that L1 gives L2: L1's is a signed number that L2's ratio scales."""
+    signed = l1_offset - (l1_offset >> 63 << 64)
+    scaled = abs(signed) * l2_ratio >> FRACTION_BITS
+    return (l2_offset + (scaled if signed >= 0 else -scaled)) & _U64
+
+
+def nested_ratio(l1_ratio: int, l2_ratio: int) -> int:
+    """The ratio of L2's TSC to the host's."""
+    return l1_ratio * l2_ratio >> FRACTION_BITS
 
 
 class VcpuTsc:
@@ -75,7 +95,10 @@ class VcpuTsc:
         self.khz = 0
         """Rate that the guest is told, in kHz."""
         self.offset = 0
-        self.ratio = 1 << FRACTION_BITS
+        """L1's offset: what the host reads and sets, whichever guest runs."""
+        self.ratio = UNITY
+        self._nested: tuple[int, int] | None = None
+        """Offset and ratio that L1 has given the L2 that runs."""
         self.adjust = 0
         """IA32_TSC_ADJUST."""
         self.generation = Generation()
@@ -100,13 +123,23 @@ class VcpuTsc:
     def set_khz(self, khz: int) -> None:
         """KVM_SET_TSC_KHZ; 0 means the host's rate. OSError(EINVAL) for a rate that cannot be scaled to."""
         host_khz = self._clock.tsc_khz
-        khz = checked_khz(khz or host_khz)
-        ratio = 1 << FRACTION_BITS
+        khz = self._vm.checked_khz(khz)
+        ratio = UNITY
         if abs(khz - host_khz) * 1_000_000 > TOLERANCE_PPM * host_khz:
-            precision = SVM_FRACTION_BITS if self._vcpu.model.vendor == "amd" else FRACTION_BITS
+            precision = self._vm.precision
             ratio = (khz << precision) // host_khz << FRACTION_BITS - precision
         self.khz, self.ratio = khz, ratio
-        self._vcpu.control.tsc_multiplier = ratio
+        self._program()
+
+    def enter_nested(self, offset: int, ratio: int = UNITY) -> None:
+        """L2 runs from now on, with what L1 asks for: 0 where its controls leave TSC offsetting out, unity without scaling."""
+        self._nested = (offset, ratio)
+        self._program()
+
+    def leave_nested(self) -> None:
+        """L1 runs again."""
+        self._nested = None
+        self._program()
 
     def synchronize(self, data: int) -> None:
         """A host write of IA32_TSC, and with 0 the start of a new vCPU's TSC.
@@ -146,7 +179,16 @@ class VcpuTsc:
 
     def _set_offset(self, offset: int) -> None:
         self.offset = offset & _U64
-        self._vcpu.control.tsc_offset = self.offset
+        self._program()
+
+    def _program(self) -> None:
+        """Give the silicon what the guest that runs needs."""
+        control = self._vcpu.control
+        if self._nested is None:
+            control.tsc_offset, control.tsc_multiplier = self.offset, self.ratio
+        else:
+            offset, ratio = self._nested
+            control.tsc_offset, control.tsc_multiplier = nested_offset(self.offset, offset, ratio), nested_ratio(self.ratio, ratio)
 
     def _is_synchronizing(self, data: int, nsec: int) -> bool:
         if data == 0:

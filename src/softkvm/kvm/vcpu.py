@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from softkvm.host.sched import Cpu
+from softkvm.host import mm
 from softkvm.host.task import current
 from softkvm.kvm import cpuid, exits, fpu, mce, msr, regs, reset, run
 from softkvm.kvm.ioctl import (
@@ -21,6 +22,7 @@ from softkvm.kvm.ioctl import (
     returns,
     returns_array,
     returns_msr_values,
+    returns_u64,
     takes,
     takes_array,
     takes_msr_indices,
@@ -36,11 +38,13 @@ from softkvm.kvm.tsc import VcpuTsc
 from softkvm.kvm.vcpu_core import NO_INTERRUPT, VcpuCore
 from softkvm.kvm.vendor import setup_controls
 from softkvm.uapi import kvm as uapi
+from softkvm.uapi import series
 
 if TYPE_CHECKING:
     from softkvm.kvm.vm import Vm
 
 MAX_CPUID_ENTRIES = 256
+_ATTRIBUTE_SIZE = 8
 _CR4_INTERCEPTED = regs.CR4_VMXE | regs.CR4_SMXE | regs.CR4_OSXSAVE | regs.CR4_PKE | regs.CR4_PCIDE | regs.CR4_LA57
 """CR4 bits whose change KVM must see: those without which it refuses, and those that CPUID shows."""
 
@@ -279,6 +283,34 @@ class Vcpu(VcpuCore):
     def get_tsc_khz(self) -> int:
         """KVM_GET_TSC_KHZ."""
         return self.tsc.khz
+
+    @ioctl(series.KVM_GET_TSC_OFFSET, encode=returns_u64)
+    def get_tsc_offset(self) -> int:
+        """KVM_GET_TSC_OFFSET: what is added to the host's (scaled) TSC for L1, modulo 2^64."""
+        return self.tsc.offset
+
+    @ioctl(series.KVM_SET_TSC_OFFSET, pointed_u64)
+    def set_tsc_offset(self, offset: int) -> None:
+        """KVM_SET_TSC_OFFSET: vCPUs that are given the same offset one after the other are in phase."""
+        self.tsc.set_offset(offset)
+
+    @ioctl(uapi.KVM_HAS_DEVICE_ATTR, takes(uapi.DeviceAttr))
+    def has_device_attr(self, attr: uapi.DeviceAttr) -> None:
+        """KVM_HAS_DEVICE_ATTR; OSError(ENXIO) for any attribute but the TSC's offset."""
+        if (attr.group, attr.attr) != (uapi.KVM_VCPU_TSC_CTRL, uapi.KVM_VCPU_TSC_OFFSET):
+            raise OSError(errno.ENXIO, "no such attribute of a vCPU")
+
+    @ioctl(uapi.KVM_GET_DEVICE_ATTR, takes(uapi.DeviceAttr))
+    def get_device_attr(self, attr: uapi.DeviceAttr) -> None:
+        """KVM_GET_DEVICE_ATTR: store the value at `addr`; OSError ENXIO as above, EFAULT."""
+        self.has_device_attr(attr)
+        mm.copy_to_user(attr.addr, self.tsc.offset.to_bytes(_ATTRIBUTE_SIZE, "little"))
+
+    @ioctl(uapi.KVM_SET_DEVICE_ATTR, takes(uapi.DeviceAttr))
+    def set_device_attr(self, attr: uapi.DeviceAttr) -> None:
+        """KVM_SET_DEVICE_ATTR: take the value from `addr`; OSError ENXIO as above, EFAULT."""
+        self.has_device_attr(attr)
+        self.tsc.set_offset(int.from_bytes(mm.copy_from_user(attr.addr, _ATTRIBUTE_SIZE), "little"))
 
     @ioctl(uapi.KVM_KVMCLOCK_CTRL)
     def kvmclock_ctrl(self) -> None:

@@ -59,7 +59,7 @@ class Vm(KvmFile):
         self.routing = Routing(self)
         self.irqchip: Irqchip | None = None
         self.pit: Pit | None = None
-        self.tsc = VmTsc(clock)
+        self.tsc = VmTsc(clock, self.model.vendor)
         self.kvmclock = VmClock(self)
         self.eventfds = EventFds(self)
         self.coalesced = Coalesced(self)

@@ -587,6 +587,22 @@ class ClockData(Structure):
     pad: Annotated[Array[c_uint32], c_uint32 * 4]
 
 
+@layout
+class DeviceAttr(Structure):
+    """An attribute of a device, or of a vCPU, and the user address of its value."""
+
+    flags: U32
+    group: U32
+    attr: U64
+    addr: U64
+
+
+KVM_VCPU_TSC_CTRL = 0
+"""Group of vCPU attributes: the time stamp counter."""
+KVM_VCPU_TSC_OFFSET = 0
+"""Its attribute: the u64 that is added to the (scaled) TSC of the host."""
+
+
 # --- struct kvm_run ----------------------------------------------------------------------------------------------------------------
 
 
@@ -813,6 +829,9 @@ KVM_SET_XSAVE = _iow(0xA5, Xsave)
 KVM_GET_XCRS = _ior(0xA6, Xcrs)
 KVM_SET_XCRS = _iow(0xA7, Xcrs)
 KVM_KVMCLOCK_CTRL = _io(0xAD)
+KVM_SET_DEVICE_ATTR = _iow(0xE1, DeviceAttr)
+KVM_GET_DEVICE_ATTR = _iow(0xE2, DeviceAttr)
+KVM_HAS_DEVICE_ATTR = _iow(0xE3, DeviceAttr)
 KVM_GET_SREGS2 = _ior(0xCC, Sregs2)
 KVM_SET_SREGS2 = _iow(0xCD, Sregs2)
 KVM_GET_XSAVE2 = _ior(0xCF, Xsave)
