@@ -14,8 +14,8 @@ PAGE = 4096
 CONTROL_BLOCK_SIZE = 0x5000
 EVENT_VALID = 1 << 31
 
-Step = Callable[["control.ControlBlock"], int]
-"""One run of the guest: changes the block as the silicon would and returns the exit reason."""
+Step = Callable[["control.ControlBlock"], int | None]
+"""A piece of the guest: changes the block as the silicon would and returns the exit reason, None if the guest runs on to the next step."""
 
 
 class Memory(mmap.mmap):
@@ -129,9 +129,11 @@ class Core:
         if view.control.event & EVENT_VALID:
             self.injected.append(view.control.event)
             view.control.event = 0
-        step = next(Core.script, None)
-        assert step is not None, "the guest ran on past the end of its script"
-        reason = step(view)
+        reason = None
+        while reason is None:
+            step = next(Core.script, None)
+            assert step is not None, "the guest ran on past the end of its script"
+            reason = step(view)
         view.exit.reason = reason & 0xFFFF_FFFF
         return reason
 

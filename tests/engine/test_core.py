@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from softkvm import _engine
+from softkvm import _engine, silicon
 from softkvm.silicon.control import Intercept, Register, SegmentRegister
 from tests.helpers.one_core import CODE, HOST_INTERRUPT, Machine
 
 OUT_10H_AL = b"\xe6\x10"
 LOOP = b"\xeb\xfe"
 CPUID = b"\x0f\xa2"
+DEVICE = 0xD000_0000
 
 
 def test_output_leaves_before_the_instruction(machine: Machine) -> None:
@@ -62,6 +63,39 @@ def test_memory_that_is_not_mapped_is_a_nested_fault(machine: Machine) -> None:
     machine.view.state.segments[SegmentRegister.CS].base = 0xF000_0000
     assert machine.run() in (48, 0x400)
     assert machine.view.exit.gpa == 0xF000_0000 + CODE
+
+
+def reads_a_device(machine: Machine, emulate: int) -> None:
+    """mov al, [0]; cpuid, with DS where no memory is and one completed access for it."""
+    machine.load(b"\xa0\0\0" + CPUID)
+    machine.view.state.segments[SegmentRegister.DS].base = DEVICE
+    machine.view.control.intercepts = 1 << Intercept.CPUID
+    machine.view.control.emulate = emulate
+    done = machine.view.access[0]
+    done.gpa, done.size, done.data[0] = DEVICE, 1, 0x5A
+
+
+def test_an_emulated_instruction_asks_for_its_access(machine: Machine) -> None:
+    reads_a_device(machine, silicon.EMULATE_ONE)
+    assert machine.run() == silicon.EXIT_ACCESS
+    access = machine.view.exit.access
+    assert (access.gpa, access.size, access.write) == (DEVICE, 1, 0)
+    assert (machine.view.state.rip, machine.view.control.emulate) == (CODE, silicon.EMULATE_ONE)
+
+
+def test_an_emulated_instruction_takes_its_access_and_stops(machine: Machine) -> None:
+    reads_a_device(machine, silicon.EMULATE_ONE)
+    machine.view.control.access_count = 1
+    machine.core.kick()  # waits until the instruction is done
+    assert machine.enter() == silicon.EXIT_EMULATED
+    assert (machine.view.state.rip, machine.view.state.gpr[Register.RAX], machine.view.control.emulate) == (CODE + 3, 0x5A, 0)
+
+
+def test_the_guest_runs_on_behind_the_emulated_instruction(machine: Machine) -> None:
+    reads_a_device(machine, silicon.EMULATE_FIRST)
+    machine.view.control.access_count = 1
+    assert machine.run() in (10, 0x72)
+    assert (machine.view.state.rip, machine.view.state.gpr[Register.RAX], machine.view.control.emulate) == (CODE + 3, 0x5A, 0)
 
 
 def test_an_impossible_state_fails_the_entry(machine: Machine) -> None:

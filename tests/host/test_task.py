@@ -23,7 +23,8 @@ def test_clearing_tells_whether_the_flag_was_set() -> None:
 
 
 def test_works_run_in_order_and_once() -> None:
-    mine, done = Task(), list[int]()
+    mine = Task()
+    done: list[int] = []
     for number in range(3):
         mine.add_work(partial(done.append, number))
     assert mine.flags == TIF_NOTIFY_RESUME

@@ -53,7 +53,7 @@ def leave(vcpu: Vcpu, name: str, length: int = 1, **fields: int) -> fake_engine.
         fields["qualification"] = 0
     step = exits_with(REASONS[vcpu.model.vendor][name], instruction_length=length, **fields)
 
-    def at_instruction(view: control.ControlBlock) -> int:
+    def at_instruction(view: control.ControlBlock) -> int | None:
         view.exit.next_rip = view.state.rip + length
         return step(view)
 
@@ -83,7 +83,7 @@ def needs(gpa: int, size: int, write: int | None = None) -> fake_engine.Step:
     """The emulated instruction asks for a device access; `write` is the value that it writes."""
 
     def step(view: control.ControlBlock) -> int:
-        assert view.control.emulate == 1
+        assert view.control.emulate
         access = view.exit.access
         access.gpa, access.size, access.write = gpa, size, write is not None
         access.data[0] = write or 0
@@ -93,7 +93,8 @@ def needs(gpa: int, size: int, write: int | None = None) -> fake_engine.Step:
     return step
 
 
-def done(view: control.ControlBlock) -> int:
-    """The emulated instruction has run."""
-    assert view.control.emulate == 1
-    return 0x10000
+def done(view: control.ControlBlock) -> int | None:
+    """The emulated instruction has run; the guest stops behind it or runs on, as it was asked to."""
+    mode, view.control.emulate = view.control.emulate, 0
+    assert mode in (1, 2)
+    return 0x10000 if mode == 1 else None

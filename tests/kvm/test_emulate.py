@@ -6,6 +6,7 @@ import errno
 
 from softkvm import silicon
 from softkvm.kvm import Vcpu, Vm
+from softkvm.kvm.request import REQ_NMI
 from softkvm.silicon import control
 from softkvm.uapi import kvm as uapi
 from tests import fake_engine
@@ -29,7 +30,7 @@ def test_read_in_user_space(vcpu: Vcpu, ram: object, play: Script) -> None:
     assert (mmio.phys_addr, mmio.len, mmio.is_write) == (DEVICE, 4, 0)
     mmio.data[0:4] = [0x78, 0x56, 0x34, 0x12]
 
-    def restarted(view: control.ControlBlock) -> int:
+    def restarted(view: control.ControlBlock) -> int | None:
         assert accesses(view) == [(DEVICE, 4, 0, 0x1234_5678)]
         return done(view)
 
@@ -43,7 +44,7 @@ def test_write_in_user_space(vcpu: Vcpu, ram: object, play: Script) -> None:
     mmio = vcpu.kvm_run.mmio
     assert (mmio.phys_addr, mmio.len, mmio.is_write, bytes(mmio.data[:2])) == (DEVICE, 2, 1, b"\xef\xbe")
 
-    def restarted(view: control.ControlBlock) -> int:
+    def restarted(view: control.ControlBlock) -> int | None:
         assert accesses(view) == [(DEVICE, 2, 1, 0xBEEF)]
         return done(view)
 
@@ -62,7 +63,7 @@ def test_immediate_exit_completes_the_access_first(vcpu: Vcpu, ram: object, play
 def test_local_apic_is_in_the_kernel(vcpu: Vcpu, ram: object, play: Script) -> None:
     assert vcpu.lapic is not None
 
-    def version_read(view: control.ControlBlock) -> int:
+    def version_read(view: control.ControlBlock) -> int | None:
         assert accesses(view) == [(APIC_VERSION, 4, 0, 0x50014)]
         return done(view)
 
@@ -72,7 +73,7 @@ def test_local_apic_is_in_the_kernel(vcpu: Vcpu, ram: object, play: Script) -> N
 
 
 def test_one_instruction_with_two_devices_and_ram(vcpu: Vcpu, vm: Vm, ram: object, play: Script) -> None:
-    def both(view: control.ControlBlock) -> int:
+    def both(view: control.ControlBlock) -> int | None:
         assert [one[:3] for one in accesses(view)] == [(APIC_VERSION, 4, 0), (APIC_TPR, 4, 1)]
         return done(view)
 
@@ -126,12 +127,63 @@ def test_an_endless_list_of_accesses_is_an_emulation_failure(vcpu: Vcpu, ram: ob
     assert vcpu.kvm_run.exit_reason == uapi.KVM_EXIT_INTERNAL_ERROR
 
 
-def test_a_kick_does_not_disturb_a_half_done_instruction(vcpu: Vcpu, ram: object, play: Script) -> None:
-    interrupt = fake_engine.exits_with(REASONS[vcpu.model.vendor]["interrupt"])
-    out_of_guest(vcpu, play, no_memory(vcpu, APIC_VERSION, False), interrupt, needs(APIC_VERSION, 4), interrupt, done)
+def test_nothing_comes_between_the_accesses_and_the_end_of_an_instruction(vcpu: Vcpu, ram: object, play: Script) -> None:
+    core = fake_engine.Core.cores
+
+    def asks_while_an_nmi_comes(view: control.ControlBlock) -> int | None:
+        vcpu.make_request(REQ_NMI)
+        core[-1].kicked = False  # as the silicon, which holds interrupts back meanwhile
+        return needs(APIC_VERSION, 4)(view)
+
+    def stops_behind_it(view: control.ControlBlock) -> int | None:
+        assert (view.control.emulate, core[-1].injected) == (1, [])
+        return done(view)
+
+    def then_the_nmi(view: control.ControlBlock) -> int | None:
+        assert (view.control.emulate, core[-1].injected) == (0, [1 << 31 | 2 << 8 | 2])
+        return None
+
+    out_of_guest(vcpu, play, no_memory(vcpu, APIC_VERSION, False), asks_while_an_nmi_comes, stops_behind_it, then_the_nmi)
+
+
+def test_a_kick_waits_for_the_end_of_an_instruction(vcpu: Vcpu, ram: object, play: Script) -> None:
+    def asks_while_a_signal_comes(view: control.ControlBlock) -> int | None:
+        vcpu.kick()
+        fake_engine.Core.cores[-1].kicked = False
+        return needs(APIC_VERSION, 4)(view)
+
+    play(no_memory(vcpu, APIC_VERSION, False), asks_while_a_signal_comes, done)
+    assert run_errno(vcpu) == errno.EINTR
+    assert not vcpu.half_done
+
+
+def test_an_exception_ends_the_instruction(vcpu: Vcpu, ram: object, play: Script) -> None:
+    cut_short = fake_engine.exits_with(REASONS[vcpu.model.vendor]["memory"], gpa=0x1000, info2=0x1000, vectoring=1 << 31 | 3 << 8 | 13)
+
+    def delivered_again(view: control.ControlBlock) -> int | None:
+        assert view.control.emulate == 0
+        assert fake_engine.Core.cores[-1].injected == [1 << 31 | 3 << 8 | 13]
+        return None
+
+    out_of_guest(vcpu, play, no_memory(vcpu, APIC_VERSION, False), needs(APIC_VERSION, 4), cut_short, delivered_again)
 
 
 def test_an_intercepted_instruction_leaves_emulation(vcpu: Vcpu, ram: object, play: Script) -> None:
     vcpu.state.rip = 0x1000
-    out_of_guest(vcpu, play, no_memory(vcpu, DEVICE, False), leave(vcpu, "cpuid", 2))
-    assert (vcpu.state.rip, vcpu.control.emulate) == (0x1002, 0)
+    steps = no_memory(vcpu, APIC_VERSION, False), needs(APIC_VERSION, 4), leave(vcpu, "cpuid", 2)
+    out_of_guest(vcpu, play, *steps)
+    assert (vcpu.state.rip, vcpu.control.emulate, vcpu.half_done) == (0x1002, 0, False)
+
+
+def test_a_reset_by_user_space_drops_the_instruction(vcpu: Vcpu, ram: object, play: Script) -> None:
+    play(no_memory(vcpu, DEVICE, False), needs(DEVICE, 4))
+    vcpu.run()
+    regs = vcpu.get_regs()
+    regs.rip = 0x500
+    vcpu.set_regs(regs)
+
+    def elsewhere(view: control.ControlBlock) -> int | None:
+        assert (view.state.rip, view.control.emulate) == (0x500, 0)
+        return None
+
+    out_of_guest(vcpu, play, elsewhere)

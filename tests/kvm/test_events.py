@@ -46,7 +46,6 @@ def test_an_event_whose_entry_never_was_is_injected_again(bare_vcpu: Vcpu, play:
     vcpu.interrupt(0x31)
     play(leave(vcpu, "interrupt"))
     vcpu.load()
-    vcpu.put()
     fake_engine.Core.cores[-1].kicked = True  # the first entry returns at once
     out_of_guest(vcpu, play)
     assert fake_engine.Core.cores[-1].injected == [1 << 31 | 0x31]

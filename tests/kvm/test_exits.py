@@ -35,7 +35,7 @@ def test_skip_without_a_length_is_an_emulation_failure(vcpu: Vcpu, play: Script)
     vcpu.state.rip = RIP
     vcpu.state.interruptibility = 1
 
-    def prefixed(view: control.ControlBlock) -> int:
+    def prefixed(view: control.ControlBlock) -> int | None:
         reason = leave(vcpu, "cpuid", 0)(view)
         view.exit.next_rip = 0
         view.exit.instruction_bytes_length = 2

@@ -172,7 +172,6 @@ def test_translate(vcpu: Vcpu) -> None:
 def test_cpuid_is_fixed_once_the_vcpu_has_run(vcpu: Vcpu) -> None:
     vcpu.set_cpuid2(vcpu.get_cpuid2())
     vcpu.load()
-    vcpu.put()
     vcpu.set_cpuid2(vcpu.get_cpuid2())
     with pytest.raises(OSError, match="CPUID") as caught:
         vcpu.set_cpuid2([])

@@ -138,7 +138,7 @@ def test_sync_regs_go_in_and_out(vcpu: Vcpu, play: Script) -> None:
     shared.kvm_valid_regs = shared.kvm_dirty_regs = uapi.KVM_SYNC_X86_REGS
     shared.regs.regs.rbx, shared.regs.regs.rip = 7, RIP
 
-    def guest(view: control.ControlBlock) -> int:
+    def guest(view: control.ControlBlock) -> int | None:
         assert (view.state.gpr[3], view.state.rip) == (7, RIP)
         view.state.gpr[3] = 8
         return exits_with(REASONS[vcpu.model.vendor]["interrupt"])(view)

@@ -138,6 +138,12 @@ class Vcpu:
     def kick(self) -> None:
         self._signal.set()
 
+    def engine_counters(self) -> dict[str, int]:
+        return {"instructions": 1000 * self.stats["exits"], "tlb_fills": 2}
+
+    def exits_by_reason(self) -> dict[str, int]:
+        return {"EPT_VIOLATION": 1, "IO_INSTRUCTION": 4}
+
     def set_cpuid2(self, entries: list[uapi.CpuidEntry2]) -> None:
         self.cpuid = entries
 

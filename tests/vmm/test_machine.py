@@ -257,8 +257,9 @@ def test_stats_count_exits_by_reason(boot: Boot) -> None:
     vm = boot([*say("abc"), load(0xFED00000, 4), S5])
     vm.run(timeout=60)
     stats = vm.stats()
-    assert stats.exits == {"io": 4, "mmio": 1}
-    assert stats.vcpu == {"exits": 5}
+    assert stats.user_exits == {"io": 4, "mmio": 1}
+    assert list(stats.exits.items()) == [("IO_INSTRUCTION", 4), ("EPT_VIOLATION", 1)]
+    assert (stats.instructions, stats.engine, stats.vcpu) == (5000, {"tlb_fills": 2}, {"exits": 5})
     assert stats.seconds > 0
 
 

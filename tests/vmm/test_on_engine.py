@@ -65,7 +65,19 @@ def test_repeated_string_output_is_one_exit(boot: Boot) -> None:
     vm = boot(code + MOV_AL_0_OUT_F4)
     vm.run(timeout=60)
     assert vm.output == b"console=ttyS0"
-    assert vm.stats().exits["io"] <= 3
+    assert vm.stats().user_exits["io"] <= 3
+
+
+def test_counters_come_from_the_silicon(boot: Boot) -> None:
+    vm = boot(bytes.fromhex("bde8030000 0fa2 ffcd 75fa") + MOV_AL_0_OUT_F4)  # mov ebp, 1000; again: cpuid; dec ebp; jnz again
+    vm.run(timeout=60)
+    stats = vm.stats()
+    assert stats.exits["CPUID"] == 1000
+    assert stats.exits.keys() & {"IO_INSTRUCTION", "IOIO"}
+    assert stats.instructions >= 2000  # KVM has done the CPUIDs
+    assert stats.engine["tlb_fills"] > 0
+    vm.close()
+    assert vm.stats().instructions == stats.instructions
 
 
 @pytest.mark.parametrize(

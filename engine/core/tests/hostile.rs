@@ -156,7 +156,7 @@ fn run_case(seed: u64) {
     block.control.tsc_multiplier = 1 << 48;
     for _ in 0..EXITS {
         block.control.instruction_budget = INSTRUCTIONS;
-        block.control.emulate = random.chance(3).into();
+        block.control.emulate = random.below(3) as u32;
         if random.chance(3) {
             block.control.event = random.next() as u32 | 1 << 31;
             block.control.event_error = random.next() as u32;

@@ -45,21 +45,35 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
     _console(on_stdout).print(drawn)
 
 
+_GROUPS = {"engine": "the silicon", "exits": "VM exits", "user_exits": "of them to the VMM", "vcpu": "KVM"}
+"""Headings for the groups of counters in `vmm.Stats`."""
+
+
 def print_stats(stats: msgspec.Struct, style: StatsFormat) -> None:
     """Counters of a run: a table for a person, or one JSON object."""
     values = msgspec.to_builtins(stats)
     if style == "json":
         sys.stderr.write(msgspec.json.encode(values).decode() + "\n")
         return
-    table("Counters", ("counter", "value"), list(_flat(values)))
+    from rich import box
+    from rich.table import Table
 
-
-def _flat(values: dict[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
+    drawn = Table("counter", title="Counters", title_justify="left", box=box.SIMPLE_HEAD)
+    drawn.add_column("value", justify="right")
     for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if isinstance(value, float) else str(value)
+        if not isinstance(value, dict):
+            drawn.add_row(name, _number(value))
+    for name, group in values.items():
+        if isinstance(group, dict) and group:
+            drawn.add_section()
+            drawn.add_row(_GROUPS.get(name, name), _number(sum(group.values())) if name.endswith("exits") else "", style="bold")
+            for counter, value in group.items():
+                drawn.add_row(f"  {counter}", _number(value))
+    _console().print(drawn)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
 
 
 def _console(on_stdout: bool = False) -> Console:

@@ -1,7 +1,8 @@
-"""Physical CPUs and who runs on them: cores, and the notifiers of `vcpu_load` and `vcpu_put`.
+"""Physical CPUs and who is on them: cores, and the notifiers of `vcpu_load` and `vcpu_put`.
 
 Answers to Linux `include/linux/preempt.h` (preempt notifiers) and to `vcpu_load()`/`vcpu_put()` of `virt/kvm/kvm_main.c`. The host has as
-many cores as threads want to run guests at a time; the operating system below us shares the real processors among them.
+many cores as threads want to run guests at a time; the operating system below us shares the real processors among them. A guest stays on
+its core when its thread leaves the kernel, as its VMCS does in Linux, so coming back costs nothing; it goes when another one needs a core.
 """
 
 from __future__ import annotations
@@ -13,52 +14,54 @@ from softkvm import silicon
 
 
 class Cpu:
-    """A core and whose state was last loaded on it."""
+    """A core and whose state is loaded on it."""
 
-    __slots__ = ("core", "index", "last")
+    __slots__ = ("core", "index", "occupant")
 
     def __init__(self, model: silicon.Model, index: int) -> None:
         self.index = index
         self.core = silicon.Core(model, index)
-        self.last: object | None = None
-        """Whoever ran here last: anybody else finds a stranger's translations in the TLB."""
+        self.occupant: Guest | None = None
 
 
-class PreemptNotifier(Protocol):
-    """What the scheduler tells whoever occupies a core."""
+class Guest(Protocol):
+    """Whoever occupies a core: the preempt notifiers. All are called with the scheduler's lock held."""
 
     def sched_in(self, cpu: Cpu) -> None:
-        """The task runs on `cpu` from now on."""
+        """It is on `cpu` from now on."""
 
-    def sched_out(self, cpu: Cpu) -> None:
-        """The task leaves `cpu`."""
+    def yield_core(self) -> bool:
+        """Leave the core for another guest; False if it is in use."""
 
 
 class Scheduler:
-    """The cores of one kind of silicon, each held by one thread at a time."""
+    """The cores of one kind of silicon."""
 
     def __init__(self, model: silicon.Model) -> None:
         self._model = model
         self._lock = threading.Lock()
-        self._idle: set[Cpu] = set()
-        self._count = 0
+        self._cpus: list[Cpu] = []
 
-    def load(self, task: PreemptNotifier, preferred: Cpu | None) -> Cpu:
-        """Put the task on an idle core, on the `preferred` one if that is idle, and notify it."""
+    def load(self, guest: Guest) -> None:
+        """Put a guest that is on no core on one: a free one, else one whose occupant does not use it, else a new one."""
         with self._lock:
-            if preferred is not None and preferred in self._idle:
-                cpu = preferred
-                self._idle.remove(cpu)
-            elif self._idle:
-                cpu = self._idle.pop()
-            else:
-                cpu = Cpu(self._model, self._count)
-                self._count += 1
-        task.sched_in(cpu)
-        return cpu
+            cpu = self._find()
+            cpu.occupant = guest
+            guest.sched_in(cpu)
 
-    def put(self, task: PreemptNotifier, cpu: Cpu) -> None:
-        """Take the task off its core, after notifying it."""
-        task.sched_out(cpu)
+    def put(self, guest: Guest) -> None:
+        """Take a guest off its core for good; nothing happens if it is on none."""
         with self._lock:
-            self._idle.add(cpu)
+            for cpu in self._cpus:
+                if cpu.occupant is guest and guest.yield_core():
+                    cpu.occupant = None
+
+    def _find(self) -> Cpu:
+        for cpu in self._cpus:
+            if cpu.occupant is None:
+                return cpu
+        for cpu in self._cpus:
+            if cpu.occupant is not None and cpu.occupant.yield_core():
+                return cpu
+        self._cpus.append(Cpu(self._model, len(self._cpus)))
+        return self._cpus[-1]

@@ -1,21 +1,25 @@
 """Instructions that touch memory which is not RAM: the silicon runs one instruction and asks for each device access that it needs.
 
 Answers to Linux 6.1 `x86_emulate_instruction()`, `emulator_{read,write}_emulated()`, `vcpu_mmio_{read,write}()` and
-`complete_emulated_mmio()`. The interpreter is the silicon's `Control.emulate` mode; KVM gives it a list of completed accesses, which
-starts empty and grows by one each time the instruction is restarted, until it runs through.
+`complete_emulated_mmio()`. The interpreter is the silicon's `Control.emulate`; KVM gives it a list of completed accesses, which starts
+empty and grows by one each time the instruction is restarted, until it runs through and the guest goes on behind it.
+
+From its first completed access to its end an instruction is half done: its accesses are made once and must not be lost, so nothing may
+come in between (`Vcpu.half_done`).
 """
 
 from __future__ import annotations
 
 import errno
+import struct
 from typing import TYPE_CHECKING
 
 from softkvm.host import trace
 from softkvm.kvm import events, exits
 from softkvm.kvm.mmu import Fault
-from softkvm.kvm.request import REQ_EVENT
-from softkvm.silicon import EXIT_ACCESS, EXIT_EMULATED
-from softkvm.uapi.kvm import KVM_EXIT_MMIO
+from softkvm.silicon import EMULATE_FIRST, EXIT_ACCESS, EXIT_EMULATED
+from softkvm.uapi.kvm import KVM_EXIT_MMIO, Run, RunMmio
+from softkvm.uapi.layout import offset_of
 
 if TYPE_CHECKING:
     from softkvm.kvm.irqchip.lapic import Lapic
@@ -24,57 +28,59 @@ if TYPE_CHECKING:
 _APIC_PAGE = (1 << 52) - (1 << 12)
 """Address bits of IA32_APIC_BASE."""
 
+_put_mmio = struct.Struct("<QQIB").pack_into
+_MMIO_OFFSET = offset_of(Run, "mmio")
+_MMIO_DATA = _MMIO_OFFSET + offset_of(RunMmio, "data")
+
 ACCESS_LIMIT = 8
 """Entries of `ControlBlock.access`: the most device accesses of one instruction (a 64-byte load in 8-byte pieces)."""
 
 
 def emulate(vcpu: Vcpu) -> int:
-    """Run the guest's instruction, whose data access the nested page tables refused, with devices behind it."""
+    """Restart the guest's instruction, whose data access the nested page tables refused, with devices behind it."""
     control = vcpu.control
-    if control.intercepts & events.WINDOWS:  # an exit for a window would lose accesses that are already done
-        vcpu.set_windows(0)
-        vcpu.make_request(REQ_EVENT)
-    control.access_count = 0
-    control.emulate = 1
-    return _continue(vcpu)
+    if control.emulate:  # what they refused again is a fetch, or a page table
+        stop(vcpu)
+        return exits.emulation_failure(vcpu)
+    control.access_count, control.emulate = 0, EMULATE_FIRST
+    return 1
 
 
-def _continue(vcpu: Vcpu) -> int:
-    """Run until the instruction is done, waits for user space, or leaves for a reason of its own."""
-    vendor = vcpu.vendor
-    control = vcpu.control
-    while True:
-        reason = vcpu.enter()
-        if reason == EXIT_ACCESS:
-            if (result := _access(vcpu)) <= 0:
-                return result
-        elif reason == EXIT_EMULATED:
-            control.emulate = 0
-            return 1
-        elif reason == vendor.exit_interrupt:
-            exits.handle_interrupt(vcpu)  # a kick or a timer got in first; what it is about is looked at after the instruction
-        elif reason == vendor.exit_memory_fault:
-            fault = vcpu.vm.mmu.fault(*vendor.memory_fault(vcpu))
-            if fault is not Fault.FIXED:  # an instruction fetch from where no memory is
-                control.emulate = 0
-                return exits.emulation_failure(vcpu)
-        else:
-            control.emulate = 0
-            return vendor.handle_exit(vcpu, reason)
+def after_exit(vcpu: Vcpu, reason: int) -> None:
+    """The guest was entered with a half done instruction: see whether it still is."""
+    if reason == EXIT_ACCESS:
+        return
+    if vcpu.exit.vectoring & events.EVENT_VALID:
+        stop(vcpu)  # it ended by an exception, which KVM has now
+    elif not vcpu.control.emulate:
+        vcpu.half_done = False
+    elif reason != vcpu.vendor.exit_memory_fault:  # which is for a page that the restarted instruction needs
+        stop(vcpu)  # it has become another instruction
 
 
-def _access(vcpu: Vcpu) -> int:
-    """Serve the access that the instruction waits for: 1 served, 0 user space must do it, else -errno."""
+def stop(vcpu: Vcpu) -> None:
+    """Forget the instruction."""
+    vcpu.half_done = False
+    vcpu.control.emulate = 0
+
+
+def handle_emulated(vcpu: Vcpu) -> int:
+    """The instruction is done, and the guest stopped behind it because something waits."""
+    return 1
+
+
+def handle_access(vcpu: Vcpu) -> int:
+    """Serve the access that the instruction waits for."""
     access = vcpu.exit.access
     gpa, size, write = access.gpa, access.size, access.write
     fault = vcpu.vm.mmu.fault(gpa, bool(write))
     if fault is Fault.FIXED:
         return 1
     if fault is Fault.UNMAPPED:
-        vcpu.control.emulate = 0
+        stop(vcpu)
         return -errno.EFAULT
-    if vcpu.control.access_count >= ACCESS_LIMIT:
-        vcpu.control.emulate = 0
+    if vcpu.half_done and vcpu.control.access_count >= ACCESS_LIMIT:
+        stop(vcpu)
         return exits.emulation_failure(vcpu)
     if write:
         return _write(vcpu, gpa, size, access.data[0] & (1 << size * 8) - 1)
@@ -93,16 +99,8 @@ def _read(vcpu: Vcpu, gpa: int, size: int) -> int:
     lapic = _lapic_at(vcpu, gpa)
     value = lapic.mmio_read(gpa & 0xFFF, size) if lapic is not None else vcpu.vm.mmio_bus.read(gpa, size)
     if value is not None:
-        _complete(vcpu, gpa, size, 0, value)
-        return 1
-    mmio = vcpu.kvm_run.mmio
-    mmio.phys_addr, mmio.len, mmio.is_write = gpa, size, 0
-
-    def finish() -> int:
-        _complete(vcpu, gpa, size, 0, int.from_bytes(mmio.data[:size], "little"))
-        return _continue(vcpu)
-
-    return vcpu.exit_to_user(KVM_EXIT_MMIO, finish)
+        return _complete(vcpu, gpa, size, 0, value)
+    return _exit(vcpu, gpa, size, 0, 0)
 
 
 def _write(vcpu: Vcpu, gpa: int, size: int, value: int) -> int:
@@ -110,24 +108,42 @@ def _write(vcpu: Vcpu, gpa: int, size: int, value: int) -> int:
     if lapic is not None:
         lapic.mmio_write(gpa & 0xFFF, size, value)
     if lapic is not None or vcpu.vm.mmio_bus.write(gpa, size, value):
-        _complete(vcpu, gpa, size, 1, value)
+        return _complete(vcpu, gpa, size, 1, value)
+    return _exit(vcpu, gpa, size, 1, value)
+
+
+def _exit(vcpu: Vcpu, gpa: int, size: int, write: int, value: int) -> int:
+    """KVM_EXIT_MMIO."""
+    _put_mmio(vcpu.mmap_area, _MMIO_OFFSET, gpa, value, size, write)
+    vcpu.pending_io = (vcpu.state.rip, gpa, size, write, value)
+    return vcpu.exit_to_user(KVM_EXIT_MMIO, _complete_in_user_space)
+
+
+def _complete_in_user_space(vcpu: Vcpu) -> int:
+    """`complete_emulated_mmio()`; user space that moved RIP meanwhile (a reset) wants no restart."""
+    rip, gpa, size, write, value = vcpu.pending_io
+    if vcpu.state.rip != rip:
+        stop(vcpu)
         return 1
-    mmio = vcpu.kvm_run.mmio
-    mmio.phys_addr, mmio.len, mmio.is_write = gpa, size, 1
-    mmio.data[:] = list(value.to_bytes(8, "little"))
-
-    def finish() -> int:
-        _complete(vcpu, gpa, size, 1, value)
-        return _continue(vcpu)
-
-    return vcpu.exit_to_user(KVM_EXIT_MMIO, finish)
+    if not write:
+        value = int.from_bytes(vcpu.mmap_area[_MMIO_DATA : _MMIO_DATA + size], "little")
+    return _complete(vcpu, gpa, size, write, value)
 
 
-def _complete(vcpu: Vcpu, gpa: int, size: int, write: int, value: int) -> None:
-    """Append a done access for the restart of the instruction."""
+def _complete(vcpu: Vcpu, gpa: int, size: int, write: int, value: int) -> int:
+    """Append a done access, and restart the instruction."""
     control = vcpu.control
-    done = vcpu.accesses[control.access_count]
+    count = control.access_count if vcpu.half_done else 0
+    done = vcpu.accesses[count]
     done.gpa, done.size, done.write, done.data[0] = gpa, size, write, value
-    control.access_count += 1
+    control.access_count = count + 1
+    control.emulate = EMULATE_FIRST
+    vcpu.half_done = True
     if trace.kvm_mmio.enabled:
         trace.kvm_mmio("write" if write else "read", size, gpa, value)
+    return 1
+
+
+handlers = {EXIT_ACCESS: handle_access, EXIT_EMULATED: handle_emulated}
+"""The silicon's private exits, the same for both vendors."""
+EXIT_NAMES = {EXIT_ACCESS: "ACCESS", EXIT_EMULATED: "EMULATED"}

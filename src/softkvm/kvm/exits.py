@@ -223,7 +223,6 @@ def memory_fault(vcpu: Vcpu, gpa: int, write: bool) -> int:
         return 1
     if fault is Fault.UNMAPPED:
         return -errno.EFAULT
-    vcpu.stats["mmio_exits"] += 1
     return emulate.emulate(vcpu)
 
 

@@ -65,13 +65,11 @@ class IoBus:
     def read(self, address: int, size: int) -> int | None:
         """Read from the device at `address`; None if no device takes the access."""
         for device in self._at.get(address, ()):
-            value = device.read(address, size)
-            if value is not None:
+            if (value := device.read(address, size)) is not None:
                 return value
-        for base, end, device in self._large:
-            if base <= address < end:
-                value = device.read(address, size)
-                if value is not None:
+        if self._large:
+            for base, end, device in self._large:
+                if base <= address < end and (value := device.read(address, size)) is not None:
                     return value
         return None
 
@@ -80,4 +78,6 @@ class IoBus:
         for device in self._at.get(address, ()):
             if device.write(address, size, value):
                 return True
-        return any(device.write(address, size, value) for base, end, device in self._large if base <= address < end)
+        if self._large:
+            return any(device.write(address, size, value) for base, end, device in self._large if base <= address < end)
+        return False

@@ -11,7 +11,7 @@ import errno
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from ctypes import Structure
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, ClassVar, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from softkvm.host import entry, mm, task
@@ -56,7 +56,7 @@ def ioctl(
         @wraps(method)
         def call(self: _File, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
             if kwargs:
-                return entry.syscall(task.current(), number, (self, *args), lambda *values: locked(*values, **kwargs))
+                return entry.syscall(task.current(), number, (self, *args), partial(locked, **kwargs))
             return entry.syscall(task.current(), number, (self, *args), locked)
 
         call.operation = (number, Operation(call, decode or no_argument, encode or status))  # type: ignore[attr-defined]

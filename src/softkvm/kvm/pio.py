@@ -7,6 +7,7 @@ in page 1 of the vCPU's mapping.
 from __future__ import annotations
 
 import errno
+import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,15 @@ from softkvm.kvm import events, exits, regs
 from softkvm.kvm.memslots import PAGE_SIZE
 from softkvm.kvm.mmu import Fault
 from softkvm.silicon import RIGHT_R, RIGHT_W
-from softkvm.uapi.kvm import KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT
+from softkvm.uapi.kvm import KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT, Run
+from softkvm.uapi.layout import offset_of
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu import Vcpu
 
 PIO_PAGE_OFFSET = PAGE_SIZE
+_put_io = struct.Struct("<BBHIQ").pack_into
+_IO_OFFSET = offset_of(Run, "io")
 _PIO_DATA_SIZE = 1024
 """Bytes of string I/O in one exit to user space."""
 _IN, _STRING, _REP, _ADDRESS32, _ADDRESS64, _DOWN = 1, 2, 4, 8, 16, 32
@@ -32,7 +36,6 @@ def handle_io(vcpu: Vcpu) -> int:
     """IN, OUT, INS and OUTS."""
     info = vcpu.exit
     flags, port, size = info.io_flags, info.io_port, info.io_size
-    vcpu.stats["io_exits"] += 1
     if flags & _STRING:
         return _string(vcpu, flags, port, size)
     if flags & _IN:
@@ -47,26 +50,28 @@ def _out(vcpu: Vcpu, port: int, size: int) -> int:
     if vcpu.vm.pio_bus.write(port, size, value):
         return exits.skip(vcpu)
     vcpu.pio_data[:size] = value.to_bytes(size, "little")
-    rip = vcpu.state.rip
+    vcpu.pending_io = (vcpu.state.rip,)
+    return _exit(vcpu, KVM_EXIT_IO_OUT, port, size, 1, _complete_out)
 
-    def finish() -> int:  # user space that moved RIP meanwhile (a reset) wants no skip
-        return exits.skip(vcpu) if vcpu.state.rip == rip else 1
 
-    return _exit(vcpu, KVM_EXIT_IO_OUT, port, size, 1, finish)
+def _complete_out(vcpu: Vcpu) -> int:
+    """User space that moved RIP meanwhile (a reset) wants no skip."""
+    return exits.skip(vcpu) if vcpu.state.rip == vcpu.pending_io[0] else 1
 
 
 def _in(vcpu: Vcpu, port: int, size: int) -> int:
     value = vcpu.vm.pio_bus.read(port, size)
     if value is not None:
         return _store(vcpu, port, size, value)
-    rip = vcpu.state.rip
+    vcpu.pending_io = (vcpu.state.rip, port, size)
+    return _exit(vcpu, KVM_EXIT_IO_IN, port, size, 1, _complete_in)
 
-    def finish() -> int:
-        if vcpu.state.rip != rip:
-            return 1
-        return _store(vcpu, port, size, int.from_bytes(vcpu.pio_data[:size], "little"))
 
-    return _exit(vcpu, KVM_EXIT_IO_IN, port, size, 1, finish)
+def _complete_in(vcpu: Vcpu) -> int:
+    rip, port, size = vcpu.pending_io
+    if vcpu.state.rip != rip:
+        return 1
+    return _store(vcpu, port, size, int.from_bytes(vcpu.pio_data[:size], "little"))
 
 
 def _store(vcpu: Vcpu, port: int, size: int, value: int) -> int:
@@ -78,9 +83,8 @@ def _store(vcpu: Vcpu, port: int, size: int, value: int) -> int:
     return exits.skip(vcpu)
 
 
-def _exit(vcpu: Vcpu, direction: int, port: int, size: int, count: int, finish: Callable[[], int]) -> int:
-    io = vcpu.kvm_run_io
-    io.direction, io.size, io.port, io.count, io.data_offset = direction, size, port, count, PIO_PAGE_OFFSET
+def _exit(vcpu: Vcpu, direction: int, port: int, size: int, count: int, finish: Callable[[Vcpu], int]) -> int:
+    _put_io(vcpu.mmap_area, _IO_OFFSET, direction, size, port, count, PIO_PAGE_OFFSET)
     return vcpu.exit_to_user(KVM_EXIT_IO, finish)
 
 
@@ -144,7 +148,7 @@ def _string_in(vcpu: Vcpu, flags: int, port: int, size: int, pieces: list[Piece]
         return _store_string(vcpu, flags, pieces, b"".join(value.to_bytes(size, "little") for value in values), size)
     rip = vcpu.state.rip
 
-    def finish() -> int:
+    def finish(vcpu: Vcpu) -> int:
         if vcpu.state.rip != rip:
             return 1
         left = _remaining(vcpu, flags)  # user space may have lowered the count
@@ -173,7 +177,7 @@ def _string_out(vcpu: Vcpu, flags: int, port: int, size: int, pieces: list[Piece
     vcpu.pio_data[: len(data)] = data
     rip = vcpu.state.rip
 
-    def finish() -> int:
+    def finish(vcpu: Vcpu) -> int:
         return _advance(vcpu, flags, regs.RSI, len(values), size) if vcpu.state.rip == rip else 1
 
     return _exit(vcpu, KVM_EXIT_IO_OUT, port, size, len(values), finish)

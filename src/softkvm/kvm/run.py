@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import errno
 import signal
+import struct
 from typing import TYPE_CHECKING
 
 from softkvm.host import entry, trace
 from softkvm.host.task import Task
-from softkvm.kvm import events, kvmclock, regs, reset
+from softkvm.kvm import emulate, events, kvmclock, regs, reset
 from softkvm.kvm.irqchip import irq
 from softkvm.kvm.request import REQ_CLOCK, REQ_EVENT, REQ_NMI, REQ_TLB_FLUSH, REQ_TRIPLE_FAULT
 from softkvm.kvm.vcpu_core import IN_GUEST_MODE, OUTSIDE_GUEST_MODE
+from softkvm.silicon import EMULATE_FIRST, EMULATE_ONE
 from softkvm.uapi import kvm as uapi
+from softkvm.uapi.layout import offset_of
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu import Vcpu
@@ -25,42 +28,57 @@ RUNNABLE, HALTED, UNINITIALIZED = uapi.KVM_MP_STATE_RUNNABLE, uapi.KVM_MP_STATE_
 _WORK = entry.XFER_TO_GUEST_MODE_WORK
 _EVENT_VALID = events.EVENT_VALID
 
+# Where kvm_run has what every KVM_RUN reads and writes; each group in one go.
+_REQUEST_INTERRUPT_WINDOW = offset_of(uapi.Run, "request_interrupt_window")
+_IMMEDIATE_EXIT = offset_of(uapi.Run, "immediate_exit")
+_SAVED, _save = offset_of(uapi.Run, "ready_for_interrupt_injection"), struct.Struct("<BBHQQ").pack_into
+_SYNC_REGS, _sync_regs = offset_of(uapi.Run, "kvm_valid_regs"), struct.Struct("<QQ").unpack_from
+
 
 def ioctl_run(vcpu: Vcpu, task: Task) -> int:
-    """The whole of KVM_RUN, between vcpu_load and vcpu_put: 0 or -errno, with `kvm_run` refreshed either way."""
-    mask = vcpu.signal_mask
-    saved = signal.pthread_sigmask(signal.SIG_SETMASK, mask) if mask is not None else None
-    vcpu.attach(task)
+    """The whole of KVM_RUN after vcpu_load: 0 or -errno, with `kvm_run` refreshed either way."""
+    if vcpu.signal_mask is None:
+        return _run_attached(vcpu, task)
+    saved = signal.pthread_sigmask(signal.SIG_SETMASK, vcpu.signal_mask)
+    try:
+        return _run_attached(vcpu, task)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, saved)
+
+
+def _run_attached(vcpu: Vcpu, task: Task) -> int:
     vcpu.load()
+    vcpu.attach(task)
     try:
         return _run(vcpu, task)
     finally:
         _save_to_user(vcpu)
-        vcpu.put()
         vcpu.detach()
-        if saved is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, saved)
 
 
 def _run(vcpu: Vcpu, task: Task) -> int:
-    shared = vcpu.kvm_run
-    shared.flags = 0
+    area = vcpu.mmap_area
     if vcpu.mp_state == UNINITIALIZED:
         return _wait_for_sipi(vcpu, task)
-    if (shared.kvm_valid_regs | shared.kvm_dirty_regs) & ~uapi.KVM_SYNC_X86_VALID_FIELDS:
-        return -errno.EINVAL
-    if vcpu.vm.irqchip is None and shared.request_interrupt_window:
-        vcpu.make_request(REQ_EVENT)
-    if shared.kvm_dirty_regs:
-        _take_dirty_regs(vcpu)
-    if vcpu.lapic is None and not regs.set_cr8(vcpu, shared.cr8):
-        return -errno.EINVAL
+    valid, dirty = _sync_regs(area, _SYNC_REGS)
+    if valid | dirty:
+        if (valid | dirty) & ~uapi.KVM_SYNC_X86_VALID_FIELDS:
+            return -errno.EINVAL
+        _take_dirty_regs(vcpu, dirty)
+    if vcpu.lapic is None:
+        if area[_REQUEST_INTERRUPT_WINDOW]:
+            vcpu.make_request(REQ_EVENT)
+        if not regs.set_cr8(vcpu, vcpu.kvm_run.cr8):
+            return -errno.EINVAL
     finish = vcpu.complete_userspace_io
     if finish is not None:
         vcpu.complete_userspace_io = None
-        if (result := finish()) <= 0:
+        if (result := finish(vcpu)) <= 0:
             return result
-    if shared.immediate_exit:
+    if area[_IMMEDIATE_EXIT]:
+        while vcpu.half_done:
+            if (result := enter_guest(vcpu, task)) <= 0:
+                return result
         return -errno.EINTR
     return vcpu_run(vcpu, task)
 
@@ -74,10 +92,10 @@ def _wait_for_sipi(vcpu: Vcpu, task: Task) -> int:
     return entry.xfer_to_guest_mode(task, vcpu) or -errno.EAGAIN
 
 
-def _take_dirty_regs(vcpu: Vcpu) -> None:
+def _take_dirty_regs(vcpu: Vcpu, dirty: int) -> None:
     """Registers that user space changed in the mapping; OSError(EINVAL) as the ioctls that they stand for."""
     shared = vcpu.kvm_run
-    dirty, shared.kvm_dirty_regs = shared.kvm_dirty_regs, 0
+    shared.kvm_dirty_regs = 0
     if dirty & uapi.KVM_SYNC_X86_REGS:
         regs.set_regs(vcpu, uapi.Regs.from_buffer_copy(shared.regs.regs))
     if dirty & uapi.KVM_SYNC_X86_SREGS:
@@ -88,12 +106,17 @@ def _take_dirty_regs(vcpu: Vcpu) -> None:
 
 def _save_to_user(vcpu: Vcpu) -> None:
     """`post_kvm_run_save()` and `store_regs()`: what user space sees in the mapping after every return."""
+    area, lapic = vcpu.mmap_area, vcpu.lapic
+    cr8 = vcpu.state.cr8 if lapic is None else lapic.cr8
+    ready = vcpu.vm.irqchip is not None or _ready_for_injection(vcpu)
+    _save(area, _SAVED, ready, vcpu.state.rflags >> 9 & 1, 0, cr8, vcpu.apic_base)
+    valid = _sync_regs(area, _SYNC_REGS)[0]
+    if valid:
+        _store_regs(vcpu, valid)
+
+
+def _store_regs(vcpu: Vcpu, valid: int) -> None:
     shared = vcpu.kvm_run
-    shared.if_flag = vcpu.state.rflags >> 9 & 1
-    shared.cr8 = regs.get_cr8(vcpu)
-    shared.apic_base = vcpu.apic_base
-    shared.ready_for_interrupt_injection = vcpu.vm.irqchip is not None or _ready_for_injection(vcpu)
-    valid = shared.kvm_valid_regs
     if valid & uapi.KVM_SYNC_X86_REGS:
         shared.regs.regs = regs.get_regs(vcpu)
     if valid & uapi.KVM_SYNC_X86_SREGS:
@@ -104,47 +127,67 @@ def _save_to_user(vcpu: Vcpu) -> None:
 
 def vcpu_run(vcpu: Vcpu, task: Task) -> int:
     """Run the guest until user space must act."""
-    user_pic = vcpu.vm.irqchip is None
-    shared = vcpu.kvm_run
-    vcpu.control.emulate = 0  # whatever an exception in a caller's hook, or Ctrl-C, has left behind
+    user_pic, area = vcpu.vm.irqchip is None, vcpu.mmap_area
     while True:
         result = enter_guest(vcpu, task) if vcpu.mp_state == RUNNABLE else block(vcpu, task)
         if result <= 0:
             return result
-        if user_pic and shared.request_interrupt_window and _ready_for_injection(vcpu):
+        if user_pic and area[_REQUEST_INTERRUPT_WINDOW] and _ready_for_injection(vcpu):
             vcpu.stats["request_irq_exits"] += 1
             return vcpu.exit_to_user(uapi.KVM_EXIT_IRQ_WINDOW_OPEN)
-        if task.flags & _WORK and (result := entry.xfer_to_guest_mode(task, vcpu)):
+        if task.flags & _WORK and not vcpu.half_done and (result := entry.xfer_to_guest_mode(task, vcpu)):
             return result
 
 
 def enter_guest(vcpu: Vcpu, task: Task) -> int:
     """One VM entry and the handling of its exit."""
-    if vcpu.requests and (result := _service_requests(vcpu)) <= 0:
+    if vcpu.requests and not vcpu.half_done and (result := _service_requests(vcpu)) <= 0:
         return result
     expiry = vcpu.next_expiry()
     if expiry != vcpu.armed:
         vcpu.arm_timer(expiry)
     vcpu.mode = IN_GUEST_MODE
-    if vcpu.requests or task.flags & _WORK:  # whoever set them now saw us in guest mode, or we see them here
-        vcpu.mode = OUTSIDE_GUEST_MODE
-        _cancel_injection(vcpu)
-        return 1
+    if vcpu.requests or task.flags & _WORK or vcpu.half_done:  # who set them now saw us in guest mode, or we see them here
+        if not vcpu.half_done:
+            vcpu.mode = OUTSIDE_GUEST_MODE
+            _cancel_injection(vcpu)
+            return 1
+        _continue_instruction(vcpu, task)
     if trace.kvm_entry.enabled:
         trace.kvm_entry(vcpu.vcpu_id, vcpu.state.rip)
     reason = vcpu.enter()
     vcpu.mode = OUTSIDE_GUEST_MODE
-    vcpu.exit_counts[reason] += 1
-    info = vcpu.exit
     if trace.kvm_exit.enabled:
-        trace.kvm_exit(vcpu.vcpu_id, reason, vcpu.state.rip, info.qualification, info.info2, info.interruption, info.interruption_error)
+        _trace_exit(vcpu, reason)
     if vcpu.flush_requested:
         vcpu.control.tlb_control = 0
         vcpu.flush_requested = False
-    if vcpu.events.at_silicon or info.vectoring & _EVENT_VALID:
+    if vcpu.half_done:
+        emulate.after_exit(vcpu, reason)
+    if vcpu.events.at_silicon or vcpu.exit.vectoring & _EVENT_VALID:
         events.complete(vcpu)
     handler = vcpu.handlers.get(reason)
-    return handler(vcpu) if handler is not None else vcpu.vendor.handle_exit(vcpu, reason)
+    if handler is None:
+        return _unknown_exit(vcpu, reason)
+    vcpu.exit_counts[reason] += 1
+    return handler(vcpu)
+
+
+def _continue_instruction(vcpu: Vcpu, task: Task) -> None:
+    """An instruction is half done: it goes first, and the guest runs on behind it only if nothing waits."""
+    waiting = vcpu.requests or task.flags & _WORK or vcpu.mmap_area[_IMMEDIATE_EXIT]
+    vcpu.control.emulate = EMULATE_ONE if waiting else EMULATE_FIRST
+
+
+def _trace_exit(vcpu: Vcpu, reason: int) -> None:
+    info = vcpu.exit
+    trace.kvm_exit(vcpu.vcpu_id, reason, vcpu.state.rip, info.qualification, info.info2, info.interruption, info.interruption_error)
+
+
+def _unknown_exit(vcpu: Vcpu, reason: int) -> int:
+    """A failed entry, or KVM's own surprise."""
+    vcpu.exit_counts[reason] = vcpu.exit_counts.get(reason, 0) + 1
+    return vcpu.vendor.handle_unknown(vcpu, reason)
 
 
 def _cancel_injection(vcpu: Vcpu) -> None:
@@ -193,7 +236,7 @@ def _wants_window(vcpu: Vcpu) -> bool:
 def _ready_for_injection(vcpu: Vcpu) -> bool:
     """`kvm_vcpu_ready_for_interrupt_injection()`."""
     queue = vcpu.events
-    busy = queue.reinjection or queue.exception_pending
+    busy = vcpu.half_done or queue.reinjection or queue.exception_pending
     return not busy and events.interrupt_allowed(vcpu) and _accepts_user_interrupt(vcpu)
 
 

@@ -206,10 +206,7 @@ class Vcpu(VcpuCore):
     def translate(self, linear: int) -> uapi.Translation:
         """KVM_TRANSLATE: the guest-physical address behind a linear one; `writeable` and `usermode` are not looked at, as in Linux."""
         self.load()
-        try:
-            gpa = self.translate_gva(linear, 0)
-        finally:
-            self.put()
+        gpa = self.translate_gva(linear, 0)
         result = uapi.Translation(linear_address=linear, valid=gpa is not None, writeable=1)
         result.physical_address = (1 << 64) - 1 if gpa is None else gpa
         return result
@@ -312,5 +309,8 @@ class Vcpu(VcpuCore):
         raise OSError(errno.EINVAL, f"capability {cap.cap} cannot be enabled on a vCPU")
 
     def close(self) -> None:
-        """close(2): later ioctls fail with EBADF."""
+        """close(2): later ioctls fail with EBADF, the core is free, and the local APIC's timer never fires again."""
         self.closed = True
+        if self.lapic is not None:
+            self.lapic.timer.cancel()
+        self.vm.scheduler.put(self)

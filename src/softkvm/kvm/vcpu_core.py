@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
 
 from softkvm import silicon
 from softkvm.host.sched import Cpu
@@ -33,10 +33,26 @@ OUTSIDE_GUEST_MODE, IN_GUEST_MODE = 0, 1
 _NOT_ARMED = -1
 
 
+class OnCore(NamedTuple):
+    """A stay on a core, for the account of what the core counts: what it had counted before, and what the vCPU brought from other cores."""
+
+    core: silicon.Core | None
+    before: dict[str, int]
+    brought: dict[str, int]
+
+    def counters(self) -> dict[str, int]:
+        """What was counted for the vCPU until now."""
+        if self.core is None:
+            return self.brought
+        now = self.core.counters()
+        return {name: count - self.before[name] + self.brought.get(name, 0) for name, count in now.items()}
+
+
 class VcpuCore(KvmFile):
     """The running half of a vCPU. `kick()`, `kick_guest()`, `wake()` and `make_request()` are for any thread, the rest for its own."""
 
     unknown_ioctl = errno.EINVAL
+    ioctl_lock: threading.RLock
 
     def __init__(self, vm: Vm, vcpu_id: int) -> None:
         """A vCPU that has not run yet, its control block all zero."""
@@ -61,7 +77,6 @@ class VcpuCore(KvmFile):
         self.mmap_area = memoryview(self._mapping)
         """What mmap(2) of the vCPU maps: page 0 `kvm_run`, page 1 PIO data, page 2 the coalesced ring."""
         self.kvm_run = uapi.Run.from_buffer(self._mapping)
-        self.kvm_run_io = self.kvm_run.io
         self.pio_data = self.mmap_area[4096:8192]
         self.windows = 0
 
@@ -73,20 +88,27 @@ class VcpuCore(KvmFile):
         self.wakeup = threading.Event()
         self.blocked = False
         self.task: Task | None = None
-        self._task_lock = threading.Lock()
         self._signalled = False
         self.signal_mask: frozenset[int] | None = None
         self._cpu: Cpu | None = None
-        self._last_cpu: Cpu | None = None
+        self.cpu_index = 0
+        """Number of the core that the vCPU is or was on."""
+        self.has_run = False
+        """Whether the vCPU has been on a core, after which its CPUID and feature MSRs are fixed."""
+        self._on_core = OnCore(None, {}, {})
         self.enter: Callable[[], int] = self._not_loaded
         self.armed: int | None = _NOT_ARMED
         self.flush_requested = False
         self.events = events.EventQueue()
         self.userspace_irq = NO_INTERRUPT
-        self.complete_userspace_io: Callable[[], int] | None = None
+        self.complete_userspace_io: Callable[[Self], int] | None = None
+        self.pending_io: tuple[int, ...] = ()
+        """What `complete_userspace_io` must know of its exit: RIP there, and what it likes."""
+        self.half_done = False
+        """An instruction has made device accesses and is not at its end (`kvm/emulate.py`)."""
         self.stats: Counter[str] = Counter()
-        """Counters by the names of the kernel's binary statistics (`halt_exits`, `signal_exits`, ...)."""
-        self.exit_counts: Counter[int] = Counter()
+        """KVM's own counters, by the names of the kernel's binary statistics (`halt_exits`, `signal_exits`, ...)."""
+        self.exit_counts = dict.fromkeys(self.handlers, 0)
         """VM exits by the vendor's exit reason."""
 
     # --- Other threads --------------------------------------------------------------------------------------------------------------
@@ -123,11 +145,10 @@ class VcpuCore(KvmFile):
 
     def kick(self) -> None:
         """Send the vCPU's thread a signal: the KVM_RUN in progress, or the next one, fails with EINTR and KVM_EXIT_INTR."""
-        with self._task_lock:
-            if self.task is None:
-                self._signalled = True
-            else:
-                self.task.set_flag(TIF_SIGPENDING)
+        self._signalled = True
+        task = self.task
+        if task is not None:
+            task.set_flag(TIF_SIGPENDING)
 
     def _notice_flags(self) -> None:
         """The thread's flags have changed: look at them soon."""
@@ -137,59 +158,65 @@ class VcpuCore(KvmFile):
     # --- The run loop's view --------------------------------------------------------------------------------------------------------
 
     def attach(self, task: Task) -> None:
-        """KVM_RUN begins in this thread: signals for the vCPU are its signals now."""
-        with self._task_lock:
-            self.task = task
-            task.kick = self._notice_flags
-            signalled, self._signalled = self._signalled, False
-        if signalled:
+        """KVM_RUN begins in this thread: signals for the vCPU are its signals now. (`kick()` does it in the opposite order: one of the
+        two sees the other.)"""
+        self.task, task.kick = task, self._notice_flags
+        if self._signalled:
             task.set_flag(TIF_SIGPENDING)
 
     def detach(self) -> None:
-        """KVM_RUN ends; a signal that comes from now on waits for the next one."""
-        with self._task_lock:
-            if self.task is not None:
-                self.task.kick = None
-            self.task = None
+        """KVM_RUN ends, out of guest mode even if Ctrl-C came between an exit and its handling; a signal that comes from now on waits for
+        the next one."""
+        self.mode = OUTSIDE_GUEST_MODE
+        task, self.task = self.task, None
+        if task is not None:
+            task.kick = None
 
     def load(self) -> None:
-        """`vcpu_load()`: occupy a core."""
-        self._cpu = self.vm.scheduler.load(self, self._last_cpu)
-
-    def put(self) -> None:
-        """`vcpu_put()`: give the core back."""
-        cpu, self._cpu = self._cpu, None
-        if cpu is not None:
-            self.vm.scheduler.put(self, cpu)
+        """`vcpu_load()`: occupy a core. The vCPU keeps it after `KVM_RUN`, until `yield_core()`."""
+        if self._cpu is None:
+            self.vm.scheduler.load(self)
 
     def sched_in(self, cpu: Cpu) -> None:
-        """On a core now; whatever a stranger left in its TLB goes."""
-        if cpu is not self._last_cpu or cpu.last is not self:
-            self.control.tlb_control = 1
-            self.flush_requested = True
-            cpu.last = self
-            self._last_cpu = cpu
-            self.enter = partial(cpu.core.enter, self._hardware, self.vm.mmu.npt)
-            self.armed = _NOT_ARMED
+        """On a core now, whose TLB holds what a stranger has left there."""
+        self.control.tlb_control = 1
+        self.flush_requested = True
+        self._on_core = OnCore(cpu.core, cpu.core.counters(), self._on_core.counters())
+        self.enter = partial(cpu.core.enter, self._hardware, self.vm.mmu.npt)
+        self.armed = _NOT_ARMED
+        self.has_run, self.cpu_index = True, cpu.index
+        self._cpu = cpu
 
-    def sched_out(self, cpu: Cpu) -> None:
-        """Off the core, out of guest mode even if Ctrl-C came between an exit and its handling. The timer stays as it is: whoever runs
-        here next arms it anew, and it is still right if that is this vCPU."""
-        self.mode = OUTSIDE_GUEST_MODE
+    def yield_core(self) -> bool:
+        """`vcpu_put()`, for another vCPU that needs the core or at the end; False while a thread runs this one."""
+        if not self.ioctl_lock.acquire(blocking=False):
+            return False
+        try:
+            if self.task is not None:
+                return False
+            self._on_core = OnCore(None, {}, self._on_core.counters())
+            self.enter = self._not_loaded
+            self._cpu = None
+        finally:
+            self.ioctl_lock.release()
+        return True
+
+    def exits_by_reason(self) -> dict[str, int]:
+        """VM exits so far, by the vendor's names."""
+        names = self.vendor.exit_names
+        return {names.get(reason, f"{reason:#x}"): count for reason, count in self.exit_counts.copy().items() if count}
 
     @staticmethod
     def _not_loaded() -> NoReturn:
         raise RuntimeError("the vCPU is not on a core")
 
-    @property
-    def has_run(self) -> bool:
-        """Whether the vCPU has been on a core, after which its CPUID and feature MSRs are fixed."""
-        return self._last_cpu is not None
-
-    @property
-    def cpu_index(self) -> int:
-        """Number of the core that the vCPU last ran on."""
-        return self._last_cpu.index if self._last_cpu is not None else 0
+    def engine_counters(self) -> dict[str, int]:
+        """What the silicon has counted while this vCPU was on it, by the engine's names; for any thread, waits for the next VM exit."""
+        while True:
+            on_core = self._on_core
+            counters = on_core.counters()
+            if on_core is self._on_core:  # else the core counted for somebody else meanwhile
+                return counters
 
     def arm_timer(self, expiry: int | None) -> None:
         """Let the core's timer end guest mode at `expiry` (ns), None for never."""
@@ -209,7 +236,7 @@ class VcpuCore(KvmFile):
             self.windows = windows
             self.control.intercepts = INTERCEPTS | windows
 
-    def exit_to_user(self, reason: int, finish: Callable[[], int] | None = None) -> int:
+    def exit_to_user(self, reason: int, finish: Callable[[Self], int] | None = None) -> int:
         """Leave KVM_RUN with an exit reason; `finish` runs at the start of the next KVM_RUN, its result is that of an exit handler."""
         self.kvm_run.exit_reason = reason
         self.complete_userspace_io = finish
@@ -217,6 +244,7 @@ class VcpuCore(KvmFile):
 
     def handle_signal_exit(self) -> None:
         """A signal ends KVM_RUN."""
+        self._signalled = False
         self.kvm_run.exit_reason = uapi.KVM_EXIT_INTR
         self.stats["signal_exits"] += 1
 

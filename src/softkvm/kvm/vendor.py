@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from ctypes import memset, sizeof
 from typing import TYPE_CHECKING, Protocol
 
@@ -45,25 +45,22 @@ class Vendor(Protocol):
     """A vendor module."""
 
     @property
-    def exit_interrupt(self) -> int:
-        """The exit reason of a host interrupt."""
-
-    @property
     def exit_memory_fault(self) -> int:
         """The exit reason of a nested page fault."""
 
     @property
-    def handlers(self) -> dict[int, Handler]:
+    def exit_names(self) -> Mapping[int, str]:
+        """The vendor's names of all exit reasons, and the silicon's of its private ones."""
+
+    @property
+    def handlers(self) -> Mapping[int, Handler]:
         """Exit reason -> handler: 1 = run on, 0 = to user space, negative = -errno."""
 
-    def handle_exit(self, vcpu: Vcpu, reason: int) -> int:
-        """Handle an exit that is in no hurry, or in no table."""
+    def handle_unknown(self, vcpu: Vcpu, reason: int) -> int:
+        """Handle an exit that is in no table."""
 
     def next_rip(self, vcpu: Vcpu) -> int | None:
         """Address behind the instruction that exited; None if the silicon does not tell."""
-
-    def memory_fault(self, vcpu: Vcpu) -> tuple[int, bool]:
-        """GPA of the nested page fault, and whether it was a write."""
 
 
 def setup_controls(vcpu: Vcpu) -> None:

@@ -1,10 +1,22 @@
 """The typed face of the silicon: CPU models, cores, nested page tables and RAM of the engine, and the control block's layout."""
 
 from softkvm._engine import Core, Model, NestedPageTable, build_info, feature_names, model_names, tsc, tsc_khz
-from softkvm.silicon.core import EXIT_ACCESS, EXIT_BUDGET, EXIT_EMULATED, RIGHT_R, RIGHT_W, RIGHT_X, Vmcb
+from softkvm.silicon.core import (
+    EMULATE_FIRST,
+    EMULATE_ONE,
+    EXIT_ACCESS,
+    EXIT_BUDGET,
+    EXIT_EMULATED,
+    RIGHT_R,
+    RIGHT_W,
+    RIGHT_X,
+    Vmcb,
+)
 from softkvm.silicon.memory import Memory
 
 __all__ = [
+    "EMULATE_FIRST",
+    "EMULATE_ONE",
     "EXIT_ACCESS",
     "EXIT_BUDGET",
     "EXIT_EMULATED",

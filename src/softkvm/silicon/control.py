@@ -168,7 +168,7 @@ class Control(LittleEndianStructure):
         ("tsc_offset", _u64),
         ("tsc_multiplier", _u64),  # 48 fractional bits; 1 << 48 is unity
         ("preemption_deadline", _u64),  # guest TSC at which the preemption timer exits
-        ("emulate", _u32),  # 1: run exactly one instruction and take device accesses from `access`
+        ("emulate", _u32),  # 1: run one instruction with device accesses from `access`; 2: and then run on. Cleared when it is done
         ("access_count", _u32),  # valid entries of `access`
         ("instruction_budget", _u64),  # exit with BUDGET after this many instructions; 0 is no limit
     ]

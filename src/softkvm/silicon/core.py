@@ -5,8 +5,10 @@ from __future__ import annotations
 from softkvm import _engine
 from softkvm.silicon import control
 
+EMULATE_ONE, EMULATE_FIRST = 1, 2
+"""`Control.emulate`: run exactly one instruction, which takes its device accesses from `ControlBlock.access`; or run on behind it."""
 EXIT_EMULATED = 0x10000
-"""The one instruction of `Control.emulate` is done."""
+"""The instruction of `EMULATE_ONE` is done."""
 EXIT_ACCESS = 0x10001
 """The instruction of `Control.emulate` needs the device access in `Exit.access`."""
 EXIT_BUDGET = 0x10002

@@ -49,3 +49,9 @@ def layout(cls: _Structure) -> _Structure:
     cls._anonymous_ = anonymous
     cls._fields_ = fields
     return cls
+
+
+def offset_of(structure: type[ctypes.Structure], field: str) -> int:
+    """Bytes from the start of the structure to the field."""
+    offset: int = getattr(structure, field).offset
+    return offset

@@ -59,9 +59,11 @@ class Bus:
 
     def read(self, address: int, size: int) -> int:
         """What the guest reads: `size` bytes at `address`."""
-        claim = self._find(address)
-        if claim is not None and size <= claim.width and address % size == 0 and address + size <= claim.end:
-            return claim.device.read(address - claim.base, size)
+        index = bisect_right(self._bases, address) - 1
+        if index >= 0:
+            base, end, width, device = self._claims[index]
+            if address + size <= end and size <= width and address % size == 0:
+                return device.read(address - base, size)
         if size == 1:
             return 0xFF
         low = size >> 1
@@ -69,20 +71,16 @@ class Bus:
 
     def write(self, address: int, size: int, value: int) -> None:
         """Carry a guest's write of `size` bytes to whoever is at `address`."""
-        claim = self._find(address)
-        if claim is not None and size <= claim.width and address % size == 0 and address + size <= claim.end:
-            claim.device.write(address - claim.base, size, value)
-        elif size > 1:
+        index = bisect_right(self._bases, address) - 1
+        if index >= 0:
+            base, end, width, device = self._claims[index]
+            if address + size <= end and size <= width and address % size == 0:
+                device.write(address - base, size, value)
+                return
+        if size > 1:
             low = size >> 1
             self.write(address, low, value & ((1 << (8 * low)) - 1))
             self.write(address + low, size - low, value >> (8 * low))
-
-    def _find(self, address: int) -> _Claim | None:
-        index = bisect_right(self._bases, address) - 1
-        if index < 0:
-            return None
-        claim = self._claims[index]
-        return claim if address < claim.end else None
 
     def _overlaps(self, base: int, end: int) -> bool:
         index = bisect_right(self._bases, base)

@@ -6,12 +6,11 @@ Source of truth: Linux 6.1 `Documentation/virt/kvm/api.rst`, section 5 (the kvm_
 from __future__ import annotations
 
 import struct
-from collections import Counter
 from collections.abc import Callable
-from ctypes import Structure
 from typing import Protocol
 
 from softkvm.uapi import kvm as uapi
+from softkvm.uapi.layout import offset_of
 from softkvm.vmm.board import Board
 from softkvm.vmm.stop import StopReason
 
@@ -22,21 +21,15 @@ REASON_NAMES = {
 }
 """Exit reasons in the words of the API document, for counters and messages."""
 
-
-def _offset(structure: type[Structure], field: str) -> int:
-    offset: int = getattr(structure, field).offset
-    return offset
-
-
 # Where the structure has what every I/O and MMIO exit needs; read with one unpack each, because they come by the ten thousand.
 _REASON = struct.Struct("<I")
-_REASON_OFFSET = _offset(uapi.Run, "exit_reason")
+_REASON_OFFSET = offset_of(uapi.Run, "exit_reason")
 _OUT = uapi.KVM_EXIT_IO_OUT
 _IO = struct.Struct("<BBHIQ")
-_IO_OFFSET = _offset(uapi.Run, "io")
+_IO_OFFSET = offset_of(uapi.Run, "io")
 _MMIO = struct.Struct("<QQIB")
-_MMIO_OFFSET = _offset(uapi.Run, "mmio")
-_MMIO_DATA = _MMIO_OFFSET + _offset(uapi.RunMmio, "data")
+_MMIO_OFFSET = offset_of(uapi.Run, "mmio")
+_MMIO_DATA = _MMIO_OFFSET + offset_of(uapi.RunMmio, "data")
 
 _SYSTEM_EVENTS = {
     uapi.KVM_SYSTEM_EVENT_SHUTDOWN: StopReason.POWER_OFF,
@@ -75,8 +68,6 @@ class ExitHandler:
         self._lock, self._ports, self._memory = board.lock, board.ports, board.memory
         self._stop = stop
         self.failed = failed
-        self.counts: Counter[int] = Counter()
-        """Exits so far by reason."""
         self._handlers: dict[int, Callable[[], None]] = {
             uapi.KVM_EXIT_IO: self._io,
             uapi.KVM_EXIT_MMIO: self._mmio,
@@ -86,29 +77,33 @@ class ExitHandler:
             uapi.KVM_EXIT_FAIL_ENTRY: self._fail_entry,
             uapi.KVM_EXIT_INTERNAL_ERROR: self._internal_error,
         }
+        self.counts = dict.fromkeys(self._handlers, 0)
+        """Exits so far by reason."""
 
     def handle(self) -> None:
         """Act on the exit that kvm_run describes."""
         (reason,) = _REASON.unpack_from(self._area, _REASON_OFFSET)
-        self.counts[reason] += 1
         handler = self._handlers.get(reason)
         if handler is None:
             name = REASON_NAMES.get(reason, str(reason))
             self._stop(StopReason.INTERNAL_ERROR, f"KVM_RUN returned with exit reason {name}, which this machine never asked for")
-        else:
-            handler()
+            return
+        self.counts[reason] += 1
+        handler()
 
     def refused(self, error: OSError) -> None:
         """KVM_RUN failed with an errno that is no request to try again."""
         self._stop(StopReason.INTERNAL_ERROR, f"KVM_RUN failed: {error.strerror}")
 
     def _io(self) -> None:
-        direction, size, port, count, data_offset = _IO.unpack_from(self._area, _IO_OFFSET)
+        direction, size, port, count, offset = _IO.unpack_from(self._area, _IO_OFFSET)
         area, ports = self._area, self._ports
         with self._lock:
-            for start in range(data_offset, data_offset + count * size, size):
+            for start in range(offset, offset + count * size, size) if count > 1 else (offset,):
                 if direction == _OUT:
                     ports.write(port, size, int.from_bytes(area[start : start + size], "little"))
+                elif size == 1:
+                    area[start] = ports.read(port, 1)
                 else:
                     area[start : start + size] = ports.read(port, size).to_bytes(size, "little")
 

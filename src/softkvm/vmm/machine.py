@@ -42,14 +42,20 @@ Text = str | bytes | re.Pattern[str] | re.Pattern[bytes]
 
 
 class Stats(msgspec.Struct, frozen=True):
-    """Counters of a machine since it was made."""
+    """Counters of a machine since it was made, summed over its vCPUs."""
 
     seconds: float
     """Wall time inside `run()`."""
+    instructions: int
+    """Instructions that the guest has retired."""
+    engine: dict[str, int]
+    """What else the silicon counts: blocks of code, TLB, page walks."""
     exits: dict[str, int]
-    """Returns of KVM_RUN by exit reason, over all vCPUs."""
+    """VM exits by the vendor's name of the reason, most frequent first."""
+    user_exits: dict[str, int]
+    """Returns of KVM_RUN by exit reason, most frequent first."""
     vcpu: dict[str, int]
-    """The counters of KVM and of the engine, summed over all vCPUs."""
+    """KVM's own counters, by the names of its statistics."""
 
 
 class _Failure(Exception):
@@ -232,12 +238,14 @@ class Machine:
 
     def stats(self) -> Stats:
         """The counters now."""
-        exits: Counter[str] = Counter()
-        counters: Counter[str] = Counter()
+        engine, exits, user_exits, vcpus = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
         for handler, vcpu in zip(self._handlers, self._vcpus, strict=True):
-            exits.update({REASON_NAMES.get(reason, str(reason)): count for reason, count in handler.counts.items()})
-            counters.update(vcpu.stats)
-        return Stats(seconds=self._seconds, exits=dict(exits), vcpu=dict(counters))
+            engine.update(vcpu.engine_counters())
+            exits.update(vcpu.exits_by_reason())
+            user_exits.update({REASON_NAMES[reason]: count for reason, count in handler.counts.items() if count})
+            vcpus.update(vcpu.stats)
+        instructions = engine.pop("instructions", 0)
+        return Stats(self._seconds, instructions, dict(engine), dict(exits.most_common()), dict(user_exits.most_common()), dict(vcpus))
 
     # The end
 

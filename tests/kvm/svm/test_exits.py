@@ -6,8 +6,8 @@ import pytest
 
 from softkvm import silicon
 from softkvm.kvm import Vcpu, events
-from softkvm.kvm.svm import exits
 from softkvm.uapi import kvm as uapi
+from softkvm.uapi.svm import ExitCode
 from tests import fake_engine
 from tests.fake_engine import exits_with
 from tests.kvm.conftest import Script
@@ -23,18 +23,18 @@ def model(request: pytest.FixtureRequest) -> silicon.Model:
 
 def test_cr8_both_ways(vcpu: Vcpu, play: Script) -> None:
     vcpu.gpr[9] = 7
-    write = exits_with(exits.CR_WRITE + 8, qualification=1 << 63 | 9, next_rip=RIP + 4)
-    out_of_guest(vcpu, play, write, exits_with(exits.CR_READ + 8, qualification=1 << 63 | 10, next_rip=RIP + 8))
+    write = exits_with(ExitCode.WRITE_CR0 + 8, qualification=1 << 63 | 9, next_rip=RIP + 4)
+    out_of_guest(vcpu, play, write, exits_with(ExitCode.READ_CR0 + 8, qualification=1 << 63 | 10, next_rip=RIP + 8))
     assert (vcpu.gpr[10], vcpu.state.rip) == (7, RIP + 8)
 
 
 def test_cr4_with_a_bit_of_the_host(vcpu: Vcpu, play: Script) -> None:
     vcpu.gpr[3] = 1 << 18
-    out_of_guest(vcpu, play, exits_with(exits.CR_WRITE + 4, qualification=1 << 63 | 3, next_rip=RIP))
+    out_of_guest(vcpu, play, exits_with(ExitCode.WRITE_CR0 + 4, qualification=1 << 63 | 3, next_rip=RIP))
     assert vcpu.state.cr4 == 1 << 18
 
 
-@pytest.mark.parametrize("code", [exits.VMRUN, exits.VMLOAD, exits.SKINIT, exits.INVLPGA])
+@pytest.mark.parametrize("code", [ExitCode.VMRUN, ExitCode.VMLOAD, ExitCode.SKINIT, ExitCode.INVLPGA])
 def test_svm_instructions_are_undefined(vcpu: Vcpu, play: Script, code: int) -> None:
     vcpu.state.rip = RIP
     out_of_guest(vcpu, play, exits_with(code, next_rip=RIP + 3))
@@ -43,6 +43,6 @@ def test_svm_instructions_are_undefined(vcpu: Vcpu, play: Script, code: int) -> 
 
 
 def test_silicon_that_does_not_save_the_next_rip(vcpu: Vcpu, play: Script) -> None:
-    play(exits_with(exits.CPUID, next_rip=0))
+    play(exits_with(ExitCode.CPUID, next_rip=0))
     vcpu.run()
     assert vcpu.kvm_run.exit_reason == uapi.KVM_EXIT_INTERNAL_ERROR

@@ -6,7 +6,7 @@ import pytest
 
 from softkvm import silicon
 from softkvm.kvm import Vcpu, events
-from softkvm.kvm.vmx import exits
+from softkvm.uapi.vmx import ExitReason
 from tests import fake_engine
 from tests.fake_engine import exits_with
 from tests.kvm.conftest import Script
@@ -21,7 +21,7 @@ def model(request: pytest.FixtureRequest) -> silicon.Model:
 
 
 def cr_access(number: int, access: int, register: int) -> fake_engine.Step:
-    return exits_with(exits.CR_ACCESS, qualification=number | access << 4 | register << 8, instruction_length=4)
+    return exits_with(ExitReason.CR_ACCESS, qualification=number | access << 4 | register << 8, instruction_length=4)
 
 
 def test_cr8_both_ways(vcpu: Vcpu, play: Script) -> None:
@@ -37,7 +37,7 @@ def test_cr4_with_a_bit_of_the_host(vcpu: Vcpu, play: Script) -> None:
     assert vcpu.state.cr4 == 1 << 18
 
 
-@pytest.mark.parametrize("reason", [exits.VMCLEAR, 20, exits.VMXON, exits.INVEPT, exits.VMFUNC])
+@pytest.mark.parametrize("reason", [ExitReason.VMCLEAR, ExitReason.VMLAUNCH, ExitReason.VMON, ExitReason.INVEPT, ExitReason.VMFUNC])
 def test_vmx_instructions_are_undefined(vcpu: Vcpu, play: Script, reason: int) -> None:
     vcpu.state.rip = RIP
     out_of_guest(vcpu, play, exits_with(reason, instruction_length=3))
@@ -46,5 +46,5 @@ def test_vmx_instructions_are_undefined(vcpu: Vcpu, play: Script, reason: int) -
 
 
 def test_nmi_of_the_host_is_none_of_the_guests_business(vcpu: Vcpu, play: Script) -> None:
-    out_of_guest(vcpu, play, exits_with(exits.EXCEPTION_NMI, interruption=1 << 31 | 2 << 8 | 2))
+    out_of_guest(vcpu, play, exits_with(ExitReason.EXCEPTION_NMI, interruption=1 << 31 | 2 << 8 | 2))
     assert fake_engine.Core.cores[-1].injected == []

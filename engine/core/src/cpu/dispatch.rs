@@ -8,7 +8,7 @@ use crate::fault::{vector, Fault};
 use crate::memory::PAGE_OFFSET;
 use crate::state::{interruptibility, rflags};
 use crate::uop::{slot, Exec, Stop, Uop};
-use crate::virt::control::intercept;
+use crate::virt::control::{emulate, intercept};
 use crate::virt::exits::code;
 
 /// Instructions between two looks at the clock: some tens of microseconds.
@@ -64,7 +64,7 @@ impl Cpu {
         if self.pending & pending::DEBUG != 0 {
             self.take_debug_trap()?;
         }
-        if self.pending & pending::WINDOW != 0 {
+        if self.pending & (pending::WINDOW | pending::EMULATE) == pending::WINDOW {
             self.check_windows()?;
         }
         if self.pending & pending::HALTED != 0 {
@@ -287,12 +287,23 @@ impl Cpu {
         }
         self.software_interrupt = false;
         if self.pending & pending::EMULATE != 0 {
-            return Err(self.exit(code::EMULATED, 0));
+            self.end_emulation()?;
         }
         if self.control.intercepts(intercept::MONITOR_TRAP) {
             return Err(self.exit(code::MONITOR_TRAP, 0));
         }
         Ok(())
+    }
+
+    /// The emulated instruction is done: back to the hypervisor, or on without it.
+    #[cold]
+    fn end_emulation(&mut self) -> Exec {
+        self.pending &= !pending::EMULATE;
+        self.accesses.clear();
+        if std::mem::take(&mut self.control.emulate) == emulate::FIRST {
+            return Ok(());
+        }
+        Err(self.exit(code::EMULATED, 0))
     }
 
     /// Runs exactly the first instruction of a block and moves RIP.

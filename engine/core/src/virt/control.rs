@@ -37,6 +37,14 @@ pub mod intercept {
     pub const PREEMPTION_TIMER: u32 = 30;
 }
 
+/// Values of `Control::emulate`.
+pub mod emulate {
+    /// Run exactly one instruction, which takes its device accesses from `Block::access`.
+    pub const ONE: u32 = 1;
+    /// The same for the first instruction, and run on behind it.
+    pub const FIRST: u32 = 2;
+}
+
 /// What the hypervisor asks of the silicon for the next run.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
@@ -65,6 +73,7 @@ pub struct Control {
     pub tsc_multiplier: u64,
     /// Guest TSC value.
     pub preemption_deadline: u64,
+    /// One of [`emulate`], cleared when the instruction is done; 0 is none.
     pub emulate: u32,
     pub access_count: u32,
     pub instruction_budget: u64,

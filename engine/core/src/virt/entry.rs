@@ -85,6 +85,7 @@ impl Core {
             (*block).state = cpu.state;
             (*block).control.event = cpu.control.event;
             (*block).control.tlb_control = cpu.control.tlb_control;
+            (*block).control.emulate = cpu.control.emulate;
         }
         cpu.exit.reason
     }

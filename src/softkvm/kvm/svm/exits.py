@@ -8,23 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from softkvm.kvm import exits, hypercall, pio
+from softkvm.kvm import emulate, exits, hypercall, pio
 from softkvm.kvm.vendor import Handler
+from softkvm.uapi.svm import EXIT_NAMES, ExitCode
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu import Vcpu
-
-CR_READ, CR_WRITE, EXCEPTION, INTR, NMI, SMI, INIT, VINTR = 0x00, 0x10, 0x40, 0x60, 0x61, 0x62, 0x63, 0x64
-RDPMC, CPUID, IRET, INVD, HLT, INVLPGA, IOIO, MSR, SHUTDOWN = 0x6F, 0x72, 0x74, 0x76, 0x78, 0x7A, 0x7B, 0x7C, 0x7F
-VMRUN, VMMCALL, VMLOAD, SKINIT, WBINVD, MONITOR, MWAIT, XSETBV = 0x80, 0x81, 0x82, 0x86, 0x89, 0x8A, 0x8B, 0x8D
-NPF, INVALID = 0x400, 0xFFFF_FFFF
 
 _NPF_WRITE = 1 << 1
 _GPR_MASK = 15
 """EXITINFO1 of a MOV to or from CRn with decode assists: the general register (APM vol. 2, 15.8.1)."""
 
-exit_interrupt = INTR
-exit_memory_fault = NPF
+exit_memory_fault = ExitCode.NPF
+exit_names = EXIT_NAMES | emulate.EXIT_NAMES
 
 
 def next_rip(vcpu: Vcpu) -> int | None:
@@ -32,20 +28,9 @@ def next_rip(vcpu: Vcpu) -> int | None:
     return vcpu.exit.next_rip or None
 
 
-def memory_fault(vcpu: Vcpu) -> tuple[int, bool]:
-    """EXITINFO2 has the guest-physical address, EXITINFO1 the error code."""
-    info = vcpu.exit
-    return info.info2, bool(info.qualification & _NPF_WRITE)
-
-
-def handle_exit(vcpu: Vcpu, reason: int) -> int:
-    """Look the code up; what is not there is a failed entry or KVM's own surprise."""
-    handler = handlers.get(reason)
-    if handler is not None:
-        return handler(vcpu)
-    if reason == INVALID:
-        return exits.fail_entry(vcpu, reason)
-    return exits.unexpected_exit(vcpu, reason)
+def handle_unknown(vcpu: Vcpu, reason: int) -> int:
+    """What is in no table is a failed entry or KVM's own surprise."""
+    return exits.fail_entry(vcpu, reason) if reason == ExitCode.INVALID else exits.unexpected_exit(vcpu, reason)
 
 
 def _nested_page_fault(vcpu: Vcpu) -> int:
@@ -74,28 +59,29 @@ def _cr8_read(vcpu: Vcpu) -> int:
 
 
 handlers: dict[int, Handler] = {
-    CR_READ + 8: _cr8_read,
-    CR_WRITE + 4: _cr4_write,
-    CR_WRITE + 8: _cr8_write,
-    INTR: exits.handle_interrupt,
-    NMI: _host_nmi,
-    VINTR: exits.handle_interrupt_window,
-    RDPMC: exits.handle_gp,
-    CPUID: exits.handle_cpuid,
-    IRET: exits.handle_nmi_window,
-    INVD: exits.handle_nop,
-    HLT: exits.handle_halt,
-    INVLPGA: exits.handle_ud,
-    IOIO: pio.handle_io,
-    MSR: _msr,
-    SHUTDOWN: exits.handle_triple_fault,
-    VMRUN: exits.handle_ud,
-    VMMCALL: hypercall.handle_hypercall,
-    WBINVD: exits.handle_nop,
-    MONITOR: exits.handle_nop,
-    MWAIT: exits.handle_nop,
-    XSETBV: exits.handle_xsetbv,
-    NPF: _nested_page_fault,
+    **emulate.handlers,
+    ExitCode.READ_CR0 + 8: _cr8_read,
+    ExitCode.WRITE_CR0 + 4: _cr4_write,
+    ExitCode.WRITE_CR0 + 8: _cr8_write,
+    ExitCode.INTR: exits.handle_interrupt,
+    ExitCode.NMI: _host_nmi,
+    ExitCode.VINTR: exits.handle_interrupt_window,
+    ExitCode.RDPMC: exits.handle_gp,
+    ExitCode.CPUID: exits.handle_cpuid,
+    ExitCode.IRET: exits.handle_nmi_window,
+    ExitCode.INVD: exits.handle_nop,
+    ExitCode.HLT: exits.handle_halt,
+    ExitCode.INVLPGA: exits.handle_ud,
+    ExitCode.IOIO: pio.handle_io,
+    ExitCode.MSR: _msr,
+    ExitCode.SHUTDOWN: exits.handle_triple_fault,
+    ExitCode.VMRUN: exits.handle_ud,
+    ExitCode.VMMCALL: hypercall.handle_hypercall,
+    ExitCode.WBINVD: exits.handle_nop,
+    ExitCode.MONITOR: exits.handle_nop,
+    ExitCode.MWAIT: exits.handle_nop,
+    ExitCode.XSETBV: exits.handle_xsetbv,
+    ExitCode.NPF: _nested_page_fault,
 }
-handlers.update(dict.fromkeys(range(EXCEPTION, EXCEPTION + 32), exits.handle_exception))
-handlers.update(dict.fromkeys(range(VMLOAD, SKINIT + 1), exits.handle_ud))
+handlers.update(dict.fromkeys(range(ExitCode.EXCP_BASE, ExitCode.EXCP_BASE + 32), exits.handle_exception))
+handlers.update(dict.fromkeys(range(ExitCode.VMLOAD, ExitCode.SKINIT + 1), exits.handle_ud))

@@ -8,24 +8,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from softkvm.kvm import exits, hypercall, pio
+from softkvm.kvm import emulate, exits, hypercall, pio
 from softkvm.kvm.vendor import Handler
+from softkvm.uapi.vmx import ENTRY_FAILURE, EXIT_NAMES, ExitReason
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu import Vcpu
-
-EXCEPTION_NMI, EXTERNAL_INTERRUPT, TRIPLE_FAULT, INIT_SIGNAL, SIPI = 0, 1, 2, 3, 4
-INTERRUPT_WINDOW, NMI_WINDOW, CPUID, HLT, INVD, RDPMC = 7, 8, 10, 12, 13, 15
-VMCALL, VMCLEAR, VMXON, CR_ACCESS, IO_INSTRUCTION, MSR_READ, MSR_WRITE = 18, 19, 27, 28, 30, 31, 32
-MWAIT, MONITOR, EPT_VIOLATION, INVEPT, INVVPID, WBINVD, XSETBV, VMFUNC = 36, 39, 48, 50, 53, 54, 55, 59
-ENTRY_FAILURE = 1 << 31
 
 _TYPE_MASK, _TYPE_NMI = 7 << 8, 2 << 8
 _MOV_TO_CR, _MOV_FROM_CR = 0, 1
 _EPT_WRITE = 1 << 1
 
-exit_interrupt = EXTERNAL_INTERRUPT
-exit_memory_fault = EPT_VIOLATION
+exit_memory_fault = ExitReason.EPT_VIOLATION
+exit_names = EXIT_NAMES | emulate.EXIT_NAMES
 
 
 def next_rip(vcpu: Vcpu) -> int | None:
@@ -34,20 +29,9 @@ def next_rip(vcpu: Vcpu) -> int | None:
     return vcpu.state.rip + length if length else None
 
 
-def memory_fault(vcpu: Vcpu) -> tuple[int, bool]:
-    """The guest-physical address, and the write bit of the qualification."""
-    info = vcpu.exit
-    return info.gpa, bool(info.qualification & _EPT_WRITE)
-
-
-def handle_exit(vcpu: Vcpu, reason: int) -> int:
-    """Look the reason up; what is not there is a failed entry or KVM's own surprise."""
-    handler = handlers.get(reason)
-    if handler is not None:
-        return handler(vcpu)
-    if reason & ENTRY_FAILURE:
-        return exits.fail_entry(vcpu, reason)
-    return exits.unexpected_exit(vcpu, reason)
+def handle_unknown(vcpu: Vcpu, reason: int) -> int:
+    """What is in no table is a failed entry or KVM's own surprise."""
+    return exits.fail_entry(vcpu, reason) if reason & ENTRY_FAILURE else exits.unexpected_exit(vcpu, reason)
 
 
 def _ept_violation(vcpu: Vcpu) -> int:
@@ -71,28 +55,30 @@ def _cr_access(vcpu: Vcpu) -> int:
         return exits.write_cr8(vcpu, vcpu.gpr[register])
     if number == 4 and access == _MOV_TO_CR:
         return exits.write_cr4(vcpu, vcpu.gpr[register])
-    return exits.unexpected_exit(vcpu, CR_ACCESS)
+    return exits.unexpected_exit(vcpu, ExitReason.CR_ACCESS)
 
 
 handlers: dict[int, Handler] = {
-    EXCEPTION_NMI: _exception_or_nmi,
-    EXTERNAL_INTERRUPT: exits.handle_interrupt,
-    TRIPLE_FAULT: exits.handle_triple_fault,
-    INTERRUPT_WINDOW: exits.handle_interrupt_window,
-    NMI_WINDOW: exits.handle_nmi_window,
-    CPUID: exits.handle_cpuid,
-    HLT: exits.handle_halt,
-    INVD: exits.handle_nop,
-    RDPMC: exits.handle_gp,
-    VMCALL: hypercall.handle_hypercall,
-    CR_ACCESS: _cr_access,
-    IO_INSTRUCTION: pio.handle_io,
-    MSR_READ: exits.handle_rdmsr,
-    MSR_WRITE: exits.handle_wrmsr,
-    MWAIT: exits.handle_nop,
-    MONITOR: exits.handle_nop,
-    EPT_VIOLATION: _ept_violation,
-    WBINVD: exits.handle_nop,
-    XSETBV: exits.handle_xsetbv,
+    **emulate.handlers,
+    ExitReason.EXCEPTION_NMI: _exception_or_nmi,
+    ExitReason.EXTERNAL_INTERRUPT: exits.handle_interrupt,
+    ExitReason.TRIPLE_FAULT: exits.handle_triple_fault,
+    ExitReason.INTERRUPT_WINDOW: exits.handle_interrupt_window,
+    ExitReason.NMI_WINDOW: exits.handle_nmi_window,
+    ExitReason.CPUID: exits.handle_cpuid,
+    ExitReason.HLT: exits.handle_halt,
+    ExitReason.INVD: exits.handle_nop,
+    ExitReason.RDPMC: exits.handle_gp,
+    ExitReason.VMCALL: hypercall.handle_hypercall,
+    ExitReason.CR_ACCESS: _cr_access,
+    ExitReason.IO_INSTRUCTION: pio.handle_io,
+    ExitReason.MSR_READ: exits.handle_rdmsr,
+    ExitReason.MSR_WRITE: exits.handle_wrmsr,
+    ExitReason.MWAIT_INSTRUCTION: exits.handle_nop,
+    ExitReason.MONITOR_INSTRUCTION: exits.handle_nop,
+    ExitReason.EPT_VIOLATION: _ept_violation,
+    ExitReason.WBINVD: exits.handle_nop,
+    ExitReason.XSETBV: exits.handle_xsetbv,
 }
-handlers.update(dict.fromkeys((*range(VMCLEAR, VMXON + 1), INVEPT, INVVPID, VMFUNC), exits.handle_ud))
+_VM_INSTRUCTIONS = (*range(ExitReason.VMCLEAR, ExitReason.VMON + 1), ExitReason.INVEPT, ExitReason.INVVPID, ExitReason.VMFUNC)
+handlers.update(dict.fromkeys(_VM_INSTRUCTIONS, exits.handle_ud))
