@@ -12,7 +12,7 @@ from softkvm.host import mm
 
 
 def test_copies_both_ways_within_memory() -> None:
-    memory = silicon.Memory(8192)
+    memory = silicon.allocate(8192)
     mm.copy_to_user(memory.address + 4090, b"0123456789")
     assert mm.copy_from_user(memory.address + 4090, 10) == b"0123456789"
     assert mm.resolve(memory.address + 5, 1) == (memory, 5)
@@ -20,14 +20,14 @@ def test_copies_both_ways_within_memory() -> None:
 
 @pytest.mark.parametrize("offset", [-1, 4096, 4090])
 def test_outside_is_efault(offset: int) -> None:
-    memory = silicon.Memory(4096)
+    memory = silicon.allocate(4096)
     with pytest.raises(OSError, match="no memory") as caught:
         mm.copy_from_user(memory.address + offset, 10)
     assert caught.value.errno == errno.EFAULT
 
 
 def test_dead_memory_is_not_mapped() -> None:
-    memory = silicon.Memory(4096)
+    memory = silicon.allocate(4096)
     address = memory.address
     del memory
     gc.collect()

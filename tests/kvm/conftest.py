@@ -58,7 +58,7 @@ def vm(system: kvm.System, clock: VirtualClock) -> Iterator[kvm.Vm]:
 @pytest.fixture
 def ram(vm: kvm.Vm) -> object:
     """1 MB of RAM at 0."""
-    memory = silicon.Memory(1 << 20)
+    memory = silicon.allocate(1 << 20)
     vm.set_user_memory_region(uapi.UserspaceMemoryRegion(memory_size=memory.size, userspace_addr=memory.address))
     return memory
 

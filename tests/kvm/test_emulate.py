@@ -105,7 +105,7 @@ def test_slot_without_memory_is_efault(vcpu: Vcpu, vm: Vm, play: Script) -> None
 
 
 def test_read_only_slot_reads_ram_and_writes_mmio(vcpu: Vcpu, vm: Vm, play: Script) -> None:
-    memory = silicon.Memory(4096)
+    memory = silicon.allocate(4096)
     region = uapi.UserspaceMemoryRegion(memory_size=4096, userspace_addr=memory.address, flags=uapi.KVM_MEM_READONLY)
     vm.set_user_memory_region(region)
     play(no_memory(vcpu, 0, False), no_memory(vcpu, 0, True), needs(0, 1, write=5))

@@ -126,7 +126,7 @@ def test_signal_mask(vcpu: Vcpu) -> None:
 
 
 def test_dirty_log_goes_to_the_callers_memory(vm: Vm) -> None:
-    ram, bitmap = silicon.Memory(4096 * 4), silicon.Memory(4096)
+    ram, bitmap = silicon.allocate(4096 * 4), silicon.allocate(4096)
     vm.set_user_memory_region(
         uapi.UserspaceMemoryRegion(memory_size=ram.size, userspace_addr=ram.address, flags=uapi.KVM_MEM_LOG_DIRTY_PAGES)
     )

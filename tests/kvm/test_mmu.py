@@ -19,7 +19,7 @@ def model(request: pytest.FixtureRequest) -> silicon.Model:
 
 
 def test_dirty_log_tells_each_written_page_once(vm: Vm) -> None:
-    memory = silicon.Memory(MB)
+    memory = silicon.allocate(MB)
     vm.set_user_memory_region(region(hva=memory.address, flags=KVM_MEM_LOG_DIRTY_PAGES))
     assert vm.mmu.fault(0x3123, write=False) is Fault.FIXED
     assert vm.mmu.npt.lookup(0x3000) == (memory.address + 0x3000, silicon.RIGHT_R | silicon.RIGHT_X)
@@ -34,7 +34,7 @@ def test_dirty_log_tells_each_written_page_once(vm: Vm) -> None:
 
 
 def test_faults_map_up_to_two_megabytes_within_slot_and_memory(vm: Vm) -> None:
-    memory = silicon.Memory(4 * MB)
+    memory = silicon.allocate(4 * MB)
     vm.set_user_memory_region(region(gpa=MB, size=3 * MB, hva=memory.address))
     assert vm.mmu.fault(0x12_3456, write=True) is Fault.FIXED
     assert vm.mmu.npt.lookup(MB) == (memory.address, 7)
@@ -49,7 +49,7 @@ def test_faults_elsewhere(vm: Vm) -> None:
     vm.set_user_memory_region(region())
     assert vm.mmu.fault(0, write=False) is Fault.UNMAPPED
     assert vm.mmu.fault(MB, write=False) is Fault.MMIO
-    memory = silicon.Memory(MB)
+    memory = silicon.allocate(MB)
     vm.set_user_memory_region(region(slot=1, gpa=MB, hva=memory.address, flags=KVM_MEM_READONLY))
     assert vm.mmu.fault(MB, write=True) is Fault.MMIO
     assert vm.mmu.fault(MB, write=False) is Fault.FIXED
@@ -57,7 +57,7 @@ def test_faults_elsewhere(vm: Vm) -> None:
 
 
 def test_a_deleted_slot_is_unmapped(vm: Vm) -> None:
-    memory = silicon.Memory(MB)
+    memory = silicon.allocate(MB)
     vm.set_user_memory_region(region(hva=memory.address))
     vm.mmu.fault(0, write=True)
     vm.set_user_memory_region(region(size=0))
@@ -68,7 +68,7 @@ def test_a_deleted_slot_is_unmapped(vm: Vm) -> None:
 
 
 def test_memory_access_crosses_slots(vm: Vm) -> None:
-    low, high = silicon.Memory(4096), silicon.Memory(4096)
+    low, high = silicon.allocate(4096), silicon.allocate(4096)
     vm.set_user_memory_region(region(size=4096, hva=low.address))
     vm.set_user_memory_region(region(slot=1, gpa=4096, size=4096, hva=high.address))
     vm.memory.write(4094, b"abcd")
@@ -77,7 +77,7 @@ def test_memory_access_crosses_slots(vm: Vm) -> None:
 
 
 def test_a_page_that_another_vcpu_has_mapped_is_left_alone(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = silicon.Memory(MB)
+    memory = silicon.allocate(MB)
     vm.set_user_memory_region(region(hva=memory.address))
     vm.mmu.fault(0, write=True)
     monkeypatch.setattr(vm.mmu, "_map", None)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import errno
 
-from softkvm import _engine
+from softkvm.silicon import Memory
 from softkvm.silicon import memory as ram
 
 
-def resolve(hva: int, size: int) -> tuple[_engine.Memory, int]:
+def resolve(hva: int, size: int) -> tuple[Memory, int]:
     """The RAM and the offset behind `size` bytes at `hva`; OSError(EFAULT) if the range is not mapped."""
     found = ram.find(hva, size)
     if found is None:
@@ -19,7 +19,7 @@ def resolve(hva: int, size: int) -> tuple[_engine.Memory, int]:
     return found
 
 
-def mapped(hva: int) -> tuple[_engine.Memory, int] | None:
+def mapped(hva: int) -> tuple[Memory, int] | None:
     """The RAM and the offset behind the byte at `hva`, None if nothing is mapped there."""
     return ram.find(hva, 1)
 

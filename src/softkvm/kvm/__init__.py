@@ -8,7 +8,7 @@ from softkvm.kvm.ioctl import dispatch
 from softkvm.kvm.system import System
 from softkvm.kvm.vcpu import Vcpu
 from softkvm.kvm.vm import Vm
-from softkvm.silicon import Memory as allocate_memory
 from softkvm.silicon import Model
+from softkvm.silicon import allocate as allocate_memory
 
 __all__ = ["Model", "System", "Vcpu", "Vm", "allocate_memory", "dispatch"]

@@ -10,7 +10,7 @@ import errno
 from enum import Enum
 from threading import RLock
 
-from softkvm import _engine, silicon
+from softkvm import silicon
 from softkvm.host import mm
 from softkvm.kvm.memslots import PAGE_SIZE, Memslots, Slot
 from softkvm.silicon import RIGHT_R, RIGHT_W, RIGHT_X
@@ -81,7 +81,7 @@ class Mmu:
         found = self.npt.lookup(gpa)
         return found is not None and bool(found[1] & (RIGHT_W if write else RIGHT_R))
 
-    def _map(self, slot: Slot, page: int, write: bool, memory: _engine.Memory, offset: int) -> None:
+    def _map(self, slot: Slot, page: int, write: bool, memory: silicon.Memory, offset: int) -> None:
         if slot.dirty is not None:
             if write:
                 slot.mark_dirty(page)

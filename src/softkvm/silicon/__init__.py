@@ -1,6 +1,6 @@
 """The typed face of the silicon: CPU models, cores, nested page tables and RAM of the engine, and the control block's layout."""
 
-from softkvm._engine import Core, Model, NestedPageTable, build_info, feature_names, model_names, tsc, tsc_khz
+from softkvm._engine import Core, Memory, Model, NestedPageTable, build_info, feature_names, model_names, tsc, tsc_khz
 from softkvm.silicon.core import (
     EMULATE_FIRST,
     EMULATE_ONE,
@@ -12,7 +12,7 @@ from softkvm.silicon.core import (
     RIGHT_X,
     Vmcb,
 )
-from softkvm.silicon.memory import Memory
+from softkvm.silicon.memory import allocate
 
 __all__ = [
     "EMULATE_FIRST",
@@ -28,6 +28,7 @@ __all__ = [
     "Model",
     "NestedPageTable",
     "Vmcb",
+    "allocate",
     "build_info",
     "feature_names",
     "model_names",

@@ -9,16 +9,16 @@ from bisect import bisect_right, insort
 from threading import Lock
 from weakref import ref
 
-from softkvm import _engine
+from softkvm._engine import Memory
 
 _lock = Lock()
 _addresses: list[int] = []
-_regions: dict[int, ref[_engine.Memory]] = {}
+_regions: dict[int, ref[Memory]] = {}
 
 
-def Memory(size: int) -> _engine.Memory:
+def allocate(size: int) -> Memory:
     """`size` bytes of RAM (a multiple of 4096) at some HVA; ValueError for a bad size, OSError(ENOMEM) if there is none."""
-    memory = _engine.Memory(size)
+    memory = Memory(size)
     with _lock:
         for address in [address for address, region in _regions.items() if region() is None]:
             del _regions[address]
@@ -28,7 +28,7 @@ def Memory(size: int) -> _engine.Memory:
     return memory
 
 
-def find(hva: int, size: int) -> tuple[_engine.Memory, int] | None:
+def find(hva: int, size: int) -> tuple[Memory, int] | None:
     """The live RAM that holds `size` bytes at `hva`, and the offset in it; None if the range is not (all) RAM."""
     with _lock:
         index = bisect_right(_addresses, hva) - 1

@@ -1,4 +1,6 @@
-//! Intel Xeon, Cascade Lake: family 6, model 85, stepping 7 (values: SDM vol. 2, CPUID; a dump of a Xeon Gold 6230's CPUID).
+//! Intel Xeon, Cascade Lake: family 6, model 85, stepping 7 (layout of the leaves: SDM vol. 2, CPUID).
+//!
+//! Caches and TLBs are a plausible part's, not a certain one's: nothing in a guest may depend on them.
 
 use super::{Cache, Feature, Part};
 

@@ -1,4 +1,6 @@
-//! AMD EPYC, Rome: family 23, model 49, stepping 0 (values: PPR for family 17h model 31h; APM vol. 3, app. E).
+//! AMD EPYC, Rome: family 23, model 49, stepping 0 (layout of the leaves: APM vol. 3, app. E).
+//!
+//! Caches and TLBs are a plausible part's, not a certain one's: nothing in a guest may depend on them.
 
 use super::{Cache, Feature, Part};
 
