@@ -1,7 +1,7 @@
 """The audit log: one JSON line for each system call, with who made it, its arguments and its result.
 
-Answers to Linux 6.1 `kernel/auditsc.c`: a context is made when the call enters and becomes a line when it leaves, both or none. Calls that a
-filter stopped never enter, they leave a line of their own (`"action"`), as seccomp's audit records do.
+Answers to Linux 6.1 `kernel/auditsc.c`: a context is made when the call enters and becomes a line when it leaves, both or none. Calls that
+a filter stopped never enter, they leave a line of their own (`"action"`), as seccomp's audit records do.
 """
 
 from __future__ import annotations

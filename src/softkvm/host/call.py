@@ -1,7 +1,7 @@
 """One system call as the entry code sees it: what was asked for, by whom, on which file, and what comes back.
 
-Stands where Linux has `struct pt_regs`. Whoever stops a call (a tracer, a filter's supervisor, a `sys_enter` probe) reads and rewrites these
-attributes; the entry code looks at them again afterwards. Numbers are those of x86-64 (`arch/x86/entry/syscalls/syscall_64.tbl`).
+Stands where Linux has `struct pt_regs`. Whoever stops a call (a tracer, a filter's supervisor, a `sys_enter` probe) reads and rewrites
+these attributes; the entry code looks at them again afterwards. Numbers are those of x86-64 (`arch/x86/entry/syscalls/syscall_64.tbl`).
 """
 
 from __future__ import annotations

@@ -14,13 +14,12 @@ from typing import Any, NamedTuple, Protocol
 from softkvm.host import context_tracking, ptrace, rseq, trace
 from softkvm.host.call import SKIPPED, Call, File, Handler
 from softkvm.host.irqflags import (
+    local_irq_disable,
+    local_irq_enable,
     lockdep_hardirqs_off,
     lockdep_hardirqs_on,
     lockdep_hardirqs_on_prepare,
-    local_irq_disable,
-    local_irq_enable,
     trace_hardirqs_off_finish,
-
     trace_hardirqs_on_prepare,
 )
 from softkvm.host.noinstr import instrumentation, noinstr
@@ -80,10 +79,10 @@ def _exit_bare(task: Task) -> None:
 
 @noinstr
 def syscall(task: Task, file: File, nr: int, command: int, args: tuple[Any, ...], handler: Handler) -> Any:
-    """`do_syscall_64()`: the call `nr` (for an ioctl with `command`) of `task` on `file`, `handler(file, *args)`, with all entry and exit work.
+    """`do_syscall_64()`: the call `nr` (an ioctl: `command`) of `task`, done by `handler(file, *args)`, with all entry and exit work.
 
-    Raises what the handler raises, what a hook raises, and Killed if a filter kills the caller. A call made inside of another one (by a probe
-    in the middle of KVM_RUN, say) crosses nothing and goes straight to its handler.
+    Raises what the handler raises, what a hook raises, and Killed if a filter kills the caller. A call made inside of another one (by a
+    probe in the middle of KVM_RUN, say) crosses nothing and goes straight to its handler.
     """
     if task.call is not None or task.kick is not None:
         with instrumentation():
@@ -131,7 +130,7 @@ def syscall_enter_from_user_mode(task: Task, call: Call) -> bool:
 
 
 def syscall_trace_enter(task: Task, call: Call) -> bool:
-    """`syscall_trace_enter()`: tracer, filters, tracepoint, audit. Each may rewrite the call, and each sees what those before it made of it."""
+    """Tracer, filters, tracepoint, audit. Each may rewrite the call, and each sees what those before it have made of it."""
     process = call.file.process
     if process.tracer is not None and not ptrace.report_syscall_entry(process.tracer, call):
         call.nr = SKIPPED
@@ -307,7 +306,7 @@ def irqentry_exit_cond_resched(task: Task) -> None:
 
 
 def interrupt(task: Task, handler: Callable[[], object]) -> None:
-    """An interrupt of the host (timers that are due, a kick) taken by a task in the kernel or idle. A call without entry work has no state to keep."""
+    """An interrupt of the host (timers that are due) out of kernel or idle; a call without entry work has no state to keep."""
     if task.call is None and task.context == CONTEXT_USER:
         handler()
         return
@@ -317,6 +316,18 @@ def interrupt(task: Task, handler: Callable[[], object]) -> None:
             handler()
     finally:
         irqentry_exit(task, state)
+
+
+def idle(task: Task, wait: Callable[[], object]) -> None:
+    """Sleep in `wait`: the processor has nothing to do. A call without entry work has no state to keep."""
+    if task.call is None:
+        wait()
+        return
+    context = context_tracking.switch(task, CONTEXT_IDLE)
+    try:
+        wait()
+    finally:
+        context_tracking.switch(task, context)
 
 
 # --- Guest mode --------------------------------------------------------------------------------------------------------------------

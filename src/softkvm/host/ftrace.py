@@ -1,7 +1,7 @@
 """Traces in the text form of ftrace's `trace` file, which trace-cmd's and Perfetto's users know.
 
-Answers to Linux 6.1 `Documentation/trace/ftrace.rst` and `kernel/trace/trace_output.c` (`trace_print_context()`). A line has the thread, the
-core, the state of interrupts and preemption, CLOCK_MONOTONIC in seconds, and the event with its fields.
+Answers to Linux 6.1 `Documentation/trace/ftrace.rst` and `kernel/trace/trace_output.c` (`trace_print_context()`). A line has the thread,
+the core, the state of interrupts and preemption, CLOCK_MONOTONIC in seconds, and the event with its fields.
 """
 
 from __future__ import annotations
@@ -62,14 +62,16 @@ class Trace:
     """Writes events to a file from `start()` to `close()`; a context manager of that."""
 
     def __init__(
-        self, patterns: Sequence[str], output: str | Path | TextIO, of: process.Process | None = None, clock: Callable[[], int] = time.monotonic_ns
+        self,
+        patterns: Sequence[str],
+        output: str | Path | TextIO,
+        of: process.Process | None = None,
     ) -> None:
-        """Events that match `patterns` go to the file `output`, all of them or those of one VMM. PatternError; OSError if it cannot be made."""
+        """Events that match `patterns` go to `output`: all, or those of one VMM. PatternError; OSError if the file cannot be made."""
         self._points = select(patterns)
         self._owned = isinstance(output, str | Path)
         self._file: TextIO = Path(output).open("w", buffering=_BUFFER) if isinstance(output, str | Path) else output  # noqa: SIM115
         self._of = of
-        self._clock = clock
         self._lock = threading.Lock()
         self._probes: list[tuple[trace.Tracepoint, Callable[..., None]]] = []
         self._file.write(HEADER)
@@ -97,7 +99,7 @@ class Trace:
         task = current()
         if self._of is not None and (task.call is None or task.call.file.process is not self._of):
             return
-        line = f"{context(task, self._clock())}{point.name}: {point.print(*values)}\n"
+        line = f"{context(task, time.monotonic_ns())}{point.name}: {point.print(*values)}\n"
         with self._lock:
             if not self._file.closed:
                 self._file.write(line)

@@ -51,8 +51,8 @@ class Process:
 
     def update_static_calls(self) -> None:
         """Calls do entry work if anybody wants to see them."""
-        watched = self.filters or self.audit or self.tracer or self._death or self._dead_threads
-        watched = watched or trace.recording() or context_tracking.enabled()
+        hooks = (self.filters, self.audit, self.tracer, self._death, self._dead_threads)
+        watched = any(hooks) or trace.recording() or context_tracking.enabled()
         self.cross = entry.syscall if watched else entry.syscall_bare
 
     def add_filter(self, new: Filter) -> None:

@@ -1,7 +1,7 @@
 """Tracers: stop a VMM at its system calls, look, rewrite, and let it go on.
 
-Answers to Linux 6.1 `kernel/ptrace.c` and ptrace(2): syscall-enter-stop, syscall-exit-stop, PTRACE_EVENT_SECCOMP, PTRACE_SYSEMU. The calling
-thread stands still while a method of the tracer runs, so a tracer that waits in one holds the VMM there.
+Answers to Linux 6.1 `kernel/ptrace.c` and ptrace(2): syscall-enter-stop, syscall-exit-stop, PTRACE_EVENT_SECCOMP, PTRACE_SYSEMU. The
+calling thread stands still while a method of the tracer runs, so a tracer that waits in one holds the VMM there.
 """
 
 from __future__ import annotations

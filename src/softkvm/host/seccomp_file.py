@@ -5,9 +5,10 @@
                {"fd": "vm", "ioctl": "KVM_IRQ_LINE", "args": [{"field": "gsi", "op": "gt", "val": 23}], "action": {"errno": 22}},
                {"syscall": "mmap", "action": "allow"}]}
 
-The first rule that matches decides. Without `fd`, `ioctl`, `syscall` or `args` a rule matches any. An ioctl is a name or its full number. A
-comparison names a `field` (a parameter or a structure's member) or an `index` (0 the descriptor, 1 the command, 2 the argument); `op` is eq,
-ne, lt, le, gt, ge or `{"masked_eq": MASK}`. Actions: allow, log, trap, kill_thread, kill_process, user_notif, `{"errno": N}`, `{"trace": N}`.
+The first rule that matches decides. Without `fd`, `ioctl`, `syscall` or `args` a rule matches any. An ioctl is a name or its full number.
+A comparison names a `field` (a parameter or a structure's member) or an `index` (0 the descriptor, 1 the command, 2 the argument); `op` is
+eq, ne, lt, le, gt, ge or `{"masked_eq": MASK}`. Actions: allow, log, trap, kill_thread, kill_process, user_notif,
+`{"errno": N}`, `{"trace": N}`.
 """
 
 from __future__ import annotations

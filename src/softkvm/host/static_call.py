@@ -6,6 +6,7 @@ Whoever turns something on or off (a tracepoint, an ioctl filter, context tracki
 
 from __future__ import annotations
 
+import threading
 from typing import Protocol
 from weakref import WeakSet
 
@@ -18,15 +19,19 @@ class Site(Protocol):
 
 
 _sites: WeakSet[Site] = WeakSet()
+_lock = threading.Lock()
 
 
 def register(site: Site) -> None:
     """Let `site` choose now and after every change, as long as somebody else keeps it alive."""
-    _sites.add(site)
+    with _lock:
+        _sites.add(site)
     site.update_static_calls()
 
 
 def update() -> None:
     """Something was turned on or off. Crossings in progress end as they began, later ones take the new way."""
-    for site in tuple(_sites):
+    with _lock:
+        sites = tuple(_sites)
+    for site in sites:
         site.update_static_calls()

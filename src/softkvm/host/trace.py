@@ -10,17 +10,42 @@ import errno
 
 from softkvm.host.tracepoint import Tracepoint, registry
 from softkvm.uapi import kvm as uapi
+from softkvm.uapi import svm, vmx
 
-__all__ = ["ISA_SVM", "ISA_VMX", "Tracepoint", "recording", "registry"]
+__all__ = ["ISA_SVM", "ISA_VMX", "MMIO_READ", "MMIO_WRITE", "Tracepoint", "recording", "registry"]
 
 ISA_VMX, ISA_SVM = 1, 2
 """Whose exit reason `kvm_exit` has."""
+MMIO_READ, MMIO_WRITE = 1, 2
+"""`type` of `kvm_mmio`."""
 
-_EXCEPTIONS = dict(enumerate("#DE #DB NMI #BP #OF #BR #UD #NM #DF CSO #TS #NP #SS #GP #PF SPUR #MF #AC #MC".split()))
+_EXCEPTIONS = dict(
+    enumerate(
+        [
+            "#DE",
+            "#DB",
+            "NMI",
+            "#BP",
+            "#OF",
+            "#BR",
+            "#UD",
+            "#NM",
+            "#DF",
+            "CSO",
+            "#TS",
+            "#NP",
+            "#SS",
+            "#GP",
+            "#PF",
+            "SPUR",
+            "#MF",
+            "#AC",
+            "#MC",
+        ]
+    )
+)
 _EXIT_NAMES = {value: name for name, value in vars(uapi).items() if name.startswith("KVM_EXIT_") and name[9:12] != "IO_"}
 _MMIO_TYPES = ("unsatisfied-read", "read", "write")
-exit_names: dict[int, dict[int, str]] = {ISA_VMX: {}, ISA_SVM: {}}
-"""Names of exit reasons by instruction set, which the vendor modules fill in."""
 
 
 def recording() -> bool:
@@ -49,12 +74,11 @@ def _kvm_entry(vcpu_id: int, rip: int) -> str:
 
 
 def _kvm_exit(exit_reason: int, guest_rip: int, isa: int, info1: int, info2: int, intr_info: int, error_code: int, vcpu_id: int) -> str:
-    names = exit_names[isa]
     if isa == ISA_VMX:
-        name = names.get(exit_reason & 0xFFFF, f"0x{exit_reason & 0xFFFF:x}")
+        name = vmx.EXIT_NAMES.get(exit_reason & 0xFFFF, f"0x{exit_reason & 0xFFFF:x}")
         name += " FAILED_VMENTRY" if exit_reason >> 31 & 1 else ""
     else:
-        name = names.get(exit_reason, f"0x{exit_reason:x}")
+        name = svm.EXIT_NAMES.get(exit_reason, f"0x{exit_reason:x}")
     infos = f"info1 0x{info1:016x} info2 0x{info2:016x} intr_info 0x{intr_info:08x} error_code 0x{error_code:08x}"
     return f"vcpu {vcpu_id} reason {name} rip 0x{guest_rip:x} {infos}"
 
@@ -86,8 +110,9 @@ def _kvm_inj_virq(vector: int, soft: bool, reinjected: bool) -> str:
 
 
 def _kvm_inj_exception(exception: int, has_error: bool, error_code: int, reinjected: bool) -> str:
+    name = _EXCEPTIONS[exception] if exception < len(_EXCEPTIONS) else f"0x{exception:x}"
     code = f" (0x{error_code:x})" if has_error else ""
-    return f"{_EXCEPTIONS.get(exception, f'0x{exception:x}')}{code}{' [reinjected]' if reinjected else ''}"
+    return f"{name}{code}{' [reinjected]' if reinjected else ''}"
 
 
 def _kvm_page_fault(vcpu_id: int, guest_rip: int, fault_address: int, error_code: int) -> str:
@@ -106,9 +131,7 @@ def _kvm_vcpu_wakeup(ns: int, waited: bool, valid: bool) -> str:
 
 sys_enter = Tracepoint("raw_syscalls", "sys_enter", "id args", _sys_enter)
 sys_exit = Tracepoint("raw_syscalls", "sys_exit", "id ret", _sys_exit)
-sched_switch = Tracepoint(
-    "sched", "sched_switch", "prev_comm prev_pid prev_prio prev_state next_comm next_pid next_prio", _sched_switch
-)
+sched_switch = Tracepoint("sched", "sched_switch", "prev_comm prev_pid prev_prio prev_state next_comm next_pid next_prio", _sched_switch)
 kvm_entry = Tracepoint("kvm", "kvm_entry", "vcpu_id rip", _kvm_entry)
 kvm_exit = Tracepoint("kvm", "kvm_exit", "exit_reason guest_rip isa info1 info2 intr_info error_code vcpu_id", _kvm_exit)
 kvm_userspace_exit = Tracepoint("kvm", "kvm_userspace_exit", "reason errno", _kvm_userspace_exit)

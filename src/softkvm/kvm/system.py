@@ -11,6 +11,7 @@ from contextlib import nullcontext
 
 from softkvm import silicon
 from softkvm.host.clock import Clock
+from softkvm.host.process import Process
 from softkvm.host.sched import Scheduler
 from softkvm.kvm import capabilities, cpuid, msr
 from softkvm.kvm.ioctl import KvmFile, ioctl, returns_array, returns_msr_values, takes_msr_indices, value, zero
@@ -25,10 +26,12 @@ class System(KvmFile):
     """KVM on one kind of silicon."""
 
     unknown_ioctl = errno.EINVAL
+    fd_class = "system"
     ioctl_lock = nullcontext()
 
-    def __init__(self, model: silicon.Model | None = None) -> None:
-        """KVM on cores of `model`, of Intel's Cascade Lake if none is given."""
+    def __init__(self, model: silicon.Model | None = None, process: Process | None = None) -> None:
+        """KVM on cores of `model`, of Intel's Cascade Lake if none is given; opened by `process`, by a new one if none is given."""
+        super().__init__(process if process is not None else Process())
         self.model = model if model is not None else silicon.Model(DEFAULT_MODEL)
         self.scheduler = Scheduler(self.model)
 

@@ -15,9 +15,10 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
 
 from softkvm import silicon
+from softkvm.host import static_call
 from softkvm.host.sched import Cpu
 from softkvm.host.task import TIF_SIGPENDING, Task
-from softkvm.kvm import events
+from softkvm.kvm import events, watch
 from softkvm.kvm.ioctl import KvmFile
 from softkvm.kvm.request import REQ_TRIPLE_FAULT
 from softkvm.kvm.vendor import INTERCEPTS
@@ -52,12 +53,15 @@ class VcpuCore(KvmFile):
     """The running half of a vCPU. `kick()`, `kick_guest()`, `wake()` and `make_request()` are for any thread, the rest for its own."""
 
     unknown_ioctl = errno.EINVAL
+    fd_class = "vcpu"
     ioctl_lock: threading.RLock
 
     def __init__(self, vm: Vm, vcpu_id: int) -> None:
         """A vCPU that has not run yet, its control block all zero."""
+        super().__init__(vm.process)
         self.ioctl_lock = threading.RLock()
         self.vm = vm
+        self.vm_id = vm.vm_id
         self.vcpu_id = vcpu_id
         self.clock = vm.clock
         self.vendor = vm.vendor
@@ -65,6 +69,7 @@ class VcpuCore(KvmFile):
         self.next_expiry = vm.clock.next_expiry
         self._init_shared_state()
         self._init_concurrency()
+        static_call.register(self)
 
     def _init_shared_state(self) -> None:
         """The control block, the mapping, and views of both for the paths that are taken at every exit."""
@@ -96,7 +101,10 @@ class VcpuCore(KvmFile):
         self.has_run = False
         """Whether the vCPU has been on a core, after which its CPUID and feature MSRs are fixed."""
         self._on_core = OnCore(None, {}, {})
+        self._enter_lock = threading.Lock()
+        self._core_enter: Callable[[], int] = self._not_loaded
         self.enter: Callable[[], int] = self._not_loaded
+        """Runs the guest until it exits: the core itself, or `kvm/watch.py` around it."""
         self.armed: int | None = _NOT_ARMED
         self.flush_requested = False
         self.events = events.EventQueue()
@@ -182,7 +190,7 @@ class VcpuCore(KvmFile):
         self.control.tlb_control = 1
         self.flush_requested = True
         self._on_core = OnCore(cpu.core, cpu.core.counters(), self._on_core.counters())
-        self.enter = partial(cpu.core.enter, self._hardware, self.vm.mmu.npt)
+        self._enter_by(partial(cpu.core.enter, self._hardware, self.vm.mmu.npt))
         self.armed = _NOT_ARMED
         self.has_run, self.cpu_index = True, cpu.index
         self._cpu = cpu
@@ -195,11 +203,34 @@ class VcpuCore(KvmFile):
             if self.task is not None:
                 return False
             self._on_core = OnCore(None, {}, self._on_core.counters())
-            self.enter = self._not_loaded
+            self._enter_by(self._not_loaded)
             self._cpu = None
         finally:
             self.ioctl_lock.release()
         return True
+
+    def _enter_by(self, core_enter: Callable[[], int]) -> None:
+        with self._enter_lock:
+            self._core_enter = core_enter
+            self._choose_enter()
+
+    def _choose_enter(self) -> None:
+        self.enter = partial(watch.enter, self, self._core_enter) if watch.wanted() else self._core_enter
+
+    def update_static_calls(self) -> None:
+        """A hook was turned on or off: the next entry takes the way that it wants."""
+        with self._enter_lock:
+            self._choose_enter()
+
+    def killed(self) -> None:
+        """The process was killed: the thread inside, if any, comes out."""
+        self.kick()
+
+    def _mmap(self, length: int, offset: int) -> memoryview:
+        """The shared pages; OSError(EINVAL) for what is not within them."""
+        if length <= 0 or offset < 0 or offset % mmap.PAGESIZE or offset + length > MMAP_SIZE:
+            raise OSError(errno.EINVAL, "no such range of the vCPU's pages")
+        return self.mmap_area[offset : offset + length]
 
     def exits_by_reason(self) -> dict[str, int]:
         """VM exits so far, by the vendor's names."""
