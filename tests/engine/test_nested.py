@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from softkvm import _engine
+from softkvm.silicon.control import Intercept, Register
+from tests.helpers.one_core import CODE, Machine
 
 
 def test_lookup_tells_the_byte_and_its_rights() -> None:
@@ -41,3 +43,20 @@ def test_the_table_keeps_its_memory_alive() -> None:
 def test_ranges_that_do_not_fit_are_refused(gpa: int, size: int, offset: int, rights: int) -> None:
     with pytest.raises(ValueError, match=r"multiples of 4096|leaves|not a sum"):
         _engine.NestedPageTable().map(gpa, size, _engine.Memory(4096), offset, rights)
+
+
+def test_code_that_the_host_rewrites_is_dropped(machine: Machine) -> None:
+    machine.view.control.intercepts = 1 << Intercept.CPUID
+    mov_al_then_cpuid = bytes.fromhex("b0 01 0fa2")
+    machine.load(mov_al_then_cpuid)
+    machine.run()
+    machine.ram[CODE + 1] = 2
+    machine.view.state.rip = CODE
+    machine.npt.wrote(CODE + 1, 1)
+    machine.run()
+    assert machine.view.state.gpr[Register.RAX] == 2
+
+
+def test_writes_of_the_host_must_be_in_guest_physical_space() -> None:
+    with pytest.raises(ValueError, match="leaves"):
+        _engine.NestedPageTable().wrote(1 << 46, 1)

@@ -38,10 +38,10 @@ def test_timers_fire_in_order_at_their_time() -> None:
     start, log = clock.monotonic_ns(), []
     for delay in (300, 100, 200):
         HrTimer(clock, lambda now, d=delay: log.append((d, now - start))).start(start + delay)  # type: ignore[misc]
-    assert clock.next_expiry() == start + 100
+    assert clock.first_expiry == start + 100
     clock.advance(250)
     assert log == [(100, 100), (200, 200)]
-    assert clock.next_expiry() == start + 300
+    assert clock.first_expiry == start + 300
 
 
 def test_a_periodic_timer_rearms_itself_once_per_expiry() -> None:
@@ -58,7 +58,7 @@ def test_a_periodic_timer_rearms_itself_once_per_expiry() -> None:
     assert len(fired) == 3
     timer.cancel()
     assert timer.expires_ns is None
-    assert clock.next_expiry() is None
+    assert clock.first_expiry is None
 
 
 def test_a_timer_in_the_past_that_stays_in_the_past_cannot_hang_run_expired() -> None:
@@ -103,11 +103,11 @@ def test_a_callback_may_cancel_another_due_timer() -> None:
 def test_on_earlier_is_called_only_when_the_first_expiry_comes_nearer() -> None:
     clock = VirtualClock()
     now, calls = clock.monotonic_ns(), []
-    clock.on_earlier = lambda: calls.append(clock.next_expiry())
+    clock.on_earlier = lambda: calls.append(clock.first_expiry)
     early, late = HrTimer(clock, lambda _now: None), HrTimer(clock, lambda _now: None)
     late.start(now + 100)
     early.start(now + 50)
     late.start(now + 90)
     early.cancel()
     assert calls == [now + 100, now + 50]
-    assert clock.next_expiry() == now + 90
+    assert clock.first_expiry == now + 90

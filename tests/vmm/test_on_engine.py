@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -111,3 +114,23 @@ def test_exception_of_a_listener_leaves_the_guest_at_its_output(boot: Boot) -> N
     with pytest.raises(OSError, match="No space left") as info:
         vm.run(timeout=60)
     assert any("vCPU 0" in note for note in info.value.__notes__)
+
+
+def test_ctrl_c_comes_out_of_the_run_and_leaves_the_machine_usable(boot: Boot) -> None:
+    printed = threading.Event()
+    vm = boot(out(layout.COM1.base, ord("x")) + bytes.fromhex("ebfe"), serial={0: lambda data: printed.set()})
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupt() -> None:
+        printed.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            vm.run(timeout=60)
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
+    assert vm.run(timeout=0.01).reason is StopReason.TIMEOUT

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from softkvm.host.clock import VirtualClock
-from softkvm.vmm import state
+from softkvm.vmm import layout, state
 from softkvm.vmm.board import Board, Chassis
 from softkvm.vmm.devices import acpi_pm, rtc, serial
 from softkvm.vmm.errors import StateError
@@ -17,7 +17,9 @@ from softkvm.vmm.layout import GIB
 
 def make_board(clock: VirtualClock) -> Board:
     chassis = Chassis(power_off=lambda: None, reset=lambda: None, debug_exit=lambda status: None)
-    return Board(chassis, lambda gsi, level: None, clock, (GIB, 0), [lambda data: None] * 4)
+    board = Board(chassis, lambda gsi, level: None, clock, (GIB, 0), 1, [lambda data: None] * 4)
+    board.plug_in_test_device(lambda address: None)
+    return board
 
 
 def fresh(board: Board, clock: VirtualClock) -> None:
@@ -46,6 +48,9 @@ def used(board: Board, clock: VirtualClock) -> None:
     board.pm.press_power_button()
     board.pm.control.write(0, 2, 3 << 10)
     board.reset.write(0, 1, 2)
+    board.ports.write(layout.FW_CFG.base, 2, 3)
+    board.ports.write(layout.TEST_IOPORT.base, 4, 0x12345678)
+    board.memory.write(layout.TEST_MEMORY.base, 8, 0x0123456789ABCDEF)
     board.ports.write(0xCF8, 4, 0x80000010)
     board.ports.write(0xCFC, 4, 0xFFFFFFFF)
     clock.advance(700_000_000_000)

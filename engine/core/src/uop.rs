@@ -20,6 +20,8 @@ pub enum Stop {
     Exit,
     /// The instruction made progress (a REP iteration) and goes on at the same RIP after the dispatcher looked at the CPU.
     Again,
+    /// Nothing happened: a fast handler leaves the instruction to the reference handler.
+    Slow,
     /// Nothing happened: the block died before this instruction, which runs again from fresh code.
     Retry,
 }

@@ -13,7 +13,7 @@ const RIGHTS: u8 = 7;
 
 /// Guest-physical to host memory with rights per page. A change is in force on every core when the call returns.
 ///
-/// All methods raise ValueError for a range that is not made of pages or does not fit.
+/// All methods raise ValueError for a range that does not fit, and those that change the table for one that is not made of pages.
 #[pyclass(frozen, module = "softkvm._engine")]
 pub struct NestedPageTable {
     pub table: Arc<Table>,
@@ -42,6 +42,11 @@ impl NestedPageTable {
     fn protect(&self, py: Python<'_>, gpa: u64, size: u64, rights: u8) -> PyResult<()> {
         check_rights(rights)?;
         py.detach(|| self.table.protect(gpa, size, rights)).map_err(value_error)
+    }
+
+    /// Tells the cores that the host wrote `[gpa, gpa + size)`, so that they drop the code that they made from it. No multiples of pages.
+    fn wrote(&self, py: Python<'_>, gpa: u64, size: u64) -> PyResult<()> {
+        py.detach(|| self.table.wrote(gpa, size)).map_err(value_error)
     }
 
     /// Host address of the byte at `gpa` and the rights of its page, or None.

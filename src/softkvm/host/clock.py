@@ -5,7 +5,7 @@ whose clocksource is the TSC: a TSC value and a time then convert into each othe
 master clock (`kvm/kvmclock.py`) and the TSC-deadline timer rely on.
 
 Timers belong to a clock and run in nobody's own thread: vCPU threads call `Clock.run_expired()` when their core's timer fires and before
-they block, and learn from `Clock.next_expiry()` how long they may run or sleep.
+they block, and learn from `Clock.first_expiry` how long they may run or sleep.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ class Clock:
         self.tsc_khz: int = tsc_khz
         """Frequency of `tsc()` in kHz."""
         self.on_earlier: Callable[[], None] | None = None
-        """Called, without locks, whenever `next_expiry()` became earlier: cores must be re-armed."""
+        """Called, without locks, whenever `first_expiry` became earlier: cores must be re-armed."""
         raw = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)
         self._base_ns = raw - self._cycles_to_ns(self.tsc())
         self._boot_offset = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - raw
         self._lock = threading.Lock()
         self._armed: set[HrTimer] = set()
-        self._first: int | None = None
+        self.first_expiry: int | None = None
+        """When the earliest armed timer expires, in `monotonic_ns()` time; None if no timer is armed."""
 
     def monotonic_ns(self) -> int:
         """CLOCK_MONOTONIC_RAW in ns."""
@@ -70,13 +71,9 @@ class Clock:
         """The first TSC value at which `monotonic_ns()` is `ns` or later."""
         return -(-(ns - self._base_ns) * self.tsc_khz // KHZ_NSEC)
 
-    def next_expiry(self) -> int | None:
-        """When the earliest armed timer expires, in `monotonic_ns()` time; None if no timer is armed."""
-        return self._first
-
     def run_expired(self) -> None:
         """Call the callbacks of all timers that are due, earliest first; a timer that re-arms itself waits for the next call."""
-        first = self._first
+        first = self.first_expiry
         if first is None or first > self.monotonic_ns():
             return
         now = self.monotonic_ns()
@@ -113,17 +110,17 @@ class Clock:
 
     def _insert(self, timer: HrTimer, expires_ns: int) -> bool:
         """Arm with the lock held; True if the first expiry came nearer."""
-        before = self._first
+        before = self.first_expiry
         timer.expiry = expires_ns
         self._armed.add(timer)
         if before is None or expires_ns <= before:
-            self._first = expires_ns
+            self.first_expiry = expires_ns
         else:
             self._update_first()  # the timer may have been the first one
         return before is None or expires_ns < before
 
     def _update_first(self) -> None:
-        self._first = min((timer.expiry for timer in self._armed), default=None)
+        self.first_expiry = min((timer.expiry for timer in self._armed), default=None)
 
     def _announce(self, earlier: bool) -> None:
         if earlier and self.on_earlier is not None:
@@ -192,7 +189,7 @@ class VirtualClock(Clock):
     def advance(self, ns: int) -> None:
         """Let `ns` pass, stopping at every timer on the way."""
         target = self._now + ns
-        while (first := self._first) is not None and first <= target:
+        while (first := self.first_expiry) is not None and first <= target:
             self._now = max(self._now, first)
             self.run_expired()
         self._now = target

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from softkvm.host import trace
 from softkvm.kvm import events, exits
+from softkvm.kvm.irqchip.lapic_registers import APIC_BASE_ENABLE, APIC_BASE_X2APIC
 from softkvm.kvm.mmu import Fault
 from softkvm.silicon import EMULATE_FIRST, EXIT_ACCESS, EXIT_EMULATED
 from softkvm.uapi.kvm import KVM_EXIT_MMIO, Run, RunMmio
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _APIC_PAGE = (1 << 52) - (1 << 12)
 """Address bits of IA32_APIC_BASE."""
+_APIC_MODE = APIC_BASE_ENABLE | APIC_BASE_X2APIC
 
 _put_mmio = struct.Struct("<QQIB").pack_into
 _MMIO_OFFSET = offset_of(Run, "mmio")
@@ -88,11 +90,9 @@ def handle_access(vcpu: Vcpu) -> int:
 
 
 def _lapic_at(vcpu: Vcpu, gpa: int) -> Lapic | None:
-    """The vCPU's own local APIC if its register page is at `gpa` (xAPIC mode only)."""
-    lapic = vcpu.lapic
-    if lapic is None or (vcpu.apic_base ^ gpa) & _APIC_PAGE or not lapic.hw_enabled or lapic.x2apic:
-        return None
-    return lapic
+    """The vCPU's own local APIC if its register page is at `gpa` (enabled, and in xAPIC mode)."""
+    at_its_page = vcpu.apic_base & (_APIC_PAGE | _APIC_MODE) == gpa & _APIC_PAGE | APIC_BASE_ENABLE
+    return vcpu.lapic if at_its_page else None
 
 
 def _read(vcpu: Vcpu, gpa: int, size: int) -> int:

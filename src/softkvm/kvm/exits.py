@@ -24,26 +24,25 @@ _XCR0_FP, _XCR0_SSE, _XCR0_YMM, _XCR0_BNDREGS, _XCR0_BNDCSR = 1, 2, 4, 8, 16
 _XCR0_AVX512 = 7 << 5
 _XCR0_TILE = 3 << 17
 _INSTRUCTION_BYTES = 15
+_TF_OR_RF, _SHADOW = events.RFLAGS_TF | events.RFLAGS_RF, events.SHADOW
 
 
 def skip(vcpu: Vcpu) -> int:
     """Step over the instruction that exited: shadow and RF cleared, single-step trap queued."""
-    rip = vcpu.vendor.next_rip(vcpu)
+    rip = vcpu.next_rip(vcpu)
     if rip is None:
         return emulation_failure(vcpu)
     state = vcpu.state
-    old = state.rip
-    if (rip ^ old) >> 31 == 3 and not regs.is_64_bit_mode(vcpu):
+    if rip & _U32 < _INSTRUCTION_BYTES and not regs.is_64_bit_mode(vcpu):
         rip &= _U32  # IP wraps at 4 GB
-    rflags = state.rflags
     state.rip = rip
-    if rflags & (events.RFLAGS_TF | events.RFLAGS_RF):
+    rflags = state.rflags
+    if rflags & _TF_OR_RF:
         state.rflags = rflags & ~events.RFLAGS_RF
         if rflags & events.RFLAGS_TF:
             events.queue_exception(vcpu, events.DB, payload=events.DR6_BS)
-    interruptibility = state.interruptibility
-    if interruptibility & events.SHADOW:
-        state.interruptibility = interruptibility & ~events.SHADOW
+    if state.interruptibility & _SHADOW:
+        state.interruptibility &= ~_SHADOW
         vcpu.make_request(REQ_EVENT)
     return 1
 

@@ -12,6 +12,8 @@ DEFAULT_BANKS = 10
 CAP_CTL, CAP_CMCI, CAP_SER, CAP_LMCE = 1 << 8, 1 << 10, 1 << 24, 1 << 27
 SUPPORTED_CAPABILITIES = CAP_CTL | CAP_SER
 """MCG_CAP bits that KVM_X86_SETUP_MCE accepts (KVM_X86_GET_MCE_CAP_SUPPORTED)."""
+FREE_BITS = 0xFF | 0xFF << 16
+"""MCG_CAP fields that it takes as they are: the number of banks, and of extended state registers."""
 
 BANKS = range(IA32_MC0_CTL, IA32_MC0_CTL + 4 * MAX_BANKS)
 BANKS_CTL2 = range(IA32_MC0_CTL2, IA32_MC0_CTL2 + MAX_BANKS)

@@ -112,6 +112,7 @@ class Mmu:
             mm.copy_to_user(slot.hva + gpa - slot.gpa, data[:count])
             with self._lock:
                 slot.mark_dirty(gpa, count)
+            self.npt.wrote(gpa, count)
             gpa, data = gpa + count, data[count:]
 
     def _slot(self, gpa: int) -> Slot:

@@ -38,9 +38,31 @@ def handle_io(vcpu: Vcpu) -> int:
     flags, port, size = info.io_flags, info.io_port, info.io_size
     if flags & _STRING:
         return _string(vcpu, flags, port, size)
-    if flags & _IN:
-        return _in(vcpu, port, size)
-    return _out(vcpu, port, size)
+    if not flags & _IN:
+        return _out(vcpu, port, size)
+    value = vcpu.vm.pio_bus.read(port, size)
+    if value is not None:
+        return _store(vcpu, port, size, value)
+    vcpu.pending_io = (vcpu.state.rip, port, size)
+    return _exit(vcpu, KVM_EXIT_IO_IN, port, size, 1, _complete_in)
+
+
+def _complete_in(vcpu: Vcpu) -> int:
+    """User space that moved RIP meanwhile (a reset) wants neither result nor skip."""
+    rip, port, size = vcpu.pending_io
+    if vcpu.state.rip != rip:
+        return 1
+    data = vcpu.pio_data
+    return _store(vcpu, port, size, data[0] if size == 1 else int.from_bytes(data[:size], "little"))
+
+
+def _store(vcpu: Vcpu, port: int, size: int, value: int) -> int:
+    """Put the result of IN into AL, AX or EAX (which clears the upper half of RAX)."""
+    if trace.kvm_pio.enabled:
+        trace.kvm_pio(KVM_EXIT_IO_IN, port, size, 1, value)
+    gpr = vcpu.gpr
+    gpr[0] = value if size == 4 else gpr[0] & ~_MASK[size] | value
+    return exits.skip(vcpu)
 
 
 def _out(vcpu: Vcpu, port: int, size: int) -> int:
@@ -55,32 +77,7 @@ def _out(vcpu: Vcpu, port: int, size: int) -> int:
 
 
 def _complete_out(vcpu: Vcpu) -> int:
-    """User space that moved RIP meanwhile (a reset) wants no skip."""
     return exits.skip(vcpu) if vcpu.state.rip == vcpu.pending_io[0] else 1
-
-
-def _in(vcpu: Vcpu, port: int, size: int) -> int:
-    value = vcpu.vm.pio_bus.read(port, size)
-    if value is not None:
-        return _store(vcpu, port, size, value)
-    vcpu.pending_io = (vcpu.state.rip, port, size)
-    return _exit(vcpu, KVM_EXIT_IO_IN, port, size, 1, _complete_in)
-
-
-def _complete_in(vcpu: Vcpu) -> int:
-    rip, port, size = vcpu.pending_io
-    if vcpu.state.rip != rip:
-        return 1
-    return _store(vcpu, port, size, int.from_bytes(vcpu.pio_data[:size], "little"))
-
-
-def _store(vcpu: Vcpu, port: int, size: int, value: int) -> int:
-    """Put the result of IN into AL, AX or EAX (which clears the upper half of RAX)."""
-    if trace.kvm_pio.enabled:
-        trace.kvm_pio(KVM_EXIT_IO_IN, port, size, 1, value)
-    gpr = vcpu.gpr
-    gpr[0] = value if size == 4 else gpr[0] & ~_MASK[size] | value
-    return exits.skip(vcpu)
 
 
 def _exit(vcpu: Vcpu, direction: int, port: int, size: int, count: int, finish: Callable[[Vcpu], int]) -> int:

@@ -29,41 +29,36 @@ RUNNABLE, HALTED, UNINITIALIZED = uapi.KVM_MP_STATE_RUNNABLE, uapi.KVM_MP_STATE_
 _WORK = entry.XFER_TO_GUEST_MODE_WORK
 _EVENT_VALID = events.EVENT_VALID
 
-# Where kvm_run has what every KVM_RUN reads and writes; each group in one go.
+# Where kvm_run has what every KVM_RUN reads and writes: bytes, and 64-bit words.
 _REQUEST_INTERRUPT_WINDOW = offset_of(uapi.Run, "request_interrupt_window")
 _IMMEDIATE_EXIT = offset_of(uapi.Run, "immediate_exit")
 _SAVED, _save = offset_of(uapi.Run, "ready_for_interrupt_injection"), struct.Struct("<BBHQQ").pack_into
-_SYNC_REGS, _sync_regs = offset_of(uapi.Run, "kvm_valid_regs"), struct.Struct("<QQ").unpack_from
+_VALID_REGS, _DIRTY_REGS = offset_of(uapi.Run, "kvm_valid_regs") // 8, offset_of(uapi.Run, "kvm_dirty_regs") // 8
 
 
 def ioctl_run(vcpu: Vcpu, task: Task) -> int:
-    """The whole of KVM_RUN after vcpu_load: 0 or -errno, with `kvm_run` refreshed either way."""
-    if vcpu.signal_mask is None:
-        return _run_attached(vcpu, task)
-    saved = signal.pthread_sigmask(signal.SIG_SETMASK, vcpu.signal_mask)
-    try:
-        return _run_attached(vcpu, task)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, saved)
-
-
-def _run_attached(vcpu: Vcpu, task: Task) -> int:
-    vcpu.load()
+    """The whole of KVM_RUN: 0 or -errno, with `kvm_run` refreshed either way."""
+    mask = vcpu.signal_mask
+    saved = signal.pthread_sigmask(signal.SIG_SETMASK, mask) if mask is not None else None
+    if vcpu.cpu is None:
+        vcpu.load()
     vcpu.attach(task)
     try:
         return _run(vcpu, task)
     finally:
         _save_to_user(vcpu)
         vcpu.detach()
+        if saved is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, saved)
 
 
 def _run(vcpu: Vcpu, task: Task) -> int:
     area = vcpu.mmap_area
     if vcpu.mp_state == UNINITIALIZED:
         return _wait_for_sipi(vcpu, task)
-    valid, dirty = _sync_regs(area, _SYNC_REGS)
-    if valid | dirty:
-        if (valid | dirty) & ~uapi.KVM_SYNC_X86_VALID_FIELDS:
+    words = vcpu.mmap_words
+    if words[_VALID_REGS] | (dirty := words[_DIRTY_REGS]):
+        if (words[_VALID_REGS] | dirty) & ~uapi.KVM_SYNC_X86_VALID_FIELDS:
             return -errno.EINVAL
         _take_dirty_regs(vcpu, dirty)
     if vcpu.lapic is None:
@@ -111,8 +106,7 @@ def _save_to_user(vcpu: Vcpu) -> None:
     cr8 = vcpu.state.cr8 if lapic is None else lapic.cr8
     ready = vcpu.vm.irqchip is not None or _ready_for_injection(vcpu)
     _save(area, _SAVED, ready, vcpu.state.rflags >> 9 & 1, 0, cr8, vcpu.apic_base)
-    valid = _sync_regs(area, _SYNC_REGS)[0]
-    if valid:
+    if valid := vcpu.mmap_words[_VALID_REGS]:
         _store_regs(vcpu, valid)
 
 
@@ -144,7 +138,7 @@ def enter_guest(vcpu: Vcpu, task: Task) -> int:
     """One VM entry and the handling of its exit."""
     if vcpu.requests and not vcpu.half_done and (result := _service_requests(vcpu)) <= 0:
         return result
-    expiry = vcpu.next_expiry()
+    expiry = vcpu.clock.first_expiry
     if expiry != vcpu.armed:
         vcpu.arm_timer(expiry)
     vcpu.mode = IN_GUEST_MODE
@@ -259,10 +253,11 @@ def _wait(vcpu: Vcpu, task: Task) -> None:
             entry.interrupt(task, clock.run_expired)
             if runnable(vcpu) or task.flags & _WORK:
                 return
-            expiry = clock.next_expiry()
+            expiry = clock.first_expiry
             entry.idle(task, partial(wakeup.wait, None if expiry is None else max(0, expiry - clock.monotonic_ns()) / 1e9))
     finally:
         vcpu.blocked = False
+        vcpu.account_steal_time()
 
 
 def runnable(vcpu: Vcpu) -> bool:

@@ -13,8 +13,8 @@ from softkvm import silicon
 from softkvm.host.clock import Clock
 from softkvm.host.process import Process
 from softkvm.host.sched import Scheduler
-from softkvm.kvm import capabilities, cpuid, msr
-from softkvm.kvm.ioctl import KvmFile, ioctl, returns_array, returns_msr_values, takes_msr_indices, value, zero
+from softkvm.kvm import capabilities, cpuid, mce, msr
+from softkvm.kvm.ioctl import KvmFile, ioctl, returns_array, returns_msr_values, returns_u64, takes_msr_indices, value, zero
 from softkvm.kvm.vcpu_core import MMAP_SIZE
 from softkvm.kvm.vm import Vm
 from softkvm.uapi import kvm as uapi
@@ -75,6 +75,11 @@ class System(KvmFile):
             except msr.MsrError:
                 break
         return values
+
+    @ioctl(uapi.KVM_X86_GET_MCE_CAP_SUPPORTED, encode=returns_u64)
+    def x86_get_mce_cap_supported(self) -> int:
+        """KVM_X86_GET_MCE_CAP_SUPPORTED: the MCG_CAP bits that KVM_X86_SETUP_MCE accepts besides the number of banks."""
+        return mce.SUPPORTED_CAPABILITIES
 
     @ioctl(uapi.KVM_CREATE_VM, value)
     def create_vm(self, type: int = 0, clock: Clock | None = None) -> Vm:

@@ -11,11 +11,13 @@ import signal
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from softkvm.host.sched import Cpu
 from softkvm.host.task import current
-from softkvm.kvm import cpuid, exits, fpu, msr, regs, reset, run
+from softkvm.kvm import cpuid, exits, fpu, mce, msr, regs, reset, run
 from softkvm.kvm.ioctl import (
     fields,
     ioctl,
+    pointed_u64,
     returns,
     returns_array,
     returns_msr_values,
@@ -28,8 +30,8 @@ from softkvm.kvm.ioctl import (
     zero,
 )
 from softkvm.kvm.irqchip.lapic import Lapic
-from softkvm.kvm.kvmclock import PvClock
-from softkvm.kvm.request import REQ_EVENT, REQ_NMI
+from softkvm.kvm.kvmclock import MSR_ENABLED, PvClock
+from softkvm.kvm.request import REQ_EVENT, REQ_NMI, REQ_STEAL_UPDATE
 from softkvm.kvm.tsc import VcpuTsc
 from softkvm.kvm.vcpu_core import NO_INTERRUPT, VcpuCore
 from softkvm.kvm.vendor import setup_controls
@@ -73,6 +75,16 @@ class Vcpu(VcpuCore):
             msr.set(self, msr.IA32_APIC_BASE, apic_base, True)
         except msr.MsrError:
             raise OSError(errno.EINVAL, "bad APIC base") from None
+
+    def sched_in(self, cpu: Cpu) -> None:
+        """On a core now, after a time off it."""
+        super().sched_in(cpu)
+        self.account_steal_time()
+
+    def account_steal_time(self) -> None:
+        """The thread was off its processor: let the guest know how long it had to wait for it, if the guest wants to."""
+        if self.pvclock.steal_msr & MSR_ENABLED:
+            self.make_request(REQ_STEAL_UPDATE)
 
     def _update_cr4_mask(self) -> None:
         """The host owns the CR4 bits that CPUID does not allow, and those whose change CPUID shows."""
@@ -250,6 +262,13 @@ class Vcpu(VcpuCore):
                 break
             done += 1
         return done
+
+    @ioctl(uapi.KVM_X86_SETUP_MCE, pointed_u64)
+    def x86_setup_mce(self, capabilities: int) -> None:
+        """KVM_X86_SETUP_MCE: MCG_CAP, with the number of banks in its low byte; OSError(EINVAL) for what KVM does not support."""
+        if not 0 < capabilities & 0xFF <= mce.MAX_BANKS or capabilities & ~(mce.SUPPORTED_CAPABILITIES | mce.FREE_BITS):
+            raise OSError(errno.EINVAL, "bad machine check capabilities")
+        self.msrs.machine_check.setup(capabilities)
 
     @ioctl(uapi.KVM_SET_TSC_KHZ, value)
     def set_tsc_khz(self, khz: int) -> None:

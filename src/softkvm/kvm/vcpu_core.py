@@ -65,8 +65,7 @@ class VcpuCore(KvmFile):
         self.vcpu_id = vcpu_id
         self.clock = vm.clock
         self.vendor = vm.vendor
-        self.handlers = vm.vendor.handlers
-        self.next_expiry = vm.clock.next_expiry
+        self.handlers, self.next_rip = vm.vendor.handlers, vm.vendor.next_rip
         self._init_shared_state()
         self._init_concurrency()
         static_call.register(self)
@@ -81,6 +80,7 @@ class VcpuCore(KvmFile):
         self._mapping = mmap.mmap(-1, MMAP_SIZE)
         self.mmap_area = memoryview(self._mapping)
         """What mmap(2) of the vCPU maps: page 0 `kvm_run`, page 1 PIO data, page 2 the coalesced ring."""
+        self.mmap_words = self.mmap_area.cast("Q")
         self.kvm_run = uapi.Run.from_buffer(self._mapping)
         self.pio_data = self.mmap_area[4096:8192]
         self.windows = 0
@@ -95,7 +95,8 @@ class VcpuCore(KvmFile):
         self.task: Task | None = None
         self._signalled = False
         self.signal_mask: frozenset[int] | None = None
-        self._cpu: Cpu | None = None
+        self.cpu: Cpu | None = None
+        """The core that the vCPU is on."""
         self.cpu_index = 0
         """Number of the core that the vCPU is or was on."""
         self.has_run = False
@@ -147,7 +148,7 @@ class VcpuCore(KvmFile):
 
     def kick_guest(self) -> None:
         """Leave guest mode, if in it (`kvm_vcpu_kick()`); KVM_RUN goes on."""
-        cpu = self._cpu
+        cpu = self.cpu
         if self.mode and cpu is not None:
             cpu.core.kick()
 
@@ -182,7 +183,7 @@ class VcpuCore(KvmFile):
 
     def load(self) -> None:
         """`vcpu_load()`: occupy a core. The vCPU keeps it after `KVM_RUN`, until `yield_core()`."""
-        if self._cpu is None:
+        if self.cpu is None:
             self.vm.scheduler.load(self)
 
     def sched_in(self, cpu: Cpu) -> None:
@@ -193,7 +194,7 @@ class VcpuCore(KvmFile):
         self._enter_by(partial(cpu.core.enter, self._hardware, self.vm.mmu.npt))
         self.armed = _NOT_ARMED
         self.has_run, self.cpu_index = True, cpu.index
-        self._cpu = cpu
+        self.cpu = cpu
 
     def yield_core(self) -> bool:
         """`vcpu_put()`, for another vCPU that needs the core or at the end; False while a thread runs this one."""
@@ -204,7 +205,7 @@ class VcpuCore(KvmFile):
                 return False
             self._on_core = OnCore(None, {}, self._on_core.counters())
             self._enter_by(self._not_loaded)
-            self._cpu = None
+            self.cpu = None
         finally:
             self.ioctl_lock.release()
         return True
@@ -252,13 +253,13 @@ class VcpuCore(KvmFile):
     def arm_timer(self, expiry: int | None) -> None:
         """Let the core's timer end guest mode at `expiry` (ns), None for never."""
         self.armed = expiry
-        if self._cpu is not None:
-            self._cpu.core.set_timer(0 if expiry is None else max(1, self.clock.ns_to_tsc(expiry)))
+        if self.cpu is not None:
+            self.cpu.core.set_timer(0 if expiry is None else max(1, self.clock.ns_to_tsc(expiry)))
 
     def disarm_timer(self) -> None:
         """Stop the core's timer until the next entry arms it again."""
-        if self._cpu is not None:
-            self._cpu.core.set_timer(0)
+        if self.cpu is not None:
+            self.cpu.core.set_timer(0)
         self.armed = _NOT_ARMED
 
     def set_windows(self, windows: int) -> None:
@@ -281,6 +282,6 @@ class VcpuCore(KvmFile):
 
     def translate_gva(self, gva: int, access: int) -> int | None:
         """Guest-virtual to guest-physical as the guest's paging has it now, on the loaded core; `access` as for `Core.translate`."""
-        if self._cpu is None:
+        if self.cpu is None:
             return self._not_loaded()
-        return self._cpu.core.translate(self._hardware, self.vm.mmu.npt, gva, access)
+        return self.cpu.core.translate(self._hardware, self.vm.mmu.npt, gva, access)

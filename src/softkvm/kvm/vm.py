@@ -77,13 +77,15 @@ class Vm(KvmFile):
         self.close()
 
     def close(self) -> None:
-        """Stop all vCPUs and free what the VM holds; harmless when repeated. Later ioctls fail with EBADF."""
+        """Stop all vCPUs and timers, and free what the VM holds; harmless when repeated. Later ioctls fail with EBADF."""
         if self.closed:
             return
         self.closed = True
         for vcpu in self.vcpus:
             vcpu.kick()
             vcpu.close()
+        if self.pit is not None:
+            self.pit.close()
         self.eventfds.close()
 
     @property
@@ -115,8 +117,9 @@ class Vm(KvmFile):
             self.exception_payload = bool(cap.args[0])
         elif cap.cap == uapi.KVM_CAP_X86_TRIPLE_FAULT_EVENT:
             self.triple_fault_event = bool(cap.args[0])
-        elif cap.cap == uapi.KVM_CAP_X2APIC_API and not cap.args[0] & ~capabilities.X2APIC_API_USE_32BIT_IDS:
-            self.routing.x2apic_format |= bool(cap.args[0])
+        elif cap.cap == uapi.KVM_CAP_X2APIC_API and not cap.args[0] & ~capabilities.X2APIC_API:
+            self.routing.x2apic_format |= bool(cap.args[0] & capabilities.X2APIC_API_USE_32BIT_IDS)
+            self.routing.x2apic_broadcast_quirk &= not cap.args[0] & capabilities.X2APIC_API_DISABLE_BROADCAST_QUIRK
         else:
             raise OSError(errno.EINVAL, "no such capability")
 
@@ -182,6 +185,11 @@ class Vm(KvmFile):
     def set_pit2(self, state: uapi.PitState2) -> None:
         """KVM_SET_PIT2; OSError(ENXIO) without a PIT."""
         self._need_pit().set_state(state)
+
+    @ioctl(uapi.KVM_REINJECT_CONTROL, takes(uapi.ReinjectControl))
+    def reinject_control(self, request: uapi.ReinjectControl) -> None:
+        """KVM_REINJECT_CONTROL: whether PIT ticks that the guest missed are delivered late, or lost; OSError(ENXIO) without a PIT."""
+        self._need_pit().set_reinject(bool(request.pit_reinject))
 
     def _need_pit(self) -> Pit:
         if self.pit is None:

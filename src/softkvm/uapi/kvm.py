@@ -431,6 +431,14 @@ class LapicState(Structure):
 
 
 @layout
+class ReinjectControl(Structure):
+    """Argument of KVM_REINJECT_CONTROL."""
+
+    pit_reinject: U8
+    reserved: Annotated[Array[c_uint8], c_uint8 * 31]
+
+
+@layout
 class PitConfig(Structure):
     """KVM_CREATE_PIT2 flags."""
 
@@ -761,12 +769,15 @@ KVM_IRQ_LINE_STATUS = _iowr(0x67, IrqLevel)
 KVM_REGISTER_COALESCED_MMIO = _iow(0x67, CoalescedMmioZone)
 KVM_UNREGISTER_COALESCED_MMIO = _iow(0x68, CoalescedMmioZone)
 KVM_SET_GSI_ROUTING = _iow(0x6A, IrqRouting)
+KVM_REINJECT_CONTROL = _io(0x71)
 KVM_IRQFD = _iow(0x76, Irqfd)
 KVM_CREATE_PIT2 = _iow(0x77, PitConfig)
 KVM_SET_BOOT_CPU_ID = _io(0x78)
 KVM_IOEVENTFD = _iow(0x79, Ioeventfd)
 KVM_SET_CLOCK = _iow(0x7B, ClockData)
 KVM_GET_CLOCK = _ior(0x7C, ClockData)
+KVM_X86_SETUP_MCE = _iow(0x9C, c_uint64)
+KVM_X86_GET_MCE_CAP_SUPPORTED = _ior(0x9D, c_uint64)
 KVM_GET_PIT2 = _ior(0x9F, PitState2)
 KVM_SET_PIT2 = _iow(0xA0, PitState2)
 KVM_SET_TSC_KHZ = _io(0xA2)

@@ -16,8 +16,6 @@ SerialBackend = Callable[[bytes], object]
 
 DEFAULT_MEMORY = "512M"
 DEFAULT_CPU = "cascadelake"
-DEFAULT_PARAMETERS = "console=ttyS0"
-"""Goes before a command line that names no console."""
 
 SMALLEST_MEMORY = 4 * MIB
 LARGEST_MEMORY = layout.RAM_BELOW_4G.size + layout.RAM_ABOVE_4G.size
@@ -122,10 +120,7 @@ def read_initrd(initrd: str | Path | bytes | None) -> bytes | None:
 
 
 def command_line(append: str) -> bytes:
-    """The kernel command line: what the caller wrote, behind the default console unless it names one."""
+    """The kernel command line as bytes."""
     if "\0" in append or "\n" in append:
         raise ConfigError("the kernel command line must be one line of text")
-    words = append.split()
-    if not any(word.startswith("console=") for word in words):
-        return " ".join([DEFAULT_PARAMETERS, *([append.strip()] if words else [])]).encode()
     return append.strip().encode()

@@ -38,6 +38,9 @@ class Line:
     meaning: str
 
 
+IOAPIC_PINS = 24
+"""Inputs of the I/O APIC; GSI n is pin n, but for the timer on pin `TIMER_PIN`."""
+
 # --- Guest-physical memory -----------------------------------------------------------------------------------------------------------
 
 BOOT_GDT = Range(0x500, 0x20, "GDT of the 64-bit boot entry: null, unused, code 0x10, data 0x18")
@@ -45,6 +48,7 @@ ZERO_PAGE = Range(0x7000, 0x1000, "struct boot_params, RSI at the kernel's entry
 BOOT_STACK = Range(0x8000, 0x1000, "stack at the kernel's entry")
 BOOT_PAGE_TABLES = Range(0x9000, 0x6000, "PML4, PDPT and four page directories: identity map of the first 4 GB")
 COMMAND_LINE = Range(0x20000, 0x10000, "kernel command line")
+MULTIBOOT_INFO = Range(0x30000, 0x2000, "multiboot information, EBX at the kernel's entry, and what it points to")
 EBDA = Range(0x9FC00, 0x400, "end of base memory: the BIOS data area of a PC, reserved")
 LEGACY_VIDEO = Range(0xA0000, 0x40000, "video memory and option ROMs of a PC; nothing is there")
 ACPI_TABLES = Range(0xE0000, 0x20000, "ACPI tables, the RSDP first; reserved")
@@ -58,6 +62,7 @@ IOAPIC = Range(0xFEC00000, 0x1000, "I/O APIC (in KVM)")
 LOCAL_APIC = Range(0xFEE00000, 0x1000, "local APIC of each CPU (in KVM); writes of devices here are MSIs")
 KVM_IDENTITY_MAP = Range(0xFEFFC000, 0x1000, "one page for KVM's identity map (KVM_SET_IDENTITY_MAP_ADDR); reserved")
 KVM_TSS = Range(0xFEFFD000, 0x3000, "three pages for KVM's real-mode TSS (KVM_SET_TSS_ADDR); reserved")
+TEST_MEMORY = Range(0xFF000000, 0x10000, "test device: memory behind MMIO exits (only on request)")
 RAM_ABOVE_4G = Range(4 * GIB, 252 * GIB, "RAM beyond the first 3 GB")
 PCI_MMIO_64 = Range(256 * GIB, 256 * GIB, "window for 64-bit memory BARs")
 
@@ -68,6 +73,7 @@ MEMORY_MAP = (
     BOOT_STACK,
     BOOT_PAGE_TABLES,
     COMMAND_LINE,
+    MULTIBOOT_INFO,
     EBDA,
     LEGACY_VIDEO,
     ACPI_TABLES,
@@ -78,6 +84,7 @@ MEMORY_MAP = (
     LOCAL_APIC,
     KVM_IDENTITY_MAP,
     KVM_TSS,
+    TEST_MEMORY,
     RAM_ABOVE_4G,
     PCI_MMIO_64,
 )
@@ -90,12 +97,15 @@ SYSTEM_CONTROL_B = Range(0x61, 1, "gate and output of timer channel 2 (in KVM)")
 KEYBOARD_CONTROLLER = Range(0x64, 1, "command port of a keyboard controller: only the reset pulse, 0xFE")
 RTC = Range(0x70, 2, "MC146818 clock and CMOS memory: index, data")
 PIC_SLAVE = Range(0xA0, 2, "8259A slave (in KVM)")
+TEST_IOPORT = Range(0xE0, 4, "test device: a register that keeps what was written (only on request)")
+TEST_FLUSH = Range(0xE4, 4, "test device: a write of an address unmaps that page from the nested page tables (only on request)")
 DEBUG_EXIT = Range(0xF4, 4, "debug exit: a write of v ends the run with status v << 1 | 1")
 COM4 = Range(0x2E8, 8, "16550A ttyS3")
 COM2 = Range(0x2F8, 8, "16550A ttyS1")
 COM3 = Range(0x3E8, 8, "16550A ttyS2")
 COM1 = Range(0x3F8, 8, "16550A ttyS0, the console")
 PIC_ELCR = Range(0x4D0, 2, "edge/level control of both 8259A (in KVM)")
+FW_CFG = Range(0x510, 2, "firmware configuration: selector (word), data (byte)")
 PM1A_EVENT = Range(0x600, 4, "ACPI PM1a event block: status, enable")
 PM1A_CONTROL = Range(0x604, 2, "ACPI PM1a control: SLP_TYP, SLP_EN")
 PM_TIMER = Range(0x608, 4, "ACPI power management timer, 3.579545 MHz, 32 bits")
@@ -103,6 +113,7 @@ PCI_CONFIG_ADDRESS = Range(0xCF8, 4, "PCI configuration address, doublewords onl
 PCI_CONFIG_DATA = Range(0xCFC, 4, "PCI configuration data")
 RESET_CONTROL = Range(0xCF9, 1, "reset control register, the ACPI reset register: 0x06 resets")
 PCI_IO = Range(0x1000, 0xF000, "window for I/O BARs")
+TEST_LINES = Range(0x2000, IOAPIC_PINS, "test device: one byte for each interrupt line, its level (only on request)")
 
 PORT_MAP = (
     PIC_MASTER,
@@ -111,12 +122,15 @@ PORT_MAP = (
     KEYBOARD_CONTROLLER,
     RTC,
     PIC_SLAVE,
+    TEST_IOPORT,
+    TEST_FLUSH,
     DEBUG_EXIT,
     COM4,
     COM2,
     COM3,
     COM1,
     PIC_ELCR,
+    FW_CFG,
     PM1A_EVENT,
     PM1A_CONTROL,
     PM_TIMER,
@@ -124,6 +138,7 @@ PORT_MAP = (
     RESET_CONTROL,
     PCI_CONFIG_DATA,
     PCI_IO,
+    TEST_LINES,
 )
 
 SERIAL_PORTS = (COM1, COM2, COM3, COM4)
@@ -146,8 +161,6 @@ SERIAL_LINES = (IRQ_COM1, IRQ_COM2, IRQ_COM1, IRQ_COM2)
 
 PCI_LINES = 8
 """Number of GSIs that PCI slots share, from `IRQ_PCI_FIRST`."""
-IOAPIC_PINS = 24
-"""Inputs of the I/O APIC; GSI n is pin n, but for the timer on pin `TIMER_PIN`."""
 TIMER_PIN = 2
 """The I/O APIC input of the 8254, as every PC has wired it."""
 

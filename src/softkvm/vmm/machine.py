@@ -23,8 +23,9 @@ from softkvm.host.clock import Clock
 from softkvm.uapi import kvm as uapi
 from softkvm.vmm import config, cpuid, layout
 from softkvm.vmm.board import Board, Chassis
+from softkvm.vmm.boot import Bootable
 from softkvm.vmm.boot import cpu as boot_cpu
-from softkvm.vmm.boot import linux, read_kernel
+from softkvm.vmm.boot import read as read_image
 from softkvm.vmm.config import Config, SerialBackend
 from softkvm.vmm.console import DEFAULT_LIMIT, Console
 from softkvm.vmm.crew import Crew
@@ -82,13 +83,15 @@ class Machine:
         cpus: int = 1,
         output_limit: int = DEFAULT_LIMIT,
         clock: Clock | None = None,
+        test_device: bool = False,
     ) -> None:
         """Build the machine and load the kernel; nothing runs yet.
 
-        `kernel` is a bzImage or an ELF vmlinux, `initrd` a file or its bytes; `append` is the command line, behind `console=ttyS0` unless
-        it names a console; `memory` is bytes or text such as `512M`; `cpu` is a model with switched features such as `epyc,-avx2`;
-        `serial` gives each port number its listener; `output_limit` bytes of the console are kept; `clock` is the
-        time that guest and devices live by, the host's if none is given. ConfigError for anything that cannot be.
+        `kernel` is a bzImage, an ELF vmlinux or a multiboot image, `initrd` a file or its bytes (multiboot: the module); `append` is
+        the command line, for Linux behind `console=ttyS0` unless it names a console; `memory` is bytes or text such as `512M`; `cpu`
+        is a model with switched features such as `epyc,-avx2`; `serial` gives each port number its listener; `output_limit` bytes of
+        the console are kept; `clock` is the time that guest and devices live by, the host's if none is given; `test_device` adds the
+        registers of `devices/test_device.py`. ConfigError for anything that cannot be.
         """
         settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial)
         self._console = Console(output_limit)
@@ -101,22 +104,24 @@ class Machine:
         self._seconds = 0.0
         self._closed = False
         with ExitStack() as resources:
-            self._build(settings, resources, clock if clock is not None else Clock())
+            self._build(settings, resources, clock if clock is not None else Clock(), test_device)
             self._resources = resources.pop_all()
 
-    def _build(self, settings: Config, resources: ExitStack, clock: Clock) -> None:
+    def _build(self, settings: Config, resources: ExitStack, clock: Clock, test_device: bool) -> None:
         system = _open_kvm(settings)
         guest = _allocate(settings.memory)
         resources.callback(guest.close)
-        image = read_kernel(settings.kernel, guest.low_end)
-        linux.load(guest, image, settings.initrd, settings.command_line, settings.cpus)
+        image = read_image(settings.kernel, guest.low_end)
+        image.load(guest, settings.initrd, settings.command_line, settings.cpus)
         vm = resources.enter_context(system.create_vm(clock=clock))
         _set_up_vm(vm, guest)
         self._vcpus: list[kvm.Vcpu] = []
         for index in range(settings.cpus):
-            self._vcpus.append(_make_vcpu(system, vm, index, settings, image.entry))
+            self._vcpus.append(_make_vcpu(system, vm, index, settings, image))
             resources.callback(self._vcpus[index].close)
         self._board = self._make_board(settings, vm, clock)
+        if test_device:
+            self._board.plug_in_test_device(partial(_forget_page, vm, guest))
         self._handlers = [
             ExitHandler(vcpu, self._board, partial(self._end, index), partial(self._fail, index)) for index, vcpu in enumerate(self._vcpus)
         ]
@@ -131,7 +136,7 @@ class Machine:
             reset=lambda: self._end(self._crew.current(), StopReason.RESET, "the guest reset the machine"),
             debug_exit=lambda status: self._end(self._crew.current(), StopReason.EXIT, f"the guest exited with status {status}", status),
         )
-        return Board(chassis, vm.irq_line, clock, split(settings.memory), sinks)
+        return Board(chassis, vm.irq_line, clock, split(settings.memory), settings.cpus, sinks)
 
     # Running
 
@@ -292,7 +297,17 @@ def _set_up_vm(vm: kvm.Vm, guest: GuestMemory) -> None:
     vm.set_gsi_routing(list(default_routing()))
 
 
-def _make_vcpu(system: kvm.System, vm: kvm.Vm, index: int, settings: Config, entry: int) -> kvm.Vcpu:
+def _forget_page(vm: kvm.Vm, guest: GuestMemory, address: int) -> None:
+    """Make the next access to a page of RAM a nested page fault again, by taking its whole memslot away for a moment."""
+    for slot in guest.slots():
+        if slot.guest_phys_addr <= address < slot.guest_phys_addr + slot.memory_size:
+            size, slot.memory_size = slot.memory_size, 0
+            vm.set_user_memory_region(slot)
+            slot.memory_size = size
+            vm.set_user_memory_region(slot)
+
+
+def _make_vcpu(system: kvm.System, vm: kvm.Vm, index: int, settings: Config, image: Bootable) -> kvm.Vcpu:
     vcpu = vm.create_vcpu(index)
     identity = cpuid.Identity(
         apic_id=index,
@@ -308,7 +323,7 @@ def _make_vcpu(system: kvm.System, vm: kvm.Vm, index: int, settings: Config, ent
     vcpu.set_lapic(lapic)
     if index == 0:
         sregs = vcpu.get_sregs()
-        boot_cpu.enter_long_mode(sregs)
+        registers = image.enter(sregs)
         vcpu.set_sregs(sregs)
-        vcpu.set_regs(boot_cpu.entry_registers(entry))
+        vcpu.set_regs(registers)
     return vcpu

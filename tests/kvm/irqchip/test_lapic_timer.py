@@ -105,13 +105,13 @@ def test_tsc_deadline_zero_disarms() -> None:
     vcpu = armed(2)
     msr.set(vcpu, 0x6E0, vcpu.tsc.read() + 1_000, False)
     msr.set(vcpu, 0x6E0, 0, False)
-    assert vcpu.vm.clock.next_expiry() is None
+    assert vcpu.vm.clock.first_expiry is None
 
 
 def test_the_farthest_deadline_stays_within_64_bits_of_tsc() -> None:
     vcpu = armed(2)
     msr.set(vcpu, 0x6E0, (1 << 64) - 1, False)
-    expiry = vcpu.vm.clock.next_expiry()
+    expiry = vcpu.vm.clock.first_expiry
     assert expiry is not None
     assert vcpu.vm.clock.ns_to_tsc(expiry) < 1 << 64
 
@@ -122,7 +122,7 @@ def test_mode_rules() -> None:
     assert msr.get(vcpu, 0x6E0, False) == 0
     write(vcpu, Reg.TIMER_INITIAL, 1_000)
     write(vcpu, Reg.LVT_TIMER, VECTOR | 2 << 17)
-    assert vcpu.vm.clock.next_expiry() is None
+    assert vcpu.vm.clock.first_expiry is None
     write(vcpu, Reg.TIMER_INITIAL, 1_000)
     assert read(vcpu, Reg.TIMER_INITIAL) == 0
 

@@ -47,6 +47,21 @@ def vmlinux(
     return header + segment + bytes(range(256))
 
 
+def multiboot_header(flags: int) -> bytes:
+    """The three words that every multiboot image has."""
+    return struct.pack("<3I", 0x1BADB002, flags, -(0x1BADB002 + flags) & 0xFFFFFFFF)
+
+
+def multiboot(bits: int = 32, flags: int = 0, memsz: int = 8192, entry: int = 4 * MIB + 16) -> bytes:
+    """An ELF file of either class with one segment at 4 MB, which begins with a multiboot header."""
+    content = multiboot_header(flags) + bytes(244)
+    if bits == 32:
+        header = struct.pack("<16sHHIIIIIHHHHHH", b"\x7fELF\x01\x01\x01", 2, 3, 1, entry, 52, 0, 0, 52, 32, 1, 0, 0, 0)
+        return header + struct.pack("<8I", 1, 84, 4 * MIB, 4 * MIB, len(content), memsz, 7, 4096) + content
+    header = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 62, 1, entry, 64, 0, 0, 64, 56, 1, 0, 0, 0)
+    return header + struct.pack("<IIQQQQQQ", 1, 7, 120, 4 * MIB, 4 * MIB, len(content), memsz, 4096) + content
+
+
 def program(code: bytes) -> bytes:
     """A bzImage whose 64-bit entry point is `code`."""
     image = bytearray(bzimage())

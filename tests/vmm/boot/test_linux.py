@@ -54,6 +54,19 @@ def test_zero_page_tells_where_everything_is(memory: GuestMemory) -> None:
     assert bytes(memory.view(kernel.start, images.PAYLOAD)) == bytes(range(256)) * 16
 
 
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (b"", b"console=ttyS0"),
+        (b"quiet panic=-1", b"console=ttyS0 quiet panic=-1"),
+        (b"console=ttyS1 quiet", b"console=ttyS1 quiet"),
+        (b"quiet console=ttyS0,115200", b"quiet console=ttyS0,115200"),
+    ],
+)
+def test_command_line_names_a_console(given: bytes, line: bytes) -> None:
+    assert linux.with_console(given) == line
+
+
 def test_without_initrd_the_fields_are_zero(memory: GuestMemory) -> None:
     linux.load(memory, kernel_for(memory), None, LINE, cpus=1)
     page = memory.view(layout.ZERO_PAGE.base, 4096)

@@ -1,7 +1,7 @@
 //! The dispatcher: runs blocks one after another, and between them everything that happens at instruction boundaries.
 
 use super::clock::host_tsc;
-use super::signal::attention;
+use super::signal::{attention, EVERYWHERE};
 use super::{pending, Cpu};
 use crate::decode::block::{self, Block};
 use crate::fault::{vector, Fault};
@@ -49,9 +49,7 @@ impl Cpu {
         }
         if signals & attention::CODE != 0 {
             self.signal.take(attention::CODE);
-            for (host, bytes) in self.signal.take_written() {
-                self.code.invalidate(host, bytes);
-            }
+            self.drop_written_code();
         }
         if self.budget <= 0 {
             self.renew_budget();
@@ -72,6 +70,17 @@ impl Cpu {
         }
         let alone = self.pending & (pending::SHADOW | pending::STEP | pending::EMULATE) != 0;
         Ok(self.check_instruction_budget()? || alone)
+    }
+
+    /// Forgets the code that was made from what somebody else has written.
+    fn drop_written_code(&mut self) {
+        let written = self.signal.take_written();
+        if written.contains(&EVERYWHERE) {
+            return self.code.clear();
+        }
+        for (host, bytes) in written {
+            self.code.invalidate(host, bytes);
+        }
     }
 
     /// Exits when the hypervisor's instruction budget is used up; tells whether less than a block is left of it.
@@ -212,21 +221,37 @@ impl Cpu {
         let (first, instructions) = unsafe { ((*block).uops.as_ptr(), (*block).instructions) };
         self.budget -= i64::from(instructions);
         self.blocks_run += 1;
-        let mut at = first;
+        self.at = first;
         loop {
             // SAFETY: as above; a block that dies while it runs keeps its micro-ops, which then stop at once.
-            let uop = unsafe { &*at };
-            match (uop.run)(self, uop) {
+            let uop = unsafe { &*self.at };
+            let mut result = (uop.run)(self, uop);
+            if result == Err(Stop::Slow) {
+                result = self.run_reference(block);
+            }
+            match result {
                 // SAFETY: not the last micro-op, because that one stops.
-                Ok(()) => at = unsafe { at.add(1) },
+                Ok(()) => self.at = unsafe { self.at.add(1) },
                 Err(Stop::Next) => return Ok(()),
                 Err(stop) => {
                     // SAFETY: both point into the same slice.
-                    let index = unsafe { at.offset_from(first) };
+                    let (uop, index) = unsafe { (&*self.at, self.at.offset_from(first)) };
                     return self.leave(uop, stop, i64::from(instructions) - index as i64);
                 }
             }
         }
+    }
+
+    /// Runs the instruction at `at` with its reference handler.
+    #[cold]
+    #[inline(never)]
+    fn run_reference(&mut self, block: *mut Block) -> Exec {
+        // SAFETY: as in `execute`, which runs `block`; fast handlers keep `at` inside it.
+        let (uop, handler) = unsafe {
+            let index = self.at.offset_from((*block).uops.as_ptr()) as usize;
+            (&*self.at, *(&(*block).reference).get_unchecked(index))
+        };
+        handler(self, uop)
     }
 
     /// Leaves a block before its end; `left` instructions of it, the one of `uop` included, had been paid for.
@@ -251,7 +276,7 @@ impl Cpu {
         self.budget -= 1;
         self.budget_start -= 1;
         match stop {
-            Stop::Next | Stop::Leave | Stop::Again | Stop::Retry => Ok(()),
+            Stop::Next | Stop::Leave | Stop::Again | Stop::Retry | Stop::Slow => Ok(()),
             Stop::Fault => self.deliver_fault(),
             Stop::Exit => Err(Stop::Exit),
         }
@@ -275,7 +300,7 @@ impl Cpu {
                 self.state.interruptibility |= shadow;
                 self.pending |= if shadow != 0 { pending::SHADOW } else { 0 };
             }
-            Stop::Next | Stop::Leave | Stop::Fault => {}
+            Stop::Next | Stop::Leave | Stop::Fault | Stop::Slow => {}
         }
         self.stopped(stop)?;
         if stop == Stop::Retry {
@@ -309,9 +334,9 @@ impl Cpu {
     /// Runs exactly the first instruction of a block and moves RIP.
     fn execute_one(&mut self, block: *mut Block) -> Stop {
         // SAFETY: as in `execute`; a block has at least one micro-op.
-        let uop = unsafe { *(*block).uops.as_ptr() };
+        let (uop, handler) = unsafe { (*(*block).uops.as_ptr(), *(*block).reference.as_ptr()) };
         self.blocks_run += 1;
-        let stop = (uop.run)(self, &uop).err().unwrap_or(Stop::Leave);
+        let stop = handler(self, &uop).err().unwrap_or(Stop::Leave);
         match stop {
             Stop::Next => self.budget -= 1,
             Stop::Leave => {
@@ -319,7 +344,7 @@ impl Cpu {
                 self.regs[slot::RIP as usize] = self.rip_at(uop.next_offset());
             }
             Stop::Exit => self.complete_exit(&uop),
-            Stop::Fault | Stop::Again | Stop::Retry => {}
+            Stop::Fault | Stop::Again | Stop::Retry | Stop::Slow => {}
         }
         stop
     }

@@ -16,13 +16,12 @@ use crate::decode::cache::CodeCache;
 use crate::fault::{vector, Fault};
 use crate::flags::Flags;
 use crate::memory::nested::NestedPageTable;
-use crate::model::features::Feature;
 use crate::model::Model;
 use crate::paging::tlb::{self, Tlb};
 use crate::paging::walk::Context;
 use crate::paging::Privilege;
 use crate::state::{cr0, interruptibility, rflags, seg, Segment, State};
-use crate::uop::{slot, Exec, RegOffset, Stop, RIP_STRIDE};
+use crate::uop::{slot, Exec, RegOffset, Stop, Uop, RIP_STRIDE};
 use crate::virt::control::{self, Access, Control, Exit};
 use crate::word::Word;
 
@@ -61,6 +60,8 @@ pub struct Cpu {
     pub regs: [u64; slot::COUNT],
     /// Arithmetic flags.
     pub flags: Flags,
+    /// The running micro-op of a block.
+    pub at: *const Uop,
     /// Entries of the TLB table that matches the privilege of the running code.
     pub active_table: *const tlb::Entry,
     /// Segment bases as addresses use them: zero for ES, CS, SS and DS in 64-bit mode. Entry 6 is "no segment".
@@ -112,7 +113,8 @@ pub struct Cpu {
     pub unknown_opcodes: std::collections::HashSet<u16>,
 }
 
-// SAFETY: `active_table` points into `tlb`, which moves between threads together with the CPU, and `bitmaps` is null outside a run.
+// SAFETY: `active_table` points into `tlb` and `at` into `code`, which move between threads together with the CPU, and `bitmaps` is null
+// outside a run.
 unsafe impl Send for Cpu {}
 
 impl Cpu {
@@ -121,6 +123,7 @@ impl Cpu {
         let mut cpu = Box::new(Cpu {
             regs: [0; slot::COUNT],
             flags: Flags::default(),
+            at: std::ptr::null(),
             active_table: std::ptr::null(),
             bases: [0; 8],
             rflags: rflags::FIXED,
@@ -210,6 +213,13 @@ impl Cpu {
             CodeSize::Bits32 => rip & 0xffff_ffff,
             CodeSize::Bits16 => rip & 0xffff,
         };
+    }
+
+    /// [`Cpu::set_rip`] for 64-bit code.
+    #[inline(always)]
+    pub fn set_rip_64(&mut self, rip: u64) {
+        debug_assert!(self.long_mode());
+        self.regs[slot::RIP as usize] = rip;
     }
 
     /// RIP `distance` bytes behind the first byte of the running block, truncated as the code segment asks.
@@ -341,24 +351,6 @@ impl Cpu {
     pub fn require_cpl0(&mut self) -> Exec {
         if self.cpl != 0 {
             return Err(self.general_protection());
-        }
-        Ok(())
-    }
-
-    /// #UD unless the model has `feature`.
-    #[inline(always)]
-    pub fn require(&mut self, feature: Feature) -> Exec {
-        if !self.model.has(feature) {
-            return Err(self.undefined());
-        }
-        Ok(())
-    }
-
-    /// #UD unless the model has `feature` and the mode knows VEX prefixes (SDM vol. 2, 2.8).
-    #[inline(always)]
-    pub fn require_vex(&mut self, feature: Feature) -> Exec {
-        if !self.model.has(feature) || !self.long_mode() && !self.protected() {
-            return Err(self.undefined());
         }
         Ok(())
     }

@@ -18,6 +18,8 @@ pub mod media {
     pub const NO_SSE: u8 = 4;
     /// CR4.OSXSAVE or XCR0 forbid AVX: #UD.
     pub const NO_AVX: u8 = 8;
+    /// Real or virtual-8086 mode, which know no VEX prefix: #UD.
+    pub const NO_VEX: u8 = 16;
 }
 
 impl Cpu {
@@ -69,6 +71,9 @@ impl Cpu {
         if self.state.cr4 & cr4::OSXSAVE == 0 || self.state.xcr0 & 6 != 6 {
             reasons |= media::NO_AVX;
         }
+        if !self.protected() {
+            reasons |= media::NO_VEX;
+        }
         reasons
     }
 
@@ -79,6 +84,33 @@ impl Cpu {
             return Err(self.sse_blocked());
         }
         Ok(())
+    }
+
+    /// #UD where the mode knows no VEX prefix (SDM vol. 2, 2.8).
+    #[inline(always)]
+    pub fn require_vex(&mut self) -> Exec {
+        if self.media & media::NO_VEX != 0 {
+            return Err(self.undefined());
+        }
+        Ok(())
+    }
+
+    /// Raises what keeps an AVX instruction from running (SDM vol. 2, 2.4). CR0.EM and CR4.OSFXSR are for legacy SSE alone.
+    #[inline(always)]
+    pub fn require_avx(&mut self) -> Exec {
+        if self.media & (media::TASK_SWITCHED | media::NO_AVX | media::NO_VEX) != 0 {
+            return Err(self.avx_blocked());
+        }
+        Ok(())
+    }
+
+    #[cold]
+    fn avx_blocked(&mut self) -> crate::uop::Stop {
+        if self.media & (media::NO_AVX | media::NO_VEX) != 0 {
+            self.undefined()
+        } else {
+            self.raise(vector::NM)
+        }
     }
 
     #[cold]

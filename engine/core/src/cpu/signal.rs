@@ -13,6 +13,10 @@ pub mod attention {
     pub const CODE: u32 = 4;
 }
 
+/// In the place of a range that was written: more was than the list holds, because the core has not looked for long.
+pub const EVERYWHERE: (u64, u64) = (0, u64::MAX);
+const WRITTEN_MAX: usize = 256;
+
 /// The part of a core that any thread may touch.
 #[derive(Default)]
 pub struct Signal {
@@ -50,7 +54,13 @@ impl Signal {
 
     /// Tells the core that `[host, host + bytes)` was written behind its back.
     pub fn wrote(&self, host: u64, bytes: u64) {
-        self.written.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).push((host, bytes));
+        let mut written = self.written.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if written.len() < WRITTEN_MAX {
+            written.push((host, bytes));
+        } else {
+            *written.last_mut().expect("the list is full") = EVERYWHERE;
+        }
+        drop(written);
         self.attention.fetch_or(attention::CODE, Ordering::SeqCst);
     }
 
@@ -67,5 +77,20 @@ impl Signal {
     /// The core's own: nothing older than `generation` is cached any more.
     pub fn set_nested_seen(&self, generation: u64) {
         self.nested_seen.store(generation, Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_core_that_does_not_look_costs_no_memory() {
+        let signal = Signal::default();
+        (0..10_000).for_each(|n| signal.wrote(n * 64, 64));
+        let written = signal.take_written();
+        assert_eq!((written.len(), written.last()), (WRITTEN_MAX, Some(&EVERYWHERE)));
+        signal.wrote(64, 8);
+        assert_eq!(signal.take_written(), [(64, 8)]);
     }
 }

@@ -1,11 +1,13 @@
 //! Blocks: straight lines of micro-ops with one entry.
 
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction};
+use iced_x86::{Decoder, FlowControl, Instruction};
 
-use super::{lower, MAX_LENGTH};
+use super::liveness::dead_flags;
+use super::{feature, lower, MAX_LENGTH};
 use crate::cpu::{CodeSize, Cpu};
 use crate::exec;
 use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
+use crate::model::Model;
 use crate::uop::{Exec, Handler, Uop};
 
 /// Most instructions of a block.
@@ -30,12 +32,37 @@ pub struct Block {
     pub key: Key,
     /// One micro-op per instruction, and one more that falls through to what follows.
     pub uops: Box<[Uop]>,
+    /// The reference handler of each instruction.
+    pub reference: Box<[Handler]>,
     pub instructions: u32,
     /// Length in bytes.
     pub length: u32,
     /// Host page of the tail of an instruction that crosses into it.
     pub second_page: Option<u64>,
     pub valid: bool,
+}
+
+impl Block {
+    fn new(host: u64, size: CodeSize) -> Self {
+        let key = Key { host, size };
+        Block { key, uops: Box::default(), reference: Box::default(), instructions: 0, length: 0, second_page: None, valid: true }
+    }
+
+    /// Makes the block one of `instructions`, with fast handlers where there are some.
+    fn fill(&mut self, instructions: &[Instruction], model: &Model) {
+        let dead = dead_flags(instructions);
+        let mut uops: Vec<Uop> = instructions.iter().map(|insn| lower(insn, self.key.size, model)).collect();
+        self.reference = uops.iter().map(|uop| uop.run).collect();
+        for ((uop, insn), dead) in uops.iter_mut().zip(instructions).zip(dead) {
+            uop.run = exec::fast::handler(insn, uop, dead).unwrap_or(uop.run);
+        }
+        self.instructions = instructions.len() as u32;
+        self.length = instructions.iter().map(|insn| insn.len() as u32).sum();
+        uops.push(fall_through(self.length));
+        self.uops = uops.into();
+        // Fast handlers find the next micro-op by its address.
+        self.uops.as_ptr().expose_provenance();
+    }
 }
 
 /// Decodes the block at the current RIP. A fetch fault of the first instruction is raised; one of a later instruction ends the block.
@@ -50,15 +77,12 @@ pub fn decode(cpu: &mut Cpu) -> Exec<Block> {
     let available = left.min(bytes.len());
     // SAFETY: `host` is a translated page and `available` does not reach beyond it.
     unsafe { host.copy_to_nonoverlapping(bytes.as_mut_ptr(), available) };
-    let mut block =
-        Block { key: Key { host: host as u64, size }, uops: Box::default(), instructions: 0, length: 0, second_page: None, valid: true };
-    let mut uops = Vec::with_capacity(16);
-    decode_page(&bytes[..available], size, &mut uops, &mut block);
-    if uops.is_empty() {
+    let mut block = Block::new(host as u64, size);
+    let instructions = decode_page(&bytes[..available], size, &cpu.model);
+    if instructions.is_empty() {
         return crossing(cpu, la, &bytes[..available], block);
     }
-    uops.push(fall_through(block.length));
-    block.uops = uops.into();
+    block.fill(&instructions, &cpu.model);
     Ok(block)
 }
 
@@ -68,31 +92,31 @@ fn code_address(cpu: &mut Cpu, rip: u64) -> Exec<u64> {
     cpu.segment_address(seg::CS, rip, 1, AccessKind::Fetch)
 }
 
-fn decoder(bytes: &[u8], size: CodeSize) -> Decoder<'_> {
+fn decoder<'a>(bytes: &'a [u8], size: CodeSize, model: &Model) -> Decoder<'a> {
     let bits = match size {
         CodeSize::Bits16 => 16,
         CodeSize::Bits32 => 32,
         CodeSize::Bits64 => 64,
     };
-    Decoder::with_ip(bits, bytes, 0, DecoderOptions::NONE)
+    Decoder::with_ip(bits, bytes, 0, feature::options(model))
 }
 
 /// Decodes instructions that lie wholly in `bytes`, up to one that ends the block.
-fn decode_page(bytes: &[u8], size: CodeSize, uops: &mut Vec<Uop>, block: &mut Block) {
-    let mut decoder = decoder(bytes, size);
-    let mut insn = Instruction::default();
-    while uops.len() < MAX_INSTRUCTIONS {
-        decoder.decode_out(&mut insn);
-        if insn.is_invalid() && truncated(&decoder, bytes.len() - block.length as usize) {
+fn decode_page(bytes: &[u8], size: CodeSize, model: &Model) -> Vec<Instruction> {
+    let mut decoder = decoder(bytes, size, model);
+    let mut instructions = Vec::with_capacity(16);
+    while instructions.len() < MAX_INSTRUCTIONS && decoder.can_decode() {
+        let left = bytes.len() - decoder.position();
+        let insn = decoder.decode();
+        if insn.is_invalid() && truncated(&decoder, left) {
             break;
         }
-        uops.push(lower(&insn, size));
-        block.instructions += 1;
-        block.length += insn.len() as u32;
-        if ends_block(&insn) || block.length as usize == bytes.len() {
+        instructions.push(insn);
+        if ends_block(&insn) {
             break;
         }
     }
+    instructions
 }
 
 /// Whether an invalid instruction is invalid only because its bytes end.
@@ -113,11 +137,9 @@ fn crossing(cpu: &mut Cpu, la: u64, head: &[u8], mut block: Block) -> Exec<Block
     bytes[..head.len()].copy_from_slice(head);
     // SAFETY: `host` is the start of a translated page.
     unsafe { host.copy_to_nonoverlapping(bytes[head.len()..].as_mut_ptr(), MAX_LENGTH - head.len()) };
-    let insn = decoder(&bytes, block.key.size).decode();
-    block.instructions = 1;
-    block.length = insn.len() as u32;
+    let insn = decoder(&bytes, block.key.size, &cpu.model).decode();
+    block.fill(&[insn], &cpu.model);
     block.second_page = Some(host as u64);
-    block.uops = [lower(&insn, block.key.size), fall_through(block.length)].into();
     Ok(block)
 }
 

@@ -5,19 +5,22 @@
 
 pub mod block;
 pub mod cache;
+mod feature;
+pub mod liveness;
 
 use iced_x86::{Instruction, OpKind, Register};
 
 use crate::cpu::CodeSize;
 use crate::exec;
+use crate::model::Model;
 use crate::uop::{flag, slot, Handler, Uop, RIP_STRIDE};
 
 /// Longest instruction, in bytes.
 pub const MAX_LENGTH: usize = 15;
 
-/// The micro-op of `insn`, which starts `insn.ip()` bytes behind the block's first byte.
-pub fn lower(insn: &Instruction, size: CodeSize) -> Uop {
-    let run = exec::handler(insn, size).unwrap_or(exec::unknown as Handler);
+/// The micro-op of `insn`, which starts `insn.ip()` bytes behind the block's first byte. What `model` lacks is undefined.
+pub fn lower(insn: &Instruction, size: CodeSize, model: &Model) -> Uop {
+    let run = if feature::offers(model, insn) { exec::handler(insn, size).unwrap_or(exec::unknown as Handler) } else { exec::undefined };
     let mut uop = Uop {
         run,
         imm: 0,
@@ -35,7 +38,8 @@ pub fn lower(insn: &Instruction, size: CodeSize) -> Uop {
     for n in 0..insn.op_count() {
         match insn.op_kind(n) {
             OpKind::Register if n < 3 => uop.reg[n as usize] = register(insn.op_register(n)),
-            OpKind::Register => {}
+            // The mask of a blend.
+            OpKind::Register => uop.imm = register(insn.op_register(n)).into(),
             OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 => {
                 let target = insn.near_branch_target();
                 uop.imm = if insn.op_kind(n) == OpKind::NearBranch64 { target } else { target as i32 as i64 as u64 };
@@ -175,7 +179,8 @@ fn rip_relative(uop: &mut Uop, target: u64) {
 
 /// Address size of the memory operand, in bits.
 fn address_width(insn: &Instruction) -> u32 {
-    let named = [insn.memory_base(), insn.memory_index()].into_iter().find(|register| *register != Register::None);
+    // The index of a gather is a vector.
+    let named = [insn.memory_base(), insn.memory_index()].into_iter().find(|register| register.is_gpr() || register.is_ip());
     match named {
         Some(Register::EIP) => 32,
         Some(Register::RIP) => 64,
@@ -200,7 +205,7 @@ mod tests {
             32 => CodeSize::Bits32,
             _ => CodeSize::Bits64,
         };
-        lower(&Decoder::with_ip(bits, bytes, 0, DecoderOptions::NONE).decode(), size)
+        lower(&Decoder::with_ip(bits, bytes, 0, DecoderOptions::NONE).decode(), size, &Model::default())
     }
 
     #[test]

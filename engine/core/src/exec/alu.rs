@@ -8,7 +8,6 @@ use iced_x86::{Instruction, Mnemonic};
 use super::select::{condition, holds, in_memory, is_immediate, width};
 use crate::cpu::{CodeSize, Cpu};
 use crate::flags::Flags;
-use crate::model::features::Feature;
 use crate::state::rflags;
 use crate::uop::{Exec, Handler, Uop};
 use crate::word::Word;
@@ -48,7 +47,7 @@ pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
 // ---- two operands ---------------------------------------------------------------------------------------------------------------------
 
 /// An operation on two operands: its result, and the flags that it leaves.
-trait Binary {
+pub trait Binary: 'static {
     fn apply<W: Word>(flags: Flags, a: W, b: W) -> (W, Flags);
 }
 
@@ -57,7 +56,7 @@ macro_rules! operations {
     ($trait:ident: $($(#[$doc:meta])* $name:ident($flags:pat, $($operand:ident),+) => $body:expr;)+) => {
         $(
             $(#[$doc])*
-            struct $name;
+            pub struct $name;
             impl $trait for $name {
                 #[inline(always)]
                 fn apply<W: Word>($flags: Flags, $($operand: W),+) -> (W, Flags) {
@@ -174,7 +173,7 @@ fn compare_mi<O: Binary, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 // ---- one operand ----------------------------------------------------------------------------------------------------------------------
 
 /// An operation on one operand.
-trait Unary {
+pub trait Unary: 'static {
     fn apply<W: Word>(flags: Flags, a: W) -> (W, Flags);
 }
 
@@ -274,13 +273,11 @@ fn add_chained<C: CarryChain, W: Word>(cpu: &mut Cpu, uop: &Uop, b: W) {
 }
 
 fn adx_rr<C: CarryChain, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require(Feature::Adx)?;
     add_chained::<C, W>(cpu, uop, cpu.reg(uop.reg[1]));
     Ok(())
 }
 
 fn adx_rm<C: CarryChain, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require(Feature::Adx)?;
     let b = cpu.load(uop)?;
     add_chained::<C, W>(cpu, uop, b);
     Ok(())

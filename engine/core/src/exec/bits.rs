@@ -5,7 +5,6 @@ use iced_x86::{Instruction, Mnemonic};
 use super::select::{in_memory, is_immediate, width, InMemory, InRegister, Source};
 use crate::cpu::{CodeSize, Cpu};
 use crate::flags::Flags;
-use crate::model::features::Feature;
 use crate::paging::AccessKind;
 use crate::state::rflags;
 use crate::uop::{flag, Exec, Handler, Uop};
@@ -20,12 +19,12 @@ pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
         Mnemonic::Btc => bit_change::<Complement>(insn),
         Mnemonic::Bsf => by_wide_source!(insn, 1, scan, Forward),
         Mnemonic::Bsr => by_wide_source!(insn, 1, scan, Backward),
-        Mnemonic::Tzcnt => by_wide_source!(insn, 1, count_or_scan, TrailingZeros, Forward),
-        Mnemonic::Lzcnt => by_wide_source!(insn, 1, count_or_scan, LeadingZeros, Backward),
+        Mnemonic::Tzcnt => by_wide_source!(insn, 1, count, TrailingZeros),
+        Mnemonic::Lzcnt => by_wide_source!(insn, 1, count, LeadingZeros),
         Mnemonic::Popcnt => by_wide_source!(insn, 1, count, Population),
-        Mnemonic::Blsi => by_wide_source!(insn, 1, count, LowestSet),
-        Mnemonic::Blsmsk => by_wide_source!(insn, 1, count, MaskToLowestSet),
-        Mnemonic::Blsr => by_wide_source!(insn, 1, count, ResetLowestSet),
+        Mnemonic::Blsi => by_wide_source!(insn, 1, count_vex, LowestSet),
+        Mnemonic::Blsmsk => by_wide_source!(insn, 1, count_vex, MaskToLowestSet),
+        Mnemonic::Blsr => by_wide_source!(insn, 1, count_vex, ResetLowestSet),
         Mnemonic::Andn => by_wide_source!(insn, 2, andn),
         Mnemonic::Bextr if is_immediate(insn, 2) => None, // TBM
         Mnemonic::Bextr => by_wide_source!(insn, 1, extract),
@@ -200,18 +199,8 @@ fn scan<O: Scan, S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     Ok(())
 }
 
-/// TZCNT is BSF, and LZCNT is BSR, to a model that does not know the prefix.
-fn count_or_scan<O: Counting, L: Scan, S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    if O::require(cpu).is_err() {
-        return scan::<L, S, W>(cpu, uop);
-    }
-    count::<O, S, W>(cpu, uop)
-}
-
 /// Operations that make a result and all flags of one source.
 trait Counting {
-    /// #UD unless the model has the instruction.
-    fn require(cpu: &mut Cpu) -> Exec;
     fn apply<W: Word>(source: W) -> (W, Flags);
 }
 
@@ -230,10 +219,6 @@ fn zeros<W: Word>(source: W, zeros: u32) -> (W, Flags) {
 
 impl Counting for TrailingZeros {
     #[inline(always)]
-    fn require(cpu: &mut Cpu) -> Exec {
-        cpu.require(Feature::Bmi1)
-    }
-    #[inline(always)]
     fn apply<W: Word>(source: W) -> (W, Flags) {
         zeros(source, source.zero_extend().trailing_zeros().min(W::BITS))
     }
@@ -241,20 +226,12 @@ impl Counting for TrailingZeros {
 
 impl Counting for LeadingZeros {
     #[inline(always)]
-    fn require(cpu: &mut Cpu) -> Exec {
-        cpu.require(Feature::Abm)
-    }
-    #[inline(always)]
     fn apply<W: Word>(source: W) -> (W, Flags) {
         zeros(source, source.zero_extend().leading_zeros() - (64 - W::BITS))
     }
 }
 
 impl Counting for Population {
-    #[inline(always)]
-    fn require(cpu: &mut Cpu) -> Exec {
-        cpu.require(Feature::Popcnt)
-    }
     /// ZF tells of the source; every other flag is clear, PF too.
     #[inline(always)]
     fn apply<W: Word>(source: W) -> (W, Flags) {
@@ -266,10 +243,6 @@ impl Counting for Population {
 
 impl Counting for LowestSet {
     #[inline(always)]
-    fn require(cpu: &mut Cpu) -> Exec {
-        cpu.require_vex(Feature::Bmi1)
-    }
-    #[inline(always)]
     fn apply<W: Word>(source: W) -> (W, Flags) {
         let result = source & W::ZERO.sub(source);
         (result, Flags::logic(result).with_carry(source != W::ZERO))
@@ -277,10 +250,6 @@ impl Counting for LowestSet {
 }
 
 impl Counting for MaskToLowestSet {
-    #[inline(always)]
-    fn require(cpu: &mut Cpu) -> Exec {
-        cpu.require_vex(Feature::Bmi1)
-    }
     #[inline(always)]
     fn apply<W: Word>(source: W) -> (W, Flags) {
         let result = source ^ source.sub(W::ONE);
@@ -290,10 +259,6 @@ impl Counting for MaskToLowestSet {
 
 impl Counting for ResetLowestSet {
     #[inline(always)]
-    fn require(cpu: &mut Cpu) -> Exec {
-        cpu.require_vex(Feature::Bmi1)
-    }
-    #[inline(always)]
     fn apply<W: Word>(source: W) -> (W, Flags) {
         let result = source & source.sub(W::ONE);
         (result, Flags::logic(result).with_carry(source == W::ZERO))
@@ -301,17 +266,21 @@ impl Counting for ResetLowestSet {
 }
 
 fn count<O: Counting, S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    O::require(cpu)?;
     let (result, flags) = O::apply(S::get::<W>(cpu, uop, 1)?);
     cpu.set_reg(uop.reg[0], result);
     cpu.flags = flags;
     Ok(())
 }
 
+fn count_vex<O: Counting, S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require_vex()?;
+    count::<O, S, W>(cpu, uop)
+}
+
 // ---- BMI with two sources -------------------------------------------------------------------------------------------------------------
 
 fn andn<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_vex(Feature::Bmi1)?;
+    cpu.require_vex()?;
     let result = !cpu.reg::<W>(uop.reg[1]) & S::get::<W>(cpu, uop, 2)?;
     cpu.set_reg(uop.reg[0], result);
     cpu.flags = Flags::logic(result);
@@ -330,7 +299,7 @@ fn low_bits<W: Word>(value: W, count: u32) -> W {
 
 /// BEXTR: start in bits 7:0 of the control, length in bits 15:8.
 fn extract<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_vex(Feature::Bmi1)?;
+    cpu.require_vex()?;
     let source = S::get::<W>(cpu, uop, 1)?;
     let control: u16 = cpu.reg(uop.reg[2]);
     let start = u32::from(control & 0xff);
@@ -342,7 +311,7 @@ fn extract<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 }
 
 fn zero_high<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_vex(Feature::Bmi2)?;
+    cpu.require_vex()?;
     let source = S::get::<W>(cpu, uop, 1)?;
     let count = u32::from(cpu.reg::<u8>(uop.reg[2]));
     let result = low_bits(source, count);
@@ -353,7 +322,7 @@ fn zero_high<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 
 /// PDEP: the low bits of the source go to the places of the mask.
 fn deposit<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_vex(Feature::Bmi2)?;
+    cpu.require_vex()?;
     let source = cpu.reg::<W>(uop.reg[1]).zero_extend();
     let mut mask = S::get::<W>(cpu, uop, 2)?.zero_extend();
     let (mut result, mut taken) = (0, 0);
@@ -371,7 +340,7 @@ fn deposit<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 
 /// PEXT: the bits at the places of the mask go to the low bits.
 fn gather<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_vex(Feature::Bmi2)?;
+    cpu.require_vex()?;
     let source = cpu.reg::<W>(uop.reg[1]).zero_extend();
     let mut mask = S::get::<W>(cpu, uop, 2)?.zero_extend();
     let (mut result, mut filled) = (0, 0);
@@ -407,7 +376,6 @@ const CRC_TABLE: [u32; 256] = {
 };
 
 fn crc32<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require(Feature::Sse42)?;
     let source = S::get::<W>(cpu, uop, 1)?.zero_extend().to_le_bytes();
     let seed: u32 = cpu.reg(uop.reg[0]);
     let crc = source[..W::BYTES as usize].iter().fold(seed, |crc, byte| crc >> 8 ^ CRC_TABLE[usize::from(crc as u8 ^ byte)]);

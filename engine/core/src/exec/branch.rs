@@ -43,13 +43,22 @@ pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
 #[inline(always)]
 fn go<W: Word>(cpu: &mut Cpu, target: u64) -> Exec {
     check_target::<W>(cpu, target)?;
-    cpu.set_rip(target);
+    set_rip::<W>(cpu, target);
     Err(Stop::Next)
+}
+
+/// Only 64-bit code has 64-bit operands, and near branches in it have no other.
+#[inline(always)]
+fn set_rip<W: Word>(cpu: &mut Cpu, target: u64) {
+    if W::BITS == 64 {
+        cpu.set_rip_64(target);
+    } else {
+        cpu.set_rip(target);
+    }
 }
 
 #[inline(always)]
 fn check_target<W: Word>(cpu: &mut Cpu, target: u64) -> Exec {
-    // Only 64-bit code has 64-bit operands, and near branches in it have no other.
     let allowed = if W::BITS == 64 { canonical(target) } else { target <= cpu.state.segments[seg::CS].limit.into() };
     if !allowed {
         return Err(cpu.general_protection());
@@ -69,9 +78,9 @@ fn return_address<W: Word>(cpu: &Cpu, uop: &Uop) -> W {
     W::truncate(cpu.rip_at(uop.next_offset()))
 }
 
-fn fall_through(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    let next = cpu.rip_at(uop.next_offset());
-    cpu.set_rip(next);
+#[inline(always)]
+fn fall_through<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    set_rip::<W>(cpu, cpu.rip().wrapping_add(uop.next_offset()));
     Err(Stop::Next)
 }
 
@@ -80,7 +89,7 @@ fn branch_if<W: Word>(cpu: &mut Cpu, uop: &Uop, taken: bool) -> Exec {
     if taken {
         go::<W>(cpu, relative::<W>(cpu, uop))
     } else {
-        fall_through(cpu, uop)
+        fall_through::<W>(cpu, uop)
     }
 }
 
@@ -225,7 +234,7 @@ fn loop_while<const WHILE: u8, N: Word, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Ex
         cpu.set_rip(target);
         return Err(Stop::Next);
     }
-    fall_through(cpu, uop)
+    fall_through::<W>(cpu, uop)
 }
 
 fn jump_if_zero<N: Word>(insn: &Instruction) -> Option<Handler> {

@@ -6,7 +6,6 @@ use std::sync::atomic::{fence, Ordering};
 use iced_x86::{Instruction, Mnemonic};
 
 use crate::cpu::{CodeSize, Cpu};
-use crate::model::Feature;
 use crate::paging::AccessKind;
 use crate::state::efer;
 use crate::uop::{Exec, Handler, Uop};
@@ -17,18 +16,16 @@ use crate::virt::exits::code;
 pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
     use Mnemonic::*;
     let handler: Handler = match insn.mnemonic() {
-        Nop | Reservednop | Endbr32 | Endbr64 | Cldemote => nop,
+        Nop | Reservednop | Endbr32 | Endbr64 | Rdsspd | Rdsspq | Cldemote => nop,
         Prefetch | Prefetchw | Prefetchwt1 | Prefetchnta | Prefetcht0 | Prefetcht1 | Prefetcht2 | Prefetchit0 | Prefetchit1 => nop,
         Pause => pause,
         Lfence => lfence,
         Sfence => sfence,
         Mfence => mfence,
         Serialize => serialize,
-        Clflush => flush_line,
-        Clflushopt => clflushopt,
-        Clwb => clwb,
+        Clflush | Clflushopt | Clwb => flush_line,
         Vmcall | Vmmcall | Vmgexit => hypercall,
-        Ud0 | Ud1 | Ud2 | Rsm | Getsec => undefined,
+        Ud0 | Ud1 | Ud2 | Rsm | Getsec => super::undefined,
         mnemonic => return vm_instruction(mnemonic),
     };
     Some(handler)
@@ -61,18 +58,9 @@ fn mfence(_cpu: &mut Cpu, _uop: &Uop) -> Exec {
 }
 
 /// Code that this core modified is already gone from its cache, so ordering memory is all that is left to do.
-fn serialize(cpu: &mut Cpu, _uop: &Uop) -> Exec {
-    require(cpu, Feature::Serialize)?;
+fn serialize(_cpu: &mut Cpu, _uop: &Uop) -> Exec {
     fence(Ordering::SeqCst);
     Ok(())
-}
-
-fn require(cpu: &mut Cpu, feature: Feature) -> Exec {
-    if cpu.model.has(feature) {
-        Ok(())
-    } else {
-        Err(cpu.undefined())
-    }
 }
 
 /// There is no cache to flush; the address is checked as a byte read is.
@@ -81,24 +69,10 @@ fn flush_line(cpu: &mut Cpu, uop: &Uop) -> Exec {
     cpu.chunk(uop.segment(), la, 1, AccessKind::Read).map(drop)
 }
 
-fn clflushopt(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    require(cpu, Feature::Clflushopt)?;
-    flush_line(cpu, uop)
-}
-
-fn clwb(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    require(cpu, Feature::Clwb)?;
-    flush_line(cpu, uop)
-}
-
 fn hypercall(cpu: &mut Cpu, _uop: &Uop) -> Exec {
     if cpu.control.intercepts(intercept::HYPERCALL) {
         return Err(cpu.exit(code::HYPERCALL, 0));
     }
-    Err(cpu.undefined())
-}
-
-fn undefined(cpu: &mut Cpu, _uop: &Uop) -> Exec {
     Err(cpu.undefined())
 }
 
@@ -125,7 +99,7 @@ fn vm_instruction(mnemonic: Mnemonic) -> Option<Handler> {
         Clgi => svm::<0x85>,
         Skinit => svm::<0x86>,
         // Without the VM-function control, VMFUNC is undefined in a guest (SDM vol. 3, 26.5.6).
-        Vmfunc => undefined,
+        Vmfunc => super::undefined,
         _ => return None,
     };
     Some(handler)

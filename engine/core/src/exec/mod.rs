@@ -13,6 +13,7 @@ pub mod control;
 pub mod decimal;
 pub mod exchange;
 pub mod far;
+pub mod fast;
 pub mod fence;
 pub mod io;
 pub mod mov;
@@ -80,6 +81,11 @@ pub fn fall_through(cpu: &mut Cpu, uop: &Uop) -> Exec {
 /// Handler of every micro-op of a block that died: the dispatcher goes on at this instruction with fresh code.
 pub fn resume(_cpu: &mut Cpu, _uop: &Uop) -> Exec {
     Err(Stop::Retry)
+}
+
+/// Handler of an instruction that the CPU model lacks.
+pub fn undefined(cpu: &mut Cpu, _uop: &Uop) -> Exec {
+    Err(cpu.undefined())
 }
 
 /// Handler of an instruction that the engine lacks: #UD, and one line in the log per opcode.

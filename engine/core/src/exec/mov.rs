@@ -8,7 +8,6 @@ use iced_x86::{Instruction, Mnemonic, OpKind};
 use super::select::{condition, holds, in_memory, width};
 use crate::cpu::{CodeSize, Cpu};
 use crate::flags::Flags;
-use crate::model::features::Feature;
 use crate::paging::AccessKind;
 use crate::state::{gpr, rflags};
 use crate::uop::{flag, Exec, Handler, RegOffset, Uop};
@@ -40,7 +39,7 @@ pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
         Lahf => Some(lahf),
         Sahf => Some(sahf),
         Movnti => by_wide_width!(width(insn, 1), mov_mr),
-        Movdiri => by_wide_width!(width(insn, 1), movdiri),
+        Movdiri => by_wide_width!(width(insn, 1), mov_mr),
         _ => conditional_move(insn),
     }
 }
@@ -83,11 +82,6 @@ fn mov_ri<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 
 fn mov_mi<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     cpu.store(uop, W::truncate(uop.imm))
-}
-
-fn movdiri<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require(Feature::Movdiri)?;
-    mov_mr::<W>(cpu, uop)
 }
 
 // ---- widening -------------------------------------------------------------------------------------------------------------------------
@@ -223,14 +217,12 @@ fn bswap16(cpu: &mut Cpu, uop: &Uop) -> Exec {
 }
 
 fn movbe_rm<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require(Feature::Movbe)?;
     let value: W = cpu.load(uop)?;
     cpu.set_reg(uop.reg[0], reverse(value));
     Ok(())
 }
 
 fn movbe_mr<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require(Feature::Movbe)?;
     let value: W = cpu.reg(uop.reg[1]);
     cpu.store(uop, reverse(value))
 }

@@ -254,7 +254,6 @@ fn rdtsc(cpu: &mut Cpu, _uop: &Uop) -> Exec {
 }
 
 fn rdtscp(cpu: &mut Cpu, _uop: &Uop) -> Exec {
-    require(cpu, Feature::Rdtscp)?;
     check_tsc(cpu, code::RDTSCP)?;
     let now = cpu.clock.guest_tsc();
     set_edx_eax(cpu, now);
@@ -263,7 +262,6 @@ fn rdtscp(cpu: &mut Cpu, _uop: &Uop) -> Exec {
 }
 
 fn rdpid(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    require(cpu, Feature::Rdpid)?;
     let aux = cpu.state.tsc_aux as u32;
     cpu.set_reg(uop.reg[0], aux);
     Ok(())
@@ -283,7 +281,6 @@ fn rdpmc(cpu: &mut Cpu, _uop: &Uop) -> Exec {
 // ---- random numbers -----------------------------------------------------------------------------------------------------------------
 
 fn rdrand<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    require(cpu, Feature::Rdrand)?;
     if cpu.control.intercepts(intercept::RDRAND) {
         return Err(cpu.exit(code::RDRAND, 0));
     }
@@ -291,7 +288,6 @@ fn rdrand<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 }
 
 fn rdseed<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    require(cpu, Feature::Rdseed)?;
     if cpu.control.intercepts(intercept::RDSEED) {
         return Err(cpu.exit(code::RDSEED, 0));
     }
@@ -312,14 +308,6 @@ fn host_entropy() -> Option<u64> {
     // SAFETY: the buffer is ours and as long as the call is told.
     let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), libc::GRND_NONBLOCK) };
     (got == bytes.len() as isize).then(|| u64::from_le_bytes(bytes))
-}
-
-fn require(cpu: &mut Cpu, feature: Feature) -> Exec {
-    if cpu.model.has(feature) {
-        Ok(())
-    } else {
-        Err(cpu.undefined())
-    }
 }
 
 #[cfg(test)]

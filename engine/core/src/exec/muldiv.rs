@@ -8,7 +8,6 @@ use super::select::{in_memory, is_immediate, width, InMemory, InRegister, Source
 use crate::cpu::{CodeSize, Cpu};
 use crate::fault::vector;
 use crate::flags::Flags;
-use crate::model::features::Feature;
 use crate::state::gpr;
 use crate::uop::{Exec, Handler, RegOffset, Uop};
 use crate::word::Word;
@@ -78,7 +77,7 @@ fn multiply<W: Word>(a: W, b: W) -> (W, W) {
 
 /// Low and high half of the signed product.
 #[inline(always)]
-fn multiply_signed<W: Word>(a: W, b: W) -> (W, W) {
+pub fn multiply_signed<W: Word>(a: W, b: W) -> (W, W) {
     let (a, b) = (a.sign_extend() as i64, b.sign_extend() as i64);
     if W::BITS == 64 {
         let product = i128::from(a) * i128::from(b);
@@ -111,15 +110,21 @@ impl Accumulate for Imul {
     #[inline(always)]
     fn apply<W: Word>(_: Flags, low: W, _: W, source: W) -> Option<(W, W, Flags)> {
         let (low, high) = multiply_signed(low, source);
-        Some((low, high, product_flags(low, exceeds_sign(low, high))))
+        Some((low, high, signed_product_flags(low, high)))
     }
+}
+
+/// Flags of a signed product in two halves.
+#[inline(always)]
+pub fn signed_product_flags<W: Word>(low: W, high: W) -> Flags {
+    product_flags(low, exceeds_sign(low, high))
 }
 
 #[inline(always)]
 fn set_product<W: Word>(cpu: &mut Cpu, uop: &Uop, a: W, b: W) {
     let (low, high) = multiply_signed(a, b);
     cpu.set_reg(uop.reg[0], low);
-    cpu.flags = product_flags(low, exceeds_sign(low, high));
+    cpu.flags = signed_product_flags(low, high);
 }
 
 fn imul<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
@@ -136,7 +141,7 @@ fn imul_immediate<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 
 /// Where both destinations are one register, it gets the high half.
 fn mulx<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_vex(Feature::Bmi2)?;
+    cpu.require_vex()?;
     let source = S::get::<W>(cpu, uop, 2)?;
     let (low, high) = multiply(cpu.reg::<W>(RDX), source);
     cpu.set_reg(uop.reg[1], low);

@@ -8,7 +8,6 @@ use iced_x86::{Instruction, Mnemonic};
 use super::select::{in_memory, is_immediate, width, Source};
 use crate::cpu::{CodeSize, Cpu};
 use crate::flags::Flags;
-use crate::model::features::Feature;
 use crate::state::gpr;
 use crate::uop::{Exec, Handler, RegOffset, Uop};
 use crate::word::Word;
@@ -37,20 +36,20 @@ pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
 
 /// The bits of a count that shifts of a width look at.
 #[inline(always)]
-fn mask_count<W: Word>(count: u8) -> u32 {
+pub fn mask_count<W: Word>(count: u8) -> u32 {
     u32::from(count) & if W::BITS == 64 { 63 } else { 31 }
 }
 
 /// A shift or rotate by a masked count that is not zero.
-trait Shift {
+pub trait Shift {
     fn apply<W: Word>(flags: Flags, a: W, count: u32) -> (W, Flags);
 }
 
-struct Shl;
-struct Shr;
-struct Sar;
-struct Rol;
-struct Ror;
+pub struct Shl;
+pub struct Shr;
+pub struct Sar;
+pub struct Rol;
+pub struct Ror;
 struct Rcl;
 struct Rcr;
 
@@ -158,12 +157,12 @@ fn shift<O: Shift>(insn: &Instruction) -> Option<Handler> {
 }
 
 /// Where the count is.
-trait Count {
+pub trait Count: 'static {
     fn get(cpu: &Cpu, uop: &Uop) -> u8;
 }
 
-struct ByImmediate;
-struct ByCl;
+pub struct ByImmediate;
+pub struct ByCl;
 
 impl Count for ByImmediate {
     #[inline(always)]
@@ -181,7 +180,7 @@ impl Count for ByCl {
 
 /// A count of zero still writes the destination, which clears the upper half of a 32-bit register.
 #[inline(always)]
-fn apply<O: Shift, W: Word>(flags: Flags, a: W, count: u32) -> (W, Flags) {
+pub fn apply<O: Shift, W: Word>(flags: Flags, a: W, count: u32) -> (W, Flags) {
     if count == 0 {
         return (a, flags);
     }
@@ -278,7 +277,7 @@ fn double_m<O: DoubleShift, C: Count, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec
 // ---- BMI2 -----------------------------------------------------------------------------------------------------------------------------
 
 fn flagless<O: Shift, S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_vex(Feature::Bmi2)?;
+    cpu.require_vex()?;
     let a = S::get::<W>(cpu, uop, 1)?;
     let count = mask_count::<W>(cpu.reg(uop.reg[2]));
     let (result, _) = apply::<O, W>(cpu.flags, a, count);
@@ -287,7 +286,7 @@ fn flagless<O: Shift, S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 }
 
 fn rorx<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_vex(Feature::Bmi2)?;
+    cpu.require_vex()?;
     let a = S::get::<W>(cpu, uop, 1)?;
     let (result, _) = apply::<Ror, W>(cpu.flags, a, mask_count::<W>(uop.imm as u8));
     cpu.set_reg(uop.reg[0], result);

@@ -78,7 +78,7 @@ features! {
         6 FdpExcptnOnly "fdp-excptn-only" no, 7 Smep "smep" yes, 8 Bmi2 "bmi2" yes, 9 Erms "erms" yes, 10 Invpcid "invpcid" yes,
         11 Rtm "rtm" no, 12 Cqm "cqm" no, 13 ZeroFcsFds "zero-fcs-fds" yes, 14 Mpx "mpx" no, 15 RdtA "rdt-a" no, 16 Avx512f "avx512f" no,
         17 Avx512dq "avx512dq" no, 18 Rdseed "rdseed" yes, 19 Adx "adx" yes, 20 Smap "smap" yes, 23 Clflushopt "clflushopt" yes,
-        24 Clwb "clwb" yes, 25 IntelPt "intel-pt" no, 28 Avx512cd "avx512cd" no, 29 ShaNi "sha-ni" no, 30 Avx512bw "avx512bw" no,
+        24 Clwb "clwb" yes, 25 IntelPt "intel-pt" no, 28 Avx512cd "avx512cd" no, 29 ShaNi "sha-ni" yes, 30 Avx512bw "avx512bw" no,
         31 Avx512vl "avx512vl" no,
     }
     0x7 . 0 ECX {

@@ -28,6 +28,12 @@ pub const DATA: u64 = 0x10_0000;
 pub const DATA_SIZE: usize = 0x4000;
 
 const PAGE: u64 = 4096;
+
+/// The default model with the instructions of other parts.
+pub fn every_instruction() -> Model {
+    let missing = ["sha-ni"];
+    Model::new("cascadelake", &missing.map(|name| (name.to_owned(), true))).expect("implemented features")
+}
 const PRESENT_WRITABLE_USER_DIRTY: u64 = 0x67;
 
 /// One CPU with 4 MB of RAM, flat segments and CPL 0.
@@ -48,7 +54,7 @@ impl Machine {
         let ram = Arc::new(Region::new(RAM_SIZE).expect("a memfd"));
         let npt = NestedPageTable::default();
         npt.map(0, RAM_SIZE as u64, &ram, 0, right::READ | right::WRITE | right::EXECUTE).expect("an aligned range");
-        let mut cpu = Cpu::new(Arc::new(Model::default()), Clock::default());
+        let mut cpu = Cpu::new(Arc::new(every_instruction()), Clock::default());
         cpu.npt = Arc::new(npt);
         let mut machine = Machine { cpu, ram, next_table: TABLES + PAGE };
         machine.set_mode(size);
@@ -151,7 +157,7 @@ impl Machine {
     pub fn step(&mut self) -> Exec {
         let block = block::decode(&mut self.cpu)?;
         let uop = block.uops[0];
-        match (uop.run)(&mut self.cpu, &uop) {
+        match block.reference[0](&mut self.cpu, &uop) {
             Ok(()) | Err(Stop::Leave) => {
                 let next = self.cpu.rip_at(uop.next_offset());
                 self.cpu.set_rip(next);

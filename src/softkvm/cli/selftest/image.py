@@ -38,6 +38,7 @@ _PF_PRESENT, _PF_WRITE = 1 << 0, 1 << 1
 _LAPIC_PHYSICAL = 0xFEE00000
 _LAPIC_EOI, _LAPIC_SVR, _LAPIC_TIMER, _LAPIC_INITIAL, _LAPIC_DIVIDE = (_LAPIC + offset for offset in (0xB0, 0xF0, 0x320, 0x380, 0x3E0))
 _TIMER_VECTOR, _TIMER_COUNT = 0x40, 100_000
+_PIC_MASKS = (0x21, 0xA1)
 _DIVIDE_BY_1 = 0xB
 _APIC_ENABLED = 0x1FF
 
@@ -294,6 +295,10 @@ def _test_paging(asm: Assembler) -> None:
 
 
 def _test_timer(asm: Assembler) -> None:
+    for port in _PIC_MASKS:  # a firmware may have left the PIC's timer running
+        asm.mov("edx", port)
+        asm.mov("eax", 0xFF)
+        asm.do("out dx, al")
     asm.store(_LAPIC_SVR, _APIC_ENABLED)
     asm.store(_LAPIC_DIVIDE, _DIVIDE_BY_1)
     asm.store(_LAPIC_TIMER, _TIMER_VECTOR)  # one shot

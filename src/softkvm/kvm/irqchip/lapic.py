@@ -84,16 +84,12 @@ class Lapic(LapicCore):
         writer(self, value)
 
     def _read(self, number: int) -> int:
-        if number in BITMAPS:
-            bitmap = (self.isr, self.tmr, self.irr)[number - Reg.ISR >> 3]
-            return bitmap >> 32 * (number & 7) & _U32
-        if number == Reg.TIMER_CURRENT:
-            return self.apic_timer.current_count()
-        if number == Reg.TIMER_INITIAL:
-            return self.apic_timer.initial_count
-        if number == Reg.PPR:
-            return self.ppr()
-        return self.regs[number]
+        reader = _READERS.get(number)
+        return self.regs[number] if reader is None else reader(self, number)
+
+    def _read_bitmap(self, number: int) -> int:
+        bitmap = (self.isr, self.tmr, self.irr)[number - Reg.ISR >> 3]
+        return bitmap >> 32 * (number & 7) & _U32
 
     def _write_id(self, value: int) -> None:
         self.regs[Reg.ID] = value & 0xFF00_0000
@@ -225,6 +221,13 @@ def _lvt_writer(register: int) -> Callable[[Lapic, int], None]:
     return lambda lapic, value: lapic._write_lvt(register, value)
 
 
+_READERS: dict[int, Callable[[Lapic, int], int]] = {
+    **dict.fromkeys(BITMAPS, Lapic._read_bitmap),
+    Reg.TIMER_CURRENT: lambda lapic, number: lapic.apic_timer.current_count(),
+    Reg.TIMER_INITIAL: lambda lapic, number: lapic.apic_timer.initial_count,
+    Reg.PPR: lambda lapic, number: lapic.ppr(),
+}
+"""Registers that are not kept as such."""
 _COMMON_WRITERS: dict[int, Callable[[Lapic, int], None]] = {
     Reg.TPR: Lapic._write_tpr,
     Reg.EOI: Lapic._write_eoi,

@@ -281,6 +281,10 @@ class Pit:
             self._reinject = reinject
             self._reset_reinject()
 
+    def close(self) -> None:
+        """Tick no more."""
+        self._timer.cancel()
+
     # --- State ------------------------------------------------------------------------------------------------------------------
 
     def get_state(self) -> PitState2:

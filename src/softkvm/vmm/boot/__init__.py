@@ -1,5 +1,6 @@
-"""Getting a kernel started: image formats, the Linux 64-bit boot protocol, and the state of the boot CPU at its entry."""
+"""Getting a kernel started: image formats, boot protocols, and the state of the boot CPU at the entry."""
 
 from softkvm.vmm.boot.image import Kernel, read_kernel
+from softkvm.vmm.boot.protocol import Bootable, read
 
-__all__ = ["Kernel", "read_kernel"]
+__all__ = ["Bootable", "Kernel", "read", "read_kernel"]

@@ -38,16 +38,25 @@ class Kernel:
     """Longest command line in bytes, without its terminator."""
 
 
-def read_kernel(path: Path, ram_end: int) -> Kernel:
-    """Read a bzImage or an ELF vmlinux for a machine whose low RAM ends at `ram_end`; ConfigError says what is wrong with it."""
-    from softkvm.vmm.boot import bzimage, vmlinux
-
+def read_file(path: Path) -> bytes:
+    """The content of an image file; ConfigError if it cannot be read."""
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError as error:
         raise ConfigError(f"there is no kernel file {path}") from error
     except OSError as error:
         raise ConfigError(f"the kernel file {path} cannot be read: {error.strerror}") from error
+
+
+def read_kernel(path: Path, ram_end: int) -> Kernel:
+    """Read a bzImage or an ELF vmlinux for a machine whose low RAM ends at `ram_end`; ConfigError says what is wrong with it."""
+    return parse_kernel(read_file(path), path, ram_end)
+
+
+def parse_kernel(data: bytes, path: Path, ram_end: int) -> Kernel:
+    """`read_kernel` for a file that was read already."""
+    from softkvm.vmm.boot import bzimage, vmlinux
+
     if data.startswith(_ELF_MAGIC):
         return vmlinux.parse(data, path, ram_end)
     return bzimage.parse(data, path, ram_end)

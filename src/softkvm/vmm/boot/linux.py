@@ -21,6 +21,16 @@ _TABLE = 0x1000
 _DIRECTORIES = 4  # of 1 GB each
 _PAGE = 4096
 
+DEFAULT_PARAMETERS = b"console=ttyS0"
+"""Goes before a command line that names no console."""
+
+
+def with_console(command_line: bytes) -> bytes:
+    """The command line, behind the default console unless it names one."""
+    if any(word.startswith(b"console=") for word in command_line.split()):
+        return command_line
+    return b" ".join([DEFAULT_PARAMETERS, command_line]).rstrip()
+
 
 def load(memory: GuestMemory, kernel: Kernel, initrd: bytes | None, command_line: bytes, cpus: int) -> None:
     """Put it all into memory; ConfigError if the initrd or the command line do not fit."""

@@ -3,7 +3,6 @@
 use iced_x86::{Code, Instruction};
 
 use crate::cpu::Cpu;
-use crate::model::Feature;
 use crate::state::{cr4, interruptibility, rflags};
 use crate::uop::{Exec, Handler, Stop, Uop};
 
@@ -80,7 +79,7 @@ fn allow_user_pages(cpu: &mut Cpu, _uop: &Uop) -> Exec {
 
 #[inline(always)]
 fn require_smap(cpu: &mut Cpu) -> Exec {
-    if !cpu.model.has(Feature::Smap) || cpu.cpl() != 0 {
+    if cpu.cpl() != 0 {
         return Err(cpu.undefined());
     }
     Ok(())

@@ -3,7 +3,6 @@
 use iced_x86::{Code, Instruction};
 
 use crate::cpu::{pending, Cpu};
-use crate::model::Feature;
 use crate::state::activity;
 use crate::uop::{Exec, Handler, Stop, Uop};
 use crate::virt::control::intercept;
@@ -29,7 +28,7 @@ fn halt(cpu: &mut Cpu, _uop: &Uop) -> Exec {
 }
 
 fn require_monitor(cpu: &mut Cpu) -> Exec {
-    if !cpu.model.has(Feature::Monitor) || cpu.cpl() != 0 {
+    if cpu.cpl() != 0 {
         return Err(cpu.undefined());
     }
     Ok(())

@@ -4,7 +4,6 @@ use iced_x86::{Code, Instruction};
 
 use super::load::PCID;
 use crate::cpu::Cpu;
-use crate::model::Feature;
 use crate::paging::{canonical, AccessKind};
 use crate::state::cr4;
 use crate::uop::{Exec, Handler, Stop, Uop};
@@ -50,9 +49,6 @@ enum Scope {
 }
 
 fn invalidate_pcid<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    if !cpu.model.has(Feature::Invpcid) {
-        return Err(cpu.undefined());
-    }
     cpu.require_cpl0()?;
     if cpu.control.intercepts(intercept::INVPCID) {
         return Err(exit_invpcid(cpu, uop));

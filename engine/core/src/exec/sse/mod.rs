@@ -1,4 +1,4 @@
-//! MMX and SSE up to SSE4.2, with AES, PCLMULQDQ, SHA and CRC32 beside them (SDM vol. 1, ch. 9-12; vol. 2).
+//! MMX and SSE up to SSE4.2, with AES, PCLMULQDQ and SHA beside them (SDM vol. 1, ch. 9-12; vol. 2).
 //!
 //! Integer operations are portable functions on lanes of `[u8; N]`: 8 bytes are an MMX register, 16 an XMM register, and each half of a
 //! YMM register once VEX encodings exist, because AVX2 works on halves. Floating point runs on the host's own SSE2 under the guest's
@@ -10,7 +10,6 @@ mod clmul;
 mod compare;
 mod control;
 mod convert;
-mod crc32;
 mod extend;
 mod extract;
 mod float;
@@ -33,7 +32,7 @@ use crate::uop::Handler;
 
 /// The handler of an instruction of this family.
 pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
-    const FAMILIES: [fn(&Instruction) -> Option<Handler>; 18] = [
+    const FAMILIES: [fn(&Instruction) -> Option<Handler>; 17] = [
         moves::handler,
         integer::handler,
         control::handler,
@@ -48,7 +47,6 @@ pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
         extend::handler,
         round::handler,
         string::handler,
-        crc32::handler,
         aes::handler,
         clmul::handler,
         sha::handler,

@@ -8,7 +8,6 @@ use super::component::{area_size, bit, places, EXTENDED};
 use super::fxsave::{offset, put_mxcsr, put_x87, put_xmm, LEGACY_SIZE};
 use crate::cpu::Cpu;
 use crate::fault::vector;
-use crate::model::Feature;
 use crate::paging::AccessKind;
 use crate::state::{cr0, cr4, gpr};
 use crate::uop::{Exec, Handler, Uop};
@@ -26,8 +25,8 @@ pub fn handler(insn: &Instruction) -> Option<Handler> {
     Some(match insn.code() {
         Code::Xsave_mem => xsave::<false, false>,
         Code::Xsave64_mem => xsave::<true, false>,
-        Code::Xsaveopt_mem => xsaveopt::<false>,
-        Code::Xsaveopt64_mem => xsaveopt::<true>,
+        Code::Xsaveopt_mem => xsave::<false, true>,
+        Code::Xsaveopt64_mem => xsave::<true, true>,
         Code::Xsavec_mem => xsavec::<false>,
         Code::Xsavec64_mem => xsavec::<true>,
         _ => return None,
@@ -110,17 +109,7 @@ fn xsave<const WIDE: bool, const INIT: bool>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     cpu.write(segment, la + XSTATE_BV as u64, old & !requested | in_use & requested)
 }
 
-fn xsaveopt<const WIDE: bool>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    if !cpu.model.has(Feature::Xsaveopt) {
-        return Err(cpu.undefined());
-    }
-    xsave::<WIDE, true>(cpu, uop)
-}
-
 fn xsavec<const WIDE: bool>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    if !cpu.model.has(Feature::Xsavec) {
-        return Err(cpu.undefined());
-    }
     cpu.require_xsave()?;
     let requested = cpu.requested_components();
     let size = area_size(requested, true);

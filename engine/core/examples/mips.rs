@@ -1,0 +1,83 @@
+//! Millions of guest instructions per second on small loops: `cargo run --release --example mips`.
+
+use std::alloc::{alloc_zeroed, Layout};
+use std::sync::Arc;
+use std::time::Instant;
+
+use softkvm_engine::memory::nested::NestedPageTable;
+use softkvm_engine::memory::region::Region;
+use softkvm_engine::model::Model;
+use softkvm_engine::state::{cr0, cr4, efer, rights, seg, Segment, State};
+use softkvm_engine::virt::control::Block;
+use softkvm_engine::virt::entry::Core;
+
+const RAM: usize = 4 << 20;
+const TABLES: usize = 0x10_0000;
+const CODE: usize = 0x1000;
+const INSTRUCTIONS: u64 = 400_000_000;
+
+fn state() -> State {
+    let mut state = State::default();
+    let flat = rights::PRESENT | rights::S | rights::RW | rights::ACCESSED | rights::GRANULARITY;
+    for number in 0..6 {
+        let kind = if number == seg::CS { rights::CODE | rights::LONG } else { rights::DB };
+        state.segments[number] = Segment::new(8, flat | kind, u32::MAX, 0);
+    }
+    state.rip = CODE as u64;
+    state.rflags = 2;
+    state.cr0 = cr0::PE | cr0::PG | cr0::ET;
+    state.cr4 = cr4::PAE | cr4::OSFXSR;
+    state.cr3 = TABLES as u64;
+    state.efer = efer::LME | efer::LMA;
+    state.gpr = [0; 16];
+    state.gpr[4] = 0x8_0000;
+    state.gpr[6] = 0x4_0000;
+    state.gpr[7] = 0x5_0000;
+    state
+}
+
+fn run(name: &str, code: &[u8]) {
+    let ram = Arc::new(Region::new(RAM).unwrap());
+    // SAFETY: the tables and the code lie inside the region.
+    unsafe {
+        for level in 0..2 {
+            let table = ram.start().add(TABLES + level * 0x1000).cast::<u64>();
+            table.write((TABLES + (level + 1) * 0x1000) as u64 | 7);
+        }
+        ram.start().add(TABLES + 0x2000).cast::<u64>().write(0x87 | 0 << 21);
+        ram.start().add(TABLES + 0x2008).cast::<u64>().write(0x87 | 1 << 21);
+        code.as_ptr().copy_to(ram.start().add(CODE), code.len());
+    }
+    let npt = Arc::new(NestedPageTable::default());
+    npt.map(0, RAM as u64, &ram, 0, 7).unwrap();
+    let mut core = Core::new(Arc::new(Model::new("cascadelake", &[]).unwrap()), 0);
+    // SAFETY: zeroes are a valid block; it lives until the process ends.
+    let block = unsafe { &mut *alloc_zeroed(Layout::new::<Block>()).cast::<Block>() };
+    block.state = state();
+    block.control.tsc_multiplier = 1 << 48;
+    let start = Instant::now();
+    let mut done = 0;
+    while done < INSTRUCTIONS {
+        // SAFETY: the block is ours alone.
+        let reason = unsafe { core.enter(block, &npt) };
+        assert_eq!(reason, 1, "{name}: unexpected exit {reason} at {:#x}", block.state.rip);
+        done += block.exit.instructions;
+    }
+    let seconds = start.elapsed().as_secs_f64();
+    println!("{name:12} {:7.0} MIPS", done as f64 / seconds / 1e6);
+}
+
+fn main() {
+    // add rax, rbx; xor rcx, rax; sub rdx, rcx; lea rbx, [rbx+rcx]; and rax, rdx; dec r8; jnz
+    run(
+        "alu",
+        &[
+            0x48, 0x01, 0xd8, 0x48, 0x31, 0xc1, 0x48, 0x29, 0xca, 0x48, 0x8d, 0x1c, 0x0b, 0x48, 0x21, 0xd0, 0x49, 0xff, 0xc8, 0x75, 0xee,
+            0xeb, 0xec,
+        ],
+    );
+    // mov rax, [rsi]; add rax, 1; mov [rdi], rax; cmp rax, rcx; jne
+    run("load-store", &[0x48, 0x8b, 0x06, 0x48, 0x83, 0xc0, 0x01, 0x48, 0x89, 0x07, 0x48, 0x39, 0xc8, 0x75, 0xf1, 0xeb, 0xef]);
+    // push rax; pop rbx; call +2; jmp -9; ret
+    run("call-ret", &[0x50, 0x5b, 0xe8, 0x02, 0x00, 0x00, 0x00, 0xeb, 0xf7, 0xc3]);
+}

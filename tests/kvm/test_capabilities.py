@@ -1,0 +1,36 @@
+"""KVM_CHECK_EXTENSION: what is there has a value, what is not there is 0."""
+
+from __future__ import annotations
+
+import pytest
+
+from softkvm.kvm import Vm, capabilities
+from softkvm.uapi import kvm as uapi
+
+
+@pytest.mark.parametrize(
+    ("cap", "expected"),
+    [
+        (uapi.KVM_CAP_MAX_VCPUS, capabilities.MAX_VCPUS),
+        (uapi.KVM_CAP_MCE, 32),
+        (uapi.KVM_CAP_X2APIC_API, 3),
+        (uapi.KVM_CAP_SYNC_REGS, 7),
+        (uapi.KVM_CAP_REINJECT_CONTROL, 1),
+        (uapi.KVM_CAP_X86_SMM, 0),
+        (1 << 31, 0),
+    ],
+)
+def test_values(cap: int, expected: int) -> None:
+    assert capabilities.check(cap) == expected
+
+
+def test_x2apic_api_is_two_switches(vm: Vm) -> None:
+    def enable(flags: int) -> None:
+        vm.enable_cap(uapi.EnableCap(cap=uapi.KVM_CAP_X2APIC_API, args=(flags, 0, 0, 0)))
+
+    enable(capabilities.X2APIC_API_DISABLE_BROADCAST_QUIRK)
+    assert (vm.routing.x2apic_format, vm.routing.x2apic_broadcast_quirk) == (False, False)
+    enable(capabilities.X2APIC_API_USE_32BIT_IDS)
+    assert (vm.routing.x2apic_format, vm.routing.x2apic_broadcast_quirk) == (True, False)
+    with pytest.raises(OSError, match="no such capability"):
+        enable(4)
