@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
@@ -23,8 +24,16 @@ from tests.host.doubles import File, nothing
 
 
 class Guest:
-    def __init__(self) -> None:
+    """A vCPU that tells what is asked of it."""
+
+    def __init__(self, schedule: Callable[[], object] = lambda: None) -> None:
         self.signal_exits = 0
+        self.on_schedule = schedule
+
+    def notice_flags(self) -> None: ...
+
+    def schedule(self) -> None:
+        self.on_schedule()
 
     def handle_signal_exit(self) -> None:
         self.signal_exits += 1
@@ -111,7 +120,7 @@ def test_exit_work_runs_however_the_call_ends(file: File, error: BaseException) 
 def test_a_call_inside_of_kvm_run_leaves_the_signal_for_it(file: File) -> None:
     """A probe that reads the vCPU's registers in the middle of KVM_RUN must not eat the kick that is to end it."""
     task = Task()
-    task.kick = lambda: None
+    task.guest = Guest()
     task.set_flag(TIF_SIGPENDING)
     file.call(task, nothing)
     assert task.flags == TIF_SIGPENDING
@@ -178,7 +187,7 @@ def test_transfer_does_work_until_nothing_is_pending() -> None:
         task.set_flag(TIF_NEED_RESCHED)
         task.add_work(lambda: done.append(2))
 
-    task.reschedule = lambda: done.append("schedule")
+    task.guest = Guest(lambda: done.append("schedule"))
     task.add_work(first)
     task.set_flag(TIF_NEED_RESCHED)
     assert entry.xfer_to_guest_mode(task, Guest()) == 0
@@ -214,7 +223,7 @@ def test_an_interrupt_preempts_the_kernel_only_with_interrupts_on_and_preempt_co
         task.context = 0
         task.irqs_off = task.lockdep_irqs_off = irqs_off
         task.preempt_count = count
-        task.reschedule = lambda name=name: scheduled.append(name)
+        task.guest = Guest(partial(scheduled.append, name))
         interrupted(task, lambda task=task: task.set_flag(TIF_NEED_RESCHED))  # type: ignore[misc]
         assert task.irqs_off is irqs_off
     assert scheduled == ["preempted"]

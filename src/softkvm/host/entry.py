@@ -69,7 +69,7 @@ def syscall_bare(task: Task, file: File, nr: int, command: int, args: tuple[Any,
 
 def _exit_bare(task: Task) -> None:
     """The exit loop and the user-return notifiers, unless KVM itself has made the call in the middle of KVM_RUN."""
-    if task.kick is None:
+    if task.guest is None:
         local_irq_disable(task)
         try:
             exit_to_user_mode_prepare(task)
@@ -84,7 +84,7 @@ def syscall(task: Task, file: File, nr: int, command: int, args: tuple[Any, ...]
     Raises what the handler raises, what a hook raises, and Killed if a filter kills the caller. A call made inside of another one (by a
     probe in the middle of KVM_RUN, say) crosses nothing and goes straight to its handler.
     """
-    if task.call is not None or task.kick is not None:
+    if task.call is not None or task.guest is not None:
         with instrumentation():
             return handler(file, *args)
     task.call = call = Call(file, nr, command, args, handler)
@@ -221,10 +221,10 @@ def exit_to_user_mode(task: Task) -> None:
 
 
 def schedule(task: Task) -> None:
-    """`schedule()`: let others have the processor if they want it."""
+    """`schedule()`: let others have the core. In user space a task holds none that they could not take."""
     task.clear_flag(TIF_NEED_RESCHED)
-    if task.reschedule is not None:
-        task.reschedule()
+    if task.guest is not None:
+        task.guest.schedule()
 
 
 def do_signal(task: Task) -> None:

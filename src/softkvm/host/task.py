@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from softkvm.host.call import Call
@@ -29,8 +29,18 @@ CONTEXT_NAMES = ("kernel", "idle", "user", "guest")
 TaskWork = Callable[[], None]
 
 
+class Guest(Protocol):
+    """What a task runs in KVM_RUN."""
+
+    def notice_flags(self) -> None:
+        """The task's flags have changed: leave guest mode or a wait, so that they are seen; called by any thread."""
+
+    def schedule(self) -> None:
+        """Give the core to those who have waited longer, if there are any."""
+
+
 class Task:
-    """One thread: `flags` are TIF_* bits; `kick`, when set, makes its guest leave so that the flags are seen."""
+    """One thread: `flags` are TIF_* bits; `guest` is the vCPU whose KVM_RUN it is in."""
 
     __slots__ = (
         "_lock",
@@ -42,22 +52,22 @@ class Task:
         "context_since",
         "context_times",
         "flags",
+        "guest",
         "irqs_off",
-        "kick",
         "lockdep_irqs_off",
         "preempt_count",
         "rcu_irq_nesting",
-        "reschedule",
         "rseq",
+        "run_delay",
         "tid",
     )
 
     def __init__(self) -> None:
         """The task of the thread that makes it, in user space."""
         self.flags = 0
-        self.kick: Callable[[], None] | None = None
-        self.reschedule: Callable[[], None] | None = None
-        """Give the processor to another task; set by who occupies one that others may want."""
+        self.guest: Guest | None = None
+        self.run_delay = 0
+        """Nanoseconds that the task has waited for a core (`sched_info.run_delay`)."""
         self.comm = threading.current_thread().name
         self.tid = threading.get_native_id()
         self.call: Call | None = None
@@ -83,9 +93,9 @@ class Task:
         """Set a TIF_* bit, from any thread, and make the task notice it soon."""
         with self._lock:
             self.flags |= flag
-        kick = self.kick
-        if kick is not None:
-            kick()
+        guest = self.guest
+        if guest is not None:
+            guest.notice_flags()
 
     def clear_flag(self, flag: int) -> bool:
         """Clear a TIF_* bit; True if it was set."""

@@ -252,12 +252,14 @@ def _wait(vcpu: Vcpu, task: Task) -> None:
             wakeup.clear()
             entry.interrupt(task, clock.run_expired)
             if runnable(vcpu) or task.flags & _WORK:
-                return
+                break
+            vcpu.vm.scheduler.sleep(vcpu)
             expiry = clock.first_expiry
             entry.idle(task, partial(wakeup.wait, None if expiry is None else max(0, expiry - clock.monotonic_ns()) / 1e9))
     finally:
         vcpu.blocked = False
         vcpu.account_steal_time()
+    vcpu.load()
 
 
 def runnable(vcpu: Vcpu) -> bool:

@@ -29,11 +29,14 @@ class System(KvmFile):
     fd_class = "system"
     ioctl_lock = nullcontext()
 
-    def __init__(self, model: silicon.Model | None = None, process: Process | None = None) -> None:
-        """KVM on cores of `model`, of Intel's Cascade Lake if none is given; opened by `process`, by a new one if none is given."""
+    def __init__(self, model: silicon.Model | None = None, process: Process | None = None, cores: int | None = None) -> None:
+        """KVM on cores of `model`, of Intel's Cascade Lake if none is given; opened by `process`, by a new one if none is given.
+
+        `cores` is how many cores the host has, for all VMs of this System; as many as they want if none is given.
+        """
         super().__init__(process if process is not None else Process())
         self.model = model if model is not None else silicon.Model(DEFAULT_MODEL)
-        self.scheduler = Scheduler(self.model)
+        self.scheduler = Scheduler(self.model, cores)
 
     @ioctl(uapi.KVM_GET_API_VERSION, zero)
     def get_api_version(self) -> int:

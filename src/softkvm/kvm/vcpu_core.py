@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
 from softkvm import silicon
 from softkvm.host import static_call
 from softkvm.host.sched import Cpu
-from softkvm.host.task import TIF_SIGPENDING, Task
+from softkvm.host.task import TIF_NEED_RESCHED, TIF_SIGPENDING, Task
 from softkvm.kvm import events, watch
 from softkvm.kvm.ioctl import KvmFile
 from softkvm.kvm.request import REQ_TRIPLE_FAULT
@@ -159,7 +159,7 @@ class VcpuCore(KvmFile):
         if task is not None:
             task.set_flag(TIF_SIGPENDING)
 
-    def _notice_flags(self) -> None:
+    def notice_flags(self) -> None:
         """The thread's flags have changed: look at them soon."""
         self.wakeup.set()
         self.kick_guest()
@@ -169,7 +169,7 @@ class VcpuCore(KvmFile):
     def attach(self, task: Task) -> None:
         """KVM_RUN begins in this thread: signals for the vCPU are its signals now. (`kick()` does it in the opposite order: one of the
         two sees the other.)"""
-        self.task, task.kick = task, self._notice_flags
+        self.task, task.guest = task, self
         if self._signalled:
             task.set_flag(TIF_SIGPENDING)
 
@@ -179,7 +179,7 @@ class VcpuCore(KvmFile):
         self.mode = OUTSIDE_GUEST_MODE
         task, self.task = self.task, None
         if task is not None:
-            task.kick = None
+            task.guest = None
 
     def load(self) -> None:
         """`vcpu_load()`: occupy a core. The vCPU keeps it after `KVM_RUN`, until `yield_core()`."""
@@ -196,6 +196,12 @@ class VcpuCore(KvmFile):
         self.has_run, self.cpu_index = True, cpu.index
         self.cpu = cpu
 
+    def sched_out(self) -> None:
+        """On no core any more."""
+        self._on_core = OnCore(None, {}, self._on_core.counters())
+        self._enter_by(self._not_loaded)
+        self.cpu = None
+
     def yield_core(self) -> bool:
         """`vcpu_put()`, for another vCPU that needs the core or at the end; False while a thread runs this one."""
         if not self.ioctl_lock.acquire(blocking=False):
@@ -203,12 +209,20 @@ class VcpuCore(KvmFile):
         try:
             if self.task is not None:
                 return False
-            self._on_core = OnCore(None, {}, self._on_core.counters())
-            self._enter_by(self._not_loaded)
-            self.cpu = None
+            self.sched_out()
         finally:
             self.ioctl_lock.release()
         return True
+
+    def set_need_resched(self) -> None:
+        """Others wait for the core, and the slice is over."""
+        task = self.task
+        if task is not None:
+            task.set_flag(TIF_NEED_RESCHED)
+
+    def schedule(self) -> None:
+        """Let others have the core; returns when the vCPU is on one again."""
+        self.vm.scheduler.schedule(self)
 
     def _enter_by(self, core_enter: Callable[[], int]) -> None:
         with self._enter_lock:
