@@ -1,6 +1,7 @@
 //! One CPU: the registers while they run, and everything that the core caches about the guest.
 
 pub mod clock;
+pub mod coherence;
 pub mod descriptor;
 pub mod dispatch;
 pub mod mode;

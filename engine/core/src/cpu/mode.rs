@@ -2,7 +2,6 @@
 
 use super::{pending, CodeSize, Cpu};
 use crate::fault::vector;
-use crate::memory::PAGE_OFFSET;
 use crate::paging::{AccessKind, Privilege};
 use crate::state::{cr0, cr4, efer, interruptibility, rflags, rights, seg};
 use crate::uop::Exec;
@@ -182,14 +181,5 @@ impl Cpu {
             bits |= pending::WINDOW;
         }
         self.pending = bits;
-    }
-
-    /// A host page that may hold translated code is about to be written at `la`.
-    pub fn note_code_write(&mut self, la: u64, host: *mut u8, bytes: usize) {
-        let at = host as u64;
-        debug_assert_eq!(at & PAGE_OFFSET, la & PAGE_OFFSET);
-        if self.code.holds_code(at) {
-            self.code.invalidate(at, bytes as u64);
-        }
     }
 }

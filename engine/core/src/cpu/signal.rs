@@ -1,7 +1,11 @@
 //! How other threads reach a core: interrupts that make it leave the guest, and shoot-downs of what it cached.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::decode::cache::line_mask;
+use crate::memory::code::AddressMap;
+use crate::memory::PAGE_OFFSET;
 
 /// Bits of `Signal::attention`.
 pub mod attention {
@@ -11,10 +15,29 @@ pub mod attention {
     pub const NESTED: u32 = 2;
     /// Somebody else wrote to guest RAM: drop the code that was made from it.
     pub const CODE: u32 = 4;
+    /// Somebody else translates code: let no store to its page go unchecked.
+    pub const PROTECT: u32 = 8;
+    /// Another core holds the bus lock: stand still.
+    pub const STOP: u32 = 16;
+    /// What `Cpu::shoot_down` acts on.
+    pub const SHOOT_DOWN: u32 = NESTED | CODE | PROTECT | STOP;
 }
 
-/// In the place of a range that was written: more was than the list holds, because the core has not looked for long.
-pub const EVERYWHERE: (u64, u64) = (0, u64::MAX);
+/// Pages that wait to be protected one by one; beyond that a flush of the TLB does for all.
+const PROTECT_MAX: usize = 64;
+
+/// Pages for which a core shall drop its write tags.
+#[derive(Default)]
+pub struct Protect {
+    pub pages: Vec<u64>,
+    /// More came than `pages` takes.
+    pub all: bool,
+    /// Requests so far.
+    requests: u64,
+}
+
+/// In the place of a written page: more were written than are told apart, because the core has not looked for long.
+pub const EVERY_PAGE: u64 = u64::MAX;
 const WRITTEN_MAX: usize = 256;
 
 /// The part of a core that any thread may touch.
@@ -23,8 +46,12 @@ pub struct Signal {
     attention: AtomicU32,
     running: AtomicBool,
     nested_seen: AtomicU64,
-    /// Host address ranges that devices or the hypervisor wrote.
-    written: Mutex<Vec<(u64, u64)>>,
+    /// Host pages that others wrote, each with its written lines.
+    written: Mutex<AddressMap<u64, u64>>,
+    protect: Mutex<Protect>,
+    /// Requests of `protect` that are done.
+    protected: AtomicU64,
+    standing: AtomicBool,
 }
 
 impl Signal {
@@ -52,21 +79,75 @@ impl Signal {
         }
     }
 
-    /// Tells the core that `[host, host + bytes)` was written behind its back.
+    /// Tells the core that `[host, host + bytes)`, which lies in one page, was written behind its back.
     pub fn wrote(&self, host: u64, bytes: u64) {
-        let mut written = self.written.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if written.len() < WRITTEN_MAX {
-            written.push((host, bytes));
-        } else {
-            *written.last_mut().expect("the list is full") = EVERYWHERE;
-        }
+        let page = host & !PAGE_OFFSET;
+        let mut written = lock(&self.written);
+        let told_apart = written.len() < WRITTEN_MAX || written.contains_key(&page);
+        *written.entry(if told_apart { page } else { EVERY_PAGE }).or_default() |= line_mask(host & PAGE_OFFSET, bytes);
         drop(written);
         self.attention.fetch_or(attention::CODE, Ordering::SeqCst);
     }
 
-    /// The core's own: the ranges that were written since the last call.
-    pub fn take_written(&self) -> Vec<(u64, u64)> {
-        std::mem::take(&mut *self.written.lock().unwrap_or_else(|poisoned| poisoned.into_inner()))
+    /// The core's own: the pages that were written since the last call, and which of their lines.
+    pub fn take_written(&self) -> AddressMap<u64, u64> {
+        std::mem::take(&mut *lock(&self.written))
+    }
+
+    /// Asks the core to drop its write tags for the host page `page`; returns the number of the request.
+    pub fn protect(&self, page: u64) -> u64 {
+        let mut protect = lock(&self.protect);
+        if protect.pages.len() < PROTECT_MAX {
+            protect.pages.push(page);
+        } else {
+            protect.all = true;
+        }
+        protect.requests += 1;
+        self.attention.fetch_or(attention::PROTECT, Ordering::SeqCst);
+        protect.requests
+    }
+
+    /// Whether the core makes no unchecked stores to the page of `request` any more. A core that does not run will see to it first thing.
+    pub fn has_protected(&self, request: u64) -> bool {
+        self.protected.load(Ordering::SeqCst) >= request || !self.running.load(Ordering::SeqCst)
+    }
+
+    /// The core's own: hands the pages to protect to `act`.
+    pub fn protect_with(&self, act: impl FnOnce(&Protect)) {
+        let taken = {
+            let mut protect = lock(&self.protect);
+            let requests = protect.requests;
+            std::mem::replace(&mut *protect, Protect { requests, ..Protect::default() })
+        };
+        act(&taken);
+        self.protected.store(taken.requests, Ordering::SeqCst);
+    }
+
+    /// Asks the core to stand still until [`Signal::go`]. The caller holds the bus lock.
+    pub fn stop(&self) {
+        self.attention.fetch_or(attention::STOP, Ordering::SeqCst);
+    }
+
+    /// Whether a core that was asked to stop does nothing. One that does not run stops before it does anything.
+    pub fn stands_still(&self) -> bool {
+        self.standing.load(Ordering::SeqCst) || !self.running.load(Ordering::SeqCst)
+    }
+
+    /// Ends [`Signal::stop`].
+    pub fn go(&self) {
+        self.attention.fetch_and(!attention::STOP, Ordering::SeqCst);
+    }
+
+    /// The core's own: waits as long as it is asked to stand still.
+    pub fn stand_still(&self) {
+        let stopped = || self.attention.load(Ordering::SeqCst) & attention::STOP != 0;
+        while stopped() {
+            self.standing.store(true, Ordering::SeqCst);
+            while stopped() {
+                std::thread::yield_now();
+            }
+            self.standing.store(false, Ordering::SeqCst);
+        }
     }
 
     /// The core's own: says whether it may hold translations, and of which generation.
@@ -80,6 +161,10 @@ impl Signal {
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -87,10 +172,11 @@ mod tests {
     #[test]
     fn a_core_that_does_not_look_costs_no_memory() {
         let signal = Signal::default();
-        (0..10_000).for_each(|n| signal.wrote(n * 64, 64));
+        (0..10_000).for_each(|page| signal.wrote(page << 12, 64));
         let written = signal.take_written();
-        assert_eq!((written.len(), written.last()), (WRITTEN_MAX, Some(&EVERYWHERE)));
-        signal.wrote(64, 8);
-        assert_eq!(signal.take_written(), [(64, 8)]);
+        assert_eq!(written.len(), WRITTEN_MAX + 1);
+        assert!(written.contains_key(&EVERY_PAGE));
+        signal.wrote(0x1040, 8);
+        assert_eq!(signal.take_written().into_iter().collect::<Vec<_>>(), [(0x1000, 2)]);
     }
 }

@@ -1,14 +1,13 @@
 //! The code cache: decoded blocks by host address, a jump cache by RIP, and which bytes of RAM they were made from.
 //!
-//! Self-modified code is found by physical page: a page with blocks loses its write tags in the TLB, so each store to it comes through
-//! `CodeCache::invalidate`. A block that dies has its micro-ops replaced, which stops it even while it runs.
+//! Self-modified code is found by physical page: a page with blocks loses its write tags in the TLB of every core (see
+//! [`crate::memory::code`]), so each store to it comes through `CodeCache::invalidate`. A block that dies has its micro-ops replaced, which
+//! stops it even while it runs.
 
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
-
-use super::block::{Block, Key};
+use super::block::{Block, Key, Link};
 use crate::cpu::CodeSize;
 use crate::exec;
+use crate::memory::code::{AddressMap, CodePages};
 use crate::memory::PAGE_OFFSET;
 use crate::uop::Handler;
 
@@ -18,39 +17,20 @@ const JUMP_SLOTS: usize = 1 << 14;
 const MAX_BLOCKS: usize = 1 << 18;
 /// Bytes of code that one bit of a page's line map stands for.
 const LINE_SHIFT: u32 = 6;
+/// Stores to a page whose blocks are all dead until it counts as data again. Fewer would make a page that is rewritten and run by turns
+/// change its nature each time.
+const IDLE_STORES: u32 = 64;
 
 /// Number of a block.
 pub type BlockId = u32;
 
-/// Multiplicative hashing: keys are addresses, and not the guest's choice alone.
-#[derive(Default)]
-pub struct AddressHasher(u64);
-
-impl Hasher for AddressHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.write_u8(*byte);
-        }
-    }
-    fn write_u8(&mut self, value: u8) {
-        self.write_u64(value.into());
-    }
-    fn write_u64(&mut self, value: u64) {
-        self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        self.0 ^= self.0 >> 32;
-    }
-}
-
-type AddressMap<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
-
-/// Blocks that were made from one host page.
+/// Blocks that were made from one host page, which this core has claimed.
 #[derive(Default)]
 struct CodePage {
     lines: u64,
     blocks: Vec<BlockId>,
+    /// Stores since the last block died.
+    idle_stores: u32,
 }
 
 #[derive(Clone, Copy)]
@@ -82,8 +62,8 @@ impl Default for CodeCache {
             blocks: Vec::new(),
             free: Vec::new(),
             dead: Vec::new(),
-            by_key: HashMap::default(),
-            pages: HashMap::default(),
+            by_key: AddressMap::default(),
+            pages: AddressMap::default(),
             jumps: vec![NO_JUMP; JUMP_SLOTS].into(),
             decoded: 0,
             invalidated: 0,
@@ -119,11 +99,8 @@ impl CodeCache {
         self.blocks[id as usize].as_deref_mut().map(std::ptr::from_mut)
     }
 
-    /// Adds a block; the caller takes write tags away from its pages (see [`CodeCache::holds_code`]).
+    /// Adds a block, whose pages the caller has claimed.
     pub fn insert(&mut self, block: Block) -> *mut Block {
-        if self.blocks.len() - self.free.len() >= MAX_BLOCKS {
-            self.clear();
-        }
         self.decoded += 1;
         let id = self.free.pop().unwrap_or_else(|| {
             self.blocks.push(None);
@@ -133,21 +110,47 @@ impl CodeCache {
             let entry = self.pages.entry(page).or_default();
             entry.lines |= lines;
             entry.blocks.push(id);
+            entry.idle_stores = 0;
         }
         self.by_key.insert(block.key, id);
         std::ptr::from_mut(self.blocks[id as usize].insert(Box::new(block)).as_mut())
     }
 
-    /// Whether the page of host address `host` holds translated code.
-    #[inline]
-    pub fn holds_code(&self, host: u64) -> bool {
-        self.pages.contains_key(&(host & !PAGE_OFFSET))
+    /// Claims the host page `page` for this core; false when cores may have write tags for it (see [`CodePages::claim`]).
+    pub fn claim(&mut self, page: u64, shared: &CodePages) -> bool {
+        if self.pages.contains_key(&page) {
+            return true;
+        }
+        self.pages.insert(page, CodePage::default());
+        shared.claim(page)
     }
 
-    /// Kills the blocks made from any line of `[host, host + bytes)`, which lies in one page.
-    pub fn invalidate(&mut self, host: u64, bytes: u64) {
-        let page = host & !PAGE_OFFSET;
-        let written = line_mask(host & PAGE_OFFSET, bytes);
+    /// This core wrote `lines` of `page`: kills the blocks made from them. A page that is only written has its claim taken back.
+    pub fn store(&mut self, page: u64, lines: u64, shared: &CodePages) {
+        self.invalidate(page, lines);
+        if let Some(entry) = self.pages.get_mut(&page).filter(|entry| entry.blocks.is_empty()) {
+            entry.idle_stores += 1;
+            if entry.idle_stores == IDLE_STORES {
+                self.release(page, shared);
+            }
+        }
+    }
+
+    /// Others wrote `lines` of `page`: kills the blocks made from them, and takes the claim back when none is left.
+    pub fn written(&mut self, page: u64, lines: u64, shared: &CodePages) {
+        self.invalidate(page, lines);
+        if self.pages.get(&page).is_some_and(|entry| entry.blocks.is_empty()) {
+            self.release(page, shared);
+        }
+    }
+
+    fn release(&mut self, page: u64, shared: &CodePages) {
+        self.pages.remove(&page);
+        shared.release(page);
+    }
+
+    /// Kills the blocks made from any of the lines `written` of a page.
+    fn invalidate(&mut self, page: u64, written: u64) {
         let Some(entry) = self.pages.get_mut(&page) else { return };
         if entry.lines & written == 0 {
             return;
@@ -170,27 +173,34 @@ impl CodeCache {
         }
     }
 
-    /// Forgets every block.
-    pub fn clear(&mut self) {
+    /// Forgets every block, and takes back every claim.
+    pub fn clear(&mut self, shared: &CodePages) {
         for id in 0..self.blocks.len() as BlockId {
             if self.blocks[id as usize].is_some() {
                 self.kill(id, u64::MAX);
             }
         }
-        self.pages.clear();
+        self.pages.drain().for_each(|(page, _)| shared.release(page));
         self.forget_jumps();
     }
 
-    /// Frees the blocks that died. No block may be running.
-    pub fn collect(&mut self) {
+    /// Frees the blocks that died, and makes room for another one. No block may be running.
+    pub fn collect(&mut self, shared: &CodePages) {
+        if self.blocks.len() - self.free.len() >= MAX_BLOCKS {
+            self.clear(shared);
+        }
         if self.dead.len() >= 1024 {
             self.forget_jumps();
             self.dead.clear();
         }
     }
 
+    /// Forgets every way to a block that does not go through `by_key`.
     fn forget_jumps(&mut self) {
         self.jumps.fill(NO_JUMP);
+        for block in self.blocks.iter_mut().flatten().chain(&mut self.dead) {
+            block.links = [Link::NONE; 2];
+        }
     }
 
     /// Takes a block out of every index but page `except`, which the caller keeps itself, and stops it where it runs.
@@ -236,7 +246,7 @@ fn spans(block: &Block) -> impl Iterator<Item = (u64, u64)> {
 }
 
 /// Bits of the lines that `[offset, offset + bytes)` of a page touches.
-fn line_mask(offset: u64, bytes: u64) -> u64 {
+pub fn line_mask(offset: u64, bytes: u64) -> u64 {
     if bytes == 0 {
         return 0;
     }

@@ -99,11 +99,19 @@ fn cmpxchg16b(cpu: &mut Cpu, uop: &Uop) -> Exec {
     let found = match cpu.chunk(uop.segment(), la, 16, AccessKind::Write)? {
         // SAFETY: `chunk` returned 16 bytes of mapped RAM, as aligned as `la` is.
         Some((host, _)) => unsafe { compare_exchange(host.cast(), expected, new) },
-        None => {
-            let found: u128 = cpu.read(uop.segment(), la)?;
-            cpu.write(uop.segment(), la, if found == expected { new } else { found })?;
-            found
-        }
+        None => match cpu.checked_ram(uop.segment(), la)? {
+            Some(host) => {
+                // SAFETY: `checked_ram` returned mapped RAM, as aligned as `la` is.
+                let found = unsafe { compare_exchange(host.cast(), expected, new) };
+                cpu.note_code_write(host, 16);
+                found
+            }
+            None => {
+                let found: u128 = cpu.read(uop.segment(), la)?;
+                cpu.write(uop.segment(), la, if found == expected { new } else { found })?;
+                found
+            }
+        },
     };
     if found != expected {
         cpu.set_gpr(gpr::RAX, found as u64);

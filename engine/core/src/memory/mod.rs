@@ -1,5 +1,6 @@
 //! Guest-physical memory: the RAM regions that back it, and the nested page table that maps it.
 
+pub mod code;
 pub mod nested;
 pub mod region;
 

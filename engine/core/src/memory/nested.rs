@@ -6,6 +6,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard, Weak};
 
+use super::code::CodePages;
 use super::region::Region;
 use super::{PAGE_OFFSET, PAGE_SIZE};
 use crate::cpu::signal::Signal;
@@ -110,12 +111,22 @@ pub struct NestedPageTable {
     tree: RwLock<Tree>,
     generation: AtomicU64,
     cores: Mutex<Vec<Weak<Signal>>>,
+    /// Pages with translated code of any core.
+    pub code: CodePages,
+    /// Held by the core that makes the others stand still.
+    pub bus: Mutex<()>,
 }
 
 impl Default for NestedPageTable {
     fn default() -> Self {
         let tree = Tree { root: table(TOP_ENTRIES), regions: Vec::new() };
-        NestedPageTable { tree: RwLock::new(tree), generation: AtomicU64::new(1), cores: Mutex::default() }
+        NestedPageTable {
+            tree: RwLock::new(tree),
+            generation: AtomicU64::new(1),
+            cores: Mutex::default(),
+            code: CodePages::default(),
+            bus: Mutex::default(),
+        }
     }
 }
 
@@ -172,16 +183,29 @@ impl NestedPageTable {
     /// Tells the cores that a device or the hypervisor wrote `[gpa, gpa + size)`, so that they drop code made from it.
     pub fn wrote(&self, gpa: u64, size: u64) -> Result<(), NestedError> {
         let end = gpa.checked_add(size).filter(|end| *end <= 1 << PHYSICAL_BITS).ok_or(NestedError::OutOfRange)?;
-        let cores = self.cores();
         let mut at = gpa;
         while at < end {
             let bytes = (PAGE_SIZE - (at & PAGE_OFFSET)).min(end - at);
             if let Some(leaf) = self.lookup(at) {
-                cores.iter().for_each(|core| core.wrote(leaf.host + (at & PAGE_OFFSET), bytes));
+                self.wrote_host(leaf.host + (at & PAGE_OFFSET), bytes, None);
             }
             at += bytes;
         }
         Ok(())
+    }
+
+    /// Tells all cores, except the one behind `writer`, that `[host, host + bytes)` of one page was written, if there is code in that page.
+    pub fn wrote_host(&self, host: u64, bytes: u64, writer: Option<&Signal>) {
+        if self.code.contains(host & !PAGE_OFFSET) {
+            self.cores_except(writer).iter().for_each(|core| core.wrote(host, bytes));
+        }
+    }
+
+    /// All cores on this table but the one behind `signal`.
+    pub fn cores_except(&self, signal: Option<&Signal>) -> Vec<Arc<Signal>> {
+        let mut cores = self.cores();
+        cores.retain(|core| !signal.is_some_and(|own| std::ptr::eq(own, Arc::as_ptr(core))));
+        cores
     }
 
     /// Where the page of `gpa` lives, if it is mapped.
@@ -202,6 +226,7 @@ impl NestedPageTable {
 
     /// Makes changes of this table reach the core behind `signal`.
     pub fn attach(&self, signal: &Arc<Signal>) {
+        let _bus = self.bus.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let mut cores = self.cores.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         cores.retain(|core| core.strong_count() > 0);
         if !cores.iter().any(|core| std::ptr::eq(core.as_ptr(), Arc::as_ptr(signal))) {

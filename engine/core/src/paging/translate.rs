@@ -122,7 +122,11 @@ impl Cpu {
     /// `host` must point to `W::BYTES` bytes of mapped guest RAM.
     #[inline(always)]
     unsafe fn modify_host<W: Word>(&mut self, uop: &Uop, host: *mut W, change: impl Fn(&mut Cpu, W) -> W) -> Exec {
-        if uop.has(flag::LOCK) && host.is_aligned() {
+        if uop.has(flag::LOCK) {
+            if !host.is_aligned() {
+                // SAFETY: the caller's promise is ours.
+                return self.with_bus_lock(|cpu| unsafe { cpu.replace(host, change) });
+            }
             // SAFETY: valid by the caller's promise, aligned by the test above.
             let mut old = unsafe { host.read_volatile() };
             loop {
@@ -134,6 +138,16 @@ impl Cpu {
                 }
             }
         }
+        // SAFETY: the caller's promise is ours.
+        unsafe { self.replace(host, change) }
+    }
+
+    /// Replaces a word in two accesses.
+    ///
+    /// # Safety
+    /// As for `modify_host`.
+    #[inline(always)]
+    unsafe fn replace<W: Word>(&mut self, host: *mut W, change: impl Fn(&mut Cpu, W) -> W) -> Exec {
         // SAFETY: valid by the caller's promise; unaligned accessors need no alignment.
         unsafe {
             let old = host.read_unaligned();
@@ -149,18 +163,34 @@ impl Cpu {
         let segment = uop.segment();
         if la & PAGE_OFFSET <= PAGE_SIZE - W::BYTES {
             if let Target::Ram(host) = self.target(segment, la, AccessKind::Write, self.privilege())? {
-                self.note_code_write(la, host, W::BYTES as usize);
                 // SAFETY: `target` just translated the page for writing, and the access is inside it.
-                return unsafe { self.modify_host(uop, host.cast(), change) };
+                unsafe { self.modify_host(uop, host.cast(), change)? };
+                self.note_code_write(host, W::BYTES as usize);
+                return Ok(());
             }
         } else {
             self.target(segment, la, AccessKind::Write, self.privilege())?;
             self.target(segment, (la | PAGE_OFFSET).wrapping_add(1), AccessKind::Write, self.privilege())?;
         }
-        let flags = self.flags;
-        let old: W = self.read(segment, la)?;
-        let new = change(self, old);
-        self.write(segment, la, new).inspect_err(|_| self.flags = flags)
+        let apart = |cpu: &mut Cpu| {
+            let flags = cpu.flags;
+            let old: W = cpu.read(segment, la)?;
+            let new = change(cpu, old);
+            cpu.write(segment, la, new).inspect_err(|_| cpu.flags = flags)
+        };
+        if uop.has(flag::LOCK) {
+            return self.with_bus_lock(apart);
+        }
+        apart(self)
+    }
+
+    /// Host address of RAM at `la` for a store that the TLB does not let through; the caller reports it with [`Cpu::note_code_write`].
+    /// `None` where there is a device.
+    pub fn checked_ram(&mut self, segment: usize, la: u64) -> Exec<Option<*mut u8>> {
+        Ok(match self.target(segment, la, AccessKind::Write, self.privilege())? {
+            Target::Ram(host) => Some(host),
+            Target::Device(_) => None,
+        })
     }
 
     /// Fails as a write of `bytes` at `la` would, without writing.
@@ -267,6 +297,9 @@ impl Cpu {
             let target = self.target(segment, la.wrapping_add(first as u64), AccessKind::Read, privilege)?;
             self.read_target(low_target, low)?;
             self.read_target(target, high)?;
+        } else if let Target::Ram(host) = low_target {
+            // SAFETY: `target` translated the page, and the access is inside it. One access, because other cores may write meanwhile.
+            return Ok(unsafe { host.cast::<T>().read_unaligned() });
         } else {
             self.read_target(low_target, low)?;
         }
@@ -286,10 +319,16 @@ impl Cpu {
         if !high.is_empty() {
             let next = la.wrapping_add(first as u64);
             let target = self.target(segment, next, AccessKind::Write, privilege)?;
-            self.write_target(la, low_target, low)?;
-            return self.write_target(next, target, high);
+            self.write_target(low_target, low)?;
+            return self.write_target(target, high);
         }
-        self.write_target(la, low_target, low)
+        if let Target::Ram(host) = low_target {
+            // SAFETY: as in `read_slow`.
+            unsafe { host.cast::<T>().write_unaligned(value) };
+            self.note_code_write(host, bytes);
+            return Ok(());
+        }
+        self.write_target(low_target, low)
     }
 
     fn read_target(&mut self, target: Target, buffer: &mut [u8]) -> Exec {
@@ -306,12 +345,12 @@ impl Cpu {
         Ok(())
     }
 
-    fn write_target(&mut self, la: u64, target: Target, buffer: &[u8]) -> Exec {
+    fn write_target(&mut self, target: Target, buffer: &[u8]) -> Exec {
         match target {
             Target::Ram(host) => {
-                self.note_code_write(la, host, buffer.len());
                 // SAFETY: `target` translated the page for writing, and the buffer is not longer than what is left of it.
                 unsafe { host.copy_from_nonoverlapping(buffer.as_ptr(), buffer.len()) };
+                self.note_code_write(host, buffer.len());
             }
             Target::Device(gpa) => {
                 for (n, piece) in buffer.chunks(8).enumerate() {
@@ -373,13 +412,13 @@ impl Cpu {
     }
 
     fn fill_tlb(&mut self, la: u64, host: u64, rights: u8, mapping: &Mapping, privilege: Privilege) {
-        let code = self.code.holds_code(host);
         let allows = |kind| mapping.allows(&self.paging, privilege, kind);
+        let checked = || self.npt.code.contains(host & !PAGE_OFFSET);
         let fill = tlb::Fill {
             la,
             host,
             read: rights & right::READ != 0 && allows(AccessKind::Read),
-            write: rights & right::WRITE != 0 && mapping.dirty && !code && allows(AccessKind::Write),
+            write: rights & right::WRITE != 0 && mapping.dirty && allows(AccessKind::Write) && !checked(),
             fetch: rights & right::EXECUTE != 0 && allows(AccessKind::Fetch),
             global: mapping.global,
             page_shift: mapping.page_shift,

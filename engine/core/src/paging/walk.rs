@@ -97,16 +97,32 @@ pub enum WalkError {
     Nested { gpa: u64, write: bool },
 }
 
-/// Translates `la` and sets accessed and dirty bits as the access asks for.
+/// Translates `la` and sets accessed and dirty bits as the access asks for. Like silicon, it sets them only in an entry that still says
+/// what the walk found there; else it walks again.
 pub fn walk(context: &Context, tree: &Tree, la: u64, privilege: Privilege, kind: AccessKind) -> Result<Mapping, WalkError> {
-    let walker = Walker { context, tree, la, privilege, kind, commit: true };
-    walker.run()
+    run_to_end(&Walker { context, tree, la, privilege, kind, commit: true })
 }
 
 /// Translates `la` for an observer: nothing in guest memory changes.
 pub fn probe(context: &Context, tree: &Tree, la: u64, privilege: Privilege, kind: AccessKind) -> Result<Mapping, WalkError> {
-    let walker = Walker { context, tree, la, privilege, kind, commit: false };
-    walker.run()
+    run_to_end(&Walker { context, tree, la, privilege, kind, commit: false })
+}
+
+/// Why a walk goes no further.
+enum Obstacle {
+    Error(WalkError),
+    /// Somebody changed an entry between the look at it and the update of its accessed or dirty bit.
+    Changed,
+}
+
+fn run_to_end(walker: &Walker<'_>) -> Result<Mapping, WalkError> {
+    loop {
+        match walker.run() {
+            Ok(mapping) => return Ok(mapping),
+            Err(Obstacle::Error(error)) => return Err(error),
+            Err(Obstacle::Changed) => {}
+        }
+    }
 }
 
 struct Walker<'a> {
@@ -126,7 +142,7 @@ struct Path {
 }
 
 impl Walker<'_> {
-    fn run(&self) -> Result<Mapping, WalkError> {
+    fn run(&self) -> Result<Mapping, Obstacle> {
         let context = self.context;
         if context.cr0 & cr0::PG == 0 {
             return Ok(Mapping::identity(self.la & 0xffff_ffff));
@@ -145,7 +161,7 @@ impl Walker<'_> {
     }
 
     /// PAE and 4-level paging, from the table at `table` of level `level` down.
-    fn wide(&self, mut table: u64, mut level: u32, extra_reserved: u64) -> Result<Mapping, WalkError> {
+    fn wide(&self, mut table: u64, mut level: u32, extra_reserved: u64) -> Result<Mapping, Obstacle> {
         let context = self.context;
         let mut path = Path { writable: true, user: true, no_execute: false };
         loop {
@@ -178,7 +194,7 @@ impl Walker<'_> {
     }
 
     /// 32-bit paging.
-    fn narrow(&self) -> Result<Mapping, WalkError> {
+    fn narrow(&self) -> Result<Mapping, Obstacle> {
         let at = self.context.cr3 & 0xffff_f000 | (self.la >> 22 & 0x3ff) << 2;
         let entry = self.read(at, 4)?;
         if entry & PRESENT == 0 {
@@ -204,7 +220,7 @@ impl Walker<'_> {
         self.leaf(at, 4, entry, entry & 0xffff_f000, 12, path)
     }
 
-    fn leaf(&self, at: u64, bytes: u64, entry: u64, frame: u64, shift: u32, path: Path) -> Result<Mapping, WalkError> {
+    fn leaf(&self, at: u64, bytes: u64, entry: u64, frame: u64, shift: u32, path: Path) -> Result<Mapping, Obstacle> {
         let within = (1u64 << shift) - 1;
         let mapping = Mapping {
             gpa: frame & !within | self.la & within,
@@ -223,7 +239,7 @@ impl Walker<'_> {
         Ok(mapping)
     }
 
-    fn fault(&self, reason: u32) -> WalkError {
+    fn fault(&self, reason: u32) -> Obstacle {
         let mut code = reason;
         if self.kind == AccessKind::Write {
             code |= pf::WRITE;
@@ -235,17 +251,17 @@ impl Walker<'_> {
         if self.kind == AccessKind::Fetch && fetches_are_told {
             code |= pf::FETCH;
         }
-        WalkError::Guest(code)
+        Obstacle::Error(WalkError::Guest(code))
     }
 
-    fn host(&self, gpa: u64, needed: u8) -> Result<u64, WalkError> {
+    fn host(&self, gpa: u64, needed: u8) -> Result<u64, Obstacle> {
         match self.tree.lookup(gpa) {
             Some(leaf) if leaf.rights & needed == needed => Ok(leaf.host + (gpa & PAGE_OFFSET)),
-            _ => Err(WalkError::Nested { gpa, write: needed & right::WRITE != 0 }),
+            _ => Err(Obstacle::Error(WalkError::Nested { gpa, write: needed & right::WRITE != 0 })),
         }
     }
 
-    fn read(&self, gpa: u64, bytes: u64) -> Result<u64, WalkError> {
+    fn read(&self, gpa: u64, bytes: u64) -> Result<u64, Obstacle> {
         let host = self.host(gpa, right::READ)?;
         // SAFETY: the tree maps the page and keeps its region alive, and a naturally aligned entry cannot cross it.
         Ok(unsafe {
@@ -257,26 +273,22 @@ impl Walker<'_> {
         })
     }
 
-    /// Sets bits of an entry. An entry that changed since it was read stays as it is: the access is as old as the entry.
-    fn set(&self, gpa: u64, bytes: u64, entry: u64, bits: u64) -> Result<(), WalkError> {
+    /// Sets bits of an entry, if it is still `entry`.
+    fn set(&self, gpa: u64, bytes: u64, entry: u64, bits: u64) -> Result<(), Obstacle> {
         if entry & bits == bits || !self.commit {
             return Ok(());
         }
         let host = self.host(gpa, right::READ | right::WRITE)?;
         // SAFETY: as in `read`, and the page is writable.
-        unsafe {
+        let set = unsafe {
             if bytes == 8 {
-                let _changed =
-                    AtomicU64::from_ptr(host as *mut u64).compare_exchange(entry, entry | bits, Ordering::SeqCst, Ordering::Relaxed);
+                let at = AtomicU64::from_ptr(host as *mut u64);
+                at.compare_exchange(entry, entry | bits, Ordering::SeqCst, Ordering::Relaxed).is_ok()
             } else {
-                let _changed = AtomicU32::from_ptr(host as *mut u32).compare_exchange(
-                    entry as u32,
-                    (entry | bits) as u32,
-                    Ordering::SeqCst,
-                    Ordering::Relaxed,
-                );
+                let at = AtomicU32::from_ptr(host as *mut u32);
+                at.compare_exchange(entry as u32, (entry | bits) as u32, Ordering::SeqCst, Ordering::Relaxed).is_ok()
             }
-        }
-        Ok(())
+        };
+        set.then_some(()).ok_or(Obstacle::Changed)
     }
 }

@@ -94,9 +94,9 @@ impl Core {
     fn attach(&mut self, npt: &Arc<NestedPageTable>) {
         let cpu = &mut *self.cpu;
         if !Arc::ptr_eq(&cpu.npt, npt) {
+            cpu.code.clear(&cpu.npt.code);
             cpu.npt = npt.clone();
             npt.attach(&cpu.signal);
-            cpu.code.clear();
             cpu.nested_generation = 0;
         }
         cpu.signal.set_running(true);
@@ -106,6 +106,7 @@ impl Core {
             cpu.nested_generation = generation;
         }
         cpu.signal.set_nested_seen(generation);
+        cpu.shoot_down();
     }
 
     fn load(&mut self) {
@@ -188,6 +189,13 @@ impl Core {
             ("tlb_flushes", cpu.tlb.flushes),
             ("page_walks", cpu.walks),
         ]
+    }
+}
+
+impl Drop for Core {
+    fn drop(&mut self) {
+        let cpu = &mut *self.cpu;
+        cpu.code.clear(&cpu.npt.code);
     }
 }
 
