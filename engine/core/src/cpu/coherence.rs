@@ -6,7 +6,7 @@
 
 use std::sync::{Arc, TryLockError};
 
-use super::signal::{attention, Signal};
+use super::signal::{attention, Signal, EVERY_PAGE};
 use super::Cpu;
 use crate::decode::cache::line_mask;
 use crate::memory::PAGE_OFFSET;
@@ -20,9 +20,18 @@ impl Cpu {
             self.flush_nested();
         }
         if asked & attention::CODE != 0 {
-            for (page, lines) in self.signal.take_written() {
-                self.code.written(page, lines, &self.npt.code);
-            }
+            self.drop_written_code();
+        }
+    }
+
+    /// Forgets the code that was made from what others have written.
+    fn drop_written_code(&mut self) {
+        let written = self.signal.take_written();
+        if written.contains_key(&EVERY_PAGE) {
+            return self.code.clear(&self.npt.code);
+        }
+        for (page, lines) in written {
+            self.code.written(page, lines, &self.npt.code);
         }
     }
 

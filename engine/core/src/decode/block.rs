@@ -27,25 +27,49 @@ impl std::hash::Hash for CodeSize {
     }
 }
 
-/// A decoded block. Its last micro-op is always one that leaves it.
+/// A block that ran behind another one, and where: what a jump-cache entry says, kept beside the block that leads there.
+#[derive(Clone, Copy, Debug)]
+pub struct Link {
+    pub rip: u64,
+    pub context: u64,
+    pub block: *mut Block,
+}
+
+impl Link {
+    pub const NONE: Link = Link { rip: 0, context: u64::MAX, block: std::ptr::null_mut() };
+}
+
+/// A decoded block. Its last micro-op is always one that leaves it. What every run touches comes first.
+#[repr(C, align(64))]
 pub struct Block {
-    pub key: Key,
     /// One micro-op per instruction, and one more that falls through to what follows.
     pub uops: Box<[Uop]>,
-    /// The reference handler of each instruction.
-    pub reference: Box<[Handler]>,
     pub instructions: u32,
+    pub valid: bool,
+    /// The first two blocks that ran behind this one.
+    pub links: [Link; 2],
     /// Length in bytes.
     pub length: u32,
+    pub key: Key,
+    /// The reference handler of each instruction.
+    pub reference: Box<[Handler]>,
     /// Host page of the tail of an instruction that crosses into it.
     pub second_page: Option<u64>,
-    pub valid: bool,
 }
 
 impl Block {
     fn new(host: u64, size: CodeSize) -> Self {
         let key = Key { host, size };
-        Block { key, uops: Box::default(), reference: Box::default(), instructions: 0, length: 0, second_page: None, valid: true }
+        Block {
+            uops: Box::default(),
+            instructions: 0,
+            valid: true,
+            links: [Link::NONE; 2],
+            length: 0,
+            key,
+            reference: Box::default(),
+            second_page: None,
+        }
     }
 
     /// Makes the block one of `instructions`, with fast handlers where there are some.
@@ -53,8 +77,8 @@ impl Block {
         let dead = dead_flags(instructions);
         let mut uops: Vec<Uop> = instructions.iter().map(|insn| lower(insn, self.key.size, model)).collect();
         self.reference = uops.iter().map(|uop| uop.run).collect();
-        for ((uop, insn), dead) in uops.iter_mut().zip(instructions).zip(dead) {
-            uop.run = exec::fast::handler(insn, uop, dead).unwrap_or(uop.run);
+        for (n, (uop, insn)) in uops.iter_mut().zip(instructions).enumerate() {
+            uop.run = exec::fast::handler(insn, uop, instructions.get(n + 1), dead[n]).unwrap_or(uop.run);
         }
         self.instructions = instructions.len() as u32;
         self.length = instructions.iter().map(|insn| insn.len() as u32).sum();
@@ -62,6 +86,23 @@ impl Block {
         self.uops = uops.into();
         // Fast handlers find the next micro-op by its address.
         self.uops.as_ptr().expose_provenance();
+    }
+}
+
+impl Block {
+    /// The block that ran behind this one at `rip` in `context`, if it is one of the first two.
+    #[inline(always)]
+    pub fn successor(&self, rip: u64, context: u64) -> Option<*mut Block> {
+        self.links.iter().find(|link| link.rip == rip && link.context == context).map(|link| link.block)
+    }
+
+    /// Remembers a successor, if there is room: a link of another context or to a dead block is room.
+    pub fn link(&mut self, rip: u64, context: u64, block: *mut Block) {
+        // SAFETY: links are forgotten before the blocks that they name are freed.
+        let free = self.links.iter_mut().find(|link| link.context != context || !unsafe { (*link.block).valid });
+        if let Some(link) = free {
+            *link = Link { rip, context, block };
+        }
     }
 }
 
