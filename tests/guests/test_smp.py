@@ -34,6 +34,7 @@ def test_all_cpus_work(guest_run: GuestRun, kernel: str, cpu: str, cpus: int) ->
     assert result.stdout.startswith(f"{cpus}\n")
     assert re.findall(r"^apicid\s*: (\d+)$", result.stdout, re.MULTILINE) == [str(n) for n in range(cpus)]
     sums = re.findall(r"^([0-9a-f]{64})  /bin/busybox$", result.stdout, re.MULTILINE)
-    assert len(sums) == cpus and len(set(sums)) == 1
+    assert len(sums) == cpus
+    assert len(set(sums)) == 1
     assert f"Brought up 1 node, {cpus} CPUs" in result.stdout
     assert COMPLAINT.findall(result.stdout) == []
