@@ -36,7 +36,7 @@ disturbances = st.sampled_from(sorted(DISTURBANCES))
 class Guest:
     """A vCPU whose core checks at each entry that nothing waits, and is disturbed in the guest and in its sleep as a plan says."""
 
-    def __init__(self, model: str, steps: list[tuple[str, str]], sleeps: list[str]) -> None:
+    def __init__(self, model: str, steps: list[tuple[str, str]], sleeps: list[str], last_moments: list[str]) -> None:
         system = kvm.System(silicon.Model(model))
         self.vm = system.create_vm(clock=VirtualClock())
         self.vm.create_irqchip()
@@ -47,6 +47,8 @@ class Guest:
         self.sleeps = list(sleeps)
         self.woken = False
         self.vcpu.wakeup = self  # type: ignore[assignment]
+        self.vcpu.arm_timer = self.arm_timer  # type: ignore[method-assign]
+        self.last_moments = list(last_moments)
         fake_engine.Core.script = iter([self.step(*step) for step in steps] + [leave(self.vcpu, "shutdown")] * 100)
 
     def disturb(self, name: str) -> None:
@@ -66,6 +68,11 @@ class Guest:
             return exit(view)
 
         return enter
+
+    def arm_timer(self, expiry: int | None) -> None:
+        """The last thing before the check with interrupts off; the timer counts as not armed, so it comes at every entry."""
+        if self.last_moments:
+            self.disturb(self.last_moments.pop())
 
     # The wake-up that the vCPU sleeps on
 
@@ -110,10 +117,13 @@ def errno_of(vcpu: Vcpu) -> int | None:
     st.booleans(),
     st.lists(st.tuples(st.sampled_from(EXITS), disturbances), max_size=6),
     st.lists(disturbances, max_size=4),
+    st.lists(disturbances, max_size=4),
 )
-def test_the_guest_never_runs_while_something_waits(model: str, watch: bool, steps: list[tuple[str, str]], sleeps: list[str]) -> None:
+def test_the_guest_never_runs_while_something_waits(
+    model: str, watch: bool, steps: list[tuple[str, str]], sleeps: list[str], last_moments: list[str]
+) -> None:
     with watched(watch):
-        guest = Guest(model, steps, sleeps)
+        guest = Guest(model, steps, sleeps, last_moments)
         task = guest.task
         for _ in range(4):
             kicks = guest.vcpu.stats["signal_exits"]
