@@ -127,6 +127,14 @@ def _kvm_vcpu_wakeup(ns: int, waited: bool, valid: bool) -> str:
     return f"{'wait' if waited else 'poll'} time {ns} ns, polling {'valid' if valid else 'invalid'}"
 
 
+def _kvm_set_irq(gsi: int, level: int, irq_source_id: int) -> str:
+    return f"gsi {gsi} level {level} source {irq_source_id}"
+
+
+def _kvm_eoi(apicid: int, vector: int) -> str:
+    return f"apicid {apicid:x} vector {vector}"
+
+
 # --- The events --------------------------------------------------------------------------------------------------------------------
 
 sys_enter = Tracepoint("raw_syscalls", "sys_enter", "id args", _sys_enter)
@@ -138,6 +146,8 @@ kvm_userspace_exit = Tracepoint("kvm", "kvm_userspace_exit", "reason errno", _kv
 kvm_vcpu_wakeup = Tracepoint("kvm", "kvm_vcpu_wakeup", "ns waited valid", _kvm_vcpu_wakeup)
 kvm_inj_virq = Tracepoint("kvm", "kvm_inj_virq", "vector soft reinjected", _kvm_inj_virq)
 kvm_inj_exception = Tracepoint("kvm", "kvm_inj_exception", "exception has_error error_code reinjected", _kvm_inj_exception)
+kvm_set_irq = Tracepoint("kvm", "kvm_set_irq", "gsi level irq_source_id", _kvm_set_irq)
+kvm_eoi = Tracepoint("kvm", "kvm_eoi", "apicid vector", _kvm_eoi)
 kvm_cpuid = Tracepoint("kvm", "kvm_cpuid", "function index rax rbx rcx rdx", _kvm_cpuid)
 kvm_msr = Tracepoint("kvm", "kvm_msr", "write ecx data exception", _kvm_msr)
 kvm_pio = Tracepoint("kvm", "kvm_pio", "rw port size count val", _kvm_pio)

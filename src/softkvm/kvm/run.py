@@ -12,7 +12,7 @@ import struct
 from functools import partial
 from typing import TYPE_CHECKING
 
-from softkvm.host import entry
+from softkvm.host import entry, trace
 from softkvm.host.task import Task
 from softkvm.kvm import emulate, events, kvmclock, regs, reset
 from softkvm.kvm.irqchip import irq
@@ -246,6 +246,7 @@ def block(vcpu: Vcpu, task: Task) -> int:
 def _wait(vcpu: Vcpu, task: Task) -> None:
     """Sleep until `runnable()`, work for the thread, or a wake-up; the VM's timers go on. Signals of Python get through."""
     clock, wakeup, timekeeper = vcpu.clock, vcpu.wakeup, vcpu.vm.timekeeper
+    started = clock.monotonic_ns()
     vcpu.blocked = True
     try:
         while True:
@@ -264,6 +265,8 @@ def _wait(vcpu: Vcpu, task: Task) -> None:
         timekeeper.leave(vcpu)
         vcpu.account_steal_time()
     vcpu.load()
+    if trace.kvm_vcpu_wakeup.enabled:
+        trace.kvm_vcpu_wakeup(clock.monotonic_ns() - started, True, False)
 
 
 def runnable(vcpu: Vcpu) -> bool:
