@@ -238,7 +238,7 @@ class FakeKvm:
     def Process(self) -> None:
         """Nobody watches."""
 
-    def System(self, model: Any, process: None, cores: int | None) -> Any:
+    def System(self, model: Any, parameters: Any, process: None, cores: int | None) -> Any:
         return SimpleNamespace(
             create_vm=lambda clock: self.vm,
             check_extension=lambda capability: 1,

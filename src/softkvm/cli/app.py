@@ -73,7 +73,9 @@ def cli() -> None:
 @click.option("-i", "--initrd", metavar="FILE", help="Initial RAM disk.  [default: busybox]")
 @click.option("-p", "--append", default="", metavar="TEXT", help="Kernel parameters, added to softkvm's own.", show_default=False)
 @click.option("-m", "--memory", default="512M", metavar="SIZE", help="Guest memory, with K, M or G.")
+@click.option("-c", "--cpus", type=int, default=1, metavar="N", help="CPUs of the guest, 1 to 64.")
 @click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=_complete_cpu)
+@click.option("--kvm", multiple=True, metavar="NAME=VALUE", help="Module parameter of KVM, such as nrips=0.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this wall time, with exit status 124.")
 @click.option("--stats", is_flag=False, flag_value="table", type=click.Choice(["table", "json"]), help="Print counters at the end.")
 @click.option("--json", is_flag=True, help="Print one JSON object about the run in place of the guest's output.")
@@ -90,7 +92,9 @@ def run(
     initrd: str | None,
     append: str,
     memory: str,
+    cpus: int,
     cpu: str,
+    kvm: tuple[str, ...],
     timeout: float | None,
     stats: StatsFormat | None,
     json: bool,
@@ -113,9 +117,12 @@ def run(
     if selftest:
         from softkvm.cli import selftest as tester
 
-        _refuse_with_selftest(context, ("kernel", "initrd", "append", "command", "json", "trace", "audit", "ioctl_filter"))
+        used = ("kernel", "initrd", "append", "cpus", "kvm", "command", "json", "trace", "audit", "ioctl_filter")
+        _refuse_with_selftest(context, used)
         return tester.run(memory, cpu, timeout, stats)
-    options = RunOptions(kernel, initrd, append, memory, cpu, timeout, stats, json, command, trace, trace_file, audit, ioctl_filter)
+    options = RunOptions(
+        kernel, initrd, append, memory, cpus, cpu, kvm, timeout, stats, json, command, trace, trace_file, audit, ioctl_filter
+    )
     return runner.run(options)
 
 

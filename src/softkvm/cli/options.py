@@ -18,7 +18,9 @@ class RunOptions:
     initrd: str | None = None
     append: str = ""
     memory: str = "512M"
+    cpus: int = 1
     cpu: str = "cascadelake"
+    kvm: tuple[str, ...] = ()
     timeout: float | None = None
     stats: StatsFormat | None = None
     json: bool = False

@@ -68,6 +68,10 @@ def _prepare(options: RunOptions, progress: Callable[[str], None]) -> guest.Gues
     return guest.prepare(kernel, initrd, options.command, progress)
 
 
+def _processors(options: RunOptions) -> str:
+    return f"software CPU {options.cpu}" if options.cpus == 1 else f"{options.cpus} software CPUs {options.cpu}"
+
+
 class _Run:
     """One run: the wiring between the guest's serial lines and our streams, and what is reported at the end."""
 
@@ -91,7 +95,7 @@ class _Run:
         with closing(self._doorbell), closing(self._surrender), self._make_machine(attended) as machine:
             self._machine = machine
             self._input = self._make_input(machine, attended)
-            output.say(f"software CPU {options.cpu}, {options.memory} of memory; {self._image.title}")
+            output.say(f"{_processors(options)}, {options.memory} of memory; {self._image.title}")
             if attended:
                 output.say(terminal.HELP)
             started = time.monotonic()
@@ -121,6 +125,8 @@ class _Run:
                 append=" ".join(parameters),
                 memory=options.memory,
                 cpu=options.cpu,
+                cpus=options.cpus,
+                kvm_parameters=options.kvm,
                 serial=serial,
                 process=self._process,
             )

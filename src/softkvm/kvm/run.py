@@ -204,10 +204,10 @@ def _service_requests(vcpu: Vcpu) -> int:
 
 
 def _process_nmi(vcpu: Vcpu) -> None:
-    """At most two NMIs wait: one more while one is being handled (`process_nmi()`)."""
+    """At most two NMIs wait, or one while another one is being handled (`process_nmi()`)."""
     queue = vcpu.events
     blocked = vcpu.state.interruptibility & events.BLOCKED_BY_NMI or queue.nmi_injected
-    queue.nmi_pending = min(queue.nmi_pending + 1, 1 if blocked else 2)
+    queue.nmi_pending = min(queue.nmi_pending + vcpu.take_nmis(), 1 if blocked else 2)
 
 
 def _accepts_user_interrupt(vcpu: Vcpu) -> bool:
@@ -245,7 +245,7 @@ def block(vcpu: Vcpu, task: Task) -> int:
 
 def _wait(vcpu: Vcpu, task: Task) -> None:
     """Sleep until `runnable()`, work for the thread, or a wake-up; the VM's timers go on. Signals of Python get through."""
-    clock, wakeup = vcpu.clock, vcpu.wakeup
+    clock, wakeup, timekeeper = vcpu.clock, vcpu.wakeup, vcpu.vm.timekeeper
     started = clock.monotonic_ns()
     vcpu.blocked = True
     try:
@@ -256,9 +256,13 @@ def _wait(vcpu: Vcpu, task: Task) -> None:
                 break
             vcpu.vm.scheduler.sleep(vcpu)
             expiry = clock.first_expiry
-            entry.idle(task, partial(wakeup.wait, None if expiry is None else max(0, expiry - clock.monotonic_ns()) / 1e9))
+            if expiry is None or not timekeeper.claims(vcpu, expiry):
+                entry.idle(task, wakeup.wait)
+            else:
+                entry.idle(task, partial(wakeup.wait, max(0, expiry - clock.monotonic_ns()) / 1e9))
     finally:
         vcpu.blocked = False
+        timekeeper.leave(vcpu)
         vcpu.account_steal_time()
     vcpu.load()
     if trace.kvm_vcpu_wakeup.enabled:

@@ -15,6 +15,7 @@ from softkvm.host.process import Process
 from softkvm.host.sched import Scheduler
 from softkvm.kvm import capabilities, cpuid, mce, msr
 from softkvm.kvm.ioctl import KvmFile, ioctl, returns_array, returns_msr_values, returns_u64, takes_msr_indices, value, zero
+from softkvm.kvm.params import Parameters
 from softkvm.kvm.vcpu_core import MMAP_SIZE
 from softkvm.kvm.vm import Vm
 from softkvm.uapi import kvm as uapi
@@ -29,13 +30,21 @@ class System(KvmFile):
     fd_class = "system"
     ioctl_lock = nullcontext()
 
-    def __init__(self, model: silicon.Model | None = None, process: Process | None = None, cores: int | None = None) -> None:
-        """KVM on cores of `model`, of Intel's Cascade Lake if none is given; opened by `process`, by a new one if none is given.
+    def __init__(
+        self,
+        model: silicon.Model | None = None,
+        parameters: Parameters | None = None,
+        process: Process | None = None,
+        cores: int | None = None,
+    ) -> None:
+        """KVM on cores of `model`, of Intel's Cascade Lake if none is given, loaded with `parameters`.
 
-        `cores` is how many cores the host has, for all VMs of this System; as many as they want if none is given.
+        `process` is who opened it, a new one if none is given. `cores` is how many cores the host has, for all VMs of this System; as many
+        as they want if none is given.
         """
         super().__init__(process if process is not None else Process())
         self.model = model if model is not None else silicon.Model(DEFAULT_MODEL)
+        self.parameters = parameters if parameters is not None else Parameters()
         self.scheduler = Scheduler(self.model, cores)
 
     @ioctl(uapi.KVM_GET_API_VERSION, zero)

@@ -32,7 +32,7 @@ from softkvm.kvm.ioctl import (
 )
 from softkvm.kvm.irqchip.lapic import Lapic
 from softkvm.kvm.kvmclock import MSR_ENABLED, PvClock
-from softkvm.kvm.request import REQ_EVENT, REQ_NMI, REQ_STEAL_UPDATE
+from softkvm.kvm.request import REQ_EVENT, REQ_STEAL_UPDATE
 from softkvm.kvm.tsc import VcpuTsc
 from softkvm.kvm.vcpu_core import NO_INTERRUPT, VcpuCore
 from softkvm.kvm.vendor import setup_controls
@@ -127,7 +127,7 @@ class Vcpu(VcpuCore):
     @ioctl(uapi.KVM_NMI)
     def nmi(self) -> None:
         """KVM_NMI: queue a non-maskable interrupt."""
-        self.make_request(REQ_NMI)
+        self.queue_nmi()
 
     @ioctl(uapi.KVM_SET_SIGNAL_MASK, takes_signal_set)
     def set_signal_mask(self, signals: Iterable[int] | None) -> None:

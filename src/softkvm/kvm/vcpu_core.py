@@ -20,7 +20,7 @@ from softkvm.host.sched import Cpu
 from softkvm.host.task import TIF_NEED_RESCHED, TIF_SIGPENDING, Task
 from softkvm.kvm import events, watch
 from softkvm.kvm.ioctl import KvmFile
-from softkvm.kvm.request import REQ_TRIPLE_FAULT
+from softkvm.kvm.request import REQ_NMI, REQ_TRIPLE_FAULT
 from softkvm.kvm.vendor import INTERCEPTS
 from softkvm.uapi import kvm as uapi
 
@@ -66,6 +66,8 @@ class VcpuCore(KvmFile):
         self.clock = vm.clock
         self.vendor = vm.vendor
         self.handlers, self.next_rip = vm.vendor.handlers, vm.vendor.next_rip
+        self.saves_next_rip = vm.parameters.nrips and "nrip-save" in vm.model.features
+        """Whether `Exit.next_rip` counts: the silicon saves it, and the module parameter lets KVM use it."""
         self._init_shared_state()
         self._init_concurrency()
         static_call.register(self)
@@ -89,6 +91,7 @@ class VcpuCore(KvmFile):
         """What other threads touch, and what belongs to the run loop."""
         self.mode = OUTSIDE_GUEST_MODE
         self.requests = 0
+        self._nmis_queued = 0
         self._request_lock = threading.Lock()
         self.wakeup = threading.Event()
         self.blocked = False
@@ -117,6 +120,8 @@ class VcpuCore(KvmFile):
         """An instruction has made device accesses and is not at its end (`kvm/emulate.py`)."""
         self.stats: Counter[str] = Counter()
         """KVM's own counters, by the names of the kernel's binary statistics (`halt_exits`, `signal_exits`, ...)."""
+        self.instructions_skipped = 0
+        """Instructions that KVM has retired in the guest's place; the silicon counts those that it has executed itself."""
         self.exit_counts = dict.fromkeys(self.handlers, 0)
         """VM exits by the vendor's exit reason."""
 
@@ -130,6 +135,18 @@ class VcpuCore(KvmFile):
             self.wakeup.set()
         elif self.mode:
             self.kick_guest()
+
+    def queue_nmi(self) -> None:
+        """An NMI has arrived (`kvm_inject_nmi()`): they are counted, as two may wait."""
+        with self._request_lock:
+            self._nmis_queued += 1
+        self.make_request(REQ_NMI)
+
+    def take_nmis(self) -> int:
+        """How many NMIs have arrived since the last call."""
+        with self._request_lock:
+            count, self._nmis_queued = self._nmis_queued, 0
+        return count
 
     def take_requests(self) -> int:
         """All requests, which are cleared."""

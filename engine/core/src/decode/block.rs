@@ -134,7 +134,8 @@ fn code_address(cpu: &mut Cpu, rip: u64) -> Exec<u64> {
     cpu.segment_address(seg::CS, rip, 1, AccessKind::Fetch)
 }
 
-fn decoder<'a>(bytes: &'a [u8], size: CodeSize, model: &Model) -> Decoder<'a> {
+/// The one way in which the CPU reads instructions; their addresses count from the first byte.
+pub(super) fn decoder<'a>(bytes: &'a [u8], size: CodeSize, model: &Model) -> Decoder<'a> {
     let bits = match size {
         CodeSize::Bits16 => 16,
         CodeSize::Bits32 => 32,

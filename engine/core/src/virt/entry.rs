@@ -122,6 +122,7 @@ impl Core {
         cpu.clock.tick = host_tsc() + host_tsc_khz() * TICK_MS;
         cpu.clock.offset = cpu.control.tsc_offset;
         cpu.clock.multiplier = cpu.control.tsc_multiplier;
+        cpu.clock.pauses = (0, 0);
         cpu.clock.preemption =
             if cpu.control.intercepts(intercept::PREEMPTION_TIMER) { cpu.clock.host_deadline(cpu.control.preemption_deadline) } else { 0 };
         cpu.pending = entry_work(cpu);
@@ -232,10 +233,27 @@ fn state_is_valid(state: &State, model: &Model) -> bool {
         state.rflags & rflags::FIXED != 0,
         state.rflags & rflags::VM == 0 || !long,
         !(cs.has(rights::LONG) && cs.has(rights::DB) && long),
-        if code_64 { canonical(state.rip) } else { state.rip >> 32 == 0 },
+        if code_64 { rip_may_be_loaded(state.rip) } else { state.rip >> 32 == 0 },
         canonical(state.segments[seg::FS].base) && canonical(state.segments[seg::GS].base),
         state.activity <= activity::HLT,
         state.gdtr.limit <= 0xffff && state.idtr.limit <= 0xffff,
     ];
     checks.iter().all(|good| *good)
+}
+
+/// Bits 63:N of RIP must be identical, where N is the width of linear addresses; bit N-1 may differ (SDM vol. 3, 27.3.1.4). An instruction
+/// at the end of the lower half leaves such a RIP behind, and the next fetch is #GP.
+fn rip_may_be_loaded(rip: u64) -> bool {
+    matches!((rip as i64) >> 48, 0 | -1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rip_behind_the_lower_half_may_be_loaded() {
+        assert!(rip_may_be_loaded(0x7fff_ffff_ffff) && rip_may_be_loaded(0x8000_0000_0000) && rip_may_be_loaded(!0));
+        assert!(!rip_may_be_loaded(0x1_0000_0000_0000) && !rip_may_be_loaded(1 << 63));
+    }
 }

@@ -146,7 +146,7 @@ class LapicCore:
         if mode in (irq.DM_FIXED, irq.DM_LOWEST):
             return self.accept_vector(vector, level, level_triggered)
         if mode == irq.DM_NMI:
-            self.vcpu.make_request(request.REQ_NMI)
+            self.vcpu.queue_nmi()
         elif mode == irq.DM_INIT:
             if level_triggered and not level:  # INIT level de-assert synchronises arbitration ids only: SDM vol. 3, 11.6.1
                 return False

@@ -23,6 +23,9 @@ pub mod mxcsr {
     /// Exception masks, the flags' order.
     pub const MASKS: u32 = 0x1f80;
     pub const MASK_SHIFT: u32 = 7;
+    /// Rounding control.
+    pub const ROUNDING: u32 = 3 << ROUNDING_SHIFT;
+    pub const ROUNDING_SHIFT: u32 = 13;
 }
 
 /// MXCSR as Rust code expects it.
@@ -70,7 +73,31 @@ macro_rules! simd {
         ($crate::exec::sse::host::value(a), control[0] & $crate::exec::sse::host::mxcsr::FLAGS)
     }};
 }
-pub(super) use simd;
+pub(in crate::exec) use simd;
+
+/// Runs `$op a, b, c` on XMM registers: `(a, flags)`.
+macro_rules! simd_ternary {
+    ($mxcsr:expr, $op:literal, $a:expr, $b:expr, $c:expr) => {{
+        let mut control = $crate::exec::sse::host::control($mxcsr);
+        let mut a = $crate::exec::sse::host::register($a);
+        // SAFETY: as in `simd`; a model offers the instruction only where the host has it.
+        unsafe {
+            core::arch::asm!(
+                "ldmxcsr [{control}]",
+                concat!($op, " {a}, {b}, {c}"),
+                "stmxcsr [{control}]",
+                "ldmxcsr [{control} + 4]",
+                control = in(reg) control.as_mut_ptr(),
+                a = inout(xmm_reg) a,
+                b = in(xmm_reg) $crate::exec::sse::host::register($b),
+                c = in(xmm_reg) $crate::exec::sse::host::register($c),
+                options(nostack),
+            );
+        }
+        ($crate::exec::sse::host::value(a), control[0] & $crate::exec::sse::host::mxcsr::FLAGS)
+    }};
+}
+pub(in crate::exec) use simd_ternary;
 
 /// Expands to an empty string, so that a repetition can name its variable.
 macro_rules! nothing {
@@ -78,7 +105,7 @@ macro_rules! nothing {
         ""
     };
 }
-pub(super) use nothing;
+pub(in crate::exec) use nothing;
 
 /// Runs `$op gpr, xmm`: `(gpr, flags)`. `$width` is the operand modifier of the general register.
 macro_rules! simd_to_integer {
@@ -154,7 +181,7 @@ pub(super) use simd_compare;
 impl Cpu {
     /// Adds the flags that an operation raised to MXCSR; #XM when one of them is unmasked.
     #[inline(always)]
-    pub(super) fn raise_simd(&mut self, flags: u32) -> Exec {
+    pub(in crate::exec) fn raise_simd(&mut self, flags: u32) -> Exec {
         let unmasked = flags & !(self.state.fpu.mxcsr >> mxcsr::MASK_SHIFT);
         if unmasked != 0 {
             return Err(self.simd_exception(flags, unmasked));
