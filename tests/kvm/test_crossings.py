@@ -84,7 +84,7 @@ class Guest:
     def set(self) -> None:
         self.woken = True
 
-    def wait(self, timeout: float | None) -> None:
+    def wait(self, timeout: float | None = None) -> None:
         waiting = run.runnable(self.vcpu) or self.task.flags & entry.XFER_TO_GUEST_MODE_WORK
         assert self.woken or not waiting, "asleep with work pending"
         if not self.woken:
