@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softkvm.kvm import msr, request
+from softkvm.kvm import tsc as tsc_rules
 from softkvm.kvm.msr_index import IA32_TSC, IA32_TSC_ADJUST
 from tests.kvm.fakes import FakeVcpu, FakeVm
 
@@ -158,3 +159,37 @@ def test_waiting_for_a_tsc_value_is_neither_early_nor_late(khz: int, ahead: int)
     vm.clock.advance(1)
     assert vcpu.tsc.read() >= deadline
     assert vcpu.tsc.expiry_of(deadline) is None
+
+
+@given(l1=st.integers(0, U64), l2=st.integers(0, U64))
+def test_an_l2_without_scaling_adds_both_offsets(l1: int, l2: int) -> None:
+    assert tsc_rules.nested_offset(l1, l2) == l1 + l2 & U64
+
+
+def test_the_ratio_of_l2_scales_the_signed_offset_of_l1() -> None:
+    four, half = 4 << 48, 1 << 47
+    assert tsc_rules.nested_offset(-1000 & U64, 7, four) == -3993 & U64
+    assert tsc_rules.nested_offset(1001, 0, half) == 500
+    assert tsc_rules.nested_offset(-1001 & U64, 0, half) == -500 & U64
+    assert tsc_rules.nested_ratio(four, half) == 2 << 48
+
+
+def test_a_running_l2_gets_a_new_offset_of_l1_at_once_and_the_host_still_reads_l1s() -> None:
+    vcpu = FakeVcpu(FakeVm())
+    vcpu.tsc.enter_nested(-(1 << 48) & U64)
+    vcpu.tsc.set_offset(1 << 50)
+    assert vcpu.control.tsc_offset == (1 << 50) - (1 << 48)
+    assert vcpu.tsc.offset == 1 << 50
+    assert vcpu.tsc.read(0) == 1 << 50
+    vcpu.tsc.leave_nested()
+    assert vcpu.control.tsc_offset == 1 << 50
+
+
+def test_amd_silicon_scales_by_less_than_256() -> None:
+    for vendor, allowed in (("intel", True), ("amd", False)):
+        vcpu = FakeVcpu(FakeVm(vendor))
+        if allowed:
+            vcpu.tsc.set_khz(600_000_000)
+        else:
+            with pytest.raises(OSError, match=r"\[Errno 22\]"):
+                vcpu.tsc.set_khz(600_000_000)

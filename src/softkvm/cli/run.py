@@ -18,6 +18,9 @@ from softkvm.cli.errors import CliError
 from softkvm.cli.inputs import CommandInput, ConsolePipe, Input, Keyboard
 from softkvm.cli.options import RunOptions
 from softkvm.cli.streams import Capture, ConsoleTail, DescriptorSink, Sink, Surrender
+from softkvm.cli.watch import watched
+from softkvm.host.process import Process
+from softkvm.host.seccomp import Killed
 from softkvm.vmm import ConfigError, Machine, SerialBackend, StopReason
 
 _CONSOLE_PORT = 0
@@ -46,7 +49,12 @@ def run(options: RunOptions) -> int:
     options.check()
     with output.progress() as progress:
         image = _prepare(options, progress)
-    return _Run(options, image).run()
+    with watched(options) as process:
+        try:
+            return _Run(options, image, process).run()
+        except Killed as error:
+            output.say(f"the VMM was killed: {error}")
+            return status.KILLED
 
 
 def _prepare(options: RunOptions, progress: Callable[[str], None]) -> guest.Guest:
@@ -67,8 +75,9 @@ def _processors(options: RunOptions) -> str:
 class _Run:
     """One run: the wiring between the guest's serial lines and our streams, and what is reported at the end."""
 
-    def __init__(self, options: RunOptions, image: guest.Guest) -> None:
+    def __init__(self, options: RunOptions, image: guest.Guest, process: Process) -> None:
         self._options = options
+        self._process = process
         self._image = image
         self._doorbell = session.Doorbell()
         self._surrender = Surrender()
@@ -119,6 +128,7 @@ class _Run:
                 cpus=options.cpus,
                 kvm_parameters=options.kvm,
                 serial=serial,
+                process=self._process,
             )
         except ConfigError as error:
             raise CliError(str(error)) from error

@@ -230,7 +230,7 @@ def _complete(vcpu: Vcpu, gpa: int, size: int, write: int, value: int) -> int:
     control.emulate = EMULATE_FIRST
     vcpu.half_done = True
     if trace.kvm_mmio.enabled:
-        trace.kvm_mmio("write" if write else "read", size, gpa, value)
+        trace.kvm_mmio(trace.MMIO_WRITE if write else trace.MMIO_READ, size, gpa, value)
     return 1
 
 

@@ -10,7 +10,8 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
-from softkvm.host import trace
+from softkvm.host import entry, trace
+from softkvm.host.task import current
 from softkvm.kvm import cpuid, emulate, events, msr, regs
 from softkvm.kvm.mmu import Fault
 from softkvm.kvm.request import REQ_EVENT
@@ -136,7 +137,7 @@ def handle_gp(vcpu: Vcpu) -> int:
 def handle_interrupt(vcpu: Vcpu) -> int:
     """A host interrupt: a kick, or the core's timer."""
     vcpu.disarm_timer()
-    vcpu.clock.run_expired()
+    entry.interrupt(current(), vcpu.clock.run_expired)
     return 1
 
 
@@ -232,7 +233,7 @@ def read_cr8(vcpu: Vcpu, register: int) -> int:
 def memory_fault(vcpu: Vcpu, gpa: int, write: bool) -> int:
     """EPT violation or nested page fault: RAM to map, or a device's address."""
     if trace.kvm_page_fault.enabled:
-        trace.kvm_page_fault(vcpu.state.rip, gpa, int(write) << 1)
+        trace.kvm_page_fault(vcpu.vcpu_id, vcpu.state.rip, gpa, int(write) << 1)
     fault = vcpu.vm.mmu.fault(gpa, write)
     if fault is Fault.FIXED:
         return 1

@@ -41,10 +41,13 @@ class Vm(KvmFile):
     """One virtual machine; a context manager that closes it."""
 
     unknown_ioctl = errno.ENOTTY
+    fd_class = "vm"
     ioctl_lock = nullcontext()
 
     def __init__(self, system: System, clock: Clock) -> None:
         """A VM without memory, chips and vCPUs; only `System.create_vm` makes one."""
+        super().__init__(system.process)
+        self.vm_id = self.fd
         self.model = system.model
         self.parameters = system.parameters
         self.scheduler = system.scheduler
