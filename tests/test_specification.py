@@ -13,7 +13,7 @@ ROW = re.compile(r"^\| (?!promise|---)(?P<promise>.+?) \| (?P<test>.+?) \|$", re
 ROWS = [(match["promise"], match["test"]) for match in ROW.finditer((ROOT / "SPECIFICATION.md").read_text())]
 
 
-def tests_of(file: Path) -> set[str]:
+def names_in(file: Path) -> set[str]:
     """Names of the tests in a Python or Rust file."""
     text = file.read_text()
     if file.suffix == ".rs":
@@ -29,4 +29,4 @@ def test_there_are_promises() -> None:
 def test_promise_has_its_test(promise: str, test: str) -> None:
     match = re.fullmatch(r"`((?:tests|engine)/[\w/]+\.(?:py|rs))::(\w+)`", test)
     assert match, f"{promise!r} names no test but {test!r}"
-    assert match[2] in tests_of(ROOT / match[1])
+    assert match[2] in names_in(ROOT / match[1])
