@@ -17,6 +17,7 @@ pub const MAX_LENGTH: usize = 15;
 
 /// The micro-op of `insn`, which starts `insn.ip()` bytes behind the block's first byte.
 pub fn lower(insn: &Instruction, size: CodeSize) -> Uop {
+    let insn = &without_void_override(*insn, size);
     let run = exec::handler(insn, size).unwrap_or(exec::unknown as Handler);
     let mut uop = Uop {
         run,
@@ -59,6 +60,16 @@ pub fn lower(insn: &Instruction, size: CodeSize) -> Uop {
     }
     uop.flags |= string_address_flags(insn);
     uop
+}
+
+/// 64-bit mode ignores overrides of segments that have no base there: an address from RSP or RBP stays one of the stack, with #SS
+/// (SDM vol. 1, 3.3.4).
+fn without_void_override(mut insn: Instruction, size: CodeSize) -> Instruction {
+    let void = matches!(insn.segment_prefix(), Register::ES | Register::CS | Register::SS | Register::DS);
+    if size == CodeSize::Bits64 && void {
+        insn.set_segment_prefix(Register::None);
+    }
+    insn
 }
 
 fn is_immediate(kind: OpKind) -> bool {
