@@ -256,10 +256,8 @@ def _wait(vcpu: Vcpu, task: Task) -> None:
                 break
             vcpu.vm.scheduler.sleep(vcpu)
             expiry = clock.first_expiry
-            if expiry is None or not timekeeper.claims(vcpu, expiry):
-                entry.idle(task, wakeup.wait)
-            else:
-                entry.idle(task, partial(wakeup.wait, max(0, expiry - clock.monotonic_ns()) / 1e9))
+            mine = expiry if expiry is not None and timekeeper.claims(vcpu, expiry) else None
+            entry.idle(task, partial(wakeup.wait, None if mine is None else max(0, mine - clock.monotonic_ns()) / 1e9))
     finally:
         vcpu.blocked = False
         timekeeper.leave(vcpu)

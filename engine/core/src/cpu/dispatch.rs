@@ -254,7 +254,8 @@ impl Cpu {
         // SAFETY: as in `execute`, which runs `block`; fast handlers keep `at` inside it.
         let (uop, handler) = unsafe {
             let index = self.at.offset_from((*block).uops.as_ptr()) as usize;
-            (&*self.at, *(&(*block).reference).get_unchecked(index))
+            let reference = &(*block).reference;
+            (&*self.at, *reference.get_unchecked(index))
         };
         handler(self, uop)
     }
