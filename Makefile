@@ -51,6 +51,7 @@ format: $(ENVIRONMENT) ## Format Python and Rust sources
 bench: $(ENGINE) ## Compare with QEMU's TCG (boot), measure exits and what a second vCPU brings
 	$(BIN)/python -m benchmarks.boot $(ARGS)
 	$(BIN)/python -m benchmarks.exits
+	$(BIN)/python -m benchmarks.entry
 	$(BIN)/python -m benchmarks.smp
 
 selftest: $(ENGINE) ## Check the installation with the built-in guest: no network, no apt

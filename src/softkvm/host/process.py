@@ -40,7 +40,7 @@ class Process:
         self._files: WeakValueDictionary[int, File] = WeakValueDictionary()
         self._fds = count(_FIRST_FD)
         self._death: str | None = None
-        self._dead_threads: dict[int, str] = {}
+        self._dead_threads: dict[Task, str] = {}
         static_call.register(self)
 
     def install(self, file: File) -> int:
@@ -83,11 +83,11 @@ class Process:
 
     def kill_thread(self, task: Task, why: str) -> None:
         """End one thread: its later calls raise Killed."""
-        self._dead_threads[task.tid] = why
+        self._dead_threads[task] = why
         self.update_static_calls()
 
     def check_alive(self, task: Task) -> None:
         """Raise Killed if the process or this thread of it was killed."""
-        why = self._death or self._dead_threads.get(task.tid)
+        why = self._death or self._dead_threads.get(task)
         if why is not None:
             raise Killed(why)
