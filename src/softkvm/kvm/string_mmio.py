@@ -52,7 +52,7 @@ def _write_port(vcpu: Vcpu, port: int, size: int, value: int, then: Callable[[],
 
 
 def _port_exit(vcpu: Vcpu, direction: int, port: int, size: int, then: Callable[[], int]) -> int:
-    io = vcpu.kvm_run_io
+    io = vcpu.kvm_run.io
     io.direction, io.size, io.port, io.count, io.data_offset = direction, size, port, 1, PAGE_SIZE
     return vcpu.exit_to_user(KVM_EXIT_IO, _unless_moved(vcpu, then))
 
@@ -75,7 +75,7 @@ def _write_memory(vcpu: Vcpu, gpa: int, size: int, value: int, then: Callable[[]
     return vcpu.exit_to_user(KVM_EXIT_MMIO, _unless_moved(vcpu, then))
 
 
-def _unless_moved(vcpu: Vcpu, then: Callable[[], int]) -> Callable[[], int]:
+def _unless_moved(vcpu: Vcpu, then: Callable[[], int]) -> Callable[[Vcpu], int]:
     """`then`, unless user space has moved RIP meanwhile (a reset)."""
     rip = vcpu.state.rip
-    return lambda: then() if vcpu.state.rip == rip else 1
+    return lambda vcpu: then() if vcpu.state.rip == rip else 1
