@@ -50,9 +50,11 @@ format: $(ENVIRONMENT) ## Format Python and Rust sources
 	$(BIN)/ruff format
 	cargo fmt --all
 
-bench: $(ENGINE) ## Compare with QEMU's TCG (boot) and measure exits
+bench: $(ENGINE) ## Compare with QEMU's TCG (boot), measure exits and what a second vCPU brings
 	$(BIN)/python -m benchmarks.boot $(ARGS)
 	$(BIN)/python -m benchmarks.exits
+	$(BIN)/python -m benchmarks.entry
+	$(BIN)/python -m benchmarks.smp
 
 conformance: $(ENGINE) ## Run kvm-unit-tests from the built checkout that KVM_UNIT_TESTS names, and write docs/conformance.md
 	$(BIN)/python docs/conformance.py $(ARGS)

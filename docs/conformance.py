@@ -39,7 +39,7 @@ REASONS = {
     "rdpru": "passes, but the engine warns on stderr of an instruction that it lacks, which the suite takes for a failure",
     "sieve": "did not end within the time-out",
     "syscall": "the single-step trap behind SYSCALL and SYSRET follows the old TF instead of the one they load",
-    "x2apic|xapic": "rounds of NMIs between two spinning vCPUs advance too slowly for the time-out (some 20 a second with other work around)",
+    "x2apic|xapic": "rounds of NMIs between two spinning vCPUs advance too slowly for the time-out (some 20 a second beside other work)",
 }
 """Why a configuration does not pass, by a pattern for its name; a configuration without a reason here is told by its own last words."""
 

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Machine, DATA};
-use softkvm_engine::state::gpr;
+use softkvm_engine::state::{gpr, seg};
 
 /// `0F AE /digit` or `0F C7 /digit` with REX.W at `[rdi]`.
 fn code(opcode: u8, digit: u8) -> [u8; 4] {
@@ -13,6 +13,8 @@ const XSAVE: (u8, u8) = (0xae, 4);
 const XRSTOR: (u8, u8) = (0xae, 5);
 const XSAVEOPT: (u8, u8) = (0xae, 6);
 const XSAVEC: (u8, u8) = (0xc7, 4);
+const XSAVES: (u8, u8) = (0xc7, 5);
+const XRSTORS: (u8, u8) = (0xc7, 3);
 const FXSAVE: (u8, u8) = (0xae, 0);
 const FXRSTOR: (u8, u8) = (0xae, 1);
 
@@ -143,4 +145,37 @@ fn xgetbv_and_xsetbv() {
     machine.cpu.state.cr4 &= !(1 << 18);
     assert!(machine.run(&[0x0f, 0x01, 0xd1], 1).is_err());
     assert_eq!(machine.vector(), 6);
+}
+
+#[test]
+fn the_avx_component_lies_behind_the_header() {
+    let mut machine = machine();
+    machine.cpu.state.xcr0 = 7;
+    machine.cpu.state.fpu.vector[2][16..32].fill(0x77);
+    assert_eq!(run(&mut machine, XSAVE), Ok(()));
+    assert_eq!((bitmap(&machine), machine.bytes::<16>(DATA + 576 + 32)), (4, [0x77; 16]));
+    machine.cpu.state.fpu.vector[2].fill(0);
+    machine.cpu.state.fpu.vector[3][16..].fill(0x11);
+    assert_eq!(run(&mut machine, XRSTOR), Ok(()));
+    assert_eq!(machine.cpu.state.fpu.vector[2][16..32], [0x77; 16]);
+    assert_eq!(machine.cpu.state.fpu.vector[3][16..], [[0; 16], [0x11; 16], [0x11; 16]].concat());
+    assert_eq!((machine.cpu.model.xsave_size(7), machine.cpu.model.xcr0_supported()), (832, 7));
+}
+
+#[test]
+fn xsaves_and_xrstors_are_the_kernels() {
+    let mut machine = machine();
+    machine.cpu.state.xcr0 = 7;
+    machine.cpu.state.fpu.vector[1][16..32].fill(0x33);
+    assert_eq!(run(&mut machine, XSAVES), Ok(()));
+    assert_eq!((bitmap(&machine), u64::from_le_bytes(machine.bytes(HEADER + 8))), (4, 1 << 63 | 7));
+    machine.cpu.state.fpu.vector[1].fill(0);
+    assert_eq!(run(&mut machine, XRSTORS), Ok(()));
+    assert_eq!(machine.cpu.state.fpu.vector[1][16..32], [0x33; 16]);
+    assert_eq!(run(&mut machine, XSAVE), Ok(()));
+    machine.poke(HEADER + 8, &0u64.to_le_bytes());
+    assert_eq!(run(&mut machine, XRSTORS), Err(GENERAL_PROTECTION), "the standard format");
+    machine.cpu.state.segments[seg::SS].access_rights |= 3 << 5;
+    machine.cpu.refresh();
+    assert_eq!(run(&mut machine, XSAVES), Err(GENERAL_PROTECTION), "CPL 3");
 }

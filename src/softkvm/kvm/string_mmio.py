@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from softkvm.kvm.memslots import PAGE_SIZE
-from softkvm.uapi.kvm import KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT, KVM_EXIT_MMIO
+from softkvm.kvm.port_exit import port_exit
+from softkvm.uapi.kvm import KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT, KVM_EXIT_MMIO
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu import Vcpu
@@ -41,20 +41,15 @@ def _read_port(vcpu: Vcpu, port: int, size: int, then: Then) -> int:
     value = vcpu.vm.pio_bus.read(port, size)
     if value is not None:
         return then(value)
-    return _port_exit(vcpu, KVM_EXIT_IO_IN, port, size, lambda: then(int.from_bytes(vcpu.pio_data[:size], "little")))
+    finish = _unless_moved(vcpu, lambda: then(int.from_bytes(vcpu.pio_data[:size], "little")))
+    return port_exit(vcpu, KVM_EXIT_IO_IN, port, size, 1, finish)
 
 
 def _write_port(vcpu: Vcpu, port: int, size: int, value: int, then: Callable[[], int]) -> int:
     if vcpu.vm.pio_bus.write(port, size, value):
         return then()
     vcpu.pio_data[:size] = value.to_bytes(size, "little")
-    return _port_exit(vcpu, KVM_EXIT_IO_OUT, port, size, then)
-
-
-def _port_exit(vcpu: Vcpu, direction: int, port: int, size: int, then: Callable[[], int]) -> int:
-    io = vcpu.kvm_run.io
-    io.direction, io.size, io.port, io.count, io.data_offset = direction, size, port, 1, PAGE_SIZE
-    return vcpu.exit_to_user(KVM_EXIT_IO, _unless_moved(vcpu, then))
+    return port_exit(vcpu, KVM_EXIT_IO_OUT, port, size, 1, _unless_moved(vcpu, then))
 
 
 def _read_memory(vcpu: Vcpu, gpa: int, size: int, then: Then) -> int:

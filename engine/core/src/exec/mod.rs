@@ -7,6 +7,7 @@
 pub mod select;
 
 pub mod alu;
+pub mod avx;
 pub mod bits;
 pub mod branch;
 pub mod control;
@@ -35,7 +36,7 @@ use crate::uop::{Exec, Handler, Stop, Uop};
 
 /// The handler of an instruction; `None` where the engine has none.
 pub fn handler(insn: &Instruction, size: CodeSize) -> Option<Handler> {
-    const FAMILIES: [fn(&Instruction, CodeSize) -> Option<Handler>; 20] = [
+    const FAMILIES: [fn(&Instruction, CodeSize) -> Option<Handler>; 21] = [
         mov::handler,
         alu::handler,
         branch::handler,
@@ -45,6 +46,7 @@ pub fn handler(insn: &Instruction, size: CodeSize) -> Option<Handler> {
         muldiv::handler,
         string::handler,
         sse::handler,
+        avx::handler,
         x87::handler,
         xsave::handler,
         io::handler,

@@ -25,6 +25,18 @@ pub struct Info {
     pub implemented: bool,
 }
 
+impl Info {
+    /// Whether the engine offers the feature: fused multiply-add and half precision run on the host's own units.
+    pub fn available(&self) -> bool {
+        self.implemented
+            && match self.feature {
+                Feature::Fma => is_x86_feature_detected!("fma"),
+                Feature::F16c => is_x86_feature_detected!("f16c"),
+                _ => true,
+            }
+    }
+}
+
 macro_rules! features {
     ($($leaf:literal . $subleaf:literal $register:ident { $($bit:literal $feature:ident $name:literal $implemented:ident),+ $(,)? })+) => {
         /// A feature that CPUID announces.
@@ -61,10 +73,10 @@ features! {
     }
     0x1 . 0 ECX {
         0 Sse3 "pni" yes, 1 Pclmulqdq "pclmulqdq" yes, 2 Dtes64 "dtes64" no, 3 Monitor "monitor" no, 4 DsCpl "ds-cpl" no,
-        5 Vmx "vmx" no, 6 Smx "smx" no, 7 Est "est" no, 8 Tm2 "tm2" no, 9 Ssse3 "ssse3" yes, 11 Sdbg "sdbg" no, 12 Fma "fma" no,
+        5 Vmx "vmx" no, 6 Smx "smx" no, 7 Est "est" no, 8 Tm2 "tm2" no, 9 Ssse3 "ssse3" yes, 11 Sdbg "sdbg" no, 12 Fma "fma" yes,
         13 Cx16 "cx16" yes, 14 Xtpr "xtpr" no, 15 Pdcm "pdcm" no, 17 Pcid "pcid" yes, 18 Dca "dca" no, 19 Sse41 "sse4.1" yes,
         20 Sse42 "sse4.2" yes, 21 X2apic "x2apic" yes, 22 Movbe "movbe" yes, 23 Popcnt "popcnt" yes,
-        24 TscDeadline "tsc-deadline" yes, 25 Aes "aes" yes, 26 Xsave "xsave" yes, 28 Avx "avx" no, 29 F16c "f16c" no,
+        24 TscDeadline "tsc-deadline" yes, 25 Aes "aes" yes, 26 Xsave "xsave" yes, 28 Avx "avx" yes, 29 F16c "f16c" yes,
         30 Rdrand "rdrand" yes,
     }
     0x6 . 0 EAX {
@@ -74,7 +86,7 @@ features! {
         0 Aperfmperf "aperfmperf" no, 3 Epb "epb" no,
     }
     0x7 . 0 EBX {
-        0 Fsgsbase "fsgsbase" yes, 1 TscAdjust "tsc-adjust" yes, 2 Sgx "sgx" no, 3 Bmi1 "bmi1" yes, 4 Hle "hle" no, 5 Avx2 "avx2" no,
+        0 Fsgsbase "fsgsbase" yes, 1 TscAdjust "tsc-adjust" yes, 2 Sgx "sgx" no, 3 Bmi1 "bmi1" yes, 4 Hle "hle" no, 5 Avx2 "avx2" yes,
         6 FdpExcptnOnly "fdp-excptn-only" no, 7 Smep "smep" yes, 8 Bmi2 "bmi2" yes, 9 Erms "erms" yes, 10 Invpcid "invpcid" yes,
         11 Rtm "rtm" no, 12 Cqm "cqm" no, 13 ZeroFcsFds "zero-fcs-fds" yes, 14 Mpx "mpx" no, 15 RdtA "rdt-a" no, 16 Avx512f "avx512f" no,
         17 Avx512dq "avx512dq" no, 18 Rdseed "rdseed" yes, 19 Adx "adx" yes, 20 Smap "smap" yes, 23 Clflushopt "clflushopt" yes,
@@ -90,7 +102,7 @@ features! {
         28 FlushL1d "flush-l1d" no, 29 ArchCapabilities "arch-capabilities" yes, 31 Ssbd "ssbd" yes,
     }
     0xd . 1 EAX {
-        0 Xsaveopt "xsaveopt" yes, 1 Xsavec "xsavec" yes, 2 Xgetbv1 "xgetbv1" yes, 3 Xsaves "xsaves" no,
+        0 Xsaveopt "xsaveopt" yes, 1 Xsavec "xsavec" yes, 2 Xgetbv1 "xgetbv1" yes, 3 Xsaves "xsaves" yes,
     }
     0x8000_0001 . 0 EDX {
         11 Syscall "syscall" yes, 20 Nx "nx" yes, 22 Mmxext "mmxext" yes, 25 FxsrOpt "fxsr-opt" no, 26 Pdpe1gb "pdpe1gb" yes,

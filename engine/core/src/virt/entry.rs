@@ -122,6 +122,7 @@ impl Core {
         cpu.clock.tick = host_tsc() + host_tsc_khz() * TICK_MS;
         cpu.clock.offset = cpu.control.tsc_offset;
         cpu.clock.multiplier = cpu.control.tsc_multiplier;
+        cpu.clock.pauses = (0, 0);
         cpu.clock.preemption =
             if cpu.control.intercepts(intercept::PREEMPTION_TIMER) { cpu.clock.host_deadline(cpu.control.preemption_deadline) } else { 0 };
         cpu.pending = entry_work(cpu);

@@ -6,6 +6,7 @@
 #[cfg(target_arch = "x86_64")]
 pub mod host;
 pub mod system;
+pub mod vector;
 
 use std::sync::Arc;
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+from softkvm.host import trace
 from softkvm.kvm import cpuid, request
 from softkvm.kvm.irqchip import irq
 from softkvm.kvm.irqchip.irq import NO_INTERRUPT
@@ -231,6 +232,8 @@ class LapicCore:
         vector = isr.bit_length() - 1
         bit = _BIT[vector]
         self.isr = isr ^ bit
+        if trace.kvm_eoi.enabled:
+            trace.kvm_eoi(self.apic_id, vector)
         irqchip = self.vcpu.vm.irqchip
         if irqchip is not None and irqchip.ioapic.handled_vectors & bit:
             irqchip.ioapic.eoi(vector, bool(self.tmr & bit))

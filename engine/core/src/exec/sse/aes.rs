@@ -1,7 +1,7 @@
 //! AES-NI: one round of the cipher per instruction (SDM vol. 1, 12.13; FIPS 197).
 
+use super::form::{immediate_operations, operations};
 use super::lanes::{build, Lane};
-use super::operand::{immediate_operations, operations};
 use crate::uop::Handler;
 
 /// The handler of an instruction of this file.
@@ -13,16 +13,16 @@ mod rounds {
     use super::{inverse_mix, inverse_rows, mix, operations, rows, substitute, xor, INVERSE, SBOX};
 
     operations! {
-        Aesenc => |a, b| xor(mix(substitute(rows(a), &SBOX)), b);
-        Aesenclast => |a, b| xor(substitute(rows(a), &SBOX), b);
-        Aesdec => |a, b| xor(inverse_mix(substitute(inverse_rows(a), &INVERSE)), b);
-        Aesdeclast => |a, b| xor(substitute(inverse_rows(a), &INVERSE), b);
-        Aesimc => |_a, b| inverse_mix(b);
+        Aesenc | Vaesenc => |a, b| xor(mix(substitute(rows(a), &SBOX)), b);
+        Aesenclast | Vaesenclast => |a, b| xor(substitute(rows(a), &SBOX), b);
+        Aesdec | Vaesdec => |a, b| xor(inverse_mix(substitute(inverse_rows(a), &INVERSE)), b);
+        Aesdeclast | Vaesdeclast => |a, b| xor(substitute(inverse_rows(a), &INVERSE), b);
+        Aesimc | Vaesimc => |_a, b| inverse_mix(b);
     }
 }
 
 immediate_operations! { assist:
-    Aeskeygenassist => |_a, b, imm| build(|n| {
+    Aeskeygenassist | Vaeskeygenassist => |_a, b, imm| build(|n| {
         let word = u32::get(&substitute(b, &SBOX), (n | 1) % (N / 4));
         if n & 1 == 0 { word } else { word.rotate_right(8) ^ u32::from(imm) }
     });

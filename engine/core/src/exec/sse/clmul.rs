@@ -1,7 +1,7 @@
 //! PCLMULQDQ: carry-less multiplication (SDM vol. 2).
 
+use super::form::immediate_operations;
 use super::lanes::Lane;
-use super::operand::immediate_operations;
 use crate::uop::Handler;
 
 /// The handler of an instruction of this file.
@@ -10,7 +10,7 @@ pub fn handler(insn: &iced_x86::Instruction) -> Option<Handler> {
 }
 
 immediate_operations! { products:
-    Pclmulqdq => |a, b, imm| multiply(a, b, imm);
+    Pclmulqdq | Vpclmulqdq => |a, b, imm| multiply(a, b, imm);
 }
 
 /// The product of one half of `a` and one of `b` over GF(2). Both are 16 bytes: the instruction has no MMX form.

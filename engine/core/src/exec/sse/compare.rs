@@ -4,7 +4,7 @@ use iced_x86::{Code, Instruction, Mnemonic};
 
 use super::float::{float, Float};
 use super::host::{simd, simd_compare};
-use super::operand::{vector_source, Source};
+use super::operand::{legacy_source, vector_source, Source};
 use crate::cpu::Cpu;
 use crate::flags::Flags;
 use crate::state::rflags::{CF, PF, ZF};
@@ -18,10 +18,10 @@ pub fn handler(insn: &Instruction) -> Option<Handler> {
         Mnemonic::Cmpss => scalar_single(insn),
         // The mnemonic is also a string instruction's.
         Mnemonic::Cmpsd if insn.code() == Code::Cmpsd_xmm_xmmm64_imm8 => scalar_double(insn),
-        Mnemonic::Comiss => vector_source!(insn, compare, Comiss),
-        Mnemonic::Comisd => vector_source!(insn, compare, Comisd),
-        Mnemonic::Ucomiss => vector_source!(insn, compare, Ucomiss),
-        Mnemonic::Ucomisd => vector_source!(insn, compare, Ucomisd),
+        Mnemonic::Comiss | Mnemonic::Vcomiss => vector_source!(insn, compare, Comiss),
+        Mnemonic::Comisd | Mnemonic::Vcomisd => vector_source!(insn, compare, Comisd),
+        Mnemonic::Ucomiss | Mnemonic::Vucomiss => vector_source!(insn, compare, Ucomiss),
+        Mnemonic::Ucomisd | Mnemonic::Vucomisd => vector_source!(insn, compare, Ucomisd),
         _ => return None,
     })
 }
@@ -38,14 +38,14 @@ macro_rules! masks {
         }
         fn $name(insn: &Instruction) -> Handler {
             match insn.immediate8() & 7 {
-                0 => vector_source!(insn, float, $operation<0>),
-                1 => vector_source!(insn, float, $operation<1>),
-                2 => vector_source!(insn, float, $operation<2>),
-                3 => vector_source!(insn, float, $operation<3>),
-                4 => vector_source!(insn, float, $operation<4>),
-                5 => vector_source!(insn, float, $operation<5>),
-                6 => vector_source!(insn, float, $operation<6>),
-                _ => vector_source!(insn, float, $operation<7>),
+                0 => legacy_source!(insn, float, $operation<0>),
+                1 => legacy_source!(insn, float, $operation<1>),
+                2 => legacy_source!(insn, float, $operation<2>),
+                3 => legacy_source!(insn, float, $operation<3>),
+                4 => legacy_source!(insn, float, $operation<4>),
+                5 => legacy_source!(insn, float, $operation<5>),
+                6 => legacy_source!(insn, float, $operation<6>),
+                _ => legacy_source!(insn, float, $operation<7>),
             }
         }
     };
@@ -79,7 +79,7 @@ comparisons! {
 }
 
 fn compare<O: Compare, S: Source>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_sse()?;
+    S::require(cpu)?;
     let b = S::xmm(cpu, uop)?;
     let (image, flags) = O::apply(cpu.state.fpu.mxcsr, cpu.xmm(uop.reg[0]), b);
     cpu.raise_simd(flags)?;

@@ -2,6 +2,8 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
+use super::moves::{load_whole, store_whole};
+use super::operand::{by_encoding, whole_vector, Encoding};
 use crate::cpu::Cpu;
 use crate::exec::xsave::fxsave::MXCSR_MASK;
 use crate::paging::AccessKind;
@@ -11,19 +13,20 @@ use crate::uop::{flag, Exec, Handler, Uop};
 /// The handler of an instruction of this file.
 pub fn handler(insn: &Instruction) -> Option<Handler> {
     Some(match insn.mnemonic() {
-        Mnemonic::Ldmxcsr => ldmxcsr,
-        Mnemonic::Stmxcsr => stmxcsr,
-        Mnemonic::Movntps | Mnemonic::Movntpd | Mnemonic::Movntdq => store_128,
-        Mnemonic::Movntdqa => load_128,
+        Mnemonic::Ldmxcsr | Mnemonic::Vldmxcsr => by_encoding!(insn, ldmxcsr),
+        Mnemonic::Stmxcsr | Mnemonic::Vstmxcsr => by_encoding!(insn, stmxcsr),
+        Mnemonic::Movntps | Mnemonic::Movntpd | Mnemonic::Movntdq => whole_vector!(insn, store_whole, true),
+        Mnemonic::Vmovntps | Mnemonic::Vmovntpd | Mnemonic::Vmovntdq => whole_vector!(insn, store_whole, true),
+        Mnemonic::Movntdqa | Mnemonic::Vmovntdqa => whole_vector!(insn, load_whole, true),
         Mnemonic::Movntq => store_mm,
-        Mnemonic::Maskmovdqu => maskmovdqu,
+        Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu => by_encoding!(insn, maskmovdqu),
         Mnemonic::Maskmovq => maskmovq,
         _ => return None,
     })
 }
 
-fn ldmxcsr(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_sse()?;
+fn ldmxcsr<E: Encoding>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    E::require(cpu)?;
     let value: u32 = cpu.load(uop)?;
     if value & !MXCSR_MASK != 0 {
         return Err(cpu.general_protection());
@@ -32,21 +35,9 @@ fn ldmxcsr(cpu: &mut Cpu, uop: &Uop) -> Exec {
     Ok(())
 }
 
-fn stmxcsr(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_sse()?;
+fn stmxcsr<E: Encoding>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    E::require(cpu)?;
     cpu.store(uop, cpu.state.fpu.mxcsr)
-}
-
-fn store_128(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_sse()?;
-    cpu.store_aligned(uop, cpu.xmm(uop.reg[1]))
-}
-
-fn load_128(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_sse()?;
-    let value = cpu.load_aligned(uop)?;
-    cpu.set_xmm(uop.reg[0], value);
-    Ok(())
 }
 
 fn store_mm(cpu: &mut Cpu, uop: &Uop) -> Exec {
@@ -56,8 +47,8 @@ fn store_mm(cpu: &mut Cpu, uop: &Uop) -> Exec {
     Ok(())
 }
 
-fn maskmovdqu(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_sse()?;
+fn maskmovdqu<E: Encoding>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    E::require(cpu)?;
     let (value, mask) = (cpu.xmm(uop.reg[1]).to_le_bytes(), cpu.xmm(uop.reg[2]).to_le_bytes());
     store_selected(cpu, uop, &value, &mask)
 }

@@ -3,7 +3,7 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use super::host::{simd, simd_from_integer, simd_to_integer};
-use super::operand::{is_memory, vector_source, Memory64, Register, Source};
+use super::operand::{by_encoding, is_memory, legacy_source, vector_source, Encoding, Memory64, MmxSource, Register, Source};
 use crate::cpu::Cpu;
 use crate::uop::{Exec, Handler, Uop};
 use crate::word::Word;
@@ -13,8 +13,10 @@ const LOW64: u128 = u64::MAX as u128;
 /// The handler of an instruction of this file.
 pub fn handler(insn: &Instruction) -> Option<Handler> {
     let from = |register32: Handler, register64: Handler, memory32: Handler, memory64: Handler| {
-        let wide = if is_memory(insn, 1) { insn.memory_size().size() == 8 } else { insn.op1_register().is_gpr64() };
-        match (is_memory(insn, 1), wide) {
+        let last = insn.op_count() - 1;
+        let memory = is_memory(insn, last);
+        let wide = if memory { insn.memory_size().size() == 8 } else { insn.op_register(last).is_gpr64() };
+        match (memory, wide) {
             (false, false) => register32,
             (false, true) => register64,
             (true, false) => memory32,
@@ -23,34 +25,34 @@ pub fn handler(insn: &Instruction) -> Option<Handler> {
     };
     let wide = insn.op0_register().is_gpr64();
     Some(match insn.mnemonic() {
-        Mnemonic::Cvtsi2ss => from(
-            from_register::<u32, Cvtsi2ss32>,
-            from_register::<u64, Cvtsi2ss64>,
-            from_memory::<u32, Cvtsi2ss32>,
-            from_memory::<u64, Cvtsi2ss64>,
+        Mnemonic::Cvtsi2ss | Mnemonic::Vcvtsi2ss => from(
+            by_encoding!(insn, from_register, u32, Cvtsi2ss32),
+            by_encoding!(insn, from_register, u64, Cvtsi2ss64),
+            by_encoding!(insn, from_memory, u32, Cvtsi2ss32),
+            by_encoding!(insn, from_memory, u64, Cvtsi2ss64),
         ),
-        Mnemonic::Cvtsi2sd => from(
-            from_register::<u32, Cvtsi2sd32>,
-            from_register::<u64, Cvtsi2sd64>,
-            from_memory::<u32, Cvtsi2sd32>,
-            from_memory::<u64, Cvtsi2sd64>,
+        Mnemonic::Cvtsi2sd | Mnemonic::Vcvtsi2sd => from(
+            by_encoding!(insn, from_register, u32, Cvtsi2sd32),
+            by_encoding!(insn, from_register, u64, Cvtsi2sd64),
+            by_encoding!(insn, from_memory, u32, Cvtsi2sd32),
+            by_encoding!(insn, from_memory, u64, Cvtsi2sd64),
         ),
-        Mnemonic::Cvtss2si if wide => vector_source!(insn, to_integer, Cvtss2si64),
-        Mnemonic::Cvtss2si => vector_source!(insn, to_integer, Cvtss2si32),
-        Mnemonic::Cvttss2si if wide => vector_source!(insn, to_integer, Cvttss2si64),
-        Mnemonic::Cvttss2si => vector_source!(insn, to_integer, Cvttss2si32),
-        Mnemonic::Cvtsd2si if wide => vector_source!(insn, to_integer, Cvtsd2si64),
-        Mnemonic::Cvtsd2si => vector_source!(insn, to_integer, Cvtsd2si32),
-        Mnemonic::Cvttsd2si if wide => vector_source!(insn, to_integer, Cvttsd2si64),
-        Mnemonic::Cvttsd2si => vector_source!(insn, to_integer, Cvttsd2si32),
+        Mnemonic::Cvtss2si | Mnemonic::Vcvtss2si if wide => vector_source!(insn, to_integer, Cvtss2si64),
+        Mnemonic::Cvtss2si | Mnemonic::Vcvtss2si => vector_source!(insn, to_integer, Cvtss2si32),
+        Mnemonic::Cvttss2si | Mnemonic::Vcvttss2si if wide => vector_source!(insn, to_integer, Cvttss2si64),
+        Mnemonic::Cvttss2si | Mnemonic::Vcvttss2si => vector_source!(insn, to_integer, Cvttss2si32),
+        Mnemonic::Cvtsd2si | Mnemonic::Vcvtsd2si if wide => vector_source!(insn, to_integer, Cvtsd2si64),
+        Mnemonic::Cvtsd2si | Mnemonic::Vcvtsd2si => vector_source!(insn, to_integer, Cvtsd2si32),
+        Mnemonic::Cvttsd2si | Mnemonic::Vcvttsd2si if wide => vector_source!(insn, to_integer, Cvttsd2si64),
+        Mnemonic::Cvttsd2si | Mnemonic::Vcvttsd2si => vector_source!(insn, to_integer, Cvttsd2si32),
         Mnemonic::Cvtpi2ps if is_memory(insn, 1) => pi2ps::<Memory64>,
         Mnemonic::Cvtpi2ps => pi2ps::<Register>,
         Mnemonic::Cvtpi2pd if is_memory(insn, 1) => pi2pd_memory,
         Mnemonic::Cvtpi2pd => pi2pd_register,
-        Mnemonic::Cvtps2pi => vector_source!(insn, to_mm, Cvtps2pi),
-        Mnemonic::Cvttps2pi => vector_source!(insn, to_mm, Cvttps2pi),
-        Mnemonic::Cvtpd2pi => vector_source!(insn, to_mm, Cvtpd2pi),
-        Mnemonic::Cvttpd2pi => vector_source!(insn, to_mm, Cvttpd2pi),
+        Mnemonic::Cvtps2pi => legacy_source!(insn, to_mm, Cvtps2pi),
+        Mnemonic::Cvttps2pi => legacy_source!(insn, to_mm, Cvttps2pi),
+        Mnemonic::Cvtpd2pi => legacy_source!(insn, to_mm, Cvtpd2pi),
+        Mnemonic::Cvttpd2pi => legacy_source!(insn, to_mm, Cvttpd2pi),
         _ => return None,
     })
 }
@@ -105,28 +107,28 @@ to_integer! {
     Cvttsd2si64 => "cvttsd2si" ":r";
 }
 
-fn convert_from<O: FromInteger>(cpu: &mut Cpu, uop: &Uop, value: u64) -> Exec {
-    let (result, flags) = O::apply(cpu.state.fpu.mxcsr, cpu.xmm(uop.reg[0]), value);
+fn convert_from<O: FromInteger, E: Encoding>(cpu: &mut Cpu, uop: &Uop, value: u64) -> Exec {
+    let (result, flags) = O::apply(cpu.state.fpu.mxcsr, cpu.xmm(E::first(uop)), value);
     cpu.raise_simd(flags)?;
-    cpu.set_xmm(uop.reg[0], result);
+    E::put_xmm(cpu, uop.reg[0], result);
     Ok(())
 }
 
-fn from_register<W: Word, O: FromInteger>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_sse()?;
-    let value = cpu.reg::<W>(uop.reg[1]).zero_extend();
-    convert_from::<O>(cpu, uop, value)
+fn from_register<W: Word, O: FromInteger, E: Encoding>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    E::require(cpu)?;
+    let value = cpu.reg::<W>(E::second(uop)).zero_extend();
+    convert_from::<O, E>(cpu, uop, value)
 }
 
-fn from_memory<W: Word, O: FromInteger>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_sse()?;
+fn from_memory<W: Word, O: FromInteger, E: Encoding>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    E::require(cpu)?;
     let value = cpu.load::<W>(uop)?.zero_extend();
-    convert_from::<O>(cpu, uop, value)
+    convert_from::<O, E>(cpu, uop, value)
 }
 
 /// A 32-bit result clears the upper half of its register on the host already.
 fn to_integer<O: ToInteger, S: Source>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_sse()?;
+    S::require(cpu)?;
     let b = S::xmm(cpu, uop)?;
     let (result, flags) = O::apply(cpu.state.fpu.mxcsr, b);
     cpu.raise_simd(flags)?;
@@ -136,7 +138,7 @@ fn to_integer<O: ToInteger, S: Source>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 
 // ---- MMX registers ------------------------------------------------------------------------------------------------------------------
 
-fn pi2ps<S: Source>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+fn pi2ps<S: MmxSource>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     cpu.require_sse()?;
     cpu.require_mmx()?;
     let b = S::mm(cpu, uop)?;

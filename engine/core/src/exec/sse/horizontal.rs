@@ -5,21 +5,21 @@ use iced_x86::{Instruction, Mnemonic};
 use super::float::{float, Float};
 use super::host::simd;
 use super::lanes::{build, Lane};
-use super::operand::{vector_source, Source};
+use super::operand::{halves, vector_source, Source, Vector};
 use crate::cpu::Cpu;
 use crate::uop::{Exec, Handler, Uop};
 
 /// The handler of an instruction of this file.
 pub fn handler(insn: &Instruction) -> Option<Handler> {
     Some(match insn.mnemonic() {
-        Mnemonic::Haddps => vector_source!(insn, float, Haddps),
-        Mnemonic::Hsubps => vector_source!(insn, float, Hsubps),
-        Mnemonic::Haddpd => vector_source!(insn, float, Haddpd),
-        Mnemonic::Hsubpd => vector_source!(insn, float, Hsubpd),
-        Mnemonic::Addsubps => vector_source!(insn, float, Addsubps),
-        Mnemonic::Addsubpd => vector_source!(insn, float, Addsubpd),
-        Mnemonic::Dpps => vector_source!(insn, dot_single),
-        Mnemonic::Dppd => vector_source!(insn, dot_double),
+        Mnemonic::Haddps | Mnemonic::Vhaddps => vector_source!(insn, float, Haddps),
+        Mnemonic::Hsubps | Mnemonic::Vhsubps => vector_source!(insn, float, Hsubps),
+        Mnemonic::Haddpd | Mnemonic::Vhaddpd => vector_source!(insn, float, Haddpd),
+        Mnemonic::Hsubpd | Mnemonic::Vhsubpd => vector_source!(insn, float, Hsubpd),
+        Mnemonic::Addsubps | Mnemonic::Vaddsubps => vector_source!(insn, float, Addsubps),
+        Mnemonic::Addsubpd | Mnemonic::Vaddsubpd => vector_source!(insn, float, Addsubpd),
+        Mnemonic::Dpps | Mnemonic::Vdpps => vector_source!(insn, dot_single),
+        Mnemonic::Dppd | Mnemonic::Vdppd => vector_source!(insn, dot_double),
         _ => return None,
     })
 }
@@ -80,28 +80,40 @@ fn keep<L: Lane + Default>(value: u128, lanes: u64) -> u128 {
     u128::from_le_bytes(build::<L, 16>(|n| if lanes >> n & 1 != 0 { L::get(&bytes, n) } else { L::default() }))
 }
 
+/// Both halves' results and flags of a step.
+#[inline(always)]
+fn step<S: Source>(cpu: &mut Cpu, half: impl Fn(usize) -> (u128, u32)) -> Exec<Vector> {
+    let (low, raised) = half(0);
+    let (high, more) = if S::HALVES == 2 { half(1) } else { (0, 0) };
+    cpu.raise_simd(raised | more)?;
+    Ok([low, high])
+}
+
 /// Each step of a dot product may raise its own exception, and keeps the following steps from running (SDM vol. 2, DPPS).
 fn dot_single<S: Source>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_sse()?;
-    let b = S::xmm(cpu, uop)?;
-    let a = cpu.xmm(uop.reg[0]);
+    const LOW: u128 = u32::MAX as u128;
+    S::require(cpu)?;
+    let b = S::vector(cpu, uop)?;
+    let a = S::first(cpu, uop);
     let mxcsr = cpu.state.fpu.mxcsr;
-    let (products, raised) = simd!(mxcsr, "mulps", keep::<u32>(a, uop.imm >> 4), keep::<u32>(b, uop.imm >> 4));
-    cpu.raise_simd(raised)?;
-    let (pairs, raised) = simd!(mxcsr, "addps", every_second::<u32>(products, 0, 0), every_second::<u32>(products, 0, 1));
-    cpu.raise_simd(raised)?;
-    let (sum, raised) = simd!(mxcsr, "addss", pairs & u128::from(u32::MAX), pairs >> 32 & u128::from(u32::MAX));
-    cpu.raise_simd(raised)?;
-    let sum = sum as u32;
-    let all = u128::from_le_bytes(build::<u32, 16>(|_| sum));
-    cpu.set_xmm(uop.reg[0], keep::<u32>(all, uop.imm));
+    let products = step::<S>(cpu, |n| simd!(mxcsr, "mulps", keep::<u32>(a[n], uop.imm >> 4), keep::<u32>(b[n], uop.imm >> 4)))?;
+    let pairs = step::<S>(cpu, |n| {
+        let products = products[n];
+        simd!(mxcsr, "addps", every_second::<u32>(products, 0, 0), every_second::<u32>(products, 0, 1))
+    })?;
+    let sums = step::<S>(cpu, |n| simd!(mxcsr, "addss", pairs[n] & LOW, pairs[n] >> 32 & LOW))?;
+    let result = halves::<S>(|n| {
+        let sum = sums[n] as u32;
+        keep::<u32>(u128::from_le_bytes(build::<u32, 16>(|_| sum)), uop.imm)
+    });
+    S::put(cpu, uop.reg[0], result);
     Ok(())
 }
 
 fn dot_double<S: Source>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_sse()?;
+    S::require(cpu)?;
     let b = S::xmm(cpu, uop)?;
-    let a = cpu.xmm(uop.reg[0]);
+    let [a, _] = S::first(cpu, uop);
     let mxcsr = cpu.state.fpu.mxcsr;
     let (products, raised) = simd!(mxcsr, "mulpd", keep::<u64>(a, uop.imm >> 4), keep::<u64>(b, uop.imm >> 4));
     cpu.raise_simd(raised)?;
@@ -109,6 +121,6 @@ fn dot_double<S: Source>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     cpu.raise_simd(raised)?;
     let sum = sum as u64;
     let all = u128::from_le_bytes(build::<u64, 16>(|_| sum));
-    cpu.set_xmm(uop.reg[0], keep::<u64>(all, uop.imm));
+    S::put_xmm(cpu, uop.reg[0], keep::<u64>(all, uop.imm));
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Packed integer arithmetic and comparison, MMX to SSE4.2 (SDM vol. 2: PADDB and its siblings).
 
+use super::form::operations;
 use super::lanes::{build, map, zip, Lane};
-use super::operand::operations;
 
 /// All ones where `condition` holds.
 #[inline(always)]
@@ -67,70 +67,70 @@ fn minimum_position<const N: usize>(b: [u8; N]) -> [u8; N] {
 }
 
 operations! {
-    Paddb => |a, b| zip(a, b, u8::wrapping_add);
-    Paddw => |a, b| zip(a, b, u16::wrapping_add);
-    Paddd => |a, b| zip(a, b, u32::wrapping_add);
-    Paddq => |a, b| zip(a, b, u64::wrapping_add);
-    Psubb => |a, b| zip(a, b, u8::wrapping_sub);
-    Psubw => |a, b| zip(a, b, u16::wrapping_sub);
-    Psubd => |a, b| zip(a, b, u32::wrapping_sub);
-    Psubq => |a, b| zip(a, b, u64::wrapping_sub);
-    Paddsb => |a, b| zip(a, b, i8::saturating_add);
-    Paddsw => |a, b| zip(a, b, i16::saturating_add);
-    Paddusb => |a, b| zip(a, b, u8::saturating_add);
-    Paddusw => |a, b| zip(a, b, u16::saturating_add);
-    Psubsb => |a, b| zip(a, b, i8::saturating_sub);
-    Psubsw => |a, b| zip(a, b, i16::saturating_sub);
-    Psubusb => |a, b| zip(a, b, u8::saturating_sub);
-    Psubusw => |a, b| zip(a, b, u16::saturating_sub);
+    Paddb | Vpaddb => |a, b| zip(a, b, u8::wrapping_add);
+    Paddw | Vpaddw => |a, b| zip(a, b, u16::wrapping_add);
+    Paddd | Vpaddd => |a, b| zip(a, b, u32::wrapping_add);
+    Paddq | Vpaddq => |a, b| zip(a, b, u64::wrapping_add);
+    Psubb | Vpsubb => |a, b| zip(a, b, u8::wrapping_sub);
+    Psubw | Vpsubw => |a, b| zip(a, b, u16::wrapping_sub);
+    Psubd | Vpsubd => |a, b| zip(a, b, u32::wrapping_sub);
+    Psubq | Vpsubq => |a, b| zip(a, b, u64::wrapping_sub);
+    Paddsb | Vpaddsb => |a, b| zip(a, b, i8::saturating_add);
+    Paddsw | Vpaddsw => |a, b| zip(a, b, i16::saturating_add);
+    Paddusb | Vpaddusb => |a, b| zip(a, b, u8::saturating_add);
+    Paddusw | Vpaddusw => |a, b| zip(a, b, u16::saturating_add);
+    Psubsb | Vpsubsb => |a, b| zip(a, b, i8::saturating_sub);
+    Psubsw | Vpsubsw => |a, b| zip(a, b, i16::saturating_sub);
+    Psubusb | Vpsubusb => |a, b| zip(a, b, u8::saturating_sub);
+    Psubusw | Vpsubusw => |a, b| zip(a, b, u16::saturating_sub);
 
-    Pmullw => |a, b| zip(a, b, u16::wrapping_mul);
-    Pmulld => |a, b| zip(a, b, u32::wrapping_mul);
-    Pmulhw => |a, b| zip(a, b, |x: i16, y: i16| ((i32::from(x) * i32::from(y)) >> 16) as i16);
-    Pmulhuw => |a, b| zip(a, b, |x: u16, y: u16| ((u32::from(x) * u32::from(y)) >> 16) as u16);
-    Pmulhrsw => |a, b| zip(a, b, |x: i16, y: i16| ((((i32::from(x) * i32::from(y)) >> 14) + 1) >> 1) as i16);
-    Pmuludq => |a, b| zip(a, b, |x: u64, y: u64| (x & 0xffff_ffff) * (y & 0xffff_ffff));
-    Pmuldq => |a, b| zip(a, b, |x: i64, y: i64| i64::from(x as i32) * i64::from(y as i32));
-    Pmaddwd => |a, b| multiply_add_words(a, b);
-    Pmaddubsw => |a, b| multiply_add_bytes(a, b);
-    Psadbw => |a, b| sad(a, b);
-    Pavgb => |a, b| zip(a, b, |x: u8, y: u8| average(x.into(), y.into()) as u8);
-    Pavgw => |a, b| zip(a, b, |x: u16, y: u16| average(x.into(), y.into()) as u16);
+    Pmullw | Vpmullw => |a, b| zip(a, b, u16::wrapping_mul);
+    Pmulld | Vpmulld => |a, b| zip(a, b, u32::wrapping_mul);
+    Pmulhw | Vpmulhw => |a, b| zip(a, b, |x: i16, y: i16| ((i32::from(x) * i32::from(y)) >> 16) as i16);
+    Pmulhuw | Vpmulhuw => |a, b| zip(a, b, |x: u16, y: u16| ((u32::from(x) * u32::from(y)) >> 16) as u16);
+    Pmulhrsw | Vpmulhrsw => |a, b| zip(a, b, |x: i16, y: i16| ((((i32::from(x) * i32::from(y)) >> 14) + 1) >> 1) as i16);
+    Pmuludq | Vpmuludq => |a, b| zip(a, b, |x: u64, y: u64| (x & 0xffff_ffff) * (y & 0xffff_ffff));
+    Pmuldq | Vpmuldq => |a, b| zip(a, b, |x: i64, y: i64| i64::from(x as i32) * i64::from(y as i32));
+    Pmaddwd | Vpmaddwd => |a, b| multiply_add_words(a, b);
+    Pmaddubsw | Vpmaddubsw => |a, b| multiply_add_bytes(a, b);
+    Psadbw | Vpsadbw => |a, b| sad(a, b);
+    Pavgb | Vpavgb => |a, b| zip(a, b, |x: u8, y: u8| average(x.into(), y.into()) as u8);
+    Pavgw | Vpavgw => |a, b| zip(a, b, |x: u16, y: u16| average(x.into(), y.into()) as u16);
 
-    Pminub => |a, b| zip(a, b, <u8 as Ord>::min);
-    Pminuw => |a, b| zip(a, b, <u16 as Ord>::min);
-    Pminud => |a, b| zip(a, b, <u32 as Ord>::min);
-    Pminsb => |a, b| zip(a, b, <i8 as Ord>::min);
-    Pminsw => |a, b| zip(a, b, <i16 as Ord>::min);
-    Pminsd => |a, b| zip(a, b, <i32 as Ord>::min);
-    Pmaxub => |a, b| zip(a, b, <u8 as Ord>::max);
-    Pmaxuw => |a, b| zip(a, b, <u16 as Ord>::max);
-    Pmaxud => |a, b| zip(a, b, <u32 as Ord>::max);
-    Pmaxsb => |a, b| zip(a, b, <i8 as Ord>::max);
-    Pmaxsw => |a, b| zip(a, b, <i16 as Ord>::max);
-    Pmaxsd => |a, b| zip(a, b, <i32 as Ord>::max);
-    Phminposuw => |_a, b| minimum_position(b);
+    Pminub | Vpminub => |a, b| zip(a, b, <u8 as Ord>::min);
+    Pminuw | Vpminuw => |a, b| zip(a, b, <u16 as Ord>::min);
+    Pminud | Vpminud => |a, b| zip(a, b, <u32 as Ord>::min);
+    Pminsb | Vpminsb => |a, b| zip(a, b, <i8 as Ord>::min);
+    Pminsw | Vpminsw => |a, b| zip(a, b, <i16 as Ord>::min);
+    Pminsd | Vpminsd => |a, b| zip(a, b, <i32 as Ord>::min);
+    Pmaxub | Vpmaxub => |a, b| zip(a, b, <u8 as Ord>::max);
+    Pmaxuw | Vpmaxuw => |a, b| zip(a, b, <u16 as Ord>::max);
+    Pmaxud | Vpmaxud => |a, b| zip(a, b, <u32 as Ord>::max);
+    Pmaxsb | Vpmaxsb => |a, b| zip(a, b, <i8 as Ord>::max);
+    Pmaxsw | Vpmaxsw => |a, b| zip(a, b, <i16 as Ord>::max);
+    Pmaxsd | Vpmaxsd => |a, b| zip(a, b, <i32 as Ord>::max);
+    Phminposuw | Vphminposuw => |_a, b| minimum_position(b);
 
-    Pcmpeqb => |a, b| ones(a, b, u8::eq, u8::MAX, 0);
-    Pcmpeqw => |a, b| ones(a, b, u16::eq, u16::MAX, 0);
-    Pcmpeqd => |a, b| ones(a, b, u32::eq, u32::MAX, 0);
-    Pcmpeqq => |a, b| ones(a, b, u64::eq, u64::MAX, 0);
-    Pcmpgtb => |a, b| ones(a, b, i8::gt, -1, 0);
-    Pcmpgtw => |a, b| ones(a, b, i16::gt, -1, 0);
-    Pcmpgtd => |a, b| ones(a, b, i32::gt, -1, 0);
-    Pcmpgtq => |a, b| ones(a, b, i64::gt, -1, 0);
+    Pcmpeqb | Vpcmpeqb => |a, b| ones(a, b, u8::eq, u8::MAX, 0);
+    Pcmpeqw | Vpcmpeqw => |a, b| ones(a, b, u16::eq, u16::MAX, 0);
+    Pcmpeqd | Vpcmpeqd => |a, b| ones(a, b, u32::eq, u32::MAX, 0);
+    Pcmpeqq | Vpcmpeqq => |a, b| ones(a, b, u64::eq, u64::MAX, 0);
+    Pcmpgtb | Vpcmpgtb => |a, b| ones(a, b, i8::gt, -1, 0);
+    Pcmpgtw | Vpcmpgtw => |a, b| ones(a, b, i16::gt, -1, 0);
+    Pcmpgtd | Vpcmpgtd => |a, b| ones(a, b, i32::gt, -1, 0);
+    Pcmpgtq | Vpcmpgtq => |a, b| ones(a, b, i64::gt, -1, 0);
 
-    Pabsb => |_a, b| map(b, i8::wrapping_abs);
-    Pabsw => |_a, b| map(b, i16::wrapping_abs);
-    Pabsd => |_a, b| map(b, i32::wrapping_abs);
-    Psignb => |a, b| zip(a, b, |x: i8, y: i8| sign!(x, y));
-    Psignw => |a, b| zip(a, b, |x: i16, y: i16| sign!(x, y));
-    Psignd => |a, b| zip(a, b, |x: i32, y: i32| sign!(x, y));
+    Pabsb | Vpabsb => |_a, b| map(b, i8::wrapping_abs);
+    Pabsw | Vpabsw => |_a, b| map(b, i16::wrapping_abs);
+    Pabsd | Vpabsd => |_a, b| map(b, i32::wrapping_abs);
+    Psignb | Vpsignb => |a, b| zip(a, b, |x: i8, y: i8| sign!(x, y));
+    Psignw | Vpsignw => |a, b| zip(a, b, |x: i16, y: i16| sign!(x, y));
+    Psignd | Vpsignd => |a, b| zip(a, b, |x: i32, y: i32| sign!(x, y));
 
-    Phaddw => |a, b| horizontal(a, b, i16::wrapping_add);
-    Phaddd => |a, b| horizontal(a, b, i32::wrapping_add);
-    Phaddsw => |a, b| horizontal(a, b, i16::saturating_add);
-    Phsubw => |a, b| horizontal(a, b, i16::wrapping_sub);
-    Phsubd => |a, b| horizontal(a, b, i32::wrapping_sub);
-    Phsubsw => |a, b| horizontal(a, b, i16::saturating_sub);
+    Phaddw | Vphaddw => |a, b| horizontal(a, b, i16::wrapping_add);
+    Phaddd | Vphaddd => |a, b| horizontal(a, b, i32::wrapping_add);
+    Phaddsw | Vphaddsw => |a, b| horizontal(a, b, i16::saturating_add);
+    Phsubw | Vphsubw => |a, b| horizontal(a, b, i16::wrapping_sub);
+    Phsubd | Vphsubd => |a, b| horizontal(a, b, i32::wrapping_sub);
+    Phsubsw | Vphsubsw => |a, b| horizontal(a, b, i16::saturating_sub);
 }

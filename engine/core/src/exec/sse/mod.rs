@@ -1,7 +1,8 @@
-//! MMX and SSE up to SSE4.2, with AES, PCLMULQDQ and SHA beside them (SDM vol. 1, ch. 9-12; vol. 2).
+//! MMX and SSE up to SSE4.2, with AES, PCLMULQDQ and SHA beside them, and the VEX encodings of all that have one (SDM vol. 1, ch. 9-12
+//! and 14; vol. 2). What VEX alone can say is in `exec::avx`.
 //!
-//! Integer operations are portable functions on lanes of `[u8; N]`: 8 bytes are an MMX register, 16 an XMM register, and each half of a
-//! YMM register once VEX encodings exist, because AVX2 works on halves. Floating point runs on the host's own SSE2 under the guest's
+//! Integer operations are portable functions on lanes of `[u8; N]`: 8 bytes are an MMX register, 16 an XMM register or half of a YMM
+//! register. Floating point runs on the host's own SSE2 under the guest's
 //! MXCSR (`host`), so it is bit exact.
 
 mod aes;
@@ -12,13 +13,14 @@ mod control;
 mod convert;
 mod extend;
 mod extract;
-mod float;
+pub(in crate::exec) mod float;
+pub(in crate::exec) mod form;
 mod horizontal;
-mod host;
+pub(in crate::exec) mod host;
 mod integer;
 pub(in crate::exec) mod lanes;
 mod moves;
-mod operand;
+pub(in crate::exec) mod operand;
 mod round;
 mod sha;
 mod shift;

@@ -2,19 +2,19 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
-use super::host::mxcsr::FLAGS;
+use super::host::mxcsr::{FLAGS, ROUNDING_SHIFT};
 use super::lanes::{build, Lane};
-use super::operand::{vector_source, Source};
+use super::operand::{halves, vector_source, Source};
 use crate::cpu::Cpu;
 use crate::uop::{Exec, Handler, Uop};
 
 /// The handler of an instruction of this file.
 pub fn handler(insn: &Instruction) -> Option<Handler> {
     Some(match insn.mnemonic() {
-        Mnemonic::Roundps => vector_source!(insn, round, u32, Packed),
-        Mnemonic::Roundpd => vector_source!(insn, round, u64, Packed),
-        Mnemonic::Roundss => vector_source!(insn, round, u32, Scalar),
-        Mnemonic::Roundsd => vector_source!(insn, round, u64, Scalar),
+        Mnemonic::Roundps | Mnemonic::Vroundps => vector_source!(insn, round, u32, Packed),
+        Mnemonic::Roundpd | Mnemonic::Vroundpd => vector_source!(insn, round, u64, Packed),
+        Mnemonic::Roundss | Mnemonic::Vroundss => vector_source!(insn, round, u32, Scalar),
+        Mnemonic::Roundsd | Mnemonic::Vroundsd => vector_source!(insn, round, u64, Scalar),
         _ => return None,
     })
 }
@@ -36,7 +36,6 @@ const INVALID: u32 = 1;
 const PRECISION: u32 = 1 << 5;
 /// MXCSR.DAZ: denormal operands are zero.
 const DENORMALS_ARE_ZERO: u32 = 1 << 6;
-const ROUNDING_SHIFT: u32 = 13;
 /// Immediate: round as MXCSR says; do not report inexact results.
 const BY_MXCSR: u64 = 4;
 const QUIET: u64 = 8;
@@ -108,17 +107,18 @@ fn round_lane<F: Float>(bits: u64, mode: u32, daz: bool) -> (u64, u32) {
 }
 
 fn round<F: Float, W: Width, S: Source>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_sse()?;
-    let b = S::xmm(cpu, uop)?.to_le_bytes();
-    let a = cpu.xmm(uop.reg[0]).to_le_bytes();
+    S::require(cpu)?;
+    let b = S::vector(cpu, uop)?.map(u128::to_le_bytes);
+    let a = S::first(cpu, uop).map(u128::to_le_bytes);
     let mxcsr = cpu.state.fpu.mxcsr;
     let mode = if uop.imm & BY_MXCSR != 0 { mxcsr >> ROUNDING_SHIFT & 3 } else { uop.imm as u32 & 3 };
-    let lane = |n| round_lane::<F>(F::get(&b, n).bits(), mode, mxcsr & DENORMALS_ARE_ZERO != 0);
+    let lane = |half: usize, n| round_lane::<F>(F::get(&b[half], n).bits(), mode, mxcsr & DENORMALS_ARE_ZERO != 0);
     let lanes = W::LANES.min(16 / F::BYTES);
-    let raised = (0..lanes).fold(0, |flags, n| flags | lane(n).1);
+    let raised = (0..S::HALVES * lanes).fold(0, |flags, n| flags | lane(n / lanes, n % lanes).1);
     let hidden = if uop.imm & QUIET != 0 { PRECISION } else { 0 };
     cpu.raise_simd(raised & FLAGS & !hidden)?;
-    let result = build::<F, 16>(|n| if n < lanes { F::from_bits(lane(n).0) } else { F::get(&a, n) });
-    cpu.set_xmm(uop.reg[0], u128::from_le_bytes(result));
+    let rounded = |half: usize| build::<F, 16>(|n| if n < lanes { F::from_bits(lane(half, n).0) } else { F::get(&a[half], n) });
+    let result = halves::<S>(|half| u128::from_le_bytes(rounded(half)));
+    S::put(cpu, uop.reg[0], result);
     Ok(())
 }

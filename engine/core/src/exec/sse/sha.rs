@@ -2,15 +2,16 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
+use super::form::{immediate_operations, operations};
 use super::lanes::{build, Lane};
-use super::operand::{immediate_operations, operations, vector_source, Source};
+use super::operand::{legacy_source, Source};
 use crate::cpu::Cpu;
 use crate::uop::{Exec, Handler, Uop};
 
 /// The handler of an instruction of this file.
 pub fn handler(insn: &Instruction) -> Option<Handler> {
     match insn.mnemonic() {
-        Mnemonic::Sha256rnds2 => Some(vector_source!(insn, two_rounds)),
+        Mnemonic::Sha256rnds2 => Some(legacy_source!(insn, two_rounds)),
         _ => schedule::handler(insn).or_else(|| sha1_rounds(insn)),
     }
 }
@@ -104,7 +105,7 @@ fn four_rounds(state: [u32; 4], message: [u32; 4], stage: u8) -> [u32; 4] {
 
 /// Two rounds of SHA-256 on ABEF (operand 1) and CDGH (operand 0), with message plus constant in XMM0.
 fn two_rounds<S: Source>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_sse()?;
+    S::require(cpu)?;
     let [mut f, mut e, mut b, mut a] = words(S::xmm(cpu, uop)?.to_le_bytes());
     let [mut h, mut g, mut d, mut c] = words(cpu.xmm(uop.reg[0]).to_le_bytes());
     let message = words(cpu.xmm(0).to_le_bytes());

@@ -2,17 +2,18 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
+use super::form::{immediate_operations, operations};
 use super::lanes::{build, Lane};
-use super::operand::{immediate_operations, operations, vector_source, Source};
+use super::operand::{halves, vector_source, Encoding, Source};
 use crate::cpu::Cpu;
 use crate::uop::{Exec, Handler, Uop};
 
 /// The handler of an instruction of this file.
 pub fn handler(insn: &Instruction) -> Option<Handler> {
     match insn.mnemonic() {
-        Mnemonic::Pblendvb => Some(vector_source!(insn, variable_blend, u8)),
-        Mnemonic::Blendvps => Some(vector_source!(insn, variable_blend, u32)),
-        Mnemonic::Blendvpd => Some(vector_source!(insn, variable_blend, u64)),
+        Mnemonic::Pblendvb | Mnemonic::Vpblendvb => Some(vector_source!(insn, variable_blend, u8)),
+        Mnemonic::Blendvps | Mnemonic::Vblendvps => Some(vector_source!(insn, variable_blend, u32)),
+        Mnemonic::Blendvpd | Mnemonic::Vblendvpd => Some(vector_source!(insn, variable_blend, u64)),
         _ => fixed::handler(insn).or_else(|| selected(insn)),
     }
 }
@@ -21,38 +22,38 @@ mod fixed {
     use super::{operations, pack, pick, unpack};
 
     operations! {
-        Punpcklbw => |a, b| unpack::<u8, N>(a, b, 0);
-        Punpcklwd => |a, b| unpack::<u16, N>(a, b, 0);
-        Punpckldq => |a, b| unpack::<u32, N>(a, b, 0);
-        Punpcklqdq => |a, b| unpack::<u64, N>(a, b, 0);
-        Punpckhbw => |a, b| unpack::<u8, N>(a, b, N / 2);
-        Punpckhwd => |a, b| unpack::<u16, N>(a, b, N / 4);
-        Punpckhdq => |a, b| unpack::<u32, N>(a, b, N / 8);
-        Punpckhqdq => |a, b| unpack::<u64, N>(a, b, N / 16);
-        Unpcklps => |a, b| unpack::<u32, N>(a, b, 0);
-        Unpcklpd => |a, b| unpack::<u64, N>(a, b, 0);
-        Unpckhps => |a, b| unpack::<u32, N>(a, b, N / 8);
-        Unpckhpd => |a, b| unpack::<u64, N>(a, b, N / 16);
-        Packsswb => |a, b| pack(a, b, |x: i16| x.clamp(-128, 127) as i8);
-        Packuswb => |a, b| pack(a, b, |x: i16| x.clamp(0, 255) as u8);
-        Packssdw => |a, b| pack(a, b, |x: i32| x.clamp(-32768, 32767) as i16);
-        Packusdw => |a, b| pack(a, b, |x: i32| x.clamp(0, 65535) as u16);
-        Pshufb => |a, b| pick(a, b);
+        Punpcklbw | Vpunpcklbw => |a, b| unpack::<u8, N>(a, b, 0);
+        Punpcklwd | Vpunpcklwd => |a, b| unpack::<u16, N>(a, b, 0);
+        Punpckldq | Vpunpckldq => |a, b| unpack::<u32, N>(a, b, 0);
+        Punpcklqdq | Vpunpcklqdq => |a, b| unpack::<u64, N>(a, b, 0);
+        Punpckhbw | Vpunpckhbw => |a, b| unpack::<u8, N>(a, b, N / 2);
+        Punpckhwd | Vpunpckhwd => |a, b| unpack::<u16, N>(a, b, N / 4);
+        Punpckhdq | Vpunpckhdq => |a, b| unpack::<u32, N>(a, b, N / 8);
+        Punpckhqdq | Vpunpckhqdq => |a, b| unpack::<u64, N>(a, b, N / 16);
+        Unpcklps | Vunpcklps => |a, b| unpack::<u32, N>(a, b, 0);
+        Unpcklpd | Vunpcklpd => |a, b| unpack::<u64, N>(a, b, 0);
+        Unpckhps | Vunpckhps => |a, b| unpack::<u32, N>(a, b, N / 8);
+        Unpckhpd | Vunpckhpd => |a, b| unpack::<u64, N>(a, b, N / 16);
+        Packsswb | Vpacksswb => |a, b| pack(a, b, |x: i16| x.clamp(-128, 127) as i8);
+        Packuswb | Vpackuswb => |a, b| pack(a, b, |x: i16| x.clamp(0, 255) as u8);
+        Packssdw | Vpackssdw => |a, b| pack(a, b, |x: i32| x.clamp(-32768, 32767) as i16);
+        Packusdw | Vpackusdw => |a, b| pack(a, b, |x: i32| x.clamp(0, 65535) as u16);
+        Pshufb | Vpshufb => |a, b| pick(a, b);
     }
 }
 
 immediate_operations! { selected:
     Pshufw => |_a, b, imm| build(|n| u16::get(&b, select(imm, n)));
-    Pshufd => |_a, b, imm| build(|n| u32::get(&b, select(imm, n)));
-    Pshuflw => |_a, b, imm| build(|n| u16::get(&b, if n < 4 { select(imm, n) } else { n }));
-    Pshufhw => |_a, b, imm| build(|n| u16::get(&b, if n < 4 { n } else { 4 + select(imm, n - 4) }));
-    Shufps => |a, b, imm| build(|n| u32::get(if n < 2 { &a } else { &b }, select(imm, n)));
-    Shufpd => |a, b, imm| build(|n| u64::get(if n == 0 { &a } else { &b }, usize::from(imm >> n & 1)));
-    Palignr => |a, b, imm| align(a, b, imm.into());
-    Pblendw => |a, b, imm| build(|n| u16::get(if imm >> n & 1 != 0 { &b } else { &a }, n));
-    Blendps => |a, b, imm| build(|n| u32::get(if imm >> n & 1 != 0 { &b } else { &a }, n));
-    Blendpd => |a, b, imm| build(|n| u64::get(if imm >> n & 1 != 0 { &b } else { &a }, n));
-    Mpsadbw => |a, b, imm| sums_of_differences(a, b, imm);
+    Pshufd | Vpshufd => |_a, b, imm| build(|n| u32::get(&b, select(imm, n)));
+    Pshuflw | Vpshuflw => |_a, b, imm| build(|n| u16::get(&b, if n < 4 { select(imm, n) } else { n }));
+    Pshufhw | Vpshufhw => |_a, b, imm| build(|n| u16::get(&b, if n < 4 { n } else { 4 + select(imm, n - 4) }));
+    Shufps | Vshufps => |a, b, imm| build(|n| u32::get(if n < 2 { &a } else { &b }, select(imm, n)));
+    Shufpd | Vshufpd by 2 => |a, b, imm| build(|n| u64::get(if n == 0 { &a } else { &b }, usize::from(imm >> n & 1)));
+    Palignr | Vpalignr => |a, b, imm| align(a, b, imm.into());
+    Pblendw | Vpblendw => |a, b, imm| build(|n| u16::get(if imm >> n & 1 != 0 { &b } else { &a }, n));
+    Blendps | Vblendps by 4 => |a, b, imm| build(|n| u32::get(if imm >> n & 1 != 0 { &b } else { &a }, n));
+    Blendpd | Vblendpd by 2 => |a, b, imm| build(|n| u64::get(if imm >> n & 1 != 0 { &b } else { &a }, n));
+    Mpsadbw | Vmpsadbw by 3 => |a, b, imm| sums_of_differences(a, b, imm);
 }
 
 /// Two-bit selector number `n` of `imm`.
@@ -97,13 +98,17 @@ fn sums_of_differences<const N: usize>(a: [u8; N], b: [u8; N], imm: u8) -> [u8; 
     build(|n| (0..4).map(|k| u16::from(a[(window + n + k) % N].abs_diff(b[(group + k) % N]))).sum::<u16>())
 }
 
-/// Lanes of the source where the top bit of the lane of XMM0 is set.
+/// Lanes of the source where the top bit of the lane of the mask is set.
 fn variable_blend<L: Lane, S: Source>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_sse()?;
-    let b = S::xmm(cpu, uop)?.to_le_bytes();
-    let a = cpu.xmm(uop.reg[0]).to_le_bytes();
-    let mask = cpu.xmm(0).to_le_bytes();
-    let chosen = build::<L, 16>(|n| L::get(if mask[(n + 1) * L::BYTES - 1] & 0x80 != 0 { &b } else { &a }, n));
-    cpu.set_xmm(uop.reg[0], u128::from_le_bytes(chosen));
+    S::require(cpu)?;
+    let b = S::vector(cpu, uop)?;
+    let a = S::first(cpu, uop);
+    let mask = cpu.ymm(S::Encoding::mask(uop));
+    let result = halves::<S>(|half| {
+        let (a, b, mask) = (a[half].to_le_bytes(), b[half].to_le_bytes(), mask[half].to_le_bytes());
+        let chosen = build::<L, 16>(|n| L::get(if mask[(n + 1) * L::BYTES - 1] & 0x80 != 0 { &b } else { &a }, n));
+        u128::from_le_bytes(chosen)
+    });
+    S::put(cpu, uop.reg[0], result);
     Ok(())
 }

@@ -3,7 +3,7 @@
 use iced_x86::{Code, Instruction};
 
 use super::lanes::{build, Lane};
-use super::operand::is_memory;
+use super::operand::{is_memory, Encoding, Legacy, Vex};
 use crate::cpu::Cpu;
 use crate::flags::Flags;
 use crate::state::gpr;
@@ -12,22 +12,29 @@ use crate::uop::{Exec, Handler, Uop};
 
 /// The handler of an instruction of this file.
 pub fn handler(insn: &Instruction) -> Option<Handler> {
-    let memory = is_memory(insn, 1);
     Some(match insn.code() {
-        Code::Pcmpistri_xmm_xmmm128_imm8 if memory => compare::<Memory, Implicit, Index>,
-        Code::Pcmpistri_xmm_xmmm128_imm8 => compare::<Register, Implicit, Index>,
-        Code::Pcmpistrm_xmm_xmmm128_imm8 if memory => compare::<Memory, Implicit, Mask>,
-        Code::Pcmpistrm_xmm_xmmm128_imm8 => compare::<Register, Implicit, Mask>,
-        Code::Pcmpestri_xmm_xmmm128_imm8 if memory => compare::<Memory, Explicit<u32>, Index>,
-        Code::Pcmpestri_xmm_xmmm128_imm8 => compare::<Register, Explicit<u32>, Index>,
-        Code::Pcmpestri64_xmm_xmmm128_imm8 if memory => compare::<Memory, Explicit<u64>, Index>,
-        Code::Pcmpestri64_xmm_xmmm128_imm8 => compare::<Register, Explicit<u64>, Index>,
-        Code::Pcmpestrm_xmm_xmmm128_imm8 if memory => compare::<Memory, Explicit<u32>, Mask>,
-        Code::Pcmpestrm_xmm_xmmm128_imm8 => compare::<Register, Explicit<u32>, Mask>,
-        Code::Pcmpestrm64_xmm_xmmm128_imm8 if memory => compare::<Memory, Explicit<u64>, Mask>,
-        Code::Pcmpestrm64_xmm_xmmm128_imm8 => compare::<Register, Explicit<u64>, Mask>,
+        Code::Pcmpistri_xmm_xmmm128_imm8 => form::<Legacy, Implicit, Index>(insn),
+        Code::Pcmpistrm_xmm_xmmm128_imm8 => form::<Legacy, Implicit, Mask>(insn),
+        Code::Pcmpestri_xmm_xmmm128_imm8 => form::<Legacy, Explicit<u32>, Index>(insn),
+        Code::Pcmpestri64_xmm_xmmm128_imm8 => form::<Legacy, Explicit<u64>, Index>(insn),
+        Code::Pcmpestrm_xmm_xmmm128_imm8 => form::<Legacy, Explicit<u32>, Mask>(insn),
+        Code::Pcmpestrm64_xmm_xmmm128_imm8 => form::<Legacy, Explicit<u64>, Mask>(insn),
+        Code::VEX_Vpcmpistri_xmm_xmmm128_imm8 => form::<Vex, Implicit, Index>(insn),
+        Code::VEX_Vpcmpistrm_xmm_xmmm128_imm8 => form::<Vex, Implicit, Mask>(insn),
+        Code::VEX_Vpcmpestri_xmm_xmmm128_imm8 => form::<Vex, Explicit<u32>, Index>(insn),
+        Code::VEX_Vpcmpestri64_xmm_xmmm128_imm8 => form::<Vex, Explicit<u64>, Index>(insn),
+        Code::VEX_Vpcmpestrm_xmm_xmmm128_imm8 => form::<Vex, Explicit<u32>, Mask>(insn),
+        Code::VEX_Vpcmpestrm64_xmm_xmmm128_imm8 => form::<Vex, Explicit<u64>, Mask>(insn),
         _ => return None,
     })
+}
+
+fn form<E: Encoding, L: Lengths, O: Output>(insn: &Instruction) -> Handler {
+    if is_memory(insn, 1) {
+        compare::<E, Memory, L, O>
+    } else {
+        compare::<E, Register, L, O>
+    }
 }
 
 // ---- operands -----------------------------------------------------------------------------------------------------------------------
@@ -155,13 +162,13 @@ fn result_bits(a: &Elements, b: &Elements, mode: u8, count: usize) -> u32 {
 
 /// Where the result goes.
 trait Output {
-    fn put(cpu: &mut Cpu, bits: u32, mode: u8, count: usize);
+    fn put<E: Encoding>(cpu: &mut Cpu, bits: u32, mode: u8, count: usize);
 }
 
 /// ECX: place of the lowest or highest bit, or the number of elements.
 struct Index;
 impl Output for Index {
-    fn put(cpu: &mut Cpu, bits: u32, mode: u8, count: usize) {
+    fn put<E: Encoding>(cpu: &mut Cpu, bits: u32, mode: u8, count: usize) {
         let index = match (bits, mode & imm::TOP != 0) {
             (0, _) => count as u32,
             (_, false) => bits.trailing_zeros(),
@@ -174,18 +181,18 @@ impl Output for Index {
 /// XMM0: the bits themselves, or a mask of elements.
 struct Mask;
 impl Output for Mask {
-    fn put(cpu: &mut Cpu, bits: u32, mode: u8, _count: usize) {
+    fn put<E: Encoding>(cpu: &mut Cpu, bits: u32, mode: u8, _count: usize) {
         let mask = match (mode & imm::TOP != 0, mode & imm::WORDS != 0) {
             (false, _) => bits.into(),
             (true, false) => u128::from_le_bytes(build(|n| if bits >> n & 1 != 0 { u8::MAX } else { 0 })),
             (true, true) => u128::from_le_bytes(build(|n| if bits >> n & 1 != 0 { u16::MAX } else { 0 })),
         };
-        cpu.set_xmm(0, mask);
+        E::put_xmm(cpu, 0, mask);
     }
 }
 
-fn compare<S: Operand, L: Lengths, O: Output>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_sse()?;
+fn compare<E: Encoding, S: Operand, L: Lengths, O: Output>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    E::require(cpu)?;
     let second = S::get(cpu, uop)?;
     let mode = uop.imm as u8;
     let count = count(mode);
@@ -193,7 +200,7 @@ fn compare<S: Operand, L: Lengths, O: Output>(cpu: &mut Cpu, uop: &Uop) -> Exec 
     let (valid_a, valid_b) = L::of(cpu, &a, &b, count);
     let (a, b) = (Elements { values: a, valid: valid_a }, Elements { values: b, valid: valid_b });
     let bits = result_bits(&a, &b, mode, count);
-    O::put(cpu, bits, mode, count);
+    O::put::<E>(cpu, bits, mode, count);
     let image = [(bits != 0, CF), (valid_b < count, ZF), (valid_a < count, SF), (bits & 1 != 0, OF)];
     cpu.flags = Flags::from_bits(image.into_iter().fold(0, |image, (set, flag)| if set { image | flag } else { image }));
     Ok(())

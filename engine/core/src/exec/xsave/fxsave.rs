@@ -110,7 +110,7 @@ pub fn get_mxcsr(image: &[u8]) -> Option<u32> {
 
 impl Cpu {
     /// How many XMM registers the running code sees.
-    pub(super) fn xmm_count(&self) -> usize {
+    pub(in crate::exec) fn xmm_count(&self) -> usize {
         if self.long_mode() {
             16
         } else {

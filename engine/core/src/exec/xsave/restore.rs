@@ -1,4 +1,4 @@
-//! XRSTOR (SDM vol. 1, 13.8): checks the header first, then loads what the area has and resets what it lacks.
+//! XRSTOR and XRSTORS (SDM vol. 1, 13.8 and 13.12): checks the header first, then loads what the area has and resets what it lacks.
 
 use iced_x86::{Code, Instruction};
 
@@ -14,8 +14,10 @@ use crate::uop::{Exec, Handler, Uop};
 /// The handler of an instruction of this file.
 pub fn handler(insn: &Instruction) -> Option<Handler> {
     Some(match insn.code() {
-        Code::Xrstor_mem => xrstor::<false>,
-        Code::Xrstor64_mem => xrstor::<true>,
+        Code::Xrstor_mem => xrstor::<false, false>,
+        Code::Xrstor64_mem => xrstor::<true, false>,
+        Code::Xrstors_mem => xrstors::<false>,
+        Code::Xrstors64_mem => xrstors::<true>,
         _ => return None,
     })
 }
@@ -54,13 +56,21 @@ impl Header {
     }
 }
 
-fn xrstor<const WIDE: bool>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+/// XRSTORS: for the kernel, and of compacted areas alone. IA32_XSS has no bit yet.
+fn xrstors<const WIDE: bool>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require_xsave()?;
+    cpu.require_cpl0()?;
+    xrstor::<WIDE, true>(cpu, uop)
+}
+
+fn xrstor<const WIDE: bool, const COMPACTED_ONLY: bool>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     cpu.require_xsave()?;
     let la = cpu.xsave_area(uop, EXTENDED, AccessKind::Read)?;
     let mut area = [0; AREA_MAX];
     cpu.read_area(uop.segment(), la, &mut area[..EXTENDED])?;
     let compaction = cpu.model.has(Feature::Xsavec);
-    let Some(header) = Header::parse(&area, cpu.state.xcr0, compaction) else {
+    let header = Header::parse(&area, cpu.state.xcr0, compaction).filter(|header| header.compacted || !COMPACTED_ONLY);
+    let Some(header) = header else {
         return Err(cpu.general_protection());
     };
     let requested = cpu.requested_components();

@@ -1,4 +1,4 @@
-//! XSAVE, XSAVEOPT, XSAVEC (SDM vol. 1, 13.7 to 13.10).
+//! XSAVE, XSAVEOPT, XSAVEC, XSAVES (SDM vol. 1, 13.7 to 13.11).
 //!
 //! XSAVEOPT uses the init optimisation only: the modified optimisation is optional, and pays on silicon alone.
 
@@ -29,6 +29,8 @@ pub fn handler(insn: &Instruction) -> Option<Handler> {
         Code::Xsaveopt64_mem => xsave::<true, true>,
         Code::Xsavec_mem => xsavec::<false>,
         Code::Xsavec64_mem => xsavec::<true>,
+        Code::Xsaves_mem => xsaves::<false>,
+        Code::Xsaves64_mem => xsaves::<true>,
         _ => return None,
     })
 }
@@ -129,4 +131,11 @@ fn xsavec<const WIDE: bool>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     header[..8].copy_from_slice(&saved.to_le_bytes());
     header[8..16].copy_from_slice(&(requested | COMPACTED).to_le_bytes());
     cpu.write_area(segment, la + LEGACY_SIZE as u64, &header)
+}
+
+/// XSAVEC for the kernel. IA32_XSS has no bit yet, so there is no component that it alone could save.
+fn xsaves<const WIDE: bool>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require_xsave()?;
+    cpu.require_cpl0()?;
+    xsavec::<WIDE>(cpu, uop)
 }
