@@ -12,12 +12,14 @@ ENGINE_SOURCES := $(shell find engine -name target -prune -o -type f \( -name '*
 ENVIRONMENT := $(VENV)/.stamp-environment
 ENGINE := $(VENV)/.stamp-engine
 
+export KVM_UNIT_TESTS
+
 # pip and maturin (which calls pip) speak up only when something fails.
 export PIP_QUIET := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help boot build test test-fast lint format bench selftest readme-screen clean prerequisites
+.PHONY: help boot build test test-fast lint format bench conformance selftest readme-screen clean prerequisites
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +55,9 @@ bench: $(ENGINE) ## Compare with QEMU's TCG (boot), measure exits and what a sec
 	$(BIN)/python -m benchmarks.exits
 	$(BIN)/python -m benchmarks.entry
 	$(BIN)/python -m benchmarks.smp
+
+conformance: $(ENGINE) ## Run kvm-unit-tests from the built checkout that KVM_UNIT_TESTS names, and write docs/conformance.md
+	$(BIN)/python docs/conformance.py $(ARGS)
 
 selftest: $(ENGINE) ## Check the installation with the built-in guest: no network, no apt
 	@$(BIN)/softkvm run --selftest
