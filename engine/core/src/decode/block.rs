@@ -1,6 +1,6 @@
 //! Blocks: straight lines of micro-ops with one entry.
 
-use iced_x86::{Decoder, FlowControl, Instruction};
+use iced_x86::{Code, Decoder, FlowControl, Instruction, OpKind, Register};
 
 use super::liveness::dead_flags;
 use super::{feature, lower, MAX_LENGTH};
@@ -150,16 +150,35 @@ fn decode_page(bytes: &[u8], size: CodeSize, model: &Model) -> Vec<Instruction> 
     let mut instructions = Vec::with_capacity(16);
     while instructions.len() < MAX_INSTRUCTIONS && decoder.can_decode() {
         let left = bytes.len() - decoder.position();
-        let insn = decoder.decode();
+        let mut insn = decoder.decode();
         if insn.is_invalid() && truncated(&decoder, left) {
             break;
         }
+        exchange_behind_rep(&mut insn, &bytes[bytes.len() - left..decoder.position()]);
         instructions.push(insn);
         if ends_block(&insn) {
             break;
         }
     }
     instructions
+}
+
+/// F3 REX.B 90 is XCHG with R8, to which the prefix means nothing; the decoder reads PAUSE.
+fn exchange_behind_rep(insn: &mut Instruction, bytes: &[u8]) {
+    let [prefixes @ .., rex @ 0x40..=0x4f, 0x90] = bytes else { return };
+    if insn.code() != Code::Pause || rex & 1 == 0 {
+        return;
+    }
+    let (code, r8, rax) = match (rex & 8 != 0, prefixes.contains(&0x66)) {
+        (true, _) => (Code::Xchg_r64_RAX, Register::R8, Register::RAX),
+        (false, true) => (Code::Xchg_r16_AX, Register::R8W, Register::AX),
+        (false, false) => (Code::Xchg_r32_EAX, Register::R8D, Register::EAX),
+    };
+    insn.set_code(code);
+    for (n, register) in [r8, rax].into_iter().enumerate() {
+        insn.set_op_kind(n as u32, OpKind::Register);
+        insn.set_op_register(n as u32, register);
+    }
 }
 
 /// Whether an invalid instruction is invalid only because its bytes end.
@@ -181,7 +200,9 @@ fn crossing(cpu: &mut Cpu, la: u64, head: &[u8], mut block: Block) -> Exec<Block
     bytes[..head.len()].copy_from_slice(head);
     // SAFETY: `host` is the start of a translated page.
     unsafe { host.copy_to_nonoverlapping(bytes[head.len()..].as_mut_ptr(), MAX_LENGTH - head.len()) };
-    let insn = decoder(&bytes, block.key.size, &cpu.model).decode();
+    let mut insn = decoder(&bytes, block.key.size, &cpu.model).decode();
+    let length = insn.len();
+    exchange_behind_rep(&mut insn, &bytes[..length]);
     block.fill(&[insn], &cpu.model);
     block.second_page = Some(host as u64);
     Ok(block)

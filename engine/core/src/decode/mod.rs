@@ -28,6 +28,7 @@ pub fn length(bytes: &[u8], size: CodeSize, model: &Model) -> Option<usize> {
 
 /// The micro-op of `insn`, which starts `insn.ip()` bytes behind the block's first byte. What `model` lacks is undefined.
 pub fn lower(insn: &Instruction, size: CodeSize, model: &Model) -> Uop {
+    let insn = &without_void_override(*insn, size);
     let run = if feature::offers(model, insn) { exec::handler(insn, size).unwrap_or(exec::unknown as Handler) } else { exec::undefined };
     let mut uop = Uop {
         run,
@@ -71,6 +72,16 @@ pub fn lower(insn: &Instruction, size: CodeSize, model: &Model) -> Uop {
     }
     uop.flags |= string_address_flags(insn);
     uop
+}
+
+/// 64-bit mode ignores overrides of segments that have no base there: an address from RSP or RBP stays one of the stack, with #SS
+/// (SDM vol. 1, 3.3.4).
+fn without_void_override(mut insn: Instruction, size: CodeSize) -> Instruction {
+    let void = matches!(insn.segment_prefix(), Register::ES | Register::CS | Register::SS | Register::DS);
+    if size == CodeSize::Bits64 && void {
+        insn.set_segment_prefix(Register::None);
+    }
+    insn
 }
 
 fn is_immediate(kind: OpKind) -> bool {
