@@ -56,6 +56,13 @@ def test_entry_and_exit_are_traced_around_the_guest(vcpu: Vcpu, play: Script, li
     assert " CPUID " in trace.kvm_exit.print(*exits[0])
 
 
+def test_cpuid_is_traced_with_what_the_guest_gets(vcpu: Vcpu, play: Script, listen: Callable[[trace.Tracepoint], Hits]) -> None:
+    hits = listen(trace.kvm_cpuid)
+    vcpu.gpr[0], vcpu.gpr[1] = 1, 0
+    out_of_guest(vcpu, play, leave(vcpu, "cpuid", 2))
+    assert hits == [(1, 0, *vcpu.cpuid.execute(1, 0))]
+
+
 def test_the_return_to_user_space_is_traced(vcpu: Vcpu, play: Script, listen: Callable[[trace.Tracepoint], Hits]) -> None:
     returns = listen(trace.kvm_userspace_exit)
     out_of_guest(vcpu, play)

@@ -36,7 +36,7 @@ from softkvm.kvm.kvmclock import MSR_ENABLED, PvClock
 from softkvm.kvm.request import REQ_EVENT, REQ_STEAL_UPDATE
 from softkvm.kvm.tsc import VcpuTsc
 from softkvm.kvm.vcpu_core import NO_INTERRUPT, VcpuCore
-from softkvm.kvm.vendor import setup_controls
+from softkvm.kvm.vendor import Handler, setup_controls
 from softkvm.uapi import kvm as uapi
 from softkvm.uapi import series
 
@@ -96,6 +96,10 @@ class Vcpu(VcpuCore):
         """A hook was turned on or off."""
         super().update_static_calls()
         self.ioctl_run = _traced_run if trace.kvm_userspace_exit.enabled else run.ioctl_run
+        self.handlers = self.vendor.handlers
+        if trace.kvm_cpuid.enabled:
+            traced: dict[Handler, Handler] = {exits.handle_cpuid: exits.trace_cpuid}
+            self.handlers = {reason: traced.get(handler, handler) for reason, handler in self.handlers.items()}
 
     def account_steal_time(self) -> None:
         """The thread was off its processor: let the guest know how long it had to wait for it, if the guest wants to."""
