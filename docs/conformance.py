@@ -26,7 +26,7 @@ def section(ledger: str, today: datetime.date) -> str:
     lines = [
         "## Instructions compared with the host's CPU",
         "",
-        f"**{int(compared):,} comparisons, {unexplained} unexplained differences** ({faults:,} faulting), {today}, {seconds} s on two cores.",
+        f"**{int(compared):,} comparisons, {unexplained} unexplained differences** ({faults:,} faulting), {today}, {seconds} s, two cores.",
         f"Repeat with `make conformance CASES={compared} SEED={seed}`.",
         "",
         "Each comparison runs one generated instruction at CPL 3 of 64-bit mode on the engine and on the host, and compares",
