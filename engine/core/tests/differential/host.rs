@@ -225,7 +225,7 @@ impl Oracle {
             protect(DATA_PAGE, DATA_PAGES, libc::PROT_READ | libc::PROT_WRITE);
             protect(READ_ONLY_PAGE, 1, libc::PROT_READ | libc::PROT_WRITE);
             for at in (0..PAGE).step_by(8) {
-                arena.add(READ_ONLY_PAGE * PAGE + at).cast::<u64>().write(at as u64 * 0x0102_0408_1020_4081);
+                arena.add(READ_ONLY_PAGE * PAGE + at).cast::<u64>().write((at as u64).wrapping_mul(0x0102_0408_1020_4081));
             }
             protect(READ_ONLY_PAGE, 1, libc::PROT_READ);
             softkvm_oracle_symbols(&mut symbols);
