@@ -6,6 +6,10 @@ VENV := .venv
 BIN := $(abspath $(VENV))/bin
 # Arguments for the programs behind a target: make boot ARGS="--cpu epyc", make test ARGS="-k cpio".
 ARGS ?=
+# make differential: comparisons, where the generator starts, and where the counts go.
+CASES ?= 5000000
+SEED ?= 1
+LEDGER ?= $(abspath $(VENV))/differential.tsv
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 
 ENGINE_SOURCES := $(shell find engine -name target -prune -o -type f \( -name '*.rs' -o -name '*.toml' \) -print 2>/dev/null) Cargo.toml $(wildcard Cargo.lock)
@@ -19,7 +23,7 @@ export PIP_QUIET := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help boot build test test-fast lint format bench conformance selftest readme-screen clean prerequisites
+.PHONY: help boot build test test-fast lint format bench conformance differential selftest readme-screen clean prerequisites
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +53,11 @@ format: $(ENVIRONMENT) ## Format Python and Rust sources
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	cargo fmt --all
+
+differential: $(ENVIRONMENT) ## Compare 5 million generated instructions with the host's CPU and write docs/differential.md
+	SOFTKVM_DIFFERENTIAL_CASES=$(CASES) SOFTKVM_DIFFERENTIAL_SEED=$(SEED) SOFTKVM_DIFFERENTIAL_LEDGER=$(LEDGER) \
+	    cargo test -p softkvm-engine --release --quiet --test differential
+	$(BIN)/python docs/differential.py $(LEDGER)
 
 bench: $(ENGINE) ## Compare with QEMU's TCG (boot), measure exits and what a second vCPU brings
 	$(BIN)/python -m benchmarks.boot $(ARGS)

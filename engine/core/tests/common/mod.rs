@@ -36,6 +36,7 @@ pub fn every_instruction() -> Model {
     Model::new("cascadelake", &missing.map(|name| (name.to_owned(), true))).expect("implemented features")
 }
 const PRESENT_WRITABLE_USER_DIRTY: u64 = 0x67;
+const WRITABLE: u64 = 2;
 
 /// One CPU with 4 MB of RAM, flat segments and CPL 0.
 pub struct Machine {
@@ -52,10 +53,19 @@ impl Machine {
 
     /// 64-bit mode as [`Machine::new`], 32-bit protected mode without paging, or real mode.
     pub fn with_size(size: CodeSize) -> Self {
+        Self::build(every_instruction(), size)
+    }
+
+    /// 64-bit mode as [`Machine::new`] on a CPU of `model`.
+    pub fn with_model(model: Model) -> Self {
+        Self::build(model, CodeSize::Bits64)
+    }
+
+    fn build(model: Model, size: CodeSize) -> Self {
         let ram = Arc::new(Region::new(RAM_SIZE).expect("a memfd"));
         let npt = NestedPageTable::default();
         npt.map(0, RAM_SIZE as u64, &ram, 0, right::READ | right::WRITE | right::EXECUTE).expect("an aligned range");
-        let mut cpu = Cpu::new(Arc::new(every_instruction()), Clock::default());
+        let mut cpu = Cpu::new(Arc::new(model), Clock::default());
         cpu.npt = Arc::new(npt);
         let mut machine = Machine { cpu, ram, next_table: TABLES + PAGE };
         machine.set_mode(size);
@@ -95,6 +105,11 @@ impl Machine {
         self.set_entry(la, gpa | PRESENT_WRITABLE_USER_DIRTY);
     }
 
+    /// [`Machine::map`] without the right to write.
+    pub fn map_read_only(&mut self, la: u64, gpa: u64) {
+        self.set_entry(la, gpa | PRESENT_WRITABLE_USER_DIRTY & !WRITABLE);
+    }
+
     /// Makes the page of linear address `la` not present.
     pub fn unmap(&mut self, la: u64) {
         self.set_entry(la, 0);
@@ -128,6 +143,13 @@ impl Machine {
         assert!(gpa as usize + bytes.len() <= RAM_SIZE);
         // SAFETY: inside the region, by the test above.
         unsafe { self.ram.start().add(gpa as usize).copy_from(bytes.as_ptr(), bytes.len()) };
+    }
+
+    /// Guest-physical memory in place.
+    pub fn slice(&mut self, gpa: u64, length: usize) -> &mut [u8] {
+        assert!(gpa as usize + length <= RAM_SIZE);
+        // SAFETY: inside the region, by the test above; the CPU, which writes it too, is borrowed.
+        unsafe { std::slice::from_raw_parts_mut(self.ram.start().add(gpa as usize), length) }
     }
 
     /// Reads guest-physical memory.

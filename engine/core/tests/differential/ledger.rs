@@ -1,0 +1,84 @@
+//! The ledger: what was compared, what was left out and why, which differences are explained.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
+
+use super::explained::REASONS;
+use super::forms::Left;
+
+/// Counts of one family.
+#[derive(Default)]
+pub struct Family {
+    pub forms: BTreeSet<usize>,
+    pub compared: u64,
+    pub faults: u64,
+}
+
+/// Counts of a run.
+#[derive(Default)]
+pub struct Ledger {
+    pub families: BTreeMap<&'static str, Family>,
+    pub explained: BTreeMap<&'static str, (u64, BTreeSet<String>)>,
+    pub vectors: BTreeMap<u8, u64>,
+    pub left: BTreeMap<Left, BTreeSet<String>>,
+    pub unreached: BTreeSet<String>,
+    pub unexplained: Vec<String>,
+    pub unexplained_count: u64,
+}
+
+impl Ledger {
+    pub fn compared(&self) -> u64 {
+        self.families.values().map(|family| family.compared).sum()
+    }
+
+    pub fn merge(&mut self, other: Ledger) {
+        for (name, family) in other.families {
+            let mine = self.families.entry(name).or_default();
+            mine.forms.extend(family.forms);
+            mine.compared += family.compared;
+            mine.faults += family.faults;
+        }
+        for (name, (count, who)) in other.explained {
+            let mine = self.explained.entry(name).or_default();
+            mine.0 += count;
+            mine.1.extend(who);
+        }
+        for (vector, count) in other.vectors {
+            *self.vectors.entry(vector).or_default() += count;
+        }
+        for (reason, who) in other.left {
+            self.left.entry(reason).or_default().extend(who);
+        }
+        self.unreached.extend(other.unreached);
+        self.unexplained.extend(other.unexplained);
+        self.unexplained_count += other.unexplained_count;
+    }
+
+    /// The ledger as lines `kind<TAB>name<TAB>numbers...`, for `docs/differential.md`.
+    pub fn table(&self, seed: u64, seconds: f64) -> String {
+        let mut text = String::new();
+        let mut line = |fields: &[String]| writeln!(text, "{}", fields.join("\t")).expect("a string takes it");
+        line(&["run".into(), self.compared().to_string(), seed.to_string(), format!("{seconds:.0}"), self.unexplained_count.to_string()]);
+        for (name, family) in &self.families {
+            line(&[
+                "family".into(),
+                (*name).into(),
+                family.forms.len().to_string(),
+                family.compared.to_string(),
+                family.faults.to_string(),
+            ]);
+        }
+        for (vector, count) in &self.vectors {
+            line(&["vector".into(), vector.to_string(), count.to_string()]);
+        }
+        for reason in REASONS {
+            let Some((count, who)) = self.explained.get(reason.name) else { continue };
+            let who: Vec<_> = who.iter().map(String::as_str).collect();
+            line(&["explained".into(), reason.name.into(), count.to_string(), who.join(" "), reason.text.into()]);
+        }
+        for (reason, who) in &self.left {
+            line(&["left".into(), format!("{reason:?}"), who.len().to_string()]);
+        }
+        text
+    }
+}

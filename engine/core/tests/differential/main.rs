@@ -1,0 +1,192 @@
+//! Differential runs: generated instructions on the engine and on the host's CPU, the whole user-visible state compared.
+//!
+//! `SOFTKVM_DIFFERENTIAL_CASES` sets how many comparisons are made, `SOFTKVM_DIFFERENTIAL_SEED` where the generator starts,
+//! `SOFTKVM_DIFFERENTIAL_ONLY` keeps the forms whose name contains it, `SOFTKVM_DIFFERENTIAL_LEDGER` names a file for the counts.
+#![cfg(target_arch = "x86_64")]
+
+#[path = "../common/mod.rs"]
+mod common;
+mod encode;
+mod explained;
+mod forms;
+mod guest;
+mod host;
+mod image;
+mod ledger;
+mod values;
+
+use std::time::Instant;
+
+use iced_x86::Code;
+use softkvm_engine::model::Model;
+
+use common::Random;
+use encode::Encoded;
+use explained::{explain, Case};
+use forms::{classify, family, Offers};
+use guest::{Guest, FLAGS};
+use host::Oracle;
+use image::Image;
+use ledger::Ledger;
+use values::{aim, Places, Values};
+
+const DEFAULT_CASES: u64 = 200_000;
+const THREADS: u64 = 2;
+/// States that one encoding runs with.
+const STATES: u64 = 8;
+/// Unexplained differences that a thread describes in full.
+const DESCRIBED: usize = 40;
+
+/// The model with everything that the engine implements.
+fn model() -> Model {
+    let everything: Vec<_> = Model::feature_names()
+        .filter(|name| !["svm", "npt", "nrip-save", "tsc-scale"].contains(name))
+        .map(|name| (name.to_owned(), true))
+        .collect();
+    Model::new("cascadelake", &everything).expect("names of features that the engine implements")
+}
+
+/// Both CPUs and what feeds them.
+struct Bench {
+    oracle: Oracle,
+    guest: Guest,
+    places: Places,
+    values: Values,
+    random: Random,
+    image: Image,
+    ledger: Ledger,
+}
+
+impl Bench {
+    fn new(seed: u64) -> Self {
+        let mut oracle = Oracle::new();
+        let mut guest = Guest::new(model(), &oracle);
+        let places = Places::new(&oracle);
+        let mut random = Random::new(seed);
+        oracle.data().iter_mut().for_each(|byte| *byte = random.next() as u8);
+        guest.data().copy_from_slice(oracle.data());
+        Bench { oracle, guest, places, values: Values::new(places), random, image: Image::default(), ledger: Ledger::default() }
+    }
+
+    /// Compares one encoding of `code` with several states.
+    fn form(&mut self, code: Code) {
+        let Some(mut encoded) = encode::encode(code, self.places.slot, &mut self.random) else {
+            self.ledger.unreached.insert(format!("{code:?}"));
+            return;
+        };
+        aim(&mut encoded, &self.places, &mut self.random);
+        self.oracle.load(&encoded.bytes);
+        self.guest.load(&encoded.bytes);
+        for _ in 0..STATES {
+            self.values.fill(&encoded.insn, &mut self.image, self.oracle.data(), &mut self.random);
+            self.guest.data().copy_from_slice(self.oracle.data());
+            self.compare(&encoded);
+        }
+    }
+
+    fn compare(&mut self, encoded: &Encoded) {
+        let before = self.image;
+        let (mut host, mut engine) = (before, before);
+        self.oracle.run(&mut host);
+        self.guest.run(&mut engine);
+        host.rflags &= FLAGS;
+        engine.rflags &= FLAGS;
+        let code = encoded.insn.code();
+        let counts = self.ledger.families.entry(family(code)).or_default();
+        counts.forms.insert(code as usize);
+        counts.compared += 1;
+        if let Some(fault) = host.fault {
+            counts.faults += 1;
+            *self.ledger.vectors.entry(fault.vector).or_default() += 1;
+        }
+        let same_memory = self.oracle.data() == self.guest.data();
+        if host != engine || !same_memory {
+            let case = Case { encoded, before: &before, engine: &engine, host: &host, same_memory };
+            match explain(&case) {
+                Some(reason) => {
+                    let entry = self.ledger.explained.entry(reason.name).or_default();
+                    entry.0 += 1;
+                    entry.1.insert(format!("{:?}", encoded.insn.mnemonic()));
+                }
+                None => self.note(&case),
+            }
+        }
+        self.image = host;
+    }
+
+    fn note(&mut self, case: &Case) {
+        self.ledger.unexplained_count += 1;
+        let name = format!("{:?} ", case.encoded.insn.code());
+        if self.ledger.unexplained.len() >= DESCRIBED || self.ledger.unexplained.iter().filter(|text| text.starts_with(&name)).count() > 1 {
+            return;
+        }
+        let places: Vec<_> = (0..host::DATA_SIZE).filter(|n| self.oracle.data()[*n] != self.guest.data()[*n]).collect();
+        let memory: Vec<_> = places.iter().map(|n| (*n, self.guest.data()[*n], self.oracle.data()[*n])).take(16).collect();
+        let fault = case.host.fault;
+        let inputs = case.before.differences(&Image::default());
+        let text = format!(
+            "{name}{:02x?}\n  differs (name, engine, host): {:?}\n  memory (place, engine, host): {memory:x?}\n  host fault {fault:x?}, before: {inputs:?}, flags {:#x}",
+            case.encoded.bytes,
+            case.engine.differences(case.host),
+            case.before.rflags,
+        );
+        self.ledger.unexplained.push(text);
+    }
+}
+
+/// Runs `cases` comparisons over all forms.
+fn run(seed: u64, cases: u64, only: &str) -> Ledger {
+    let offers = Offers::new(model());
+    let mut bench = Bench::new(seed);
+    let mut forms = Vec::new();
+    for code in Code::values() {
+        match classify(code, &offers) {
+            Some(Ok(())) if format!("{code:?}").contains(only) => forms.push(code),
+            Some(Err(reason)) => {
+                bench.ledger.left.entry(reason).or_default().insert(format!("{code:?}"));
+            }
+            _ => {}
+        }
+    }
+    assert!(!forms.is_empty(), "no form is called {only}");
+    while bench.ledger.compared() < cases {
+        for code in &forms {
+            bench.form(*code);
+        }
+        if bench.ledger.compared() == 0 {
+            break;
+        }
+    }
+    let reached: Vec<_> = bench.ledger.families.values().flat_map(|family| family.forms.iter().copied()).collect();
+    bench.ledger.unreached.retain(|name| !reached.iter().any(|code| format!("{:?}", Code::try_from(*code).expect("a code")) == *name));
+    bench.ledger
+}
+
+fn setting(name: &str) -> Option<String> {
+    std::env::var(format!("SOFTKVM_DIFFERENTIAL_{name}")).ok()
+}
+
+fn number(name: &str, default: u64) -> u64 {
+    setting(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("SOFTKVM_DIFFERENTIAL_{name} is not a number: {text}")))
+}
+
+#[test]
+fn generated_instructions_match_the_host() {
+    let (cases, seed) = (number("CASES", DEFAULT_CASES), number("SEED", 1));
+    let only = setting("ONLY").unwrap_or_default();
+    let start = Instant::now();
+    let mut ledger = Ledger::default();
+    std::thread::scope(|scope| {
+        let only = only.as_str();
+        let threads: Vec<_> =
+            (0..THREADS).map(|n| scope.spawn(move || run(seed.wrapping_mul(THREADS).wrapping_add(n), cases / THREADS, only))).collect();
+        threads.into_iter().for_each(|thread| ledger.merge(thread.join().expect("a comparison panicked")));
+    });
+    let table = ledger.table(seed, start.elapsed().as_secs_f64());
+    if let Some(path) = setting("LEDGER") {
+        std::fs::write(&path, &table).unwrap_or_else(|error| panic!("cannot write {path}: {error}"));
+    }
+    println!("{table}never encoded: {:?}", ledger.unreached);
+    let texts = ledger.unexplained.join("\n");
+    assert_eq!(ledger.unexplained_count, 0, "unexplained differences, seed {seed}:\n{texts}");
+}
