@@ -213,8 +213,9 @@ impl Cpu {
     fn run_reference(&mut self, block: *mut Block) -> Exec {
         // SAFETY: as in `execute`, which runs `block`; fast handlers keep `at` inside it.
         let (uop, handler) = unsafe {
-            let index = self.at.offset_from((*block).uops.as_ptr()) as usize;
-            (&*self.at, *(&(*block).reference).get_unchecked(index))
+            let block = &*block;
+            let index = self.at.offset_from(block.uops.as_ptr()) as usize;
+            (&*self.at, *block.reference.get_unchecked(index))
         };
         handler(self, uop)
     }
