@@ -48,9 +48,11 @@ format: $(ENVIRONMENT) ## Format Python and Rust sources
 	$(BIN)/ruff format
 	cargo fmt --all
 
-bench: $(ENGINE) ## Compare with QEMU's TCG (boot) and measure exits
+bench: $(ENGINE) ## Compare with QEMU's TCG (boot), measure exits and what a second vCPU brings
 	$(BIN)/python -m benchmarks.boot $(ARGS)
 	$(BIN)/python -m benchmarks.exits
+	$(BIN)/python -m benchmarks.entry
+	$(BIN)/python -m benchmarks.smp
 
 selftest: $(ENGINE) ## Check the installation with the built-in guest: no network, no apt
 	@$(BIN)/softkvm run --selftest

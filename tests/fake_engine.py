@@ -73,11 +73,11 @@ class NestedPageTable:
 class Model:
     """A CPU with just enough CPUID for KVM."""
 
-    features: tuple[str, ...] = ()
-
     def __init__(self, name: str, features: dict[str, bool] | None = None) -> None:
         self.name = name
         self.vendor = "amd" if name == "epyc" else "intel"
+        optional = {"nrip-save": self.vendor == "amd"} | (features or {})
+        self.features = [feature for feature, on in optional.items() if on]
 
     def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
         vendor = (0x756E6547, 0x6C65746E, 0x49656E69) if self.vendor == "intel" else (0x68747541, 0x444D4163, 0x69746E65)
@@ -94,6 +94,9 @@ class Model:
 
     def leaves(self) -> list[tuple[int, int, bool, int, int, int, int]]:
         return [(leaf, 0, leaf in (7, 0xD), *self.cpuid(leaf, 0)) for leaf in (0, 1, 7, 0xD, 0x8000_0000, 0x8000_0001, 0x8000_0008)]
+
+    def instruction_length(self, code: bytes, bits: int) -> int | None:
+        """Without a decoder nothing is an instruction."""
 
     def msrs(self) -> dict[int, int]:
         return {0x10A: 0, 0x17: 0, 0x8B: 0x1000_0000, 0x1A0: 1, 0xCE: 0}

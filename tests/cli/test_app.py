@@ -24,8 +24,9 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_of_run_shows_options_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert app.main(["run", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    options = ("-k, --kernel", "-i, --initrd", "-p, --append", "-m, --memory", "--cpu", "--timeout", "--stats", "--json", "--selftest")
-    assert all(option in text for option in options)
+    short = ("-k, --kernel", "-i, --initrd", "-p, --append", "-m, --memory", "-c, --cpus")
+    long = ("--cpu", "--kvm", "--timeout", "--stats", "--json", "--selftest")
+    assert all(option in text for option in short + long)
     assert "[default: 512M]" in text
 
 

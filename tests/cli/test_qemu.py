@@ -51,24 +51,24 @@ def test_machine_properties() -> None:
     assert not qemu.parse(["-machine", "q35,accel=tcg,kernel-irqchip=on"]).warnings
 
 
-def test_probes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_probes(capfd: pytest.CaptureFixture[str]) -> None:
     assert qemu.main(["-device", "?"]) == 0
-    assert '"pc-testdev"' in capsys.readouterr().out
+    assert '"pc-testdev"' in capfd.readouterr().out
     assert qemu.main(["-h"]) == 0
-    assert capsys.readouterr().out.startswith("QEMU emulator version 7.2")
+    assert capfd.readouterr().out.startswith("QEMU emulator version 7.2")
     assert qemu.main(["-kernel", "_NO_FILE_4Uhere_"]) == 1
-    assert "could not open kernel file '_NO_FILE_4Uhere_'" in capsys.readouterr().err
+    assert "could not open kernel file '_NO_FILE_4Uhere_'" in capfd.readouterr().err
     assert qemu.main([]) == 1
-    assert "no -kernel" in capsys.readouterr().err
+    assert "no -kernel" in capfd.readouterr().err
 
 
-def test_bad_settings_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_settings_are_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     kernel = tmp_path / "kernel"
     kernel.write_bytes(b"")
     assert qemu.main(["-kernel", str(kernel), "-cpu", "z80"]) == 1
-    assert "unknown CPU model" in capsys.readouterr().err
+    assert "unknown CPU model" in capfd.readouterr().err
     assert qemu.main(["-kernel", str(kernel)]) == 1
-    assert "not a Linux kernel" in capsys.readouterr().err
+    assert "not a Linux kernel" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,14 @@ from softkvm.host.task import TIF_NOTIFY_RESUME, TIF_SIGPENDING, Task
 
 def test_setting_a_flag_kicks_the_task_out_of_its_guest() -> None:
     task, kicks = Task(), []
-    task.kick = lambda: kicks.append(task.flags)
+
+    class Guest:
+        def notice_flags(self) -> None:
+            kicks.append(task.flags)
+
+        def schedule(self) -> None: ...
+
+    task.guest = Guest()
     task.set_flag(TIF_SIGPENDING)
     assert kicks == [TIF_SIGPENDING]
 

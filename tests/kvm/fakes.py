@@ -14,6 +14,7 @@ from softkvm.kvm.irqchip.pit import Pit
 from softkvm.kvm.irqchip.routing import Routing
 from softkvm.kvm.kvmclock import PvClock, VmClock
 from softkvm.kvm.msr import MsrState
+from softkvm.kvm.request import REQ_NMI
 from softkvm.kvm.tsc import VcpuTsc, VmTsc
 from softkvm.silicon.control import ControlBlock
 from softkvm.uapi.kvm import CpuidEntry2
@@ -147,6 +148,9 @@ class FakeVcpu:
 
     def make_request(self, request: int) -> None:
         self.requests |= request
+
+    def queue_nmi(self) -> None:
+        self.make_request(REQ_NMI)
 
     def take_requests(self) -> int:
         requests, self.requests = self.requests, 0

@@ -6,7 +6,6 @@ import errno
 
 from softkvm import silicon
 from softkvm.kvm import Vcpu, Vm
-from softkvm.kvm.request import REQ_NMI
 from softkvm.silicon import control
 from softkvm.uapi import kvm as uapi
 from tests import fake_engine
@@ -131,7 +130,7 @@ def test_nothing_comes_between_the_accesses_and_the_end_of_an_instruction(vcpu: 
     core = fake_engine.Core.cores
 
     def asks_while_an_nmi_comes(view: control.ControlBlock) -> int | None:
-        vcpu.make_request(REQ_NMI)
+        vcpu.queue_nmi()
         core[-1].kicked = False  # as the silicon, which holds interrupts back meanwhile
         return needs(APIC_VERSION, 4)(view)
 

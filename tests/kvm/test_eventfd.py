@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from softkvm.host import trace
+from softkvm.host.task import CONTEXT_IDLE, current
 from softkvm.kvm.eventfd import EventFds
 from softkvm.kvm.irqchip import irq
 from softkvm.kvm.irqchip.ioapic import LEVEL
@@ -184,3 +186,26 @@ class TestIoeventfd:
             self.add(eventfds, fd, MATCH | DEASSIGN, 4, 8)
         self.add(eventfds, fd, MATCH | DEASSIGN, 4, 7)
         assert not vm.mmio_bus.write(0x1000, 4, 7)
+
+
+def test_the_thread_takes_signals_as_interrupts_out_of_idle(vm: FakeVm, fd: int) -> None:
+    """RCU watches and interrupts are off while the handler runs, and the thread is idle before and after."""
+    seen: list[tuple[int, bool, bool]] = []
+    raised = threading.Event()
+
+    def probe(gsi: int, level: int, source: int) -> None:
+        mine = current()
+        seen.append((mine.context, mine.rcu_watching, mine.irqs_off))
+        raised.set()
+
+    program(vm, VECTOR)
+    eventfds = EventFds(vm)
+    trace.kvm_set_irq.register(probe)
+    try:
+        eventfds.irqfd(uapi.Irqfd(fd=fd, gsi=PIN))
+        os.eventfd_write(fd, 1)
+        assert raised.wait(10)
+    finally:
+        eventfds.close()
+        trace.kvm_set_irq.unregister(probe)
+    assert set(seen) == {(CONTEXT_IDLE, True, True)}

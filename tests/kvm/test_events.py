@@ -7,7 +7,6 @@ import errno
 import pytest
 
 from softkvm.kvm import Vcpu, events
-from softkvm.kvm.request import REQ_NMI
 from softkvm.silicon import control
 from softkvm.uapi import kvm as uapi
 from tests import fake_engine
@@ -81,13 +80,24 @@ def test_interrupt_injection_waits_for_its_window(bare_vcpu: Vcpu, play: Script)
     assert fake_engine.Core.cores[-1].injected == [1 << 31 | 0x31]
 
 
+def test_two_nmis_that_arrive_together_both_come(vcpu: Vcpu, play: Script) -> None:
+    def interrupted(view: control.ControlBlock) -> int:
+        return REASONS[vcpu.model.vendor]["interrupt"]
+
+    for _ in range(3):
+        vcpu.nmi()
+    out_of_guest(vcpu, play, interrupted)
+    assert len(fake_engine.Core.cores[-1].injected) == 1
+    assert vcpu.get_vcpu_events().nmi.pending == 1
+
+
 def test_nmi_is_injected_and_a_second_waits(vcpu: Vcpu, play: Script) -> None:
     def blocked(view: control.ControlBlock) -> int:
         view.state.interruptibility |= events.BLOCKED_BY_NMI
         return REASONS[vcpu.model.vendor]["interrupt"]
 
     def again(view: control.ControlBlock) -> int:
-        vcpu.make_request(REQ_NMI)
+        vcpu.queue_nmi()
         return REASONS[vcpu.model.vendor]["interrupt"]
 
     def wants_window(view: control.ControlBlock) -> int:

@@ -31,25 +31,36 @@ def test_skip_uses_the_length_that_the_silicon_gives(vcpu: Vcpu, play: Script, l
     assert (vcpu.state.rip, vcpu.state.rflags, vcpu.state.interruptibility) == (RIP + length, 2, 0)
 
 
-def test_skip_without_a_length_is_an_emulation_failure(vcpu: Vcpu, play: Script) -> None:
-    vcpu.state.rip = RIP
-    vcpu.state.interruptibility = 1
+def unknown_length(vcpu: Vcpu) -> fake_engine.Step:
+    """An exit of silicon that does not tell where the instruction ends."""
 
-    def prefixed(view: control.ControlBlock) -> int | None:
+    def step(view: control.ControlBlock) -> int | None:
         reason = leave(vcpu, "cpuid", 0)(view)
         view.exit.next_rip = 0
-        view.exit.instruction_bytes_length = 2
-        view.exit.instruction_bytes[0:2] = [0x0F, 0xA2]
         return reason
 
-    play(prefixed)
+    return step
+
+
+def test_skip_of_what_is_no_instruction_is_an_emulation_failure(vcpu: Vcpu, ram: object, play: Script) -> None:
+    fake_engine.as_bytes(ram)[RIP : RIP + 2] = bytes([0x0F, 0x04])
+    vcpu.state.segments[1].base, vcpu.state.rip = 0, RIP
+    vcpu.state.interruptibility = 1
+    play(unknown_length(vcpu))
     vcpu.run()
     failure = vcpu.kvm_run.emulation_failure
     assert vcpu.kvm_run.exit_reason == uapi.KVM_EXIT_INTERNAL_ERROR
     assert failure.suberror == uapi.KVM_INTERNAL_ERROR_EMULATION
-    assert (failure.ndata, failure.flags, failure.insn_size) == (8, 1, 2)
-    assert bytes(failure.insn_bytes) == bytes([0x0F, 0xA2] + [0x90] * 13)
-    assert (vcpu.state.rip, vcpu.state.interruptibility) == (RIP, 1)
+    assert (failure.ndata, failure.flags, failure.insn_size) == (8, 1, 15)
+    assert bytes(failure.insn_bytes) == bytes([0x0F, 0x04] + [0] * 13)
+    assert (vcpu.state.rip, vcpu.state.interruptibility, vcpu.instructions_skipped) == (RIP, 1, 0)
+
+
+def test_skip_of_what_cannot_be_read_has_no_bytes(vcpu: Vcpu, play: Script) -> None:
+    play(unknown_length(vcpu))
+    vcpu.run()
+    failure = vcpu.kvm_run.emulation_failure
+    assert (failure.suberror, failure.ndata, failure.flags) == (uapi.KVM_INTERNAL_ERROR_EMULATION, 6, 0)
 
 
 def test_skip_with_trap_flag_queues_a_debug_exception(vcpu: Vcpu, play: Script) -> None:
@@ -108,7 +119,7 @@ def test_msr_round_trip_uses_the_low_halves(vcpu: Vcpu, play: Script) -> None:
     ],
 )
 def test_xsetbv_rules(vcpu: Vcpu, play: Script, index: int, value: int, allowed: bool) -> None:
-    vcpu.state.rip = RIP
+    vcpu.state.rip, vcpu.state.cr4 = RIP, 1 << 18
     vcpu.gpr[1], vcpu.gpr[2], vcpu.gpr[0] = 0xFFFF_FFFF_0000_0000 | index, value >> 32, value & 0xFFFF_FFFF
     out_of_guest(vcpu, play, leave(vcpu, "xsetbv", 3))
     assert vcpu.state.rip == RIP + (3 if allowed else 0)

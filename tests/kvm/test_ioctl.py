@@ -141,8 +141,8 @@ def test_dirty_log_goes_to_the_callers_memory(vm: Vm) -> None:
 def test_both_doors_cross_the_entry_code(vcpu: Vcpu) -> None:
     seen: list[int] = []
 
-    def probe(nr: int, args: object) -> None:
-        seen.append(nr)
+    def probe(nr: int, args: tuple[int, ...]) -> None:
+        seen.append(args[1])
 
     trace.sys_enter.register(probe)
     try:

@@ -145,3 +145,33 @@ def test_string_to_unmapped_memory_is_a_page_fault(vcpu: Vcpu, ram: object, play
 def test_rep_with_count_zero_is_stepped_over(vcpu: Vcpu, play: Script) -> None:
     out_of_guest(vcpu, play, io(vcpu, IN | STRING | REP, 2, length=3, count=0))
     assert vcpu.state.rip == RIP + 3
+
+
+def test_ins_to_a_device_takes_both_ways_through_user_space(vcpu: Vcpu, play: Script) -> None:
+    device = 0xFF00_0000
+    vcpu.gpr[1], vcpu.gpr[7] = 2, device
+    play(io(vcpu, IN | STRING | REP | ADDRESS64, count=2, gla=device))
+    shared = vcpu.kvm_run
+    vcpu.run()
+    assert (shared.exit_reason, shared.io.direction, shared.io.count) == (uapi.KVM_EXIT_IO, uapi.KVM_EXIT_IO_IN, 1)
+    vcpu.mmap_area[4096] = 0x99
+    vcpu.run()
+    assert (shared.exit_reason, shared.mmio.phys_addr, shared.mmio.len, shared.mmio.is_write) == (uapi.KVM_EXIT_MMIO, device, 1, 1)
+    assert shared.mmio.data[0] == 0x99
+    out_of_guest(vcpu, play)
+    assert (vcpu.gpr[1], vcpu.gpr[7], vcpu.state.rip) == (1, device + 1, RIP)
+
+
+def test_outs_from_a_device_takes_both_ways_through_user_space(vcpu: Vcpu, play: Script) -> None:
+    device = 0xFF00_0000
+    vcpu.gpr[6] = device
+    play(io(vcpu, STRING | ADDRESS64, size=2, length=2, gla=device))
+    shared = vcpu.kvm_run
+    vcpu.run()
+    assert (shared.exit_reason, shared.mmio.phys_addr, shared.mmio.len, shared.mmio.is_write) == (uapi.KVM_EXIT_MMIO, device, 2, 0)
+    shared.mmio.data[:2] = [0x34, 0x12]
+    vcpu.run()
+    assert (shared.exit_reason, shared.io.direction, shared.io.size) == (uapi.KVM_EXIT_IO, uapi.KVM_EXIT_IO_OUT, 2)
+    assert bytes(vcpu.mmap_area[4096:4098]) == b"\x34\x12"
+    out_of_guest(vcpu, play)
+    assert (vcpu.gpr[6], vcpu.state.rip) == (device + 2, RIP + 2)

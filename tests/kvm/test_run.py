@@ -10,7 +10,7 @@ import pytest
 from softkvm import kvm
 from softkvm.host.clock import HrTimer, VirtualClock
 from softkvm.kvm import Vcpu, Vm, events
-from softkvm.kvm.request import REQ_NMI, REQ_TRIPLE_FAULT
+from softkvm.kvm.request import REQ_TRIPLE_FAULT
 from softkvm.silicon import control
 from softkvm.uapi import kvm as uapi
 from tests import fake_engine
@@ -65,7 +65,7 @@ def test_every_return_refreshes_kvm_run(vcpu: Vcpu, play: Script) -> None:
 
 
 def test_halt_in_the_kernel_waits_until_an_event(vcpu: Vcpu, clock: VirtualClock, play: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    timer = HrTimer(clock, lambda now: vcpu.make_request(REQ_NMI))
+    timer = HrTimer(clock, lambda now: vcpu.queue_nmi())
     timer.start(clock.monotonic_ns() + 5000)
     sleeps: list[float | None] = []
 
@@ -96,7 +96,7 @@ def test_other_threads_wake_a_halted_vcpu(vcpu: Vcpu, play: Script, monkeypatch:
     thread = threading.Thread(target=vcpu.run)
     thread.start()
     assert asleep.wait(10)
-    vcpu.make_request(REQ_NMI)
+    vcpu.queue_nmi()
     thread.join(10)
     assert not thread.is_alive()
     assert vcpu.kvm_run.exit_reason == uapi.KVM_EXIT_SHUTDOWN

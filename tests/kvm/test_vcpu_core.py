@@ -39,7 +39,7 @@ def test_a_kick_reaches_the_thread_that_runs_or_will_run(vcpu: Vcpu) -> None:
     vcpu.kick()
     assert mine.flags & TIF_SIGPENDING
     vcpu.detach()
-    assert mine.kick is None
+    assert mine.guest is None
 
 
 def test_a_running_vcpu_keeps_its_core(vcpu: Vcpu) -> None:

@@ -235,7 +235,10 @@ class FakeKvm:
             raise ValueError(f"there is no CPU model {name}; there are cascadelake, epyc")
         return SimpleNamespace(name=name, features=features)
 
-    def System(self, model: Any) -> Any:
+    def Process(self) -> None:
+        """Nobody watches."""
+
+    def System(self, model: Any, parameters: Any, process: None, cores: int | None) -> Any:
         return SimpleNamespace(
             create_vm=lambda clock: self.vm,
             check_extension=lambda capability: 1,

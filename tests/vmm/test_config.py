@@ -20,11 +20,13 @@ GOOD: dict[str, Any] = {
     "cpu": "cascadelake",
     "cpus": 1,
     "serial": None,
+    "kvm_parameters": (),
 }
 
 
 def test_good_configuration() -> None:
-    checked = config.check(**GOOD | {"initrd": b"cpio", "cpu": "EPYC,-tsc-deadline,+sse4.1"})
+    checked = config.check(**GOOD | {"initrd": b"cpio", "cpu": "EPYC,-tsc-deadline,+sse4.1", "kvm_parameters": ["nrips=0"]})
+    assert not checked.parameters.nrips
     assert checked.kernel == Path("vmlinuz")
     assert checked.initrd == b"cpio"
     assert checked.memory == 512 * MIB
@@ -77,6 +79,7 @@ def test_impossible_sizes(text: str | int, words: str) -> None:
         ({"kernel": None, "initrd": b"x"}, "an initrd was given without a kernel"),
         ({"cpus": 0}, "1 to 64 CPUs, not 0"),
         ({"cpus": 65}, "1 to 64 CPUs, not 65"),
+        ({"kvm_parameters": ["nrip=0"]}, "KVM has no parameter 'nrip'"),
         ({"serial": {4: print}}, "no serial port 4"),
         ({"cpu": "epyc,pcid"}, "not \\+feature or -feature"),
         ({"cpu": "epyc,+pcid,-pcid"}, "pcid both on and off"),

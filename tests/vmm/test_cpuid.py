@@ -30,15 +30,22 @@ AMD = [leaf(1), leaf(0x80000008, ecx=0x4007), leaf(0x8000001E, eax=9, ebx=9, ecx
 
 
 def identify(
-    entries: list[uapi.CpuidEntry2], apic_id: int = 0, cpus: int = 1, tsc_deadline: bool = True, invariant_tsc: bool = False
+    entries: list[uapi.CpuidEntry2], apic_id: int = 0, cpus: int = 1, invariant_tsc: bool = False, without: frozenset[str] = frozenset()
 ) -> dict[tuple[int, int], uapi.CpuidEntry2]:
-    identity = Identity(apic_id, cpus, tsc_deadline, invariant_tsc)
+    identity = Identity(apic_id, cpus, invariant_tsc, without)
     return {(entry.function, entry.index): entry for entry in cpuid.identify(entries, identity)}
 
 
-def test_a_guest_sees_a_hypervisor_and_the_deadline_timer() -> None:
-    assert identify(INTEL)[1, 0].ecx == 1 | HYPERVISOR | TSC_DEADLINE
-    assert identify(INTEL, tsc_deadline=False)[1, 0].ecx == 1 | HYPERVISOR
+def test_a_guest_sees_a_hypervisor() -> None:
+    assert identify(INTEL)[1, 0].ecx == 1 | HYPERVISOR
+
+
+def test_features_of_kvm_itself_can_be_switched_off() -> None:
+    entries = [leaf(1, ecx=1 | 1 << 21 | TSC_DEADLINE), leaf(7, ebx=2, edx=1 << 29)]
+    assert identify(entries)[1, 0].ecx == 1 | 1 << 21 | TSC_DEADLINE | HYPERVISOR
+    found = identify(entries, without=frozenset({"x2apic", "tsc-adjust", "pcid"}))
+    assert found[1, 0].ecx == 1 | TSC_DEADLINE | HYPERVISOR
+    assert (found[7, 0].ebx, found[7, 0].edx) == (0, 1 << 29)
 
 
 def test_what_kvm_returned_is_not_changed() -> None:

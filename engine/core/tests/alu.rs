@@ -165,6 +165,8 @@ fn decimal_adjustment() {
     assert_eq!(decimal(&[0x37], 0x0019, 0), (0x0009, 0));
     assert_eq!(decimal(&[0x3f], 0x02ff, rflags::AF), (0x0109, BOTH)); // aas
     assert_eq!(decimal(&[0xd4, 10], 0x003f, 0).0, 0x0603); // aam
+    assert_eq!(decimal(&[0xd6], 0x1234, 1).0, 0x12ff); // salc
+    assert_eq!(decimal(&[0xd6], 0x1234, 0).0, 0x1200);
     assert_eq!(decimal(&[0xd5, 10], 0x0603, 0).0, 0x003f); // aad
 }
 

@@ -90,7 +90,8 @@ fn with_operands(opcode: &[u8], wide: bool, reg: u8, memory_allowed: bool, rando
 }
 
 fn instruction(random: &mut Random) -> Vec<u8> {
-    match random.below(10) {
+    match random.below(12) {
+        10 | 11 => branch(random),
         0 => {
             let extension = [0, 1, 4, 5, 7][random.below(5) as usize];
             let mut bytes = with_operands(&[0xc1], true, extension, true, random);
@@ -117,6 +118,21 @@ fn instruction(random: &mut Random) -> Vec<u8> {
             with_operands(opcode, wide, register(random), true, random)
         }
     }
+}
+
+/// CMP or TEST, and a conditional branch around INC RAX.
+fn branch(random: &mut Random) -> Vec<u8> {
+    let form = random.below(3);
+    let mut code = match form {
+        0 => with_operands(&[[0x38, 0x39, 0x84, 0x85][random.below(4) as usize]], false, register(random), true, random),
+        1 => with_operands(&[0x83], true, 7, true, random),
+        _ => with_operands(&[0xf6], false, 0, true, random),
+    };
+    if form != 0 {
+        code.push(random.operand() as u8);
+    }
+    code.extend([0x70 + random.below(16) as u8, 3, 0x48, 0xff, 0xc0]);
+    code
 }
 
 fn program(random: &mut Random) -> Vec<u8> {

@@ -5,6 +5,7 @@ mod common;
 use std::sync::Arc;
 
 use common::{Machine, CODE, DATA};
+use softkvm_engine::cpu::CodeSize;
 use softkvm_engine::fault::vector;
 use softkvm_engine::model::Model;
 use softkvm_engine::state::{efer, gpr, rights, seg};
@@ -57,6 +58,17 @@ fn pause_exits_where_it_is_intercepted() {
     machine.cpu.control.intercepts = 1 << intercept::PAUSE;
     assert_eq!(machine.run(PAUSE, 1), Err(Stop::Exit));
     assert_eq!(machine.cpu.exit.reason, 40);
+}
+
+#[test]
+fn a_loop_of_pauses_exits_when_its_window_is_over() {
+    let mut machine = Machine::system(CodeSize::Bits64);
+    (machine.cpu.control.pause_gap, machine.cpu.control.pause_window) = (u32::MAX, 1);
+    assert_eq!(machine.run(PAUSE, 1), Ok(()), "the first one opens the window");
+    assert_eq!(machine.run(PAUSE, 1), Err(Stop::Exit));
+    assert_eq!(machine.cpu.exit.reason, 40);
+    machine.enter_user();
+    assert_eq!(machine.run(PAUSE, 1), Ok(()), "only the kernel is watched");
 }
 
 #[test]

@@ -60,6 +60,7 @@ impl Core {
         });
         outcome.map_err(|message| {
             self.broken.store(true, Ordering::Relaxed);
+            self.signal.set_running(false); // nobody needs to wait for it
             bug::EngineBug::new_err(message)
         })
     }

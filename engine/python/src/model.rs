@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use softkvm_engine::model;
+use softkvm_engine::cpu::CodeSize;
+use softkvm_engine::{decode, model};
 
 /// leaf, subleaf, whether the subleaf matters, EAX, EBX, ECX, EDX
 type Leaf = (u32, u32, bool, u32, u32, u32, u32);
@@ -62,6 +63,18 @@ impl Model {
             (found.leaf, found.subleaf, found.indexed, eax, ebx, ecx, edx)
         };
         self.model.leaves().into_iter().map(flat).collect()
+    }
+
+    /// Length of the instruction that `code` begins with, as the CPU decodes it in code segments of 16, 32 or 64 bits; None if there is
+    /// no such instruction, or if it goes on behind the end.
+    fn instruction_length(&self, code: &[u8], bits: u32) -> PyResult<Option<usize>> {
+        let size = match bits {
+            16 => CodeSize::Bits16,
+            32 => CodeSize::Bits32,
+            64 => CodeSize::Bits64,
+            _ => return Err(PyValueError::new_err("code segments have 16, 32 or 64 bits")),
+        };
+        Ok(decode::length(code, size, &self.model))
     }
 
     /// MSR values of the model by index.

@@ -73,10 +73,16 @@ def cli() -> None:
 @click.option("-i", "--initrd", metavar="FILE", help="Initial RAM disk.  [default: busybox]")
 @click.option("-p", "--append", default="", metavar="TEXT", help="Kernel parameters, added to softkvm's own.", show_default=False)
 @click.option("-m", "--memory", default="512M", metavar="SIZE", help="Guest memory, with K, M or G.")
+@click.option("-c", "--cpus", type=int, default=1, metavar="N", help="CPUs of the guest, 1 to 64.")
 @click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=_complete_cpu)
+@click.option("--kvm", multiple=True, metavar="NAME=VALUE", help="Module parameter of KVM, such as nrips=0.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this wall time, with exit status 124.")
 @click.option("--stats", is_flag=False, flag_value="table", type=click.Choice(["table", "json"]), help="Print counters at the end.")
 @click.option("--json", is_flag=True, help="Print one JSON object about the run in place of the guest's output.")
+@click.option("--trace", multiple=True, metavar="PATTERN|help", help="Record events, such as kvm_exit or 'kvm_*', as ftrace does.")
+@click.option("--trace-file", metavar="FILE", help="Where events go.  [default: standard error]")
+@click.option("--audit", metavar="FILE", help="Append a JSON line for every KVM call to FILE.")
+@click.option("--ioctl-filter", metavar="FILE", help="Allow only the KVM calls that FILE (JSON) does.")
 @click.option("--selftest", is_flag=True, help="Check this installation with a small built-in guest.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- CMD...]")
 @click.pass_context
@@ -86,26 +92,45 @@ def run(
     initrd: str | None,
     append: str,
     memory: str,
+    cpus: int,
     cpu: str,
+    kvm: tuple[str, ...],
     timeout: float | None,
     stats: StatsFormat | None,
     json: bool,
+    trace: tuple[str, ...],
+    trace_file: str | None,
+    audit: str | None,
+    ioctl_filter: str | None,
     selftest: bool,
     command: tuple[str, ...],
 ) -> int:
     """Boot a guest: by default Debian's cloud kernel with a busybox shell on this terminal (Ctrl-A X quits).
 
     With CMD, run that command in the guest instead: its input, output and exit status are passed through. Other exit statuses: 255 the
-    guest panicked or triple-faulted, 124 time-out, 125 softkvm's own error, 130 Ctrl-C.
+    guest panicked or triple-faulted, 124 time-out, 125 softkvm's own error, 130 Ctrl-C, 159 killed by the ioctl filter.
     """
+    if "help" in trace:
+        return _list_events()
     from softkvm.cli import run as runner
 
     if selftest:
         from softkvm.cli import selftest as tester
 
-        _refuse_with_selftest(context, ("kernel", "initrd", "append", "command", "json"))
+        used = ("kernel", "initrd", "append", "cpus", "kvm", "command", "json", "trace", "audit", "ioctl_filter")
+        _refuse_with_selftest(context, used)
         return tester.run(memory, cpu, timeout, stats)
-    return runner.run(RunOptions(kernel, initrd, append, memory, cpu, timeout, stats, json, command))
+    options = RunOptions(
+        kernel, initrd, append, memory, cpus, cpu, kvm, timeout, stats, json, command, trace, trace_file, audit, ioctl_filter
+    )
+    return runner.run(options)
+
+
+def _list_events() -> int:
+    from softkvm.host import ftrace
+
+    output.table("Events", ("event", "fields"), ftrace.events(), on_stdout=True)
+    return status.SUCCESS
 
 
 def _refuse_with_selftest(context: click.Context, names: Sequence[str]) -> None:

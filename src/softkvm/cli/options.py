@@ -18,11 +18,17 @@ class RunOptions:
     initrd: str | None = None
     append: str = ""
     memory: str = "512M"
+    cpus: int = 1
     cpu: str = "cascadelake"
+    kvm: tuple[str, ...] = ()
     timeout: float | None = None
     stats: StatsFormat | None = None
     json: bool = False
     command: tuple[str, ...] = ()
+    trace: tuple[str, ...] = ()
+    trace_file: str | None = None
+    audit: str | None = None
+    ioctl_filter: str | None = None
 
     def check(self) -> None:
         """Raise CliError, one sentence, for options that contradict each other."""
@@ -30,3 +36,5 @@ class RunOptions:
             raise CliError("a command runs in softkvm's own initramfs, so `-i` and `-- CMD` exclude each other")
         if self.timeout is not None and self.timeout <= 0:
             raise CliError(f"the time-out must be more than 0 seconds, not {self.timeout:g}")
+        if self.trace_file is not None and not self.trace:
+            raise CliError("`--trace-file` says where events go, and `--trace` which; one without the other has no meaning")

@@ -13,12 +13,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from softkvm.cli import qemu_cpu
+from softkvm.cli import qemu_cpu, status
 from softkvm.vmm import ConfigError, Machine, Stop, StopReason
 from softkvm.vmm.config import MOST_CPUS
 
 _PROGRAM = "softkvm-qemu"
 _FAILURE = 1
+_STDOUT = 1
 _VERSION = "QEMU emulator version 7.2.0 (its command line, spoken by softkvm)"
 """The words that scripts look for, with the version whose options are taken."""
 _DEBUG_EXIT = ("isa-debug-exit", {"iobase": "0xf4", "iosize": "0x4"})
@@ -53,9 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         invocation = parse(sys.argv[1:] if arguments is None else arguments)
         if invocation.answer is not None:
-            print(invocation.answer)
+            os.write(_STDOUT, f"{invocation.answer}\n".encode())
             return 0
         return _run(invocation)
+    except BrokenPipeError:
+        return status.BROKEN_PIPE
     except (UsageError, ConfigError) as error:
         print(f"{_PROGRAM}: {error}", file=sys.stderr)
         return _FAILURE
@@ -190,8 +193,8 @@ def _run(invocation: Invocation) -> int:
 
 
 def _print(data: bytes) -> None:
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
+    while data:
+        data = data[os.write(_STDOUT, data) :]
 
 
 def _status(stop: Stop) -> int:

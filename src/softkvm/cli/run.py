@@ -18,6 +18,9 @@ from softkvm.cli.errors import CliError
 from softkvm.cli.inputs import CommandInput, ConsolePipe, Input, Keyboard
 from softkvm.cli.options import RunOptions
 from softkvm.cli.streams import Capture, ConsoleTail, DescriptorSink, Sink, Surrender
+from softkvm.cli.watch import watched
+from softkvm.host.process import Process
+from softkvm.host.seccomp import Killed
 from softkvm.vmm import ConfigError, Machine, SerialBackend, StopReason
 
 _CONSOLE_PORT = 0
@@ -46,7 +49,12 @@ def run(options: RunOptions) -> int:
     options.check()
     with output.progress() as progress:
         image = _prepare(options, progress)
-    return _Run(options, image).run()
+    with watched(options) as process:
+        try:
+            return _Run(options, image, process).run()
+        except Killed as error:
+            output.say(f"the VMM was killed: {error}")
+            return status.KILLED
 
 
 def _prepare(options: RunOptions, progress: Callable[[str], None]) -> guest.Guest:
@@ -60,11 +68,16 @@ def _prepare(options: RunOptions, progress: Callable[[str], None]) -> guest.Gues
     return guest.prepare(kernel, initrd, options.command, progress)
 
 
+def _processors(options: RunOptions) -> str:
+    return f"software CPU {options.cpu}" if options.cpus == 1 else f"{options.cpus} software CPUs {options.cpu}"
+
+
 class _Run:
     """One run: the wiring between the guest's serial lines and our streams, and what is reported at the end."""
 
-    def __init__(self, options: RunOptions, image: guest.Guest) -> None:
+    def __init__(self, options: RunOptions, image: guest.Guest, process: Process) -> None:
         self._options = options
+        self._process = process
         self._image = image
         self._doorbell = session.Doorbell()
         self._surrender = Surrender()
@@ -82,7 +95,7 @@ class _Run:
         with closing(self._doorbell), closing(self._surrender), self._make_machine(attended) as machine:
             self._machine = machine
             self._input = self._make_input(machine, attended)
-            output.say(f"software CPU {options.cpu}, {options.memory} of memory; {self._image.title}")
+            output.say(f"{_processors(options)}, {options.memory} of memory; {self._image.title}")
             if attended:
                 output.say(terminal.HELP)
             started = time.monotonic()
@@ -112,7 +125,10 @@ class _Run:
                 append=" ".join(parameters),
                 memory=options.memory,
                 cpu=options.cpu,
+                cpus=options.cpus,
+                kvm_parameters=options.kvm,
                 serial=serial,
+                process=self._process,
             )
         except ConfigError as error:
             raise CliError(str(error)) from error

@@ -1,60 +1,156 @@
-"""Tracepoints: named places in the code with typed fields, that cost one attribute test while nobody listens.
+"""The tracepoints of the host and of KVM.
 
-Answers to Linux `include/linux/tracepoint.h`; names and fields are those of the kernel's `trace/events/{syscalls,kvm}.h`.
+Answers to Linux 6.1 `include/trace/events/{syscalls,sched}.h` and `arch/x86/kvm/trace.h`: names, fields and text are theirs, so that what
+reads the kernel's traces reads ours. `host/ftrace.py` writes them to a file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import errno
 
-Probe = Callable[..., None]
+from softkvm.host.tracepoint import Tracepoint, registry
+from softkvm.uapi import kvm as uapi
+from softkvm.uapi import svm, vmx
 
-registry: dict[str, Tracepoint] = {}
-"""Every tracepoint by its name."""
+__all__ = ["ISA_SVM", "ISA_VMX", "MMIO_READ", "MMIO_WRITE", "Tracepoint", "recording", "registry"]
+
+ISA_VMX, ISA_SVM = 1, 2
+"""Whose exit reason `kvm_exit` has."""
+MMIO_READ, MMIO_WRITE = 1, 2
+"""`type` of `kvm_mmio`."""
+
+_EXCEPTIONS = dict(
+    enumerate(
+        [
+            "#DE",
+            "#DB",
+            "NMI",
+            "#BP",
+            "#OF",
+            "#BR",
+            "#UD",
+            "#NM",
+            "#DF",
+            "CSO",
+            "#TS",
+            "#NP",
+            "#SS",
+            "#GP",
+            "#PF",
+            "SPUR",
+            "#MF",
+            "#AC",
+            "#MC",
+        ]
+    )
+)
+_EXIT_NAMES = {value: name for name, value in vars(uapi).items() if name.startswith("KVM_EXIT_") and name[9:12] != "IO_"}
+_MMIO_TYPES = ("unsatisfied-read", "read", "write")
 
 
-class Tracepoint:
-    """One tracepoint. The code around it says `if point.enabled: point(a, b)`, so that a quiet point evaluates no argument."""
-
-    __slots__ = ("_probes", "enabled", "fields", "name")
-
-    def __init__(self, name: str, *fields: str) -> None:
-        """A point of that name whose probes are called with the `fields`, in order."""
-        self.name = name
-        self.fields = fields
-        self.enabled = False
-        self._probes: tuple[Probe, ...] = ()
-        registry[name] = self
-
-    def register(self, probe: Probe) -> None:
-        """Call `probe(*fields)` at every hit, in the thread that hits; its exceptions come out of the traced call."""
-        self._probes = (*self._probes, probe)
-        self.enabled = True
-
-    def unregister(self, probe: Probe) -> None:
-        """Stop calling `probe`; ValueError if it was not registered."""
-        probes = list(self._probes)
-        probes.remove(probe)
-        self._probes = tuple(probes)
-        self.enabled = bool(probes)
-
-    def __call__(self, *values: Any) -> None:
-        """Hit: run the probes."""
-        for probe in self._probes:
-            probe(*values)
+def recording() -> bool:
+    """Whether system calls must tell the tracepoints about themselves."""
+    return any(point.enabled for point in registry.values())
 
 
-sys_enter = Tracepoint("sys_enter", "nr", "args")
-sys_exit = Tracepoint("sys_exit", "nr", "ret")
-kvm_entry = Tracepoint("kvm_entry", "vcpu_id", "rip")
-kvm_exit = Tracepoint("kvm_exit", "vcpu_id", "exit_reason", "guest_rip", "info1", "info2", "intr_info", "error_code")
-kvm_userspace_exit = Tracepoint("kvm_userspace_exit", "reason", "errno")
-kvm_inj_virq = Tracepoint("kvm_inj_virq", "irq", "soft", "reinjected")
-kvm_inj_exception = Tracepoint("kvm_inj_exception", "exception", "has_error", "error_code", "reinjected")
-kvm_cpuid = Tracepoint("kvm_cpuid", "function", "index", "rax", "rbx", "rcx", "rdx")
-kvm_msr = Tracepoint("kvm_msr", "write", "ecx", "data", "exception")
-kvm_pio = Tracepoint("kvm_pio", "rw", "port", "size", "count", "val")
-kvm_mmio = Tracepoint("kvm_mmio", "type", "len", "gpa", "val")
-kvm_page_fault = Tracepoint("kvm_page_fault", "guest_rip", "fault_address", "error_code")
-kvm_hypercall = Tracepoint("kvm_hypercall", "nr", "a0", "a1", "a2", "a3")
+# --- The text of each event --------------------------------------------------------------------------------------------------------
+
+
+def _sys_enter(id: int, args: tuple[int, ...]) -> str:
+    return f"NR {id} ({', '.join(f'{argument:x}' for argument in args)})"
+
+
+def _sys_exit(id: int, ret: int) -> str:
+    return f"NR {id} = {ret}"
+
+
+def _sched_switch(prev_comm: str, prev_pid: int, prev_prio: int, prev_state: str, next_comm: str, next_pid: int, next_prio: int) -> str:
+    before = f"prev_comm={prev_comm} prev_pid={prev_pid} prev_prio={prev_prio} prev_state={prev_state}"
+    return f"{before} ==> next_comm={next_comm} next_pid={next_pid} next_prio={next_prio}"
+
+
+def _kvm_entry(vcpu_id: int, rip: int) -> str:
+    return f"vcpu {vcpu_id}, rip 0x{rip:x}"
+
+
+def _kvm_exit(exit_reason: int, guest_rip: int, isa: int, info1: int, info2: int, intr_info: int, error_code: int, vcpu_id: int) -> str:
+    if isa == ISA_VMX:
+        name = vmx.EXIT_NAMES.get(exit_reason & 0xFFFF, f"0x{exit_reason & 0xFFFF:x}")
+        name += " FAILED_VMENTRY" if exit_reason >> 31 & 1 else ""
+    else:
+        name = svm.EXIT_NAMES.get(exit_reason, f"0x{exit_reason:x}")
+    infos = f"info1 0x{info1:016x} info2 0x{info2:016x} intr_info 0x{intr_info:08x} error_code 0x{error_code:08x}"
+    return f"vcpu {vcpu_id} reason {name} rip 0x{guest_rip:x} {infos}"
+
+
+def _kvm_userspace_exit(reason: int, errno_: int) -> str:
+    if errno_ < 0:
+        return f"reason {'restart' if errno_ == -errno.EINTR else 'error'} ({-errno_})"
+    return f"reason {_EXIT_NAMES.get(reason, f'0x{reason:x}')} ({reason})"
+
+
+def _kvm_hypercall(nr: int, a0: int, a1: int, a2: int, a3: int) -> str:
+    return f"nr 0x{nr:x} a0 0x{a0:x} a1 0x{a1:x} a2 0x{a2:x}  a3 0x{a3:x}"
+
+
+def _kvm_pio(rw: int, port: int, size: int, count: int, val: int) -> str:
+    return f"pio_{'write' if rw else 'read'} at 0x{port:x} size {size} count {count} val 0x{val:x} {'(...)' if count > 1 else ''}"
+
+
+def _kvm_cpuid(function: int, index: int, rax: int, rbx: int, rcx: int, rdx: int) -> str:
+    return f"func {function:x} idx {index:x} rax {rax:x} rbx {rbx:x} rcx {rcx:x} rdx {rdx:x}"
+
+
+def _kvm_msr(write: bool, ecx: int, data: int, exception: bool) -> str:
+    return f"msr_{'write' if write else 'read'} {ecx:x} = 0x{data:x}{' (#GP)' if exception else ''}"
+
+
+def _kvm_inj_virq(vector: int, soft: bool, reinjected: bool) -> str:
+    return f"IRQ 0x{vector:x}{' [soft]' if soft else ''}{' [reinjected]' if reinjected else ''}"
+
+
+def _kvm_inj_exception(exception: int, has_error: bool, error_code: int, reinjected: bool) -> str:
+    name = _EXCEPTIONS[exception] if exception < len(_EXCEPTIONS) else f"0x{exception:x}"
+    code = f" (0x{error_code:x})" if has_error else ""
+    return f"{name}{code}{' [reinjected]' if reinjected else ''}"
+
+
+def _kvm_page_fault(vcpu_id: int, guest_rip: int, fault_address: int, error_code: int) -> str:
+    return f"vcpu {vcpu_id} rip 0x{guest_rip:x} address 0x{fault_address:016x} error_code 0x{error_code:x}"
+
+
+def _kvm_mmio(type: int, len: int, gpa: int, val: int) -> str:
+    return f"mmio {_MMIO_TYPES[type]} len {len} gpa 0x{gpa:x} val 0x{val:x}"
+
+
+def _kvm_vcpu_wakeup(ns: int, waited: bool, valid: bool) -> str:
+    return f"{'wait' if waited else 'poll'} time {ns} ns, polling {'valid' if valid else 'invalid'}"
+
+
+def _kvm_set_irq(gsi: int, level: int, irq_source_id: int) -> str:
+    return f"gsi {gsi} level {level} source {irq_source_id}"
+
+
+def _kvm_eoi(apicid: int, vector: int) -> str:
+    return f"apicid {apicid:x} vector {vector}"
+
+
+# --- The events --------------------------------------------------------------------------------------------------------------------
+
+sys_enter = Tracepoint("raw_syscalls", "sys_enter", "id args", _sys_enter)
+sys_exit = Tracepoint("raw_syscalls", "sys_exit", "id ret", _sys_exit)
+sched_switch = Tracepoint("sched", "sched_switch", "prev_comm prev_pid prev_prio prev_state next_comm next_pid next_prio", _sched_switch)
+kvm_entry = Tracepoint("kvm", "kvm_entry", "vcpu_id rip", _kvm_entry)
+kvm_exit = Tracepoint("kvm", "kvm_exit", "exit_reason guest_rip isa info1 info2 intr_info error_code vcpu_id", _kvm_exit)
+kvm_userspace_exit = Tracepoint("kvm", "kvm_userspace_exit", "reason errno", _kvm_userspace_exit)
+kvm_vcpu_wakeup = Tracepoint("kvm", "kvm_vcpu_wakeup", "ns waited valid", _kvm_vcpu_wakeup)
+kvm_inj_virq = Tracepoint("kvm", "kvm_inj_virq", "vector soft reinjected", _kvm_inj_virq)
+kvm_inj_exception = Tracepoint("kvm", "kvm_inj_exception", "exception has_error error_code reinjected", _kvm_inj_exception)
+kvm_set_irq = Tracepoint("kvm", "kvm_set_irq", "gsi level irq_source_id", _kvm_set_irq)
+kvm_eoi = Tracepoint("kvm", "kvm_eoi", "apicid vector", _kvm_eoi)
+kvm_cpuid = Tracepoint("kvm", "kvm_cpuid", "function index rax rbx rcx rdx", _kvm_cpuid)
+kvm_msr = Tracepoint("kvm", "kvm_msr", "write ecx data exception", _kvm_msr)
+kvm_pio = Tracepoint("kvm", "kvm_pio", "rw port size count val", _kvm_pio)
+kvm_mmio = Tracepoint("kvm", "kvm_mmio", "type len gpa val", _kvm_mmio)
+kvm_page_fault = Tracepoint("kvm", "kvm_page_fault", "vcpu_id guest_rip fault_address error_code", _kvm_page_fault)
+kvm_hypercall = Tracepoint("kvm", "kvm_hypercall", "nr a0 a1 a2 a3", _kvm_hypercall)

@@ -103,6 +103,7 @@ MASKS: dict[tuple[int, int], Mask] = {
     (0x6, 0): Mask(NOTHING, Registers(1 << 2, 0, 0, 0)),  # ARAT: the APIC timer never stops
     (0x7, 0): Mask(Registers(1, _LEAF7_EBX, _LEAF7_ECX, _LEAF7_EDX), Registers(0, _LEAF7_EBX_KVM, 0, _LEAF7_EDX_KVM)),
     (0x7, 1): Mask(Registers(_LEAF7_1_EAX, 0, 0, 0)),
+    (0xB, 0): Mask(Registers(0, 0, 0, ALL)),  # no topology: the VMM knows it, and adds the levels
     (0xD, 1): Mask(Registers(_bits(0, 1, 2, 3), ALL, 0, 0)),  # XSAVEOPT XSAVEC XGETBV1 XSAVES, without supervisor states
     (0x8000_0001, 0): Mask(Registers(ALL, ALL, _EXTENDED_ECX, _EXTENDED_EDX)),
     (0x8000_0007, 0): Mask(Registers(0, 0, 0, 1 << 8)),  # invariant TSC

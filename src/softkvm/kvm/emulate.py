@@ -1,8 +1,10 @@
-"""Instructions that touch memory which is not RAM: the silicon runs one instruction and asks for each device access that it needs.
+"""KVM's instruction emulator: one instruction of the guest, executed or stepped over by KVM where the silicon alone cannot.
 
-Answers to Linux 6.1 `x86_emulate_instruction()`, `emulator_{read,write}_emulated()`, `vcpu_mmio_{read,write}()` and
-`complete_emulated_mmio()`. The interpreter is the silicon's `Control.emulate`; KVM gives it a list of completed accesses, which starts
-empty and grows by one each time the instruction is restarted, until it runs through and the guest goes on behind it.
+Answers to Linux 6.1 `x86_emulate_instruction()`, `handle_emulation_failure()`, `emulator_{read,write}_emulated()`,
+`vcpu_mmio_{read,write}()`, `complete_emulated_mmio()` and `handle_ud()`. There is no second set of instruction semantics: the interpreter
+is the silicon's `Control.emulate`, the decoder the silicon's own. What the emulator of Linux has as callbacks are its exits here: memory
+that is no RAM asks for an access (KVM gives it a list of completed ones, which starts empty and grows by one each time the instruction is
+restarted, until it runs through and the guest goes on behind it); intercepts, ports and MSRs leave as those of any other instruction.
 
 From its first completed access to its end an instruction is half done: its accesses are made once and must not be lost, so nothing may
 come in between (`Vcpu.half_done`).
@@ -11,14 +13,18 @@ come in between (`Vcpu.half_done`).
 from __future__ import annotations
 
 import errno
+import logging
 import struct
+from functools import cache
 from typing import TYPE_CHECKING
 
 from softkvm.host import trace
-from softkvm.kvm import events, exits
+from softkvm.kvm import events, exits, regs
 from softkvm.kvm.irqchip.lapic_registers import APIC_BASE_ENABLE, APIC_BASE_X2APIC
+from softkvm.kvm.memslots import PAGE_SIZE
 from softkvm.kvm.mmu import Fault
-from softkvm.silicon import EMULATE_FIRST, EXIT_ACCESS, EXIT_EMULATED
+from softkvm.silicon import EMULATE_FIRST, EXIT_ACCESS, EXIT_EMULATED, RIGHT_X
+from softkvm.uapi import kvm as uapi
 from softkvm.uapi.kvm import KVM_EXIT_MMIO, Run, RunMmio
 from softkvm.uapi.layout import offset_of
 
@@ -30,6 +36,24 @@ _APIC_PAGE = (1 << 52) - (1 << 12)
 """Address bits of IA32_APIC_BASE."""
 _APIC_MODE = APIC_BASE_ENABLE | APIC_BASE_X2APIC
 
+EMULTYPE_SKIP = 1 << 2
+"""Only step over the instruction: KVM has done its work."""
+EMULTYPE_TRAP_UD_FORCED = 1 << 4
+"""The guest asked for the emulator, by the forced emulation prefix."""
+EMULTYPE_PF = 1 << 6
+"""The nested page tables refused a data access of the instruction."""
+
+FORCED_EMULATION_PREFIX = b"\x0f\x0bkvm"
+"""`ud2; .ascii "kvm"`."""
+_INSTRUCTION_LIMIT = 15
+"""Bytes of the longest instruction."""
+_U32 = 0xFFFF_FFFF
+_TRANSLATE_USER = 8
+_CS_DB = 1 << 14
+_RFLAGS_VM = 1 << 17
+
+_log = logging.getLogger(__name__)
+
 _put_mmio = struct.Struct("<QQIB").pack_into
 _MMIO_OFFSET = offset_of(Run, "mmio")
 _MMIO_DATA = _MMIO_OFFSET + offset_of(RunMmio, "data")
@@ -38,14 +62,80 @@ ACCESS_LIMIT = 8
 """Entries of `ControlBlock.access`: the most device accesses of one instruction (a 64-byte load in 8-byte pieces)."""
 
 
-def emulate(vcpu: Vcpu) -> int:
-    """Restart the guest's instruction, whose data access the nested page tables refused, with devices behind it."""
+def emulate_instruction(vcpu: Vcpu, emulation_type: int) -> int:
+    """Step over the instruction at RIP (EMULTYPE_SKIP), or restart it with devices behind its memory: as an exit handler."""
+    if emulation_type & EMULTYPE_SKIP:
+        return _skip(vcpu)
     control = vcpu.control
-    if control.emulate:  # what they refused again is a fetch, or a page table
+    if emulation_type & EMULTYPE_PF and control.emulate:  # what the page tables refused again is a fetch, or a page table
         stop(vcpu)
-        return exits.emulation_failure(vcpu)
+        return handle_emulation_failure(vcpu, emulation_type)
     control.access_count, control.emulate = 0, EMULATE_FIRST
     return 1
+
+
+# --- Stepping over -----------------------------------------------------------------------------------------------------------------
+
+
+def _skip(vcpu: Vcpu) -> int:
+    """Nothing is executed and no fault reaches the guest: an instruction that cannot be read any more goes to user space."""
+    length = vcpu.model.instruction_length(fetch(vcpu), _code_bits(vcpu))
+    if length is None:
+        _say_once_that_skipping_failed()
+        return handle_emulation_failure(vcpu, EMULTYPE_SKIP)
+    exits.step_over(vcpu, vcpu.state.rip + length)
+    return 1
+
+
+@cache
+def _say_once_that_skipping_failed() -> None:
+    """RIP stays, so the guest may come back for ever: once is enough (`pr_err_once()`)."""
+    _log.error("unable to skip an instruction of the guest")
+
+
+def fetch(vcpu: Vcpu) -> bytes:
+    """The bytes at CS:RIP, as many of 15 as the code segment, the guest's paging and its memory have."""
+    state = vcpu.state
+    start, limit, mask = state.rip, _INSTRUCTION_LIMIT, (1 << 64) - 1
+    if not regs.is_64_bit_mode(vcpu):
+        code_segment = state.segments[regs.CS]
+        start, mask = code_segment.base + start, _U32
+        limit = min(limit, code_segment.limit + 1 - state.rip)
+    access = RIGHT_X | (_TRANSLATE_USER if regs.cpl(vcpu) == 3 else 0)
+    code = b""
+    while len(code) < limit:
+        gpa = vcpu.translate_gva(start + len(code) & mask, access)
+        if gpa is None:
+            break
+        try:
+            code += vcpu.vm.memory.read(gpa, min(limit - len(code), PAGE_SIZE - gpa % PAGE_SIZE))
+        except OSError:  # a device, or nothing at all
+            break
+    return code
+
+
+def _code_bits(vcpu: Vcpu) -> int:
+    """Default operand and address size of the code segment."""
+    if regs.is_64_bit_mode(vcpu):
+        return 64
+    state = vcpu.state
+    return 32 if state.segments[regs.CS].access_rights & _CS_DB and not state.rflags & _RFLAGS_VM else 16
+
+
+# --- Executing ---------------------------------------------------------------------------------------------------------------------
+
+
+def handle_ud(vcpu: Vcpu) -> int:
+    """An intercepted #UD: the forced emulation prefix, or the guest's own."""
+    if not fetch(vcpu).startswith(FORCED_EMULATION_PREFIX):
+        events.inject_ud(vcpu)
+        return 1
+    rip = vcpu.state.rip + len(FORCED_EMULATION_PREFIX)
+    vcpu.state.rip = rip if regs.is_64_bit_mode(vcpu) else rip & _U32
+    if fetch(vcpu).startswith(FORCED_EMULATION_PREFIX):  # to the emulator its UD2 is no prefix but undefined
+        events.inject_ud(vcpu)
+        return 1
+    return emulate_instruction(vcpu, EMULTYPE_TRAP_UD_FORCED)
 
 
 def after_exit(vcpu: Vcpu, reason: int) -> None:
@@ -83,7 +173,7 @@ def handle_access(vcpu: Vcpu) -> int:
         return -errno.EFAULT
     if vcpu.half_done and vcpu.control.access_count >= ACCESS_LIMIT:
         stop(vcpu)
-        return exits.emulation_failure(vcpu)
+        return handle_emulation_failure(vcpu, EMULTYPE_PF)
     if write:
         return _write(vcpu, gpa, size, access.data[0] & (1 << size * 8) - 1)
     return _read(vcpu, gpa, size)
@@ -140,8 +230,34 @@ def _complete(vcpu: Vcpu, gpa: int, size: int, write: int, value: int) -> int:
     control.emulate = EMULATE_FIRST
     vcpu.half_done = True
     if trace.kvm_mmio.enabled:
-        trace.kvm_mmio("write" if write else "read", size, gpa, value)
+        trace.kvm_mmio(trace.MMIO_WRITE if write else trace.MMIO_READ, size, gpa, value)
     return 1
+
+
+# --- Failing -----------------------------------------------------------------------------------------------------------------------
+
+
+def handle_emulation_failure(vcpu: Vcpu, emulation_type: int) -> int:
+    """The emulator cannot do the instruction: #UD for user mode; to user space for the guest's kernel, and always for a skip."""
+    vcpu.stats["insn_emulation_fail"] += 1
+    if not (vcpu.vm.exit_on_emulation_failure or emulation_type & EMULTYPE_SKIP):
+        events.inject_ud(vcpu)
+        if regs.cpl(vcpu):
+            return 1
+    return _prepare_emulation_failure_exit(vcpu)
+
+
+def _prepare_emulation_failure_exit(vcpu: Vcpu) -> int:
+    """KVM_EXIT_INTERNAL_ERROR, suberror EMULATION: flags, the instruction's bytes if there are any, and what the exit told."""
+    code, info, failure = fetch(vcpu), vcpu.exit, vcpu.kvm_run.emulation_failure
+    failure.suberror, failure.flags, failure.ndata = uapi.KVM_INTERNAL_ERROR_EMULATION, 0, 1
+    if code:
+        failure.flags = uapi.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
+        failure.insn_size = len(code)
+        failure.insn_bytes[:] = list(code.ljust(_INSTRUCTION_LIMIT, b"\x90"))
+        failure.ndata += (1 + _INSTRUCTION_LIMIT) // 8
+    exits.append_internal_data(vcpu, info.reason, info.qualification, info.info2, info.interruption, info.interruption_error)
+    return vcpu.exit_to_user(uapi.KVM_EXIT_INTERNAL_ERROR)
 
 
 handlers = {EXIT_ACCESS: handle_access, EXIT_EMULATED: handle_emulated}

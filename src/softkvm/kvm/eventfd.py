@@ -11,9 +11,12 @@ import os
 import select
 import threading
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from softkvm.host import entry
+from softkvm.host.task import CONTEXT_IDLE, current
 from softkvm.kvm.irqchip.routing import RESAMPLE_SOURCE, USERSPACE_SOURCE
 from softkvm.uapi import kvm as uapi
 
@@ -223,11 +226,14 @@ class EventFds:
         return self._epoll
 
     def _wait(self, epoll: select.epoll) -> None:
+        """A thread of the kernel: idle, and then interrupted."""
+        task = current()
+        task.context = CONTEXT_IDLE
         while True:
             for fd, _ in epoll.poll():
                 if fd == self._stop:
                     return
-                self.poll_irqfd(fd)
+                entry.interrupt(task, partial(self.poll_irqfd, fd))
 
     def poll_irqfd(self, fd: int) -> None:
         """Raise the interrupt of the irqfd whose duplicate is `fd`, if it has been signalled: by a pulse, or a line until it is ended."""

@@ -1,15 +1,17 @@
 """Exit handlers that both vendors share: instructions that KVM performs for the guest, and the ways out to user space.
 
-Answers to Linux 6.1 `arch/x86/kvm/x86.c` (`kvm_emulate_*()`, `kvm_skip_emulated_instruction()`, `__kvm_set_xcr()`,
-`prepare_emulation_failure_exit()`). A handler returns 1 to run the guest again, 0 to leave for user space, or -errno.
+Answers to Linux 6.1 `arch/x86/kvm/x86.c` (`kvm_emulate_*()`, `kvm_skip_emulated_instruction()`, `__kvm_set_xcr()`). A handler returns 1
+to run the guest again, 0 to leave for user space, or -errno.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 from typing import TYPE_CHECKING
 
-from softkvm.host import trace
+from softkvm.host import entry, trace
+from softkvm.host.task import current
 from softkvm.kvm import cpuid, emulate, events, msr, regs
 from softkvm.kvm.mmu import Fault
 from softkvm.kvm.request import REQ_EVENT
@@ -27,14 +29,21 @@ _TF_OR_RF, _SHADOW = events.RFLAGS_TF | events.RFLAGS_RF, events.SHADOW
 
 
 def skip(vcpu: Vcpu) -> int:
-    """Step over the instruction that exited: shadow and RF cleared, single-step trap queued."""
+    """Step over the instruction that exited: by what the silicon tells of its end, else by decoding it."""
     rip = vcpu.next_rip(vcpu)
     if rip is None:
-        return emulation_failure(vcpu)
+        return emulate.emulate_instruction(vcpu, emulate.EMULTYPE_SKIP)
+    step_over(vcpu, rip)
+    return 1
+
+
+def step_over(vcpu: Vcpu, rip: int) -> None:
+    """Retire the instruction, which ends at `rip`: shadow and RF cleared, single-step trap queued."""
     state = vcpu.state
     if rip & _U32 < _INSTRUCTION_BYTES and not regs.is_64_bit_mode(vcpu):
         rip &= _U32  # IP wraps at 4 GB
     state.rip = rip
+    vcpu.instructions_skipped += 1
     rflags = state.rflags
     if rflags & _TF_OR_RF:
         state.rflags = rflags & ~events.RFLAGS_RF
@@ -43,7 +52,6 @@ def skip(vcpu: Vcpu) -> int:
     if state.interruptibility & _SHADOW:
         state.interruptibility &= ~_SHADOW
         vcpu.make_request(REQ_EVENT)
-    return 1
 
 
 def handle_cpuid(vcpu: Vcpu) -> int:
@@ -104,7 +112,13 @@ def handle_halt(vcpu: Vcpu) -> int:
 
 
 def handle_nop(vcpu: Vcpu) -> int:
-    """An instruction that has no effect under KVM (WBINVD, MONITOR, MWAIT, PAUSE)."""
+    """An instruction that has no effect under KVM (WBINVD, MONITOR, MWAIT)."""
+    return skip(vcpu)
+
+
+def handle_pause(vcpu: Vcpu) -> int:
+    """A loop of PAUSE: whoever the guest waits for may want our processor (`kvm_vcpu_on_spin()`)."""
+    os.sched_yield()
     return skip(vcpu)
 
 
@@ -123,7 +137,7 @@ def handle_gp(vcpu: Vcpu) -> int:
 def handle_interrupt(vcpu: Vcpu) -> int:
     """A host interrupt: a kick, or the core's timer."""
     vcpu.disarm_timer()
-    vcpu.clock.run_expired()
+    entry.interrupt(current(), vcpu.clock.run_expired)
     return 1
 
 
@@ -149,9 +163,12 @@ def handle_triple_fault(vcpu: Vcpu) -> int:
 
 
 def handle_xsetbv(vcpu: Vcpu) -> int:
-    """XSETBV."""
+    """XSETBV, with all the checks of the instruction: silicon makes the first two itself."""
     gpr = vcpu.gpr
     value = (gpr[2] & _U32) << 32 | gpr[0] & _U32
+    if not vcpu.state.cr4 & regs.CR4_OSXSAVE:
+        events.inject_ud(vcpu)
+        return 1
     if regs.cpl(vcpu) or not set_xcr(vcpu, gpr[1] & _U32, value):
         events.inject_gp(vcpu)
         return 1
@@ -216,32 +233,16 @@ def read_cr8(vcpu: Vcpu, register: int) -> int:
 def memory_fault(vcpu: Vcpu, gpa: int, write: bool) -> int:
     """EPT violation or nested page fault: RAM to map, or a device's address."""
     if trace.kvm_page_fault.enabled:
-        trace.kvm_page_fault(vcpu.state.rip, gpa, int(write) << 1)
+        trace.kvm_page_fault(vcpu.vcpu_id, vcpu.state.rip, gpa, int(write) << 1)
     fault = vcpu.vm.mmu.fault(gpa, write)
     if fault is Fault.FIXED:
         return 1
     if fault is Fault.UNMAPPED:
         return -errno.EFAULT
-    return emulate.emulate(vcpu)
+    return emulate.emulate_instruction(vcpu, emulate.EMULTYPE_PF)
 
 
-def emulation_failure(vcpu: Vcpu) -> int:
-    """KVM_EXIT_INTERNAL_ERROR, suberror EMULATION: KVM cannot do the guest's instruction. The bytes go with it if the exit has them."""
-    failure, exit_info = vcpu.kvm_run.emulation_failure, vcpu.exit
-    vcpu.stats["insn_emulation_fail"] += 1
-    length = min(exit_info.instruction_bytes_length, _INSTRUCTION_BYTES)
-    failure.suberror, failure.flags = uapi.KVM_INTERNAL_ERROR_EMULATION, 0
-    failure.ndata = 1
-    if length:
-        failure.flags = uapi.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
-        failure.insn_size = length
-        failure.insn_bytes[:] = (exit_info.instruction_bytes[:length] + [0x90] * _INSTRUCTION_BYTES)[:_INSTRUCTION_BYTES]
-        failure.ndata += 2
-    _append(vcpu, exit_info.reason, exit_info.qualification, exit_info.info2, exit_info.interruption, exit_info.interruption_error)
-    return vcpu.exit_to_user(uapi.KVM_EXIT_INTERNAL_ERROR)
-
-
-def _append(vcpu: Vcpu, *words: int) -> None:
+def append_internal_data(vcpu: Vcpu, *words: int) -> None:
     """More debug words behind `internal.data[:ndata]`."""
     internal = vcpu.kvm_run.internal
     for word in words:
@@ -253,7 +254,7 @@ def unexpected_exit(vcpu: Vcpu, reason: int) -> int:
     """KVM_EXIT_INTERNAL_ERROR, suberror UNEXPECTED_EXIT_REASON: data are the reason and the core."""
     internal = vcpu.kvm_run.internal
     internal.suberror, internal.ndata = uapi.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, 0
-    _append(vcpu, reason, vcpu.cpu_index)
+    append_internal_data(vcpu, reason, vcpu.cpu_index)
     return vcpu.exit_to_user(uapi.KVM_EXIT_INTERNAL_ERROR)
 
 

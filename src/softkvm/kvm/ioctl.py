@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import select
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from ctypes import Structure
 from functools import partial, wraps
-from typing import Any, ClassVar, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ClassVar, Concatenate, NamedTuple, NoReturn, ParamSpec, TypeVar
 
-from softkvm.host import entry, mm, task
+from softkvm.host import mm, task
+from softkvm.host.call import SYS_IOCTL, SYS_MMAP, SYS_NAMES, SYS_POLL, SYS_READ
+from softkvm.host.process import Process
 from softkvm.uapi import kvm as uapi
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _File = TypeVar("_File", bound="KvmFile")
 
+_U32 = 0xFFFF_FFFF
+_DEFAULT_POLLMASK = select.POLLIN | select.POLLOUT | select.POLLRDNORM | select.POLLWRNORM
 MAX_MSRS = 255
 """Most MSRs in one call; more is E2BIG."""
 
@@ -31,9 +36,10 @@ Encode = Callable[[Argument, Any], Any]
 
 
 class Operation(NamedTuple):
-    """How the binary door calls one ioctl method."""
+    """How the binary door calls one ioctl method; `locked` is what the call itself does, behind the crossing."""
 
     method: Callable[..., Any]
+    locked: Callable[..., Any]
     decode: Decode
     encode: Encode
 
@@ -48,14 +54,18 @@ def ioctl(
 
     def register(method: Callable[Concatenate[_File, _P], _R]) -> Callable[Concatenate[_File, _P], _R]:
         door = _door_without_arguments if decode in (None, no_argument, zero) else _door
-        call = wraps(method)(door(number, method))
-        call.operation = (number, Operation(call, decode or no_argument, encode or status))  # type: ignore[attr-defined]
+        bare_call, locked = door(number, method)
+        call = wraps(method)(bare_call)
+        locked.__wrapped__ = method  # type: ignore[attr-defined] # filters look parameters up by name
+        call.operation = (number, Operation(call, locked, decode or no_argument, encode or status))  # type: ignore[attr-defined]
         return call
 
     return register
 
 
-def _door(number: int, method: Callable[..., _R]) -> Callable[..., _R]:
+def _door(number: int, method: Callable[..., _R]) -> tuple[Callable[..., _R], Callable[..., _R]]:
+    """The method behind a crossing, and what it does there."""
+
     def locked(file: KvmFile, /, *args: Any, **kwargs: Any) -> _R:
         if file.closed:
             raise OSError(errno.EBADF, "the file is closed")
@@ -64,12 +74,13 @@ def _door(number: int, method: Callable[..., _R]) -> Callable[..., _R]:
 
     def call(file: KvmFile, /, *args: Any, **kwargs: Any) -> _R:
         handler = partial(locked, **kwargs) if kwargs else locked
-        return entry.syscall(task.current(), number, (file, *args), handler)
+        result: _R = file.process.cross(task.current(), file, SYS_IOCTL, number, args, handler)
+        return result
 
-    return call
+    return call, locked
 
 
-def _door_without_arguments(number: int, method: Callable[..., _R]) -> Callable[..., _R]:
+def _door_without_arguments(number: int, method: Callable[..., _R]) -> tuple[Callable[..., _R], Callable[..., _R]]:
     """The same at half the price, which KVM_RUN pays ten thousand times a second."""
 
     def locked(file: KvmFile) -> _R:
@@ -79,30 +90,106 @@ def _door_without_arguments(number: int, method: Callable[..., _R]) -> Callable[
             return method(file)
 
     def call(file: KvmFile) -> _R:
-        return entry.syscall(task.current(), number, (file,), locked)
+        result: _R = file.process.cross(task.current(), file, SYS_IOCTL, number, (), locked)
+        return result
 
-    return call
+    return call, locked
 
 
 class KvmFile:
     """Base of the things behind KVM's file descriptors; a subclass's ioctl methods end up in its `operations`."""
 
-    operations: ClassVar[dict[int, Operation]]
+    operations: ClassVar[dict[int, Operation]] = {}
     unknown_ioctl: ClassVar[int]
     """errno for a number that the file does not know."""
+    fd_class: ClassVar[str]
+    """What filters and logs call such a file."""
     ioctl_lock: AbstractContextManager[Any]
     closed = False
+    vm_id: int | None = None
+    """Number of the VM that the file belongs to."""
+
+    def __init__(self, process: Process) -> None:
+        """A new descriptor of `process`."""
+        self.process = process
+        self.fd = process.install(self)
 
     def __init_subclass__(cls) -> None:
-        cls.operations = dict(member.operation for member in vars(cls).values() if hasattr(member, "operation"))
+        own = (member.operation for member in vars(cls).values() if hasattr(member, "operation"))
+        cls.operations = {**cls.operations, **dict(own)}
+
+    # --- The other system calls -----------------------------------------------------------------------------------------------------
+
+    def mmap(self, length: int, offset: int = 0) -> memoryview:
+        """mmap(2); OSError ENODEV where there is nothing to map, EINVAL for a range that is not there."""
+        result: memoryview = self.process.cross(task.current(), self, SYS_MMAP, 0, (length, offset), type(self)._mmap)
+        return result
+
+    def _mmap(self, length: int, offset: int) -> memoryview:
+        raise OSError(errno.ENODEV, "the file cannot be mapped")
+
+    def read(self, length: int) -> bytes:
+        """read(2): OSError(EINVAL), as none of KVM's files is one to read."""
+        result: bytes = self.process.cross(task.current(), self, SYS_READ, 0, (length,), KvmFile._read)
+        return result
+
+    def _read(self, length: int) -> bytes:
+        raise OSError(errno.EINVAL, "the file cannot be read")
+
+    def poll(self, events: int) -> int:
+        """poll(2): which of the `events` are there; always POLLIN, POLLOUT and their like, as for any file without poll of its own."""
+        result: int = self.process.cross(task.current(), self, SYS_POLL, 0, (events,), KvmFile._poll)
+        return result
+
+    def _poll(self, events: int) -> int:
+        return events & _DEFAULT_POLLMASK
+
+    # --- What the host asks of a file -----------------------------------------------------------------------------------------------
+
+    def syscall_handler(self, nr: int, command: int) -> Callable[..., Any]:
+        """What does the call `nr`, behind the crossing; OSError ENOSYS, or for an ioctl that the file does not know its errno."""
+        if nr == SYS_IOCTL:
+            operation = self.operations.get(command & _U32)
+            if operation is None:
+                raise OSError(self.unknown_ioctl, f"no ioctl {command & _U32:#x} on this file")
+            return operation.locked
+        handlers: dict[int, Callable[..., Any]] = {SYS_MMAP: type(self)._mmap, SYS_READ: KvmFile._read, SYS_POLL: KvmFile._poll}
+        if nr not in handlers:
+            raise OSError(errno.ENOSYS, f"no system call {nr}")
+        return handlers[nr]
+
+    def syscall_name(self, nr: int, command: int) -> str:
+        """`KVM_RUN`, `mmap`; a number for what the file does not know."""
+        if nr != SYS_IOCTL:
+            return SYS_NAMES.get(nr, str(nr))
+        operation = self.operations.get(command & _U32)
+        return f"{command & _U32:#x}" if operation is None else "KVM_" + operation.method.__name__.upper()
+
+    def killed(self) -> None:
+        """The process was killed."""
 
 
 def dispatch(file: KvmFile, number: int, argument: Argument = 0) -> int | KvmFile:
     """ioctl(2): call `number` (low 32 bits count) on `file`; returns its value (for a create call the new file), or raises OSError."""
-    operation = file.operations.get(number & 0xFFFF_FFFF)
+    operation = file.operations.get(number & _U32)
     if operation is None:
-        raise OSError(file.unknown_ioctl, f"no ioctl {number & 0xFFFF_FFFF:#x} on this file")
-    result: int | KvmFile = operation.encode(argument, operation.method(file, *operation.decode(argument)))
+        return _refuse(file, number, argument, OSError(file.unknown_ioctl, f"no ioctl {number & _U32:#x} on this file"))
+    try:
+        arguments = operation.decode(argument)
+    except OSError as error:
+        return _refuse(file, number, argument, error)
+    result: int | KvmFile = operation.encode(argument, operation.method(file, *arguments))
+    return result
+
+
+def _refuse(file: KvmFile, number: int, argument: Argument, error: OSError) -> int | KvmFile:
+    """A call that fails before it reaches a method crosses like any other: filters and logs see it."""
+
+    def refuse(file: KvmFile, argument: int) -> NoReturn:
+        raise error
+
+    value = argument if isinstance(argument, int) else 0
+    result: int | KvmFile = file.process.cross(task.current(), file, SYS_IOCTL, number & _U32, (value,), refuse)
     return result
 
 

@@ -7,24 +7,19 @@ in page 1 of the vCPU's mapping.
 from __future__ import annotations
 
 import errno
-import struct
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from softkvm.host import trace
-from softkvm.kvm import events, exits, regs
+from softkvm.kvm import emulate, events, exits, regs, string_mmio
 from softkvm.kvm.memslots import PAGE_SIZE
 from softkvm.kvm.mmu import Fault
+from softkvm.kvm.port_exit import port_exit
 from softkvm.silicon import RIGHT_R, RIGHT_W
-from softkvm.uapi.kvm import KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT, Run
-from softkvm.uapi.layout import offset_of
+from softkvm.uapi.kvm import KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu import Vcpu
 
-PIO_PAGE_OFFSET = PAGE_SIZE
-_put_io = struct.Struct("<BBHIQ").pack_into
-_IO_OFFSET = offset_of(Run, "io")
 _PIO_DATA_SIZE = 1024
 """Bytes of string I/O in one exit to user space."""
 _IN, _STRING, _REP, _ADDRESS32, _ADDRESS64, _DOWN = 1, 2, 4, 8, 16, 32
@@ -44,7 +39,7 @@ def handle_io(vcpu: Vcpu) -> int:
     if value is not None:
         return _store(vcpu, port, size, value)
     vcpu.pending_io = (vcpu.state.rip, port, size)
-    return _exit(vcpu, KVM_EXIT_IO_IN, port, size, 1, _complete_in)
+    return port_exit(vcpu, KVM_EXIT_IO_IN, port, size, 1, _complete_in)
 
 
 def _complete_in(vcpu: Vcpu) -> int:
@@ -73,16 +68,11 @@ def _out(vcpu: Vcpu, port: int, size: int) -> int:
         return exits.skip(vcpu)
     vcpu.pio_data[:size] = value.to_bytes(size, "little")
     vcpu.pending_io = (vcpu.state.rip,)
-    return _exit(vcpu, KVM_EXIT_IO_OUT, port, size, 1, _complete_out)
+    return port_exit(vcpu, KVM_EXIT_IO_OUT, port, size, 1, _complete_out)
 
 
 def _complete_out(vcpu: Vcpu) -> int:
     return exits.skip(vcpu) if vcpu.state.rip == vcpu.pending_io[0] else 1
-
-
-def _exit(vcpu: Vcpu, direction: int, port: int, size: int, count: int, finish: Callable[[Vcpu], int]) -> int:
-    _put_io(vcpu.mmap_area, _IO_OFFSET, direction, size, port, count, PIO_PAGE_OFFSET)
-    return vcpu.exit_to_user(KVM_EXIT_IO, finish)
 
 
 # --- INS and OUTS ------------------------------------------------------------------------------------------------------------------
@@ -102,9 +92,20 @@ def _string(vcpu: Vcpu, flags: int, port: int, size: int) -> int:
         return 1
     if isinstance(pieces, int):
         return pieces
+    if any(vcpu.vm.mmu.fault(gpa, bool(flags & _IN)) is Fault.MMIO for gpa, _ in pieces[0]):  # no other element reaches another page
+        if len(pieces[0]) > 1:
+            return emulate.handle_emulation_failure(vcpu, emulate.EMULTYPE_PF)
+        return _string_mmio(vcpu, flags, port, size, pieces[0][0][0])
     if flags & _IN:
         return _string_in(vcpu, flags, port, size, pieces)
     return _string_out(vcpu, flags, port, size, pieces)
+
+
+def _string_mmio(vcpu: Vcpu, flags: int, port: int, size: int, gpa: int) -> int:
+    """One element whose memory side is a device."""
+    if flags & _IN:
+        return string_mmio.transfer_in(vcpu, port, size, gpa, lambda: _advance(vcpu, flags, regs.RDI, 1, size))
+    return string_mmio.transfer_out(vcpu, port, size, gpa, lambda: _advance(vcpu, flags, regs.RSI, 1, size))
 
 
 Piece = tuple[tuple[int, int], ...]
@@ -122,8 +123,8 @@ def _translate(vcpu: Vcpu, addresses: list[int], size: int, access: int) -> list
             present = vcpu.translate_gva(page, RIGHT_R) is not None
             events.inject_page_fault(vcpu, max(linear, page), int(present) | (2 if access == RIGHT_W else 0) | (4 if user else 0))
             return None
-        if vcpu.vm.mmu.fault(gpa, access == RIGHT_W) is not Fault.FIXED:
-            return -errno.EFAULT if vcpu.vm.mmu.slots.find(gpa) else exits.emulation_failure(vcpu)
+        if vcpu.vm.mmu.fault(gpa, access == RIGHT_W) is Fault.UNMAPPED:
+            return -errno.EFAULT
         pages[page] = gpa
     result: list[Piece] = []
     for address in addresses:
@@ -151,7 +152,7 @@ def _string_in(vcpu: Vcpu, flags: int, port: int, size: int, pieces: list[Piece]
         left = _remaining(vcpu, flags)  # user space may have lowered the count
         return _store_string(vcpu, flags, pieces[:left], bytes(vcpu.pio_data[: min(left, len(pieces)) * size]), size)
 
-    return _exit(vcpu, KVM_EXIT_IO_IN, port, size, len(pieces), finish)
+    return port_exit(vcpu, KVM_EXIT_IO_IN, port, size, len(pieces), finish)
 
 
 def _store_string(vcpu: Vcpu, flags: int, pieces: list[Piece], data: bytes, size: int) -> int:
@@ -177,7 +178,7 @@ def _string_out(vcpu: Vcpu, flags: int, port: int, size: int, pieces: list[Piece
     def finish(vcpu: Vcpu) -> int:
         return _advance(vcpu, flags, regs.RSI, len(values), size) if vcpu.state.rip == rip else 1
 
-    return _exit(vcpu, KVM_EXIT_IO_OUT, port, size, len(values), finish)
+    return port_exit(vcpu, KVM_EXIT_IO_OUT, port, size, len(values), finish)
 
 
 def _address_mask(flags: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import signal
 import struct
+from functools import partial
 from typing import TYPE_CHECKING
 
 from softkvm.host import entry, trace
@@ -147,12 +148,8 @@ def enter_guest(vcpu: Vcpu, task: Task) -> int:
             _cancel_injection(vcpu)
             return 1
         _continue_instruction(vcpu, task)
-    if trace.kvm_entry.enabled:
-        trace.kvm_entry(vcpu.vcpu_id, vcpu.state.rip)
     reason = vcpu.enter()
     vcpu.mode = OUTSIDE_GUEST_MODE
-    if trace.kvm_exit.enabled:
-        _trace_exit(vcpu, reason)
     if vcpu.flush_requested:
         vcpu.control.tlb_control = 0
         vcpu.flush_requested = False
@@ -171,11 +168,6 @@ def _continue_instruction(vcpu: Vcpu, task: Task) -> None:
     """An instruction is half done: it goes first, and the guest runs on behind it only if nothing waits."""
     waiting = vcpu.requests or task.flags & _WORK or vcpu.mmap_area[_IMMEDIATE_EXIT]
     vcpu.control.emulate = EMULATE_ONE if waiting else EMULATE_FIRST
-
-
-def _trace_exit(vcpu: Vcpu, reason: int) -> None:
-    info = vcpu.exit
-    trace.kvm_exit(vcpu.vcpu_id, reason, vcpu.state.rip, info.qualification, info.info2, info.interruption, info.interruption_error)
 
 
 def _unknown_exit(vcpu: Vcpu, reason: int) -> int:
@@ -212,10 +204,10 @@ def _service_requests(vcpu: Vcpu) -> int:
 
 
 def _process_nmi(vcpu: Vcpu) -> None:
-    """At most two NMIs wait: one more while one is being handled (`process_nmi()`)."""
+    """At most two NMIs wait, or one while another one is being handled (`process_nmi()`)."""
     queue = vcpu.events
     blocked = vcpu.state.interruptibility & events.BLOCKED_BY_NMI or queue.nmi_injected
-    queue.nmi_pending = min(queue.nmi_pending + 1, 1 if blocked else 2)
+    queue.nmi_pending = min(queue.nmi_pending + vcpu.take_nmis(), 1 if blocked else 2)
 
 
 def _accepts_user_interrupt(vcpu: Vcpu) -> bool:
@@ -253,19 +245,26 @@ def block(vcpu: Vcpu, task: Task) -> int:
 
 def _wait(vcpu: Vcpu, task: Task) -> None:
     """Sleep until `runnable()`, work for the thread, or a wake-up; the VM's timers go on. Signals of Python get through."""
-    clock, wakeup = vcpu.clock, vcpu.wakeup
+    clock, wakeup, timekeeper = vcpu.clock, vcpu.wakeup, vcpu.vm.timekeeper
+    started = clock.monotonic_ns()
     vcpu.blocked = True
     try:
         while True:
             wakeup.clear()
-            clock.run_expired()
+            entry.interrupt(task, clock.run_expired)
             if runnable(vcpu) or task.flags & _WORK:
-                return
+                break
+            vcpu.vm.scheduler.sleep(vcpu)
             expiry = clock.first_expiry
-            wakeup.wait(None if expiry is None else max(0, expiry - clock.monotonic_ns()) / 1e9)
+            mine = expiry if expiry is not None and timekeeper.claims(vcpu, expiry) else None
+            entry.idle(task, partial(wakeup.wait, None if mine is None else max(0, mine - clock.monotonic_ns()) / 1e9))
     finally:
         vcpu.blocked = False
+        timekeeper.leave(vcpu)
         vcpu.account_steal_time()
+    vcpu.load()
+    if trace.kvm_vcpu_wakeup.enabled:
+        trace.kvm_vcpu_wakeup(clock.monotonic_ns() - started, True, False)
 
 
 def runnable(vcpu: Vcpu) -> bool:

@@ -11,9 +11,11 @@ from contextlib import nullcontext
 
 from softkvm import silicon
 from softkvm.host.clock import Clock
+from softkvm.host.process import Process
 from softkvm.host.sched import Scheduler
 from softkvm.kvm import capabilities, cpuid, mce, msr
 from softkvm.kvm.ioctl import KvmFile, ioctl, returns_array, returns_msr_values, returns_u64, takes_msr_indices, value, zero
+from softkvm.kvm.params import Parameters
 from softkvm.kvm.vcpu_core import MMAP_SIZE
 from softkvm.kvm.vm import Vm
 from softkvm.uapi import kvm as uapi
@@ -25,12 +27,25 @@ class System(KvmFile):
     """KVM on one kind of silicon."""
 
     unknown_ioctl = errno.EINVAL
+    fd_class = "system"
     ioctl_lock = nullcontext()
 
-    def __init__(self, model: silicon.Model | None = None) -> None:
-        """KVM on cores of `model`, of Intel's Cascade Lake if none is given."""
+    def __init__(
+        self,
+        model: silicon.Model | None = None,
+        parameters: Parameters | None = None,
+        process: Process | None = None,
+        cores: int | None = None,
+    ) -> None:
+        """KVM on cores of `model`, of Intel's Cascade Lake if none is given, loaded with `parameters`.
+
+        `process` is who opened it, a new one if none is given. `cores` is how many cores the host has, for all VMs of this System; as many
+        as they want if none is given.
+        """
+        super().__init__(process if process is not None else Process())
         self.model = model if model is not None else silicon.Model(DEFAULT_MODEL)
-        self.scheduler = Scheduler(self.model)
+        self.parameters = parameters if parameters is not None else Parameters()
+        self.scheduler = Scheduler(self.model, cores)
 
     @ioctl(uapi.KVM_GET_API_VERSION, zero)
     def get_api_version(self) -> int:

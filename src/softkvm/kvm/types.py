@@ -165,6 +165,9 @@ class Vcpu(Protocol):
     def make_request(self, request: int) -> None:
         """Ask the vCPU for the work `REQ_*` before it next enters the guest; wakes it and takes it out of guest mode."""
 
+    def queue_nmi(self) -> None:
+        """Let an NMI arrive at the vCPU."""
+
     def wake(self) -> None:
         """End a HLT block."""
 

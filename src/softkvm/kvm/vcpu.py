@@ -11,8 +11,9 @@ import signal
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from softkvm.host import trace
 from softkvm.host.sched import Cpu
-from softkvm.host.task import current
+from softkvm.host.task import Task, current
 from softkvm.kvm import cpuid, exits, fpu, mce, msr, regs, reset, run
 from softkvm.kvm.ioctl import (
     fields,
@@ -31,7 +32,7 @@ from softkvm.kvm.ioctl import (
 )
 from softkvm.kvm.irqchip.lapic import Lapic
 from softkvm.kvm.kvmclock import MSR_ENABLED, PvClock
-from softkvm.kvm.request import REQ_EVENT, REQ_NMI, REQ_STEAL_UPDATE
+from softkvm.kvm.request import REQ_EVENT, REQ_STEAL_UPDATE
 from softkvm.kvm.tsc import VcpuTsc
 from softkvm.kvm.vcpu_core import NO_INTERRUPT, VcpuCore
 from softkvm.kvm.vendor import setup_controls
@@ -43,6 +44,13 @@ if TYPE_CHECKING:
 MAX_CPUID_ENTRIES = 256
 _CR4_INTERCEPTED = regs.CR4_VMXE | regs.CR4_SMXE | regs.CR4_OSXSAVE | regs.CR4_PKE | regs.CR4_PCIDE | regs.CR4_LA57
 """CR4 bits whose change KVM must see: those without which it refuses, and those that CPUID shows."""
+
+
+def _traced_run(vcpu: Vcpu, task: Task) -> int:
+    """KVM_RUN while somebody listens for its returns."""
+    result = run.ioctl_run(vcpu, task)
+    trace.kvm_userspace_exit(vcpu.kvm_run.exit_reason, result)
+    return result
 
 
 class Vcpu(VcpuCore):
@@ -81,6 +89,11 @@ class Vcpu(VcpuCore):
         super().sched_in(cpu)
         self.account_steal_time()
 
+    def update_static_calls(self) -> None:
+        """A hook was turned on or off."""
+        super().update_static_calls()
+        self.ioctl_run = _traced_run if trace.kvm_userspace_exit.enabled else run.ioctl_run
+
     def account_steal_time(self) -> None:
         """The thread was off its processor: let the guest know how long it had to wait for it, if the guest wants to."""
         if self.pvclock.steal_msr & MSR_ENABLED:
@@ -95,7 +108,7 @@ class Vcpu(VcpuCore):
     @ioctl(uapi.KVM_RUN, zero)
     def run(self) -> None:
         """KVM_RUN; OSError EINTR (signal, immediate_exit), EAGAIN (before SIPI), EFAULT (no memory behind a slot)."""
-        result = run.ioctl_run(self, current())
+        result = self.ioctl_run(self, current())
         if result < 0:
             raise OSError(-result, "KVM_RUN")
 
@@ -114,7 +127,7 @@ class Vcpu(VcpuCore):
     @ioctl(uapi.KVM_NMI)
     def nmi(self) -> None:
         """KVM_NMI: queue a non-maskable interrupt."""
-        self.make_request(REQ_NMI)
+        self.queue_nmi()
 
     @ioctl(uapi.KVM_SET_SIGNAL_MASK, takes_signal_set)
     def set_signal_mask(self, signals: Iterable[int] | None) -> None:

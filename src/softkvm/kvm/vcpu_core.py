@@ -15,11 +15,12 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
 
 from softkvm import silicon
+from softkvm.host import static_call
 from softkvm.host.sched import Cpu
-from softkvm.host.task import TIF_SIGPENDING, Task
-from softkvm.kvm import events
+from softkvm.host.task import TIF_NEED_RESCHED, TIF_SIGPENDING, Task
+from softkvm.kvm import events, watch
 from softkvm.kvm.ioctl import KvmFile
-from softkvm.kvm.request import REQ_TRIPLE_FAULT
+from softkvm.kvm.request import REQ_NMI, REQ_TRIPLE_FAULT
 from softkvm.kvm.vendor import INTERCEPTS
 from softkvm.uapi import kvm as uapi
 
@@ -52,18 +53,24 @@ class VcpuCore(KvmFile):
     """The running half of a vCPU. `kick()`, `kick_guest()`, `wake()` and `make_request()` are for any thread, the rest for its own."""
 
     unknown_ioctl = errno.EINVAL
+    fd_class = "vcpu"
     ioctl_lock: threading.RLock
 
     def __init__(self, vm: Vm, vcpu_id: int) -> None:
         """A vCPU that has not run yet, its control block all zero."""
+        super().__init__(vm.process)
         self.ioctl_lock = threading.RLock()
         self.vm = vm
+        self.vm_id = vm.vm_id
         self.vcpu_id = vcpu_id
         self.clock = vm.clock
         self.vendor = vm.vendor
         self.handlers, self.next_rip = vm.vendor.handlers, vm.vendor.next_rip
+        self.saves_next_rip = vm.parameters.nrips and "nrip-save" in vm.model.features
+        """Whether `Exit.next_rip` counts: the silicon saves it, and the module parameter lets KVM use it."""
         self._init_shared_state()
         self._init_concurrency()
+        static_call.register(self)
 
     def _init_shared_state(self) -> None:
         """The control block, the mapping, and views of both for the paths that are taken at every exit."""
@@ -84,6 +91,7 @@ class VcpuCore(KvmFile):
         """What other threads touch, and what belongs to the run loop."""
         self.mode = OUTSIDE_GUEST_MODE
         self.requests = 0
+        self._nmis_queued = 0
         self._request_lock = threading.Lock()
         self.wakeup = threading.Event()
         self.blocked = False
@@ -97,7 +105,10 @@ class VcpuCore(KvmFile):
         self.has_run = False
         """Whether the vCPU has been on a core, after which its CPUID and feature MSRs are fixed."""
         self._on_core = OnCore(None, {}, {})
+        self._enter_lock = threading.Lock()
+        self._core_enter: Callable[[], int] = self._not_loaded
         self.enter: Callable[[], int] = self._not_loaded
+        """Runs the guest until it exits: the core itself, or `kvm/watch.py` around it."""
         self.armed: int | None = _NOT_ARMED
         self.flush_requested = False
         self.events = events.EventQueue()
@@ -109,6 +120,8 @@ class VcpuCore(KvmFile):
         """An instruction has made device accesses and is not at its end (`kvm/emulate.py`)."""
         self.stats: Counter[str] = Counter()
         """KVM's own counters, by the names of the kernel's binary statistics (`halt_exits`, `signal_exits`, ...)."""
+        self.instructions_skipped = 0
+        """Instructions that KVM has retired in the guest's place; the silicon counts those that it has executed itself."""
         self.exit_counts = dict.fromkeys(self.handlers, 0)
         """VM exits by the vendor's exit reason."""
 
@@ -122,6 +135,18 @@ class VcpuCore(KvmFile):
             self.wakeup.set()
         elif self.mode:
             self.kick_guest()
+
+    def queue_nmi(self) -> None:
+        """An NMI has arrived (`kvm_inject_nmi()`): they are counted, as two may wait."""
+        with self._request_lock:
+            self._nmis_queued += 1
+        self.make_request(REQ_NMI)
+
+    def take_nmis(self) -> int:
+        """How many NMIs have arrived since the last call."""
+        with self._request_lock:
+            count, self._nmis_queued = self._nmis_queued, 0
+        return count
 
     def take_requests(self) -> int:
         """All requests, which are cleared."""
@@ -151,7 +176,7 @@ class VcpuCore(KvmFile):
         if task is not None:
             task.set_flag(TIF_SIGPENDING)
 
-    def _notice_flags(self) -> None:
+    def notice_flags(self) -> None:
         """The thread's flags have changed: look at them soon."""
         self.wakeup.set()
         self.kick_guest()
@@ -161,7 +186,7 @@ class VcpuCore(KvmFile):
     def attach(self, task: Task) -> None:
         """KVM_RUN begins in this thread: signals for the vCPU are its signals now. (`kick()` does it in the opposite order: one of the
         two sees the other.)"""
-        self.task, task.kick = task, self._notice_flags
+        self.task, task.guest = task, self
         if self._signalled:
             task.set_flag(TIF_SIGPENDING)
 
@@ -171,7 +196,7 @@ class VcpuCore(KvmFile):
         self.mode = OUTSIDE_GUEST_MODE
         task, self.task = self.task, None
         if task is not None:
-            task.kick = None
+            task.guest = None
 
     def load(self) -> None:
         """`vcpu_load()`: occupy a core. The vCPU keeps it after `KVM_RUN`, until `yield_core()`."""
@@ -183,10 +208,16 @@ class VcpuCore(KvmFile):
         self.control.tlb_control = 1
         self.flush_requested = True
         self._on_core = OnCore(cpu.core, cpu.core.counters(), self._on_core.counters())
-        self.enter = partial(cpu.core.enter, self._hardware, self.vm.mmu.npt)
+        self._enter_by(partial(cpu.core.enter, self._hardware, self.vm.mmu.npt))
         self.armed = _NOT_ARMED
         self.has_run, self.cpu_index = True, cpu.index
         self.cpu = cpu
+
+    def sched_out(self) -> None:
+        """On no core any more."""
+        self._on_core = OnCore(None, {}, self._on_core.counters())
+        self._enter_by(self._not_loaded)
+        self.cpu = None
 
     def yield_core(self) -> bool:
         """`vcpu_put()`, for another vCPU that needs the core or at the end; False while a thread runs this one."""
@@ -195,12 +226,43 @@ class VcpuCore(KvmFile):
         try:
             if self.task is not None:
                 return False
-            self._on_core = OnCore(None, {}, self._on_core.counters())
-            self.enter = self._not_loaded
-            self.cpu = None
+            self.sched_out()
         finally:
             self.ioctl_lock.release()
         return True
+
+    def set_need_resched(self) -> None:
+        """Others wait for the core, and the slice is over."""
+        task = self.task
+        if task is not None:
+            task.set_flag(TIF_NEED_RESCHED)
+
+    def schedule(self) -> None:
+        """Let others have the core; returns when the vCPU is on one again."""
+        self.vm.scheduler.schedule(self)
+
+    def _enter_by(self, core_enter: Callable[[], int]) -> None:
+        with self._enter_lock:
+            self._core_enter = core_enter
+            self._choose_enter()
+
+    def _choose_enter(self) -> None:
+        self.enter = partial(watch.enter, self, self._core_enter) if watch.wanted() else self._core_enter
+
+    def update_static_calls(self) -> None:
+        """A hook was turned on or off: the next entry takes the way that it wants."""
+        with self._enter_lock:
+            self._choose_enter()
+
+    def killed(self) -> None:
+        """The process was killed: the thread inside, if any, comes out."""
+        self.kick()
+
+    def _mmap(self, length: int, offset: int) -> memoryview:
+        """The shared pages; OSError(EINVAL) for what is not within them."""
+        if length <= 0 or offset < 0 or offset % mmap.PAGESIZE or offset + length > MMAP_SIZE:
+            raise OSError(errno.EINVAL, "no such range of the vCPU's pages")
+        return self.mmap_area[offset : offset + length]
 
     def exits_by_reason(self) -> dict[str, int]:
         """VM exits so far, by the vendor's names."""

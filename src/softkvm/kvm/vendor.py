@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from ctypes import memset, sizeof
 from typing import TYPE_CHECKING, Protocol
 
+from softkvm.kvm import events
 from softkvm.silicon.control import Intercept
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ INTERCEPTS = sum(
     )
 )
 """What a guest may not do by itself."""
+
+PLE_GAP, PLE_WINDOW = 1 << 14, 1 << 17
+"""TSC cycles between two PAUSEs of one loop, and of a loop before it exits: some turns, and some tens of microseconds."""
 
 _MSR_TSC = 0x10
 _PASSED_THROUGH = (0x174, 0x175, 0x176, 0xC000_0081, 0xC000_0082, 0xC000_0083, 0xC000_0084, 0xC000_0100, 0xC000_0101, 0xC000_0102)
@@ -67,8 +71,10 @@ def setup_controls(vcpu: Vcpu) -> None:
     """The controls that a new vCPU starts with."""
     control = vcpu.control
     control.intercepts = INTERCEPTS
+    control.exception_bitmap = 1 << events.UD if vcpu.vm.parameters.force_emulation_prefix else 0
     control.cr_read = control.cr_write = _CR8_BIT
     control.tsc_multiplier = 1 << 48
+    control.pause_gap, control.pause_window = PLE_GAP, PLE_WINDOW
     control.vpid = vcpu.vcpu_id + 1
     memset(vcpu.block.msr_bitmap, 0xFF, sizeof(vcpu.block.msr_bitmap))
     _pass_through(vcpu, _MSR_TSC, write=False)

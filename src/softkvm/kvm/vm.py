@@ -23,6 +23,7 @@ from softkvm.kvm.irqchip.pit import Pit
 from softkvm.kvm.irqchip.routing import MAX_ROUTES, USERSPACE_SOURCE, Routing
 from softkvm.kvm.kvmclock import VmClock
 from softkvm.kvm.mmu import Mmu
+from softkvm.kvm.timekeeper import Timekeeper
 from softkvm.kvm.tsc import VmTsc
 from softkvm.kvm.vcpu import Vcpu
 from softkvm.kvm.vendor import Vendor
@@ -40,11 +41,15 @@ class Vm(KvmFile):
     """One virtual machine; a context manager that closes it."""
 
     unknown_ioctl = errno.ENOTTY
+    fd_class = "vm"
     ioctl_lock = nullcontext()
 
     def __init__(self, system: System, clock: Clock) -> None:
         """A VM without memory, chips and vCPUs; only `System.create_vm` makes one."""
+        super().__init__(system.process)
+        self.vm_id = self.fd
         self.model = system.model
+        self.parameters = system.parameters
         self.scheduler = system.scheduler
         self.vendor = _VENDORS[self.model.vendor]
         self.clock = clock
@@ -61,7 +66,9 @@ class Vm(KvmFile):
         self.kvmclock = VmClock(self)
         self.eventfds = EventFds(self)
         self.coalesced = Coalesced(self)
+        self.timekeeper = Timekeeper(self.vcpus)
         self.exception_payload = False
+        self.exit_on_emulation_failure = False
         self.triple_fault_event = False
         self.tss_addr = 0
         self.identity_map_addr = 0
@@ -112,6 +119,8 @@ class Vm(KvmFile):
             raise OSError(errno.EINVAL, "bad flags")
         if cap.cap == uapi.KVM_CAP_EXCEPTION_PAYLOAD:
             self.exception_payload = bool(cap.args[0])
+        elif cap.cap == uapi.KVM_CAP_EXIT_ON_EMULATION_FAILURE and not cap.args[0] & ~1:
+            self.exit_on_emulation_failure = bool(cap.args[0])
         elif cap.cap == uapi.KVM_CAP_X86_TRIPLE_FAULT_EVENT:
             self.triple_fault_event = bool(cap.args[0])
         elif cap.cap == uapi.KVM_CAP_X2APIC_API and not cap.args[0] & ~capabilities.X2APIC_API:

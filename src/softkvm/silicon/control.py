@@ -171,6 +171,8 @@ class Control(LittleEndianStructure):
         ("emulate", _u32),  # 1: run one instruction with device accesses from `access`; 2: and then run on. Cleared when it is done
         ("access_count", _u32),  # valid entries of `access`
         ("instruction_budget", _u64),  # exit with BUDGET after this many instructions; 0 is no limit
+        ("pause_gap", _u32),  # PAUSE-loop exiting at CPL 0, SDM vol. 3, 25.1.3: most TSC cycles between two PAUSEs of one loop
+        ("pause_window", _u32),  # most TSC cycles of a loop; 0 turns it off
     ]
 
 

@@ -64,9 +64,9 @@ class Bus:
             base, end, width, device = self._claims[index]
             if address + size <= end and size <= width and address % size == 0:
                 return device.read(address - base, size)
-        if size == 1:
-            return 0xFF
-        low = size >> 1
+        if not self._overlaps(address, address + size):
+            return (1 << 8 * size) - 1
+        low = size >> 1  # of more than one byte, because a byte that is claimed has been read
         return self.read(address, low) | self.read(address + low, size - low) << (8 * low)
 
     def write(self, address: int, size: int, value: int) -> None:
@@ -77,7 +77,7 @@ class Bus:
             if address + size <= end and size <= width and address % size == 0:
                 device.write(address - base, size, value)
                 return
-        if size > 1:
+        if self._overlaps(address, address + size):
             low = size >> 1
             self.write(address, low, value & ((1 << (8 * low)) - 1))
             self.write(address + low, size - low, value >> (8 * low))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from softkvm import kvm
 from softkvm.vmm import layout
 from softkvm.vmm.errors import ConfigError
 from softkvm.vmm.layout import GIB, KIB, MIB
@@ -39,6 +40,7 @@ class Config:
     cpu: str
     features: Mapping[str, bool]
     cpus: int
+    parameters: kvm.Parameters
     serial: Mapping[int, SerialBackend] = field(default_factory=dict)
 
 
@@ -50,6 +52,7 @@ def check(
     cpu: str,
     cpus: int,
     serial: Mapping[int, SerialBackend] | None,
+    kvm_parameters: Iterable[str] = (),
 ) -> Config:
     """The configuration for the arguments of `Machine`; ConfigError names the first mistake."""
     if kernel is None:
@@ -69,6 +72,7 @@ def check(
         cpu=name,
         features=features,
         cpus=cpus,
+        parameters=parse_parameters(kvm_parameters),
         serial=ports,
     )
 
@@ -99,6 +103,14 @@ def parse_cpu(cpu: str) -> tuple[str, dict[str, bool]]:
         if features.setdefault(feature, on) != on:
             raise ConfigError(f"the CPU {cpu!r} switches {feature} both on and off")
     return name, features
+
+
+def parse_parameters(settings: Iterable[str]) -> kvm.Parameters:
+    """Module parameters of KVM from texts such as `nrips=0`."""
+    try:
+        return kvm.Parameters.parse(settings)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def read_initrd(initrd: str | Path | bytes | None) -> bytes | None:

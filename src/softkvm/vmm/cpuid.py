@@ -1,7 +1,7 @@
 """CPUID as a guest sees it: what KVM can offer, and what only the VMM knows: which CPU this is, and how many there are.
 
 Source of truth: Intel SDM vol. 2A, CPUID; AMD APM vol. 3, appendix E; Linux 6.1 `Documentation/virt/kvm/api.rst`, KVM_GET_SUPPORTED_CPUID
-(which leaves the hypervisor bit and the TSC-deadline timer to user space).
+(which leaves the hypervisor bit and the topology to user space).
 """
 
 from __future__ import annotations
@@ -11,11 +11,19 @@ from dataclasses import dataclass
 
 from softkvm.uapi import kvm as uapi
 
-_LEAF1_ECX_TSC_DEADLINE, _LEAF1_ECX_HYPERVISOR = 1 << 24, 1 << 31
+_LEAF1_ECX_HYPERVISOR = 1 << 31
 _LEAF1_EDX_HTT = 1 << 28
 _POWER_EDX_INVARIANT_TSC = 1 << 8
 _LEVEL_SMT, _LEVEL_CORE = 1, 2
 _EXTENDED_TOPOLOGY = (0xB, 0x1F)
+_OF_KVM = {
+    "x2apic": (0x1, "ecx", 21),
+    "tsc-deadline": (0x1, "ecx", 24),
+    "arat": (0x6, "eax", 2),
+    "tsc-adjust": (0x7, "ebx", 1),
+    "arch-capabilities": (0x7, "edx", 29),
+}
+"""Features that KVM provides whatever the silicon has (leaf, register, bit), so that switching them off is up to the VMM."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +32,10 @@ class Identity:
 
     apic_id: int
     cpus: int
-    tsc_deadline: bool
-    """Whether the local APIC's timer can wait for a TSC value."""
     invariant_tsc: bool
     """Whether to promise that the TSC never changes its rate, which restoring a snapshot on another host would break."""
+    without: frozenset[str] = frozenset()
+    """Features that are switched off, with `-` in their names."""
 
     @property
     def core_bits(self) -> int:
@@ -43,6 +51,10 @@ def identify(supported: Sequence[uapi.CpuidEntry2], identity: Identity) -> list[
     amd = any(entry.function == 0x8000001E for entry in entries)
     for entry in entries:
         _adapt(entry, identity, amd)
+        for name in _OF_KVM.keys() & identity.without:
+            leaf, register, bit = _OF_KVM[name]
+            if (entry.function, entry.index) == (leaf, 0):
+                setattr(entry, register, getattr(entry, register) & ~(1 << bit))
     return entries
 
 
@@ -64,7 +76,7 @@ def _extended_topology(identity: Identity) -> Iterator[uapi.CpuidEntry2]:
 def _adapt(entry: uapi.CpuidEntry2, identity: Identity, amd: bool) -> None:
     if entry.function == 0x1:
         entry.ebx = entry.ebx & 0xFFFF | identity.cpus << 16 | identity.apic_id << 24
-        entry.ecx |= _LEAF1_ECX_HYPERVISOR | (_LEAF1_ECX_TSC_DEADLINE if identity.tsc_deadline else 0)
+        entry.ecx |= _LEAF1_ECX_HYPERVISOR
         entry.edx = entry.edx | _LEAF1_EDX_HTT if identity.cpus > 1 else entry.edx & ~_LEAF1_EDX_HTT
     elif entry.function in (0x4, 0x8000001D) and entry.eax & 0x1F:
         third_level = entry.eax >> 5 & 7 == 3  # the package's; the others are each core's own

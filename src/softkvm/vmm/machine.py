@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -81,9 +81,12 @@ class Machine:
         serial: Mapping[int, SerialBackend] | None = None,
         *,
         cpus: int = 1,
+        kvm_parameters: Iterable[str] = (),
         output_limit: int = DEFAULT_LIMIT,
         clock: Clock | None = None,
         test_device: bool = False,
+        process: kvm.Process | None = None,
+        cores: int | None = None,
     ) -> None:
         """Build the machine and load the kernel; nothing runs yet.
 
@@ -91,9 +94,12 @@ class Machine:
         the command line, for Linux behind `console=ttyS0` unless it names a console; `memory` is bytes or text such as `512M`; `cpu`
         is a model with switched features such as `epyc,-avx2`; `serial` gives each port number its listener; `output_limit` bytes of
         the console are kept; `clock` is the time that guest and devices live by, the host's if none is given; `test_device` adds the
-        registers of `devices/test_device.py`. ConfigError for anything that cannot be.
+        registers of `devices/test_device.py`; `kvm_parameters` are KVM's module parameters, such as `nrips=0`; `process` is who calls
+        KVM (ioctl filters, audit log, tracer), a new one if none is given; `cores` is how many the host has for all vCPUs together, as
+        many as they want if none is given. ConfigError for anything that cannot be.
         """
-        settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial)
+        settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial, kvm_parameters)
+        self.process = process if process is not None else kvm.Process()
         self._console = Console(output_limit)
         self._running = threading.Lock()
         self._lock = threading.Lock()
@@ -104,11 +110,11 @@ class Machine:
         self._seconds = 0.0
         self._closed = False
         with ExitStack() as resources:
-            self._build(settings, resources, clock if clock is not None else Clock(), test_device)
+            system = _open_kvm(settings, self.process, cores)
+            self._build(system, settings, resources, clock if clock is not None else Clock(), test_device)
             self._resources = resources.pop_all()
 
-    def _build(self, settings: Config, resources: ExitStack, clock: Clock, test_device: bool) -> None:
-        system = _open_kvm(settings)
+    def _build(self, system: kvm.System, settings: Config, resources: ExitStack, clock: Clock, test_device: bool) -> None:
         guest = _allocate(settings.memory)
         resources.callback(guest.close)
         image = read_image(settings.kernel, guest.low_end)
@@ -272,12 +278,12 @@ def _discard(data: bytes) -> None:
     """The listener of a serial port that nobody listens to."""
 
 
-def _open_kvm(settings: Config) -> kvm.System:
+def _open_kvm(settings: Config, process: kvm.Process, cores: int | None) -> kvm.System:
     try:
         model = kvm.Model(settings.cpu, dict(settings.features))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return kvm.System(model)
+    return kvm.System(model, settings.parameters, process, cores)
 
 
 def _allocate(size: int) -> GuestMemory:
@@ -312,8 +318,8 @@ def _make_vcpu(system: kvm.System, vm: kvm.Vm, index: int, settings: Config, ima
     identity = cpuid.Identity(
         apic_id=index,
         cpus=settings.cpus,
-        tsc_deadline=settings.features.get("tsc-deadline", True) and bool(system.check_extension(uapi.KVM_CAP_TSC_DEADLINE_TIMER)),
         invariant_tsc=settings.features.get("invtsc", False),
+        without=frozenset(name.replace("_", "-") for name, on in settings.features.items() if not on),
     )
     vcpu.set_cpuid2(cpuid.identify(system.get_supported_cpuid(), identity))
     (misc_enable,) = vcpu.get_msrs([boot_cpu.MSR_MISC_ENABLE])

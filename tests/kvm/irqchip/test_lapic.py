@@ -247,7 +247,9 @@ class TestX2apic:
         with pytest.raises(MsrError):
             msr.get(vcpu, index, False)
 
-    @pytest.mark.parametrize(("index", "value"), [(0x802, 0), (0x80D, 0), (0x80E, 0), (0x828, 1), (0x808, 1 << 32), (0x839, 0)])
+    @pytest.mark.parametrize(
+        ("index", "value"), [(0x802, 0), (0x80D, 0), (0x80E, 0), (0x828, 1), (0x808, 1 << 32), (0x83F, 0x100), (0x839, 0)]
+    )
     def test_writes_that_are_refused(self, index: int, value: int) -> None:
         vcpu = FakeVcpu(FakeVm())
         to_x2apic(vcpu)

@@ -34,6 +34,12 @@ def test_cr4_with_a_bit_of_the_host(vcpu: Vcpu, play: Script) -> None:
     assert vcpu.state.cr4 == 1 << 18
 
 
+def test_a_loop_of_pauses_goes_on_behind_the_pause(vcpu: Vcpu, play: Script) -> None:
+    vcpu.state.rip = RIP
+    out_of_guest(vcpu, play, exits_with(ExitCode.PAUSE, next_rip=RIP + 2))
+    assert vcpu.state.rip == RIP + 2
+
+
 @pytest.mark.parametrize("code", [ExitCode.VMRUN, ExitCode.VMLOAD, ExitCode.SKINIT, ExitCode.INVLPGA])
 def test_svm_instructions_are_undefined(vcpu: Vcpu, play: Script, code: int) -> None:
     vcpu.state.rip = RIP

@@ -37,6 +37,13 @@ def test_cr4_with_a_bit_of_the_host(vcpu: Vcpu, play: Script) -> None:
     assert vcpu.state.cr4 == 1 << 18
 
 
+def test_a_loop_of_pauses_goes_on_behind_the_pause(vcpu: Vcpu, play: Script) -> None:
+    vcpu.state.rip = RIP
+    assert vcpu.control.pause_window > vcpu.control.pause_gap > 0
+    out_of_guest(vcpu, play, exits_with(ExitReason.PAUSE_INSTRUCTION, instruction_length=2))
+    assert vcpu.state.rip == RIP + 2
+
+
 @pytest.mark.parametrize("reason", [ExitReason.VMCLEAR, ExitReason.VMLAUNCH, ExitReason.VMON, ExitReason.INVEPT, ExitReason.VMFUNC])
 def test_vmx_instructions_are_undefined(vcpu: Vcpu, play: Script, reason: int) -> None:
     vcpu.state.rip = RIP

@@ -62,6 +62,8 @@ pub struct Clock {
     pub offset: u64,
     /// 48 fractional bits; zero stands for unity before the first entry.
     pub multiplier: u64,
+    /// Host TSC of the first and of the last PAUSE of the current loop; zero after a VM entry.
+    pub pauses: (u64, u64),
 }
 
 /// Milliseconds between two periodic interrupts.
@@ -83,6 +85,15 @@ impl Clock {
         ((u128::from(tsc) * u128::from(self.multiplier)) >> 48) as u64
     }
 
+    /// Notes a PAUSE, which belongs to the loop of the last one if that was up to `gap` cycles ago; returns the age of the loop in cycles
+    /// (SDM vol. 3, 25.1.3).
+    pub fn pause(&mut self, now: u64, gap: u32) -> u64 {
+        let (first, last) = self.pauses;
+        let same = now.saturating_sub(last) <= u64::from(gap);
+        self.pauses = (if same { first } else { now }, now);
+        now.saturating_sub(self.pauses.0)
+    }
+
     /// Host TSC at which the guest's TSC reaches `deadline`.
     pub fn host_deadline(&self, deadline: u64) -> u64 {
         let scaled = deadline.wrapping_sub(self.offset);
@@ -91,5 +102,17 @@ impl Clock {
         }
         let host = (u128::from(scaled) << 48) / u128::from(self.multiplier);
         u64::try_from(host).unwrap_or(u64::MAX).max(1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pause_loop_is_as_old_as_its_first_pause() {
+        let mut clock = Clock::default();
+        let ages = [1000, 1050, 1150, 1251, 1300].map(|now| clock.pause(now, 100));
+        assert_eq!(ages, [0, 50, 150, 0, 49]);
     }
 }

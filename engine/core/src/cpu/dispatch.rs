@@ -1,5 +1,7 @@
 //! The dispatcher: runs blocks one after another, and between them everything that happens at instruction boundaries.
 
+use core::ptr;
+
 use super::clock::host_tsc;
 use super::signal::attention;
 use super::{pending, Cpu};
@@ -24,17 +26,26 @@ impl Cpu {
     /// Runs the guest until something must leave it; the reason is in `exit`. The budget goes on from the last run, so that clocks are
     /// looked at however often the guest exits.
     pub fn run(&mut self) {
-        while self.step().is_ok() {}
+        let mut previous = ptr::null_mut();
+        while let Ok(block) = self.step(previous) {
+            previous = block;
+        }
     }
 
-    /// Runs one block, or what comes before it. `Err` means that `exit` holds a VM exit.
-    fn step(&mut self) -> Exec {
+    /// Runs one block, or what comes before it. `previous` is the block that led to RIP; null stands for anything else. Returns what is
+    /// `previous` for the next step. `Err` means that `exit` holds a VM exit.
+    #[inline(always)]
+    fn step(&mut self, previous: *mut Block) -> Exec<*mut Block> {
         if (self.signal.pending() | self.pending != 0 || self.budget <= 0) && self.boundary()? {
-            return self.single();
+            self.single()?;
+            return Ok(ptr::null_mut());
         }
-        match self.next_block() {
+        match self.successor(previous) {
             Ok(block) => self.execute(block),
-            Err(stop) => self.stopped(stop),
+            Err(stop) => {
+                self.stopped(stop)?;
+                Ok(ptr::null_mut())
+            }
         }
     }
 
@@ -141,17 +152,45 @@ impl Cpu {
 
     // ---- blocks ---------------------------------------------------------------------------------------------------------------------
 
-    /// The block at RIP.
+    /// The block at RIP, to which `previous` led.
     #[inline(always)]
-    fn next_block(&mut self) -> Exec<*mut Block> {
-        let rip = self.rip();
-        if let Some(block) = self.code.jump(rip, self.jump_context) {
-            // SAFETY: the jump cache forgets blocks before they are freed.
-            if unsafe { (*block).valid } {
-                return Ok(block);
+    fn successor(&mut self, previous: *mut Block) -> Exec<*mut Block> {
+        // SAFETY: null or a block that `execute` just ran, and only `find_block` frees blocks.
+        if let Some(previous) = unsafe { previous.as_ref() } {
+            if let Some(block) = previous.successor(self.rip(), self.jump_context) {
+                // SAFETY: links are forgotten before the blocks that they name are freed.
+                if unsafe { (*block).valid } {
+                    return Ok(block);
+                }
             }
         }
-        self.find_block(rip)
+        self.unlinked(previous)
+    }
+
+    /// The block at RIP, by the jump cache or from scratch; `previous` gets a link to it in the first case only, because the search may
+    /// free `previous`.
+    #[inline(never)]
+    fn unlinked(&mut self, previous: *mut Block) -> Exec<*mut Block> {
+        let (rip, context) = (self.rip(), self.jump_context);
+        let Some(block) = self.cached_block(rip) else { return self.find_block(rip) };
+        // SAFETY: as in `successor`.
+        if let Some(previous) = unsafe { previous.as_mut() } {
+            previous.link(rip, context, block);
+        }
+        Ok(block)
+    }
+
+    /// The block at RIP.
+    fn next_block(&mut self) -> Exec<*mut Block> {
+        let rip = self.rip();
+        self.cached_block(rip).map_or_else(|| self.find_block(rip), Ok)
+    }
+
+    /// The block that the jump cache has for `rip`.
+    #[inline(always)]
+    fn cached_block(&self, rip: u64) -> Option<*mut Block> {
+        // SAFETY: the jump cache forgets blocks before they are freed.
+        self.code.jump(rip, self.jump_context).filter(|block| unsafe { (**block).valid })
     }
 
     #[cold]
@@ -179,9 +218,9 @@ impl Cpu {
         Ok(self.fetch_address(next)? as u64 == second)
     }
 
-    /// Runs a block to its end.
+    /// Runs a block to its end. Returns it if it ended with a branch or fell through, and null if anything else happened.
     #[inline(always)]
-    fn execute(&mut self, block: *mut Block) -> Exec {
+    fn execute(&mut self, block: *mut Block) -> Exec<*mut Block> {
         // SAFETY: blocks are freed by `collect` only, which no handler calls; the last micro-op of a block always stops.
         let (first, instructions) = unsafe { ((*block).uops.as_ptr(), (*block).instructions) };
         self.budget -= i64::from(instructions);
@@ -197,11 +236,12 @@ impl Cpu {
             match result {
                 // SAFETY: not the last micro-op, because that one stops.
                 Ok(()) => self.at = unsafe { self.at.add(1) },
-                Err(Stop::Next) => return Ok(()),
+                Err(Stop::Next) => return Ok(block),
                 Err(stop) => {
                     // SAFETY: both point into the same slice.
                     let (uop, index) = unsafe { (&*self.at, self.at.offset_from(first)) };
-                    return self.leave(uop, stop, i64::from(instructions) - index as i64);
+                    self.leave(uop, stop, i64::from(instructions) - index as i64)?;
+                    return Ok(ptr::null_mut());
                 }
             }
         }
@@ -213,9 +253,9 @@ impl Cpu {
     fn run_reference(&mut self, block: *mut Block) -> Exec {
         // SAFETY: as in `execute`, which runs `block`; fast handlers keep `at` inside it.
         let (uop, handler) = unsafe {
-            let block = &*block;
-            let index = self.at.offset_from(block.uops.as_ptr()) as usize;
-            (&*self.at, *block.reference.get_unchecked(index))
+            let index = self.at.offset_from((*block).uops.as_ptr()) as usize;
+            let reference = &(*block).reference;
+            (&*self.at, *reference.get_unchecked(index))
         };
         handler(self, uop)
     }

@@ -179,4 +179,14 @@ mod tests {
         signal.wrote(0x1040, 8);
         assert_eq!(signal.take_written().into_iter().collect::<Vec<_>>(), [(0x1000, 2)]);
     }
+
+    #[test]
+    fn many_pages_to_protect_become_all() {
+        let signal = Signal::default();
+        signal.set_running(true);
+        let last = (1..=100).map(|n| signal.protect(n * 0x1000)).last();
+        assert!(!signal.has_protected(last.unwrap()));
+        signal.protect_with(|protect| assert!(protect.all && protect.pages.len() == PROTECT_MAX));
+        assert!(signal.has_protected(last.unwrap()));
+    }
 }

@@ -1,6 +1,6 @@
 //! Blocks: straight lines of micro-ops with one entry.
 
-use iced_x86::{Decoder, FlowControl, Instruction};
+use iced_x86::{Code, Decoder, FlowControl, Instruction, OpKind, Register};
 
 use super::liveness::dead_flags;
 use super::{feature, lower, MAX_LENGTH};
@@ -27,25 +27,49 @@ impl std::hash::Hash for CodeSize {
     }
 }
 
-/// A decoded block. Its last micro-op is always one that leaves it.
+/// A block that ran behind another one, and where: what a jump-cache entry says, kept beside the block that leads there.
+#[derive(Clone, Copy, Debug)]
+pub struct Link {
+    pub rip: u64,
+    pub context: u64,
+    pub block: *mut Block,
+}
+
+impl Link {
+    pub const NONE: Link = Link { rip: 0, context: u64::MAX, block: std::ptr::null_mut() };
+}
+
+/// A decoded block. Its last micro-op is always one that leaves it. What every run touches comes first.
+#[repr(C, align(64))]
 pub struct Block {
-    pub key: Key,
     /// One micro-op per instruction, and one more that falls through to what follows.
     pub uops: Box<[Uop]>,
-    /// The reference handler of each instruction.
-    pub reference: Box<[Handler]>,
     pub instructions: u32,
+    pub valid: bool,
+    /// The first two blocks that ran behind this one.
+    pub links: [Link; 2],
     /// Length in bytes.
     pub length: u32,
+    pub key: Key,
+    /// The reference handler of each instruction.
+    pub reference: Box<[Handler]>,
     /// Host page of the tail of an instruction that crosses into it.
     pub second_page: Option<u64>,
-    pub valid: bool,
 }
 
 impl Block {
     fn new(host: u64, size: CodeSize) -> Self {
         let key = Key { host, size };
-        Block { key, uops: Box::default(), reference: Box::default(), instructions: 0, length: 0, second_page: None, valid: true }
+        Block {
+            uops: Box::default(),
+            instructions: 0,
+            valid: true,
+            links: [Link::NONE; 2],
+            length: 0,
+            key,
+            reference: Box::default(),
+            second_page: None,
+        }
     }
 
     /// Makes the block one of `instructions`, with fast handlers where there are some.
@@ -53,8 +77,8 @@ impl Block {
         let dead = dead_flags(instructions);
         let mut uops: Vec<Uop> = instructions.iter().map(|insn| lower(insn, self.key.size, model)).collect();
         self.reference = uops.iter().map(|uop| uop.run).collect();
-        for ((uop, insn), dead) in uops.iter_mut().zip(instructions).zip(dead) {
-            uop.run = exec::fast::handler(insn, uop, dead).unwrap_or(uop.run);
+        for (n, (uop, insn)) in uops.iter_mut().zip(instructions).enumerate() {
+            uop.run = exec::fast::handler(insn, uop, instructions.get(n + 1), dead[n]).unwrap_or(uop.run);
         }
         self.instructions = instructions.len() as u32;
         self.length = instructions.iter().map(|insn| insn.len() as u32).sum();
@@ -62,6 +86,23 @@ impl Block {
         self.uops = uops.into();
         // Fast handlers find the next micro-op by its address.
         self.uops.as_ptr().expose_provenance();
+    }
+}
+
+impl Block {
+    /// The block that ran behind this one at `rip` in `context`, if it is one of the first two.
+    #[inline(always)]
+    pub fn successor(&self, rip: u64, context: u64) -> Option<*mut Block> {
+        self.links.iter().find(|link| link.rip == rip && link.context == context).map(|link| link.block)
+    }
+
+    /// Remembers a successor, if there is room: a link of another context or to a dead block is room.
+    pub fn link(&mut self, rip: u64, context: u64, block: *mut Block) {
+        // SAFETY: links are forgotten before the blocks that they name are freed.
+        let free = self.links.iter_mut().find(|link| link.context != context || !unsafe { (*link.block).valid });
+        if let Some(link) = free {
+            *link = Link { rip, context, block };
+        }
     }
 }
 
@@ -93,7 +134,8 @@ fn code_address(cpu: &mut Cpu, rip: u64) -> Exec<u64> {
     cpu.segment_address(seg::CS, rip, 1, AccessKind::Fetch)
 }
 
-fn decoder<'a>(bytes: &'a [u8], size: CodeSize, model: &Model) -> Decoder<'a> {
+/// The one way in which the CPU reads instructions; their addresses count from the first byte.
+pub(super) fn decoder<'a>(bytes: &'a [u8], size: CodeSize, model: &Model) -> Decoder<'a> {
     let bits = match size {
         CodeSize::Bits16 => 16,
         CodeSize::Bits32 => 32,
@@ -108,16 +150,35 @@ fn decode_page(bytes: &[u8], size: CodeSize, model: &Model) -> Vec<Instruction> 
     let mut instructions = Vec::with_capacity(16);
     while instructions.len() < MAX_INSTRUCTIONS && decoder.can_decode() {
         let left = bytes.len() - decoder.position();
-        let insn = decoder.decode();
+        let mut insn = decoder.decode();
         if insn.is_invalid() && truncated(&decoder, left) {
             break;
         }
+        exchange_behind_rep(&mut insn, &bytes[bytes.len() - left..decoder.position()]);
         instructions.push(insn);
         if ends_block(&insn) {
             break;
         }
     }
     instructions
+}
+
+/// F3 REX.B 90 is XCHG with R8, to which the prefix means nothing; the decoder reads PAUSE.
+fn exchange_behind_rep(insn: &mut Instruction, bytes: &[u8]) {
+    let [prefixes @ .., rex @ 0x40..=0x4f, 0x90] = bytes else { return };
+    if insn.code() != Code::Pause || rex & 1 == 0 {
+        return;
+    }
+    let (code, r8, rax) = match (rex & 8 != 0, prefixes.contains(&0x66)) {
+        (true, _) => (Code::Xchg_r64_RAX, Register::R8, Register::RAX),
+        (false, true) => (Code::Xchg_r16_AX, Register::R8W, Register::AX),
+        (false, false) => (Code::Xchg_r32_EAX, Register::R8D, Register::EAX),
+    };
+    insn.set_code(code);
+    for (n, register) in [r8, rax].into_iter().enumerate() {
+        insn.set_op_kind(n as u32, OpKind::Register);
+        insn.set_op_register(n as u32, register);
+    }
 }
 
 /// Whether an invalid instruction is invalid only because its bytes end.
@@ -139,7 +200,9 @@ fn crossing(cpu: &mut Cpu, la: u64, head: &[u8], mut block: Block) -> Exec<Block
     bytes[..head.len()].copy_from_slice(head);
     // SAFETY: `host` is the start of a translated page.
     unsafe { host.copy_to_nonoverlapping(bytes[head.len()..].as_mut_ptr(), MAX_LENGTH - head.len()) };
-    let insn = decoder(&bytes, block.key.size, &cpu.model).decode();
+    let mut insn = decoder(&bytes, block.key.size, &cpu.model).decode();
+    let length = insn.len();
+    exchange_behind_rep(&mut insn, &bytes[..length]);
     block.fill(&[insn], &cpu.model);
     block.second_page = Some(host as u64);
     Ok(block)

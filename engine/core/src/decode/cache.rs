@@ -4,7 +4,7 @@
 //! [`crate::memory::code`]), so each store to it comes through `CodeCache::invalidate`. A block that dies has its micro-ops replaced, which
 //! stops it even while it runs.
 
-use super::block::{Block, Key};
+use super::block::{Block, Key, Link};
 use crate::cpu::CodeSize;
 use crate::exec;
 use crate::memory::code::{AddressMap, CodePages};
@@ -195,8 +195,12 @@ impl CodeCache {
         }
     }
 
+    /// Forgets every way to a block that does not go through `by_key`.
     fn forget_jumps(&mut self) {
         self.jumps.fill(NO_JUMP);
+        for block in self.blocks.iter_mut().flatten().chain(&mut self.dead) {
+            block.links = [Link::NONE; 2];
+        }
     }
 
     /// Takes a block out of every index but page `except`, which the caller keeps itself, and stops it where it runs.

@@ -18,8 +18,17 @@ use crate::uop::{flag, slot, Handler, Uop, RIP_STRIDE};
 /// Longest instruction, in bytes.
 pub const MAX_LENGTH: usize = 15;
 
+/// Length of the instruction that `bytes` begin with; `None` if there is no such instruction, or if its end lies behind them.
+///
+/// This is the decoder that CPUs of `model` use, for hypervisors that have to step over an instruction whose length nobody told them.
+pub fn length(bytes: &[u8], size: CodeSize, model: &Model) -> Option<usize> {
+    let insn = block::decoder(bytes, size, model).decode();
+    (!insn.is_invalid()).then(|| insn.len())
+}
+
 /// The micro-op of `insn`, which starts `insn.ip()` bytes behind the block's first byte. What `model` lacks is undefined.
 pub fn lower(insn: &Instruction, size: CodeSize, model: &Model) -> Uop {
+    let insn = &without_void_override(*insn, size);
     let run = if feature::offers(model, insn) { exec::handler(insn, size).unwrap_or(exec::unknown as Handler) } else { exec::undefined };
     let mut uop = Uop {
         run,
@@ -63,6 +72,16 @@ pub fn lower(insn: &Instruction, size: CodeSize, model: &Model) -> Uop {
     }
     uop.flags |= string_address_flags(insn);
     uop
+}
+
+/// 64-bit mode ignores overrides of segments that have no base there: an address from RSP or RBP stays one of the stack, with #SS
+/// (SDM vol. 1, 3.3.4).
+fn without_void_override(mut insn: Instruction, size: CodeSize) -> Instruction {
+    let void = matches!(insn.segment_prefix(), Register::ES | Register::CS | Register::SS | Register::DS);
+    if size == CodeSize::Bits64 && void {
+        insn.set_segment_prefix(Register::None);
+    }
+    insn
 }
 
 fn is_immediate(kind: OpKind) -> bool {
@@ -244,6 +263,25 @@ mod tests {
         assert_eq!(uop(64, &[0xe8, 0xfb, 0xff, 0xff, 0xff]).imm as i64, 0);
         assert_eq!(uop(32, &[0xeb, 0xf0]).imm as i64, -14);
         assert_eq!(uop(16, &[0xeb, 0xf0]).imm as i64 & 0xffff, 0xfff2);
+    }
+
+    #[test]
+    fn length_counts_prefixes_and_follows_the_code_size() {
+        assert_eq!(length(&[0x66, 0x2e, 0x67, 0x48, 0x0f, 0xa2, 0x90], CodeSize::Bits64, &Model::default()), Some(6));
+        let mov_eax_imm = [0xb8, 1, 2, 3, 4];
+        assert_eq!(length(&mov_eax_imm, CodeSize::Bits32, &Model::default()), Some(5));
+        assert_eq!(length(&mov_eax_imm, CodeSize::Bits16, &Model::default()), Some(3));
+    }
+
+    #[test]
+    fn length_of_what_is_no_instruction_is_unknown() {
+        assert_eq!(length(&[0x0f], CodeSize::Bits64, &Model::default()), None);
+        assert_eq!(length(&[], CodeSize::Bits64, &Model::default()), None);
+        assert_eq!(length(&[0x06], CodeSize::Bits64, &Model::default()), None);
+        let mut too_long = [0x66; 16];
+        too_long[14..].copy_from_slice(&[0x0f, 0xa2]);
+        assert_eq!(length(&too_long, CodeSize::Bits64, &Model::default()), None);
+        assert_eq!(length(&too_long[1..], CodeSize::Bits64, &Model::default()), Some(15));
     }
 
     #[test]

@@ -92,7 +92,8 @@ fn branch_if<W: Word>(cpu: &mut Cpu, uop: &Uop, taken: bool) -> Exec {
     }
 }
 
-fn jcc<const C: u8, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+#[inline(always)]
+pub fn jcc<const C: u8, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     branch_if::<W>(cpu, uop, holds::<C>(cpu.flags))
 }
 

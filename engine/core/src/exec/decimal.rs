@@ -1,4 +1,4 @@
-//! Decimal arithmetic: AAA, AAS, AAD, AAM, DAA, DAS (SDM vol. 2). None of them exists in 64-bit mode.
+//! Decimal arithmetic: AAA, AAS, AAD, AAM, DAA, DAS (SDM vol. 2); and SALC, undocumented but in every x86 CPU (opcode D6). None of them exists in 64-bit mode.
 //!
 //! Flags that the SDM leaves undefined follow the result.
 
@@ -22,6 +22,7 @@ pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
         Mnemonic::Das => decimal_adjust::<true>,
         Mnemonic::Aam => aam,
         Mnemonic::Aad => aad,
+        Mnemonic::Salc => salc,
         _ => return None,
     })
 }
@@ -52,6 +53,12 @@ fn decimal_adjust<const SUBTRACT: bool>(cpu: &mut Cpu, _uop: &Uop) -> Exec {
     let carry = high || SUBTRACT && low && al < 6;
     cpu.set_reg(AL, result);
     cpu.flags = Flags::logic(result).with_carry(carry).with_half_carry(low);
+    Ok(())
+}
+
+/// AL becomes all copies of the carry flag.
+fn salc(cpu: &mut Cpu, _uop: &Uop) -> Exec {
+    cpu.set_reg(AL, if cpu.flags.cf() { 0xff_u8 } else { 0 });
     Ok(())
 }
 

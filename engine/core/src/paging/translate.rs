@@ -202,7 +202,7 @@ impl Cpu {
         self.target(segment, la, AccessKind::Write, privilege)?;
         let last = la.wrapping_add(bytes - 1);
         if (la ^ last) & !PAGE_OFFSET != 0 {
-            self.target(segment, last, AccessKind::Write, privilege)?;
+            self.target(segment, last & !PAGE_OFFSET, AccessKind::Write, privilege)?;
         }
         Ok(())
     }

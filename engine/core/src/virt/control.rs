@@ -77,6 +77,8 @@ pub struct Control {
     pub emulate: u32,
     pub access_count: u32,
     pub instruction_budget: u64,
+    pub pause_gap: u32,
+    pub pause_window: u32,
 }
 
 impl Control {

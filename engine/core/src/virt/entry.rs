@@ -122,6 +122,7 @@ impl Core {
         cpu.clock.tick = host_tsc() + host_tsc_khz() * TICK_MS;
         cpu.clock.offset = cpu.control.tsc_offset;
         cpu.clock.multiplier = cpu.control.tsc_multiplier;
+        cpu.clock.pauses = (0, 0);
         cpu.clock.preemption =
             if cpu.control.intercepts(intercept::PREEMPTION_TIMER) { cpu.clock.host_deadline(cpu.control.preemption_deadline) } else { 0 };
         cpu.pending = entry_work(cpu);
@@ -222,7 +223,7 @@ fn state_is_valid(state: &State, model: &Model) -> bool {
     let long = state.efer & efer::LMA != 0;
     let cs = &state.segments[seg::CS];
     let code_64 = long && cs.has(rights::LONG);
-    let unused = unused_bits(state.cr4);
+    let unused = model.unused_address_bits();
     let checks = [
         !paging || state.cr0 & cr0::PE != 0,
         state.cr0 >> 32 == 0,
@@ -233,10 +234,30 @@ fn state_is_valid(state: &State, model: &Model) -> bool {
         state.rflags & rflags::FIXED != 0,
         state.rflags & rflags::VM == 0 || !long,
         !(cs.has(rights::LONG) && cs.has(rights::DB) && long),
-        if code_64 { canonical(state.rip, unused) } else { state.rip >> 32 == 0 },
-        [seg::FS, seg::GS].iter().all(|number| canonical(state.segments[*number].base, model.unused_address_bits())),
+        if code_64 { rip_may_be_loaded(state.rip, unused) } else { state.rip >> 32 == 0 },
+        [seg::FS, seg::GS].iter().all(|number| canonical(state.segments[*number].base, unused)),
         state.activity <= activity::HLT,
         state.gdtr.limit <= 0xffff && state.idtr.limit <= 0xffff,
     ];
     checks.iter().all(|good| *good)
+}
+
+/// Bits 63:N of RIP must be identical, where N is the width of linear addresses; bit N-1 may differ (SDM vol. 3, 27.3.1.4). An instruction
+/// at the end of the lower half leaves such a RIP behind, and the next fetch is #GP.
+fn rip_may_be_loaded(rip: u64, unused: u8) -> bool {
+    matches!((rip as i64) >> (64 - unused), 0 | -1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rip_behind_the_lower_half_may_be_loaded() {
+        for rip in [0x7fff_ffff_ffff, 0x8000_0000_0000, !0] {
+            assert!(rip_may_be_loaded(rip, 16) && rip_may_be_loaded(rip, 7), "{rip:#x}");
+        }
+        assert!(!rip_may_be_loaded(1 << 48, 16) && !rip_may_be_loaded(1 << 63, 16));
+        assert!(rip_may_be_loaded(1 << 48, 7) && !rip_may_be_loaded(1 << 57, 7));
+    }
 }

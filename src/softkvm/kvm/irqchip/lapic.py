@@ -79,7 +79,7 @@ class Lapic(LapicCore):
             self._write_icr(value & _U32, value >> 32)
             return
         writer = _X2APIC_WRITERS.get(number)
-        if writer is None or value >> 32 or (number == Reg.ESR and value):
+        if writer is None or value & _X2APIC_RESERVED.get(number, _ABOVE_32):
             raise MsrError(index)
         writer(self, value)
 
@@ -245,4 +245,7 @@ _XAPIC_WRITERS = _COMMON_WRITERS | {
     Reg.ICR: Lapic._write_icr_low,
     Reg.ICR2: Lapic._write_icr_high,
 }
+_ABOVE_32 = ~_U32
+_X2APIC_RESERVED = {Reg.ESR: -1, Reg.SELF_IPI: ~0xFF}
+"""Bits of x2APIC registers whose setting is #GP, where they are more than the upper half (SDM vol. 3, table 11-6 and 11.12.11)."""
 _X2APIC_WRITERS = _COMMON_WRITERS | {Reg.SELF_IPI: Lapic._write_self_ipi}

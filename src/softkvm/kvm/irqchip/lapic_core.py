@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+from softkvm.host import trace
 from softkvm.kvm import cpuid, request
 from softkvm.kvm.irqchip import irq
 from softkvm.kvm.irqchip.irq import NO_INTERRUPT
@@ -145,7 +146,7 @@ class LapicCore:
         if mode in (irq.DM_FIXED, irq.DM_LOWEST):
             return self.accept_vector(vector, level, level_triggered)
         if mode == irq.DM_NMI:
-            self.vcpu.make_request(request.REQ_NMI)
+            self.vcpu.queue_nmi()
         elif mode == irq.DM_INIT:
             if level_triggered and not level:  # INIT level de-assert synchronises arbitration ids only: SDM vol. 3, 11.6.1
                 return False
@@ -231,6 +232,8 @@ class LapicCore:
         vector = isr.bit_length() - 1
         bit = _BIT[vector]
         self.isr = isr ^ bit
+        if trace.kvm_eoi.enabled:
+            trace.kvm_eoi(self.apic_id, vector)
         irqchip = self.vcpu.vm.irqchip
         if irqchip is not None and irqchip.ioapic.handled_vectors & bit:
             irqchip.ioapic.eoi(vector, bool(self.tmr & bit))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from softkvm.host import trace
 from softkvm.kvm.irqchip import irq
 from softkvm.kvm.irqchip.irq import LapicIrq
 from softkvm.uapi.kvm import (
@@ -107,6 +108,8 @@ class Routing:
 
     def set_irq(self, source: int, gsi: int, level: bool) -> int:
         """`source` drives line `gsi`. Returns the APICs reached, 0 if coalesced, or negative: masked, or no route."""
+        if trace.kvm_set_irq.enabled:
+            trace.kvm_set_irq(gsi, int(level), source)
         result = -1
         for route in self._routes.get(gsi, ()):
             reached = route.set(source, level)

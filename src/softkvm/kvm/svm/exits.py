@@ -1,14 +1,14 @@
 """SVM exit handlers, by exit code.
 
 Answers to APM vol. 2, app. C (exit codes) and 15.7-15.9 (exit information), and to `svm_exit_handlers` of Linux 6.1
-`arch/x86/kvm/svm/svm.c`. Instruction lengths come from the silicon's next-RIP save (15.7.1), never from a table.
+`arch/x86/kvm/svm/svm.c`. Where an instruction ends comes from the silicon's next-RIP save (15.7.1) or from decoding it, never from a table.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from softkvm.kvm import emulate, exits, hypercall, pio
+from softkvm.kvm import emulate, events, exits, hypercall, pio
 from softkvm.kvm.vendor import Handler
 from softkvm.uapi.svm import EXIT_NAMES, ExitCode
 
@@ -24,8 +24,11 @@ exit_names = EXIT_NAMES | emulate.EXIT_NAMES
 
 
 def next_rip(vcpu: Vcpu) -> int | None:
-    """The VMCB's next RIP; zero where the silicon does not save it."""
-    return vcpu.exit.next_rip or None
+    """The VMCB's next RIP, which is zero where the silicon does not save it; for IN and OUT EXITINFO2, which all silicon has."""
+    info = vcpu.exit
+    if vcpu.saves_next_rip and info.next_rip:
+        return int(info.next_rip)
+    return int(info.info2) if info.reason == ExitCode.IOIO else None
 
 
 def handle_unknown(vcpu: Vcpu, reason: int) -> int:
@@ -70,6 +73,7 @@ handlers: dict[int, Handler] = {
     ExitCode.CPUID: exits.handle_cpuid,
     ExitCode.IRET: exits.handle_nmi_window,
     ExitCode.INVD: exits.handle_nop,
+    ExitCode.PAUSE: exits.handle_pause,
     ExitCode.HLT: exits.handle_halt,
     ExitCode.INVLPGA: exits.handle_ud,
     ExitCode.IOIO: pio.handle_io,
@@ -84,4 +88,5 @@ handlers: dict[int, Handler] = {
     ExitCode.NPF: _nested_page_fault,
 }
 handlers.update(dict.fromkeys(range(ExitCode.EXCP_BASE, ExitCode.EXCP_BASE + 32), exits.handle_exception))
+handlers[ExitCode.EXCP_BASE + events.UD] = emulate.handle_ud
 handlers.update(dict.fromkeys(range(ExitCode.VMLOAD, ExitCode.SKINIT + 1), exits.handle_ud))

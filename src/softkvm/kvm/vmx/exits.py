@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from softkvm.kvm import emulate, exits, hypercall, pio
+from softkvm.kvm import emulate, events, exits, hypercall, pio
 from softkvm.kvm.vendor import Handler
 from softkvm.uapi.vmx import ENTRY_FAILURE, EXIT_NAMES, ExitReason
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu import Vcpu
 
-_TYPE_MASK, _TYPE_NMI = 7 << 8, 2 << 8
+_VECTOR_MASK, _TYPE_MASK, _TYPE_NMI = 0xFF, 7 << 8, 2 << 8
 _MOV_TO_CR, _MOV_FROM_CR = 0, 1
 _EPT_WRITE = 1 << 1
 
@@ -42,6 +42,8 @@ def _ept_violation(vcpu: Vcpu) -> int:
 def _exception_or_nmi(vcpu: Vcpu) -> int:
     if vcpu.exit.interruption & _TYPE_MASK == _TYPE_NMI:
         return 1  # the host's, and the host has handled it
+    if vcpu.exit.interruption & _VECTOR_MASK == events.UD:
+        return emulate.handle_ud(vcpu)
     return exits.handle_exception(vcpu)
 
 
@@ -76,6 +78,7 @@ handlers: dict[int, Handler] = {
     ExitReason.MSR_WRITE: exits.handle_wrmsr,
     ExitReason.MWAIT_INSTRUCTION: exits.handle_nop,
     ExitReason.MONITOR_INSTRUCTION: exits.handle_nop,
+    ExitReason.PAUSE_INSTRUCTION: exits.handle_pause,
     ExitReason.EPT_VIOLATION: _ept_violation,
     ExitReason.WBINVD: exits.handle_nop,
     ExitReason.XSETBV: exits.handle_xsetbv,

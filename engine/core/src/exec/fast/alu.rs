@@ -127,12 +127,12 @@ fn compare<O: Binary, W: Word>(cpu: &mut Cpu, a: W, b: W) -> Outcome {
 }
 
 #[inline(always)]
-fn compare_rr<O: Binary, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Outcome {
+pub fn compare_rr<O: Binary, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Outcome {
     compare::<O, W>(cpu, cpu.reg(uop.reg[0]), cpu.reg(uop.reg[1]))
 }
 
 #[inline(always)]
-fn compare_ri<O: Binary, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Outcome {
+pub fn compare_ri<O: Binary, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Outcome {
     compare::<O, W>(cpu, cpu.reg(uop.reg[0]), W::truncate(uop.imm))
 }
 
@@ -149,7 +149,7 @@ fn compare_mr<O: Binary, A: Address, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Outco
 }
 
 #[inline(always)]
-fn compare_mi<O: Binary, A: Address, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Outcome {
+pub fn compare_mi<O: Binary, A: Address, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Outcome {
     let Some(a) = load::<A, W>(cpu, uop) else { return Outcome::GiveUp };
     compare::<O, W>(cpu, a, W::truncate(uop.imm))
 }

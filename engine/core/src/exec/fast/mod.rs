@@ -8,6 +8,7 @@
 //! them into jumps.
 
 mod alu;
+mod fused;
 mod mov;
 mod operand;
 mod shift;
@@ -20,12 +21,15 @@ use iced_x86::Instruction;
 use crate::cpu::Cpu;
 use crate::uop::{flag, Exec, Handler, Stop, Uop};
 
-/// The fast handler of an instruction that was lowered to `uop`, if it has one. With `dead_flags`, nobody sees the flags it leaves.
-pub fn handler(insn: &Instruction, uop: &Uop, dead_flags: bool) -> Option<Handler> {
+/// The fast handler of an instruction that was lowered to `uop`, if it has one; `following` is the next one of its block. With
+/// `dead_flags`, nobody sees the flags it leaves.
+pub fn handler(insn: &Instruction, uop: &Uop, following: Option<&Instruction>, dead_flags: bool) -> Option<Handler> {
     if uop.has(flag::LOCK | flag::SLOW_ADDRESS) || !uop.has(flag::LONG) {
         return None;
     }
-    mov::handler(insn, uop)
+    let fused = following.and_then(fused::branch_condition).and_then(|condition| fused::handler(insn, uop, condition));
+    fused
+        .or_else(|| mov::handler(insn, uop))
         .or_else(|| if dead_flags { alu::handler::<alu::Dead>(insn, uop) } else { alu::handler::<alu::Live>(insn, uop) })
         .or_else(|| if dead_flags { shift::handler::<alu::Dead>(insn) } else { shift::handler::<alu::Live>(insn) })
         .or_else(|| stack::handler(insn))
@@ -40,21 +44,40 @@ enum Outcome {
     GiveUp,
 }
 
-/// The handler that runs `body` and goes on with the next micro-op.
-fn chained<B: Fn(&mut Cpu, &Uop) -> Outcome + Copy + 'static>(_body: B) -> Handler {
+/// What a fast handler does besides going on: a function item, so that its type says it all.
+trait Body: Fn(&mut Cpu, &Uop) -> Outcome + Copy + 'static {}
+
+impl<B: Fn(&mut Cpu, &Uop) -> Outcome + Copy + 'static> Body for B {}
+
+/// Fails to compile for function pointers and closures with captures.
+fn assert_function_item<B: Body>(_body: B) {
     const { assert!(size_of::<B>() == 0, "the body must be a function item") };
+}
+
+/// The handler that runs `body` and goes on with the next micro-op.
+fn chained<B: Body>(body: B) -> Handler {
+    assert_function_item(body);
     chain::<B>
 }
 
-fn chain<B: Fn(&mut Cpu, &Uop) -> Outcome + Copy + 'static>(cpu: &mut Cpu, uop: &Uop) -> Exec {
+fn chain<B: Body>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     // SAFETY: `chained` had a value of this type, and it has no bytes.
     let body: B = unsafe { core::mem::zeroed() };
     if body(cpu, uop) == Outcome::GiveUp {
         return Err(Stop::Slow);
     }
-    // SAFETY: fast handlers are run inside blocks only, whose micro-ops are one allocation of exposed provenance, and the last micro-op
-    // of a block is never a fast one that goes on.
-    let next: &Uop = unsafe { &*ptr::with_exposed_provenance((&raw const *uop).wrapping_add(1).addr()) };
+    // SAFETY: fast handlers are run inside blocks only, and the last micro-op of a block is never a fast one that goes on.
+    let next = unsafe { next(uop) };
     cpu.at = next;
     (next.run)(cpu, next)
+}
+
+/// The micro-op behind `uop`.
+///
+/// # Safety
+/// `uop` must lie in a block, whose micro-ops are one allocation of exposed provenance, and must not be the last.
+#[inline(always)]
+unsafe fn next(uop: &Uop) -> &Uop {
+    // SAFETY: by the caller's promise there is one.
+    unsafe { &*ptr::with_exposed_provenance((&raw const *uop).wrapping_add(1).addr()) }
 }

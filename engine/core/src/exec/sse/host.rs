@@ -26,6 +26,9 @@ pub mod mxcsr {
     /// Rounding control.
     pub const ROUNDING: u32 = 3 << ROUNDING_SHIFT;
     pub const ROUNDING_SHIFT: u32 = 13;
+    pub const UNDERFLOW: u32 = 0x10;
+    /// Flush-to-zero.
+    pub const FLUSH: u32 = 1 << 15;
 }
 
 /// MXCSR as Rust code expects it.
@@ -48,14 +51,39 @@ pub fn value(register: __m128i) -> u128 {
 /// MXCSR for the operation and for afterwards, in memory as LDMXCSR wants them.
 #[inline(always)]
 pub fn control(guest: u32) -> [u32; 2] {
-    [guest & !mxcsr::FLAGS | mxcsr::MASKS, DEFAULT_MXCSR]
+    // Flush-to-zero works on masked underflow only (SDM vol. 1, 10.2.3.3), and every exception is masked for the operation.
+    let flush = if traps_underflow(guest) { mxcsr::FLUSH } else { 0 };
+    [guest & !(mxcsr::FLAGS | flush) | mxcsr::MASKS, DEFAULT_MXCSR]
+}
+
+/// Whether underflow is unmasked.
+#[inline(always)]
+pub fn traps_underflow(guest: u32) -> bool {
+    guest & mxcsr::UNDERFLOW << mxcsr::MASK_SHIFT == 0
 }
 
 /// Runs `$op a, b` (or `$op a, b, imm`) on XMM registers: `(a, flags)`.
+///
+/// Unmasked underflow means a tiny result, masked underflow an inexact one too (SDM vol. 1, 4.9.1.5). Flushing to zero tells a tiny one.
 macro_rules! simd {
     ($mxcsr:expr, $op:literal, $a:expr, $b:expr $(, imm $imm:expr)?) => {{
-        let mut control = $crate::exec::sse::host::control($mxcsr);
-        let mut a = $crate::exec::sse::host::register($a);
+        let (guest, a, b) = ($mxcsr, $crate::exec::sse::host::register($a), $crate::exec::sse::host::register($b));
+        use $crate::exec::sse::host;
+        let (result, mut flags) = host::simd_once!(host::control(guest), $op, a, b $(, imm $imm)?);
+        if host::traps_underflow(guest) {
+            let flushing = [host::control(guest)[0] | host::mxcsr::FLUSH, host::DEFAULT_MXCSR];
+            flags |= host::simd_once!(flushing, $op, a, b $(, imm $imm)?).1 & host::mxcsr::UNDERFLOW;
+        }
+        (host::value(result), flags)
+    }};
+}
+pub(in crate::exec) use simd;
+
+/// Runs `$op a, b` under a control of [`control`]: `(a, flags)`.
+macro_rules! simd_once {
+    ($control:expr, $op:literal, $a:expr, $b:expr $(, imm $imm:expr)?) => {{
+        let mut control: [u32; 2] = $control;
+        let mut a = $a;
         // SAFETY: the instruction reads and writes only its XMM operands; MXCSR is back at the default behind it.
         unsafe {
             core::arch::asm!(
@@ -65,15 +93,15 @@ macro_rules! simd {
                 "ldmxcsr [{control} + 4]",
                 control = in(reg) control.as_mut_ptr(),
                 a = inout(xmm_reg) a,
-                b = in(xmm_reg) $crate::exec::sse::host::register($b),
+                b = in(xmm_reg) $b,
                 $(imm = const $imm,)?
                 options(nostack),
             );
         }
-        ($crate::exec::sse::host::value(a), control[0] & $crate::exec::sse::host::mxcsr::FLAGS)
+        (a, control[0] & $crate::exec::sse::host::mxcsr::FLAGS)
     }};
 }
-pub(in crate::exec) use simd;
+pub(in crate::exec) use simd_once;
 
 /// Runs `$op a, b, c` on XMM registers: `(a, flags)`.
 macro_rules! simd_ternary {

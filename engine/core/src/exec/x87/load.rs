@@ -50,7 +50,7 @@ pub fn handler(insn: &Instruction) -> Option<Handler> {
         (Mnemonic::Fst, _) if register => store_register::<0>,
         (Mnemonic::Fst, 4) => store::<StoreSingle, [u8; 4], 0>,
         (Mnemonic::Fst, _) => store::<StoreDouble, [u8; 8], 0>,
-        (Mnemonic::Fstp | Mnemonic::Fstpnce, _) if register => store_register::<1>,
+        (Mnemonic::Fstp, _) if register => store_register::<1>,
         (Mnemonic::Fstp, 4) => store::<StoreSingle, [u8; 4], 1>,
         (Mnemonic::Fstp, 8) => store::<StoreDouble, [u8; 8], 1>,
         (Mnemonic::Fstp, _) => store_extended,
@@ -63,6 +63,7 @@ pub fn handler(insn: &Instruction) -> Option<Handler> {
         (Mnemonic::Fisttp, 4) => store::<TruncateLong, [u8; 4], 1>,
         (Mnemonic::Fisttp, _) => store::<TruncateQuad, [u8; 8], 1>,
         (Mnemonic::Fbstp, _) => store::<StoreDecimal, [u8; 10], 1>,
+        (Mnemonic::Fstpnce, _) => store_unless_empty,
         (Mnemonic::Fxch, _) => exchange,
         (Mnemonic::Fldz, _) => load_zero,
         (Mnemonic::Fld1, _) => load_constant::<One>,
@@ -185,6 +186,17 @@ fn store_register<const POPS: u8>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     if done {
         cpu.pop_x87(POPS);
     }
+    Ok(())
+}
+
+/// D9 D8+i, which the manuals leave out: FSTP that pops an empty ST(0) without an exception and without storing.
+fn store_unless_empty(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.begin_x87()?;
+    if let Some(value) = cpu.st(0) {
+        cpu.set_st(uop.reg[0], value);
+    }
+    cpu.conclude(uop, 0);
+    cpu.pop_x87(1);
     Ok(())
 }
 

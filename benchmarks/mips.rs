@@ -1,4 +1,4 @@
-//! Millions of guest instructions per second on small loops: `cargo run --release --example mips`.
+//! Millions of guest instructions per second on small loops: `cargo run --release -p softkvm-engine --example mips`.
 
 use std::alloc::{alloc_zeroed, Layout};
 use std::sync::Arc;
@@ -44,7 +44,7 @@ fn run(name: &str, code: &[u8]) {
             let table = ram.start().add(TABLES + level * 0x1000).cast::<u64>();
             table.write((TABLES + (level + 1) * 0x1000) as u64 | 7);
         }
-        ram.start().add(TABLES + 0x2000).cast::<u64>().write(0x87 | 0 << 21);
+        ram.start().add(TABLES + 0x2000).cast::<u64>().write(0x87);
         ram.start().add(TABLES + 0x2008).cast::<u64>().write(0x87 | 1 << 21);
         code.as_ptr().copy_to(ram.start().add(CODE), code.len());
     }

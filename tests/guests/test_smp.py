@@ -1,0 +1,40 @@
+"""Debian's kernels on several vCPUs: all come up, all work, and the kernel finds nothing wrong."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from softkvm.testing import GuestRun
+from tests.guests.test_boot import COMPLAINT
+
+pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(300)]
+
+# Each CPU computes the same sum, all at the same time; then what the kernel says.
+SCRIPT = """
+nproc
+grep apicid /proc/cpuinfo
+cpu=0
+while [ $cpu -lt $(nproc) ]; do
+    taskset -c $cpu sha256sum /bin/busybox &
+    cpu=$((cpu + 1))
+done
+wait
+dmesg
+"""
+
+
+@pytest.mark.parametrize("kernel", ["cloud", "generic"])
+@pytest.mark.parametrize("cpu", ["cascadelake", "epyc"])
+@pytest.mark.parametrize("cpus", [2, 4])
+def test_all_cpus_work(guest_run: GuestRun, kernel: str, cpu: str, cpus: int) -> None:
+    result = guest_run("sh", "-c", SCRIPT, options=("-k", kernel, "--cpu", cpu, "-c", str(cpus)), timeout=200)
+    assert result.status == 0, result
+    assert result.stdout.startswith(f"{cpus}\n")
+    assert re.findall(r"^apicid\s*: (\d+)$", result.stdout, re.MULTILINE) == [str(n) for n in range(cpus)]
+    sums = re.findall(r"^([0-9a-f]{64})  /bin/busybox$", result.stdout, re.MULTILINE)
+    assert len(sums) == cpus
+    assert len(set(sums)) == 1
+    assert f"Brought up 1 node, {cpus} CPUs" in result.stdout
+    assert COMPLAINT.findall(result.stdout) == []

@@ -1,0 +1,56 @@
+"""`softkvm run --trace --audit --ioctl-filter` with a real guest."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from softkvm.host.ftrace import HEADER
+
+pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(300)]
+
+SOFTKVM = [sys.executable, "-m", "softkvm.cli", "run", "--timeout", "200"]
+LINE = re.compile(r" *\S.*-\d+ +\[\d{3}\] [d.][N.][hs.][\d.]\. +\d+\.\d{6}: (?P<event>\w+): .*")
+PERMISSIVE = {
+    "default_action": "allow",
+    "rules": [
+        {"fd": "vcpu", "ioctl": "KVM_SET_DEBUGREGS", "action": "kill_process"},
+        {"fd": "vm", "ioctl": "KVM_IRQ_LINE", "args": [{"field": "gsi", "op": "gt", "val": 23}], "action": {"errno": 22}},
+    ],
+}
+
+
+def softkvm(*arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([*SOFTKVM, *arguments], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+
+
+def test_a_boot_is_traced_audited_and_filtered(tmp_path: Path) -> None:
+    traced, audited, filtered = tmp_path / "trace", tmp_path / "audit", tmp_path / "filter"
+    filtered.write_text(json.dumps(PERMISSIVE))
+    options = ("--trace", "kvm_*", "--trace", "raw_syscalls", "--trace-file", traced, "--audit", audited, "--ioctl-filter", filtered)
+    result = softkvm(*options, "--", "uname", "-r")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(b"6.1.")
+    text = traced.read_text()
+    assert text.startswith(HEADER)
+    events = [LINE.fullmatch(line) for line in text[len(HEADER) :].splitlines()]
+    assert all(events)
+    names = {event["event"] for event in events if event}
+    assert names >= {"sys_enter", "sys_exit", "kvm_entry", "kvm_exit", "kvm_msr", "kvm_pio", "kvm_mmio", "kvm_inj_virq", "kvm_cpuid"}
+    records = [json.loads(line) for line in audited.read_text().splitlines()]
+    assert records[0]["call"] == "KVM_CREATE_VM"
+    assert sum(record["call"] == "KVM_RUN" for record in records) == text.count(": kvm_userspace_exit: ")
+
+
+def test_a_vmm_that_is_killed_ends_as_by_sigsys(tmp_path: Path) -> None:
+    path = tmp_path / "filter"
+    path.write_text('{"default_action": "allow", "rules": [{"fd": "vcpu", "ioctl": "KVM_RUN", "action": "kill_process"}]}')
+    result = softkvm("--ioctl-filter", path, "--", "true")
+    assert result.returncode == 128 + 31
+    assert b"the VMM was killed: the ioctl filter does not allow KVM_RUN on a vcpu file" in result.stderr
+    assert b"Traceback" not in result.stderr

@@ -1,0 +1,40 @@
+"""Module parameters: their texts, and whom they reach."""
+
+from __future__ import annotations
+
+import pytest
+
+from softkvm import silicon
+from softkvm.host.clock import VirtualClock
+from softkvm.kvm import Parameters, System
+
+
+def test_the_last_setting_of_a_name_counts() -> None:
+    assert Parameters.parse([]) == Parameters(nrips=True, force_emulation_prefix=True)
+    assert Parameters.parse(["nrips=0", "force_emulation_prefix=N", "nrips=on"]) == Parameters(True, False)
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("nrip=0", "KVM has no parameter 'nrip'; it has force_emulation_prefix, nrips"),
+        ("nrips", "the KVM parameter nrips is 0 or 1, not ''"),
+        ("nrips=2", "the KVM parameter nrips is 0 or 1, not '2'"),
+    ],
+)
+def test_what_is_no_setting(setting: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Parameters.parse([setting])
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("saved", [True, False])
+def test_nrips_needs_the_silicon_and_the_parameter(wanted: bool, saved: bool, clock: VirtualClock) -> None:
+    system = System(silicon.Model("epyc", {"nrip-save": saved}), Parameters(nrips=wanted))
+    assert system.create_vm(clock=clock).create_vcpu(0).saves_next_rip is (wanted and saved)
+
+
+def test_the_emulation_prefix_needs_the_intercept_of_undefined_instructions(model: silicon.Model, clock: VirtualClock) -> None:
+    for wanted in (True, False):
+        vcpu = System(model, Parameters(force_emulation_prefix=wanted)).create_vm(clock=clock).create_vcpu(0)
+        assert vcpu.control.exception_bitmap == (1 << 6 if wanted else 0)

@@ -1,0 +1,262 @@
+"""Stepping over intercepted instructions, as guest code: {silicon} x {module parameter} x {prefixes} x {instruction} x {circumstance}.
+
+The series "x86: KVM: svm: get rid of hardcoded instructions" (docs/series.md). A guest executes one intercepted instruction, at a known
+place and of a known number of bytes, and its own exception frames say where the CPU went on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from softkvm import kvm, silicon
+from softkvm.kvm import emulate
+from softkvm.uapi import kvm as uapi
+from tests.helpers import long_guest
+from tests.helpers.long_guest import CODE, CR4_PAE, DATA, END, Guest
+
+DB, UD, GP = 1, 6, 13
+TF, RF = 1 << 8, 1 << 16
+DR6_BS = 1 << 14
+VECTOR = 0x20
+STI, NOP, LOCK = b"\xfb", b"\x90", b"\xf0"
+PORT = 0x80
+IA32_TSC, NO_MSR = 0x10, 0x1234_5678
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """An intercepted instruction: what it needs to succeed (`good`), what makes KVM refuse it (`bad`), which prefixes it ignores."""
+
+    name: str
+    code: bytes
+    good: dict[str, int] | None
+    bad: dict[str, int] | None = None
+    fault: int = GP
+    prefixes: bytes = b"\x66\x2e\x67"
+    exits: tuple[tuple[int, ...], ...] = ()
+    """Exits to user space on the way."""
+    vendor: str | None = None
+    steps: bool = True
+    """Whether TF traps once, behind it: a repeated string traps in the middle."""
+    check: Callable[[Guest], bool] = field(default=lambda guest: True)
+
+
+def after(**registers: int) -> Callable[[Guest], bool]:
+    """Registers that the instruction has left."""
+    return lambda guest: all(getattr(guest.vcpu.get_regs(), name) == value for name, value in registers.items())
+
+
+def no_such_call(guest: Guest) -> bool:
+    """-KVM_ENOSYS in RAX, of which the handler of an event overwrites the low byte."""
+    return guest.vcpu.get_regs().rax >> 8 == -1000 >> 8 & (1 << 56) - 1
+
+
+OUT = (uapi.KVM_EXIT_IO, uapi.KVM_EXIT_IO_OUT, PORT)
+IN = (uapi.KVM_EXIT_IO, uapi.KVM_EXIT_IO_IN, PORT)
+UNPREFIXED = b"\x2e\x67"  # where 66, F2 and F3 make another opcode or #UD
+
+INSTRUCTIONS = [
+    Instruction("cpuid", b"\x0f\xa2", {"rax": 0x4000_0000}, prefixes=b"\x66\x2e\x67\x48", check=after(rbx=0x4B4D_564B)),
+    Instruction("rdmsr", b"\x0f\x32", {"rcx": 0x1A0, "rdx": 1 << 40}, {"rcx": NO_MSR}, check=after(rdx=0)),
+    Instruction("wrmsr", b"\x0f\x30", {"rcx": IA32_TSC}, {"rcx": NO_MSR}),
+    Instruction("hlt", b"\xf4", {}, prefixes=b"\x66\x2e", exits=((uapi.KVM_EXIT_HLT,),)),
+    Instruction("invd", b"\x0f\x08", {}),
+    Instruction("rdpmc", b"\x0f\x33", None, {}),
+    Instruction("xsetbv", b"\x0f\x01\xd1", {"rax": 3}, {"rax": 2}, prefixes=UNPREFIXED, check=lambda guest: guest.vcpu.state.xcr0 == 3),
+    Instruction("xsetbv of XCR1", b"\x0f\x01\xd1", None, {"rax": 3, "rcx": 1}, prefixes=UNPREFIXED),
+    Instruction("vmcall", b"\x0f\x01\xc1", {"rax": 99}, prefixes=UNPREFIXED, vendor="intel", check=no_such_call),
+    Instruction("vmmcall", b"\x0f\x01\xd9", {"rax": 99}, prefixes=UNPREFIXED, vendor="amd", check=no_such_call),
+    Instruction("out", bytes([0xE6, PORT]), {}, prefixes=UNPREFIXED, exits=((*OUT, 1),)),
+    Instruction("in", bytes([0xE4, PORT]), {}, prefixes=UNPREFIXED, exits=((*IN, 1),)),
+    Instruction("out dx, ax", b"\x66\xef", {"rdx": PORT}, prefixes=b"\x66\x2e\x67", exits=((*OUT, 2),)),
+    Instruction("outsb", b"\x6e", {"rdx": PORT, "rsi": DATA}, prefixes=b"\x66\x2e", exits=((*OUT, 1),), check=after(rsi=DATA + 1)),
+    Instruction("insb", b"\x6c", {"rdx": PORT, "rdi": DATA}, prefixes=b"\x66\x67", exits=((*IN, 1),), check=after(rdi=DATA + 1)),
+    Instruction(
+        "rep outsb",
+        b"\xf3\x6e",
+        {"rdx": PORT, "rsi": DATA, "rcx": 5},
+        prefixes=b"\x66\x2e",
+        exits=((*OUT, 5),),
+        steps=False,
+        check=after(rsi=DATA + 5, rcx=0),
+    ),
+    Instruction(
+        "mov cr4", b"\x0f\x22\xe0", {"rax": CR4_PAE}, {"rax": CR4_PAE | 1 << 13}, check=lambda guest: guest.vcpu.state.cr4 == CR4_PAE
+    ),
+    Instruction("mov cr8", b"\x44\x0f\x22\xc0", {"rax": 0}, {"rax": 16}),
+    Instruction("mov from cr8", b"\x44\x0f\x20\xc0", {"rax": 0x700}, check=lambda guest: guest.vcpu.get_regs().rax >> 8 == 0),
+    Instruction("vmxon", b"\xf3\x0f\xc7\x33", None, {"rbx": DATA}, UD, b"\x2e\x67", vendor="intel"),
+    Instruction("vmlaunch", b"\x0f\x01\xc2", None, {}, UD, b"\x2e\x67", vendor="intel"),
+    Instruction("vmrun", b"\x0f\x01\xd8", None, {}, UD, b"\x2e\x67", vendor="amd"),
+    Instruction("vmload", b"\x0f\x01\xda", None, {}, UD, b"\x2e\x67", vendor="amd"),
+    Instruction("stgi", b"\x0f\x01\xdc", None, {}, UD, b"\x2e\x67", vendor="amd"),
+    Instruction("invlpga", b"\x0f\x01\xdf", None, {}, UD, b"\x2e\x67", vendor="amd"),
+]
+
+
+@dataclass(frozen=True)
+class Host:
+    """A silicon, and KVM's use of it. Intel silicon has no NRIPS to leave out, and its module no such parameter."""
+
+    model: str
+    saves_next_rip: bool
+    nrips: bool
+
+    def __str__(self) -> str:
+        return f"{self.model}{'' if self.saves_next_rip else '-nrip'} nrips={int(self.nrips)}"
+
+    @property
+    def vendor(self) -> str:
+        return "amd" if self.model == "epyc" else "intel"
+
+
+HOSTS = [
+    Host("cascadelake", True, True),
+    Host("cascadelake", True, False),
+    Host("epyc", True, True),
+    Host("epyc", True, False),
+    Host("epyc", False, True),
+    Host("epyc", False, False),
+]
+
+
+CASES = [
+    pytest.param(host, instruction, prefixed, id=f"{host} {'prefixed ' if prefixed else ''}{instruction}")
+    for host in HOSTS
+    for instruction in INSTRUCTIONS
+    if instruction.vendor in (None, host.vendor)
+    for prefixed in (False, True)
+]
+
+
+Boot = Callable[..., Guest]
+
+
+@pytest.fixture
+def boot() -> Iterator[Boot]:
+    """Make guests on new silicon of a host."""
+    guests: list[Guest] = []
+
+    def make(host: Host, code: bytes, **registers: int) -> Guest:
+        features = {} if host.saves_next_rip else {"nrip-save": False}
+        system = kvm.System(silicon.Model(host.model, features), kvm.Parameters(nrips=host.nrips))
+        guests.append(Guest(system, code, **registers))
+        return guests[-1]
+
+    yield make
+    for guest in guests:
+        guest.close()
+
+
+def cases(wanted: Callable[[Instruction], bool]) -> pytest.MarkDecorator:
+    """Every host x every instruction of its vendor that is wanted x plain and prefixed."""
+    return pytest.mark.parametrize(
+        ("host", "instruction", "prefixed"),
+        [
+            pytest.param(host, instruction, prefixed, id=f"{host} {'prefixed ' if prefixed else ''}{instruction.name}")
+            for host in HOSTS
+            for instruction in INSTRUCTIONS
+            if instruction.vendor in (None, host.vendor) and wanted(instruction)
+            for prefixed in (False, True)
+        ],
+    )
+
+
+def encoded(instruction: Instruction, prefixed: bool) -> bytes:
+    """The instruction's bytes; in those that have it, REX stays next to the opcode."""
+    return (instruction.prefixes if prefixed else b"") + instruction.code
+
+
+@cases(lambda instruction: instruction.good is not None)
+def test_plain(boot: Boot, host: Host, instruction: Instruction, prefixed: bool) -> None:
+    code = encoded(instruction, prefixed)
+    guest = boot(host, code + END, **instruction.good or {})
+    outcome = guest.run()
+    assert outcome.event is None
+    assert tuple(outcome.exits) == instruction.exits
+    assert guest.vcpu.get_regs().rip == CODE + len(code)
+    assert instruction.check(guest)
+    assert guest.retired == 1
+
+
+@cases(lambda instruction: instruction.good is not None and instruction.steps)
+def test_trap_flag(boot: Boot, host: Host, instruction: Instruction, prefixed: bool) -> None:
+    code = encoded(instruction, prefixed)
+    guest = boot(host, code + NOP + END, **instruction.good or {}, rflags=2 | TF)
+    outcome = guest.run()
+    assert outcome.event is not None
+    assert (outcome.event.vector, outcome.event.rip) == (DB, CODE + len(code))
+    assert outcome.event.rflags & (TF | RF) == TF
+    assert guest.vcpu.get_debugregs().dr6 & DR6_BS
+    assert tuple(outcome.exits) == instruction.exits
+    assert instruction.check(guest)
+    assert guest.retired == 2  # and the first one of the handler
+
+
+@cases(lambda instruction: instruction.good is not None)
+def test_interrupt_shadow(boot: Boot, host: Host, instruction: Instruction, prefixed: bool) -> None:
+    code = encoded(instruction, prefixed)
+    guest = boot(host, STI + code + NOP + END, **instruction.good or {})
+    guest.vcpu.interrupt(VECTOR)
+    outcome = guest.run()
+    assert outcome.event is not None
+    assert (outcome.event.vector, outcome.event.rip) == (VECTOR, CODE + 1 + len(code))
+    assert tuple(outcome.exits) == instruction.exits
+    assert instruction.check(guest)
+    assert guest.retired == 3  # STI, the instruction, and the first one of the handler
+
+
+@cases(lambda instruction: instruction.bad is not None)
+@pytest.mark.parametrize("shadow", [False, True])
+def test_fault_leaves_rip_on_the_instruction(boot: Boot, host: Host, instruction: Instruction, prefixed: bool, shadow: bool) -> None:
+    code = (STI if shadow else b"") + encoded(instruction, prefixed)
+    guest = boot(host, code + NOP + END, **instruction.bad or {}, rflags=2 | (0 if shadow else TF))
+    outcome = guest.run()
+    assert outcome.event is not None
+    assert (outcome.event.vector, outcome.event.rip) == (instruction.fault, CODE + len(STI) * shadow)
+    assert outcome.event.rflags & RF
+    assert outcome.event.error == (0 if instruction.fault == GP else None)
+    assert outcome.exits == []
+    assert guest.vcpu.instructions_skipped == 0
+    assert not guest.vcpu.get_debugregs().dr6 & DR6_BS
+
+
+@cases(lambda instruction: "cr8" not in instruction.name)  # LOCK MOV CR0 is AMD's MOV CR8 (APM vol. 3)
+def test_lock_is_undefined_before_every_intercepted_instruction(boot: Boot, host: Host, instruction: Instruction, prefixed: bool) -> None:
+    guest = boot(host, LOCK + encoded(instruction, prefixed) + END, **instruction.good or instruction.bad or {})
+    outcome = guest.run()
+    assert outcome.event is not None
+    assert (outcome.event.vector, outcome.event.rip) == (UD, CODE)
+    assert guest.vcpu.instructions_skipped == 0
+
+
+# --- Skips that fail ---------------------------------------------------------------------------------------------------------------
+
+CLEAR_MAPPING = b"\x48\xc7\x04\x25" + long_guest.PD.to_bytes(4, "little") + bytes(4)
+"""mov qword [PD], 0: what follows runs from the TLB."""
+
+
+@pytest.mark.parametrize("host", [host for host in HOSTS if not (host.saves_next_rip and host.nrips) and host.vendor == "amd"], ids=str)
+def test_code_that_is_not_mapped_any_more_cannot_be_skipped(boot: Boot, host: Host, caplog: pytest.LogCaptureFixture) -> None:
+    emulate._say_once_that_skipping_failed.cache_clear()
+    guest = boot(host, CLEAR_MAPPING + STI + b"\x0f\xa2" + END)
+    failure = guest.vcpu.kvm_run.emulation_failure
+    for _ in range(3):
+        assert guest.run().exits == [(uapi.KVM_EXIT_INTERNAL_ERROR,)]
+        assert (failure.suberror, failure.flags, failure.ndata) == (uapi.KVM_INTERNAL_ERROR_EMULATION, 0, 6)
+        assert guest.vcpu.get_regs().rip == CODE + len(CLEAR_MAPPING) + 1
+        assert guest.vcpu.get_vcpu_events().interrupt.shadow
+    assert guest.vcpu.stats["insn_emulation_fail"] == 3
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("host", [host for host in HOSTS if host.vendor == "amd"], ids=str)
+def test_instruction_across_a_page_is_decoded_whole(boot: Boot, host: Host) -> None:
+    code = b"\x66\x2e\x67\x48\x0f\xa2" + END
+    guest = boot(host, b"", rip=CODE + 0xFFD)
+    guest.ram[CODE + 0xFFD : CODE + 0xFFD + len(code)] = code
+    assert guest.run().event is None
+    assert guest.vcpu.get_regs().rip == CODE + 0x1003
