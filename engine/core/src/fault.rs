@@ -29,6 +29,7 @@ pub mod pf {
     pub const USER: u32 = 4;
     pub const RESERVED: u32 = 8;
     pub const FETCH: u32 = 16;
+    pub const KEY: u32 = 32;
 }
 
 /// An exception that waits for delivery.

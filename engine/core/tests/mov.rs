@@ -231,3 +231,33 @@ fn popf_changes_what_the_privilege_allows() {
     machine.run(&[0x9c], 1).unwrap(); // pushfq
     assert_eq!(machine.bytes(STACK_TOP), (rflags::ARITHMETIC | rflags::IF | rflags::FIXED).to_le_bytes());
 }
+
+#[test]
+fn movdir64b_needs_an_aligned_destination() {
+    let mut machine = Machine::new();
+    let line: Vec<u8> = (0..64).collect();
+    machine.poke(DATA + 8, &line);
+    machine.cpu.set_gpr(gpr::RSI, DATA + 8);
+    machine.cpu.set_gpr(gpr::RDI, DATA + 128);
+    let movdir64b = [0x66, 0x0f, 0x38, 0xf8, 0x3e];
+    assert!(machine.run(&movdir64b, 1).is_ok());
+    assert_eq!(machine.peek(DATA + 128, 64), line);
+    machine.cpu.set_gpr(gpr::RDI, DATA + 136);
+    assert!(machine.run(&movdir64b, 1).is_err());
+    assert_eq!(machine.vector(), 13);
+}
+
+#[test]
+fn bound_and_salc() {
+    let mut machine = Machine::with_size(CodeSize::Bits32);
+    machine.poke(DATA, &[(-2i32).to_le_bytes(), 5i32.to_le_bytes()].concat());
+    machine.cpu.set_gpr(gpr::RSI, DATA);
+    for (index, inside) in [(-3i32, false), (-2, true), (5, true), (6, false)] {
+        machine.cpu.set_gpr(gpr::RAX, u64::from(index as u32));
+        assert_eq!(machine.run(&[0x62, 0x06], 1).is_ok(), inside, "BOUND eax, [esi] with {index}");
+    }
+    assert_eq!(machine.vector(), 5);
+    machine.set_flags(1);
+    assert!(machine.run(&[0xd6], 1).is_ok());
+    assert_eq!(machine.cpu.gpr(gpr::RAX) as u8, 0xff);
+}

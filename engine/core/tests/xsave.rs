@@ -159,7 +159,7 @@ fn the_avx_component_lies_behind_the_header() {
     assert_eq!(run(&mut machine, XRSTOR), Ok(()));
     assert_eq!(machine.cpu.state.fpu.vector[2][16..32], [0x77; 16]);
     assert_eq!(machine.cpu.state.fpu.vector[3][16..], [[0; 16], [0x11; 16], [0x11; 16]].concat());
-    assert_eq!((machine.cpu.model.xsave_size(7), machine.cpu.model.xcr0_supported()), (832, 7));
+    assert_eq!((machine.cpu.model.xsave_size(7), machine.cpu.model.xcr0_supported() & 7), (832, 7));
 }
 
 #[test]

@@ -20,7 +20,7 @@ use crate::memory::nested::NestedPageTable;
 use crate::model::Model;
 use crate::paging::tlb::{self, Tlb};
 use crate::paging::walk::Context;
-use crate::paging::Privilege;
+use crate::paging::{canonical, unused_bits, Privilege};
 use crate::state::{cr0, interruptibility, rflags, seg, Segment, State};
 use crate::uop::{slot, Exec, RegOffset, Stop, Uop, RIP_STRIDE};
 use crate::virt::control::{self, Access, Control, Exit};
@@ -75,6 +75,8 @@ pub struct Cpu {
     pub code_size: CodeSize,
     /// Bits of [`mode::media`]: why a vector or x87 instruction may not run.
     pub media: u8,
+    /// Upper bits of an address that must repeat the one below them; see [`Cpu::canonical`].
+    unused_address_bits: u8,
     /// What a jump-cache entry depends on besides RIP: generation of the translations, privilege, code size.
     pub jump_context: u64,
     /// Instructions that may run before the dispatcher looks at clocks.
@@ -132,6 +134,7 @@ impl Cpu {
             cpl: 0,
             code_size: CodeSize::Bits16,
             media: 0,
+            unused_address_bits: 16,
             jump_context: 0,
             budget: 0,
             state: State::default(),
@@ -312,6 +315,17 @@ impl Cpu {
         self.retired.wrapping_add((self.budget_start - self.budget) as u64)
     }
 
+    /// Whether `la` is canonical for the paging mode.
+    #[inline(always)]
+    pub fn canonical(&self, la: u64) -> bool {
+        canonical(la, self.unused_address_bits)
+    }
+
+    /// Whether a register may hold `base`: it must be canonical for the widest addresses that the CPU has, whatever the paging mode.
+    pub fn canonical_base(&self, base: u64) -> bool {
+        canonical(base, self.model.unused_address_bits())
+    }
+
     // ---- exceptions -----------------------------------------------------------------------------------------------------------------
 
     /// Raises an exception without error code: `return Err(cpu.raise(vector::UD))`.
@@ -370,6 +384,7 @@ impl Cpu {
         self.cpl = self.current_privilege();
         self.code_size = self.current_code_size();
         self.media = self.current_media();
+        self.unused_address_bits = unused_bits(self.state.cr4);
         let flat = self.code_size == CodeSize::Bits64;
         for number in 0..6 {
             let keep = !flat || number == seg::FS || number == seg::GS;

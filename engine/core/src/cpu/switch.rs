@@ -4,7 +4,7 @@
 use super::descriptor::{is_null, rpl, system, within_limit, Descriptor};
 use super::Cpu;
 use crate::fault::vector;
-use crate::paging::{canonical, AccessKind, Privilege};
+use crate::paging::{AccessKind, Privilege};
 use crate::state::{gpr, rights, seg, Segment};
 use crate::uop::{Exec, Stop};
 
@@ -58,7 +58,7 @@ impl Cpu {
         } else {
             self.gpr(gpr::RSP)
         };
-        if !canonical(pointer) {
+        if !self.canonical(pointer) {
             return Err(self.raise_error(vector::SS, 0));
         }
         let segment = if level < self.cpl() { Cpu::null_stack(level) } else { self.state.segments[seg::SS] };
@@ -133,7 +133,7 @@ impl Cpu {
     fn push_on(&mut self, stack: &mut NewStack, value: u64, bytes: u64) -> Exec {
         let top = stack.pointer.wrapping_sub(bytes) & stack.mask;
         let la = if stack.mask == u64::MAX {
-            if !canonical(top) || !canonical(top.wrapping_add(bytes - 1)) {
+            if !self.canonical(top) || !self.canonical(top.wrapping_add(bytes - 1)) {
                 return Err(self.stack_fault(stack));
             }
             top

@@ -87,6 +87,7 @@ fn need(feature: CpuidFeature) -> Need {
         ADX => Feature::Adx,
         MOVBE => Feature::Movbe,
         MOVDIRI => Feature::Movdiri,
+        MOVDIR64B => Feature::Movdir64b,
         CMPXCHG16B => Feature::Cx16,
         XSAVE => Feature::Xsave,
         XSAVEOPT => Feature::Xsaveopt,

@@ -6,7 +6,6 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use super::select::{condition, holds, in_memory};
 use crate::cpu::{CodeSize, Cpu};
-use crate::paging::canonical;
 use crate::state::{gpr, seg};
 use crate::uop::{Exec, Handler, RegOffset, Stop, Uop};
 use crate::word::Word;
@@ -59,7 +58,7 @@ fn set_rip<W: Word>(cpu: &mut Cpu, target: u64) {
 
 #[inline(always)]
 fn check_target<W: Word>(cpu: &mut Cpu, target: u64) -> Exec {
-    let allowed = if W::BITS == 64 { canonical(target) } else { target <= cpu.state.segments[seg::CS].limit.into() };
+    let allowed = if W::BITS == 64 { cpu.canonical(target) } else { target <= cpu.state.segments[seg::CS].limit.into() };
     if !allowed {
         return Err(cpu.general_protection());
     }

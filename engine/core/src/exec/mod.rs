@@ -9,9 +9,11 @@ pub mod select;
 pub mod alu;
 pub mod avx;
 pub mod bits;
+pub mod bound;
 pub mod branch;
 pub mod control;
 pub mod decimal;
+pub mod direct;
 pub mod exchange;
 pub mod far;
 pub mod fast;
@@ -36,7 +38,7 @@ use crate::uop::{Exec, Handler, Stop, Uop};
 
 /// The handler of an instruction; `None` where the engine has none.
 pub fn handler(insn: &Instruction, size: CodeSize) -> Option<Handler> {
-    const FAMILIES: [fn(&Instruction, CodeSize) -> Option<Handler>; 21] = [
+    const FAMILIES: [fn(&Instruction, CodeSize) -> Option<Handler>; 23] = [
         mov::handler,
         alu::handler,
         branch::handler,
@@ -58,6 +60,8 @@ pub fn handler(insn: &Instruction, size: CodeSize) -> Option<Handler> {
         fence::handler,
         exchange::handler,
         decimal::handler,
+        bound::handler,
+        direct::handler,
     ];
     FAMILIES.iter().find_map(|family| family(insn, size))
 }

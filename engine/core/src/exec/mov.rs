@@ -30,6 +30,7 @@ pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
         Movbe if in_memory(insn, 0) => by_wide_width!(width(insn, 1), movbe_mr),
         Movbe => by_wide_width!(width(insn, 0), movbe_rm),
         Xlatb => Some(xlat),
+        Salc => Some(set_al_from_carry),
         Cbw => Some(extend_accumulator::<u8, u16>),
         Cwde => Some(extend_accumulator::<u16, u32>),
         Cdqe => Some(extend_accumulator::<u32, u64>),
@@ -225,6 +226,12 @@ fn movbe_rm<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 fn movbe_mr<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     let value: W = cpu.reg(uop.reg[1]);
     cpu.store(uop, reverse(value))
+}
+
+/// SALC: undocumented, and on every x86 since the first.
+fn set_al_from_carry(cpu: &mut Cpu, _uop: &Uop) -> Exec {
+    cpu.set_reg(gpr::RAX as u8 * 8, if cpu.flags.cf() { 0xffu8 } else { 0 });
+    Ok(())
 }
 
 // ---- conditional moves ----------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ use crate::cpu::{CodeSize, Cpu};
 use crate::flags::Flags;
 use crate::model::msrs::index;
 use crate::model::Feature;
-use crate::paging::canonical;
 use crate::state::{cr0, cr4, efer, gpr, rflags, seg};
 use crate::uop::{Exec, Handler, Stop, Uop};
 use crate::virt::control::intercept;
@@ -166,8 +165,8 @@ fn write_msr(cpu: &mut Cpu, index: u32, value: u64) -> Exec {
 fn check_msr_value(cpu: &mut Cpu, index: u32, value: u64) -> Exec {
     let amd = cpu.model.is_amd();
     let good = match index {
-        index::SYSENTER_ESP | index::SYSENTER_EIP => amd || canonical(value),
-        index::LSTAR | index::CSTAR | index::FS_BASE | index::GS_BASE | index::KERNEL_GS_BASE => canonical(value),
+        index::SYSENTER_ESP | index::SYSENTER_EIP => amd || cpu.canonical_base(value),
+        index::LSTAR | index::CSTAR | index::FS_BASE | index::GS_BASE | index::KERNEL_GS_BASE => cpu.canonical_base(value),
         index::FMASK => value >> 32 == 0,
         index::TSC_AUX => has_tsc_aux(cpu) && (amd || value >> 32 == 0),
         index::PAT => value.to_le_bytes().iter().all(|kind| matches!(kind, 0 | 1 | 4..=7)),
@@ -356,7 +355,7 @@ mod tests {
             (index::PRED_CMD, 2),
             (index::TSC_AUX, 1 << 32),
             (index::DEBUGCTL, 1 << 6),
-            (index::XSS, 0),
+            (index::XSS, 1),
             (index::TSC, 0),
             (index::MTRRCAP, 0),
             (0x1234, 0),
@@ -364,7 +363,7 @@ mod tests {
             assert_eq!(write_msr(&mut cpu, index, value), Err(Stop::Fault), "{index:#x}");
             assert_eq!(cpu.fault.vector, crate::fault::vector::GP);
         }
-        for index in [index::PRED_CMD, index::XSS, index::MTRRCAP, 0x1234] {
+        for index in [index::PRED_CMD, index::MTRRCAP, 0x1234] {
             assert_eq!(read_msr(&mut cpu, index), Err(Stop::Fault), "{index:#x}");
         }
     }

@@ -3,7 +3,6 @@
 use iced_x86::{Code, Instruction};
 
 use crate::cpu::{CodeSize, Cpu};
-use crate::paging::canonical;
 use crate::state::{cr0, efer, gpr, rflags, rights, seg, Segment};
 use crate::uop::{slot, Exec, Handler, Stop, Uop};
 
@@ -91,7 +90,7 @@ fn sysret<const WIDE: bool>(cpu: &mut Cpu, _uop: &Uop) -> Exec {
     cpu.require_cpl0()?;
     let target = cpu.gpr(gpr::RCX);
     // AMD's processors take the fault at the target, in ring 3.
-    if WIDE && intel && !canonical(target) {
+    if WIDE && intel && !cpu.canonical(target) {
         return Err(cpu.general_protection());
     }
     let star = (cpu.state.star >> 48) as u16;
@@ -147,7 +146,7 @@ fn sysexit<const WIDE: bool>(cpu: &mut Cpu, _uop: &Uop) -> Exec {
         return Err(cpu.general_protection());
     }
     let (rip, rsp) = (cpu.gpr(gpr::RDX), cpu.gpr(gpr::RCX));
-    if WIDE && !(canonical(rip) && canonical(rsp)) {
+    if WIDE && !(cpu.canonical(rip) && cpu.canonical(rsp)) {
         return Err(cpu.general_protection());
     }
     let (offset, code) = if WIDE { (32u16, FLAT_CODE_64) } else { (16, FLAT_CODE_32) };

@@ -2,7 +2,6 @@
 
 use super::Event;
 use crate::cpu::Cpu;
-use crate::paging::canonical;
 use crate::state::{gpr, seg};
 use crate::uop::{slot, Exec};
 
@@ -12,7 +11,7 @@ impl Cpu {
         let (descriptor, level) = self.handler_code(gate.selector)?;
         let mut stack = self.long_stack(level, gate.ist)?;
         stack.pointer &= !15;
-        if !canonical(gate.offset) {
+        if !self.canonical(gate.offset) {
             return Err(self.general_protection());
         }
         let [ss, cs] = [seg::SS, seg::CS].map(|number| u64::from(self.state.segments[number].selector));

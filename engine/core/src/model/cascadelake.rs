@@ -17,6 +17,8 @@ pub const PART: Part = Part {
     constants: &[
         // One-byte cache and TLB descriptors; FF refers to leaf 4.
         (0x2, [0x7603_6301, 0x00f0_b5ff, 0, 0x00c3_0000]),
+        // MONITOR lines of 64 bytes; C-states of MWAIT.
+        (0x5, [0x40, 0x40, 3, 0x2020]),
         // L2: 1 MB, eight ways as the leaf's encoding can say, 64-byte lines.
         (0x8000_0006, [0, 0, 0x0100_6040, 0]),
     ],
@@ -44,7 +46,7 @@ const FEATURES: &[Feature] = {
 };
 
 /// Later Xeons have these. They spare a guest work (SERIALIZE an IRET per code patch, FSRM a table-driven copy).
-const ADDED: &[Feature] = &[Feature::Umip, Feature::Rdpid, Feature::Fsrm, Feature::Serialize, Feature::Movdiri];
+const ADDED: &[Feature] = &[Feature::Umip, Feature::Rdpid, Feature::Fsrm, Feature::Serialize, Feature::Movdiri, Feature::Movdir64b];
 
 /// The caches of one core and its slice of the last level.
 const CACHES: &[Cache] = &[

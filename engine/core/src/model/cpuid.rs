@@ -4,8 +4,8 @@ use super::features::register::{EAX, EBX, ECX, EDX};
 use super::{Feature, Model};
 use crate::cpu::clock::host_tsc_khz;
 
-/// Bits of a linear address.
-const LINEAR_BITS: u32 = 48;
+/// Bits of a linear address, with 4-level and with 5-level paging.
+const LINEAR_BITS: [u32; 2] = [48, 57];
 /// First extended leaf.
 const EXTENDED: u32 = 0x8000_0000;
 /// Bits of leaf 1 EDX that AMD repeats in leaf 80000001 EDX.
@@ -93,7 +93,7 @@ impl Model {
             EXTENDED => self.highest_extended(),
             0x8000_0001 if self.is_amd() => [self.part.signature, 4 << 28, 0, 0],
             0x8000_0002..=0x8000_0004 => self.brand(leaf),
-            0x8000_0008 => [self.physical_bits() | LINEAR_BITS << 8, 0, 0, 0],
+            0x8000_0008 => [self.physical_bits() | LINEAR_BITS[usize::from(self.has(Feature::La57))] << 8, 0, 0, 0],
             // SVM revision 1 and the number of ASIDs.
             0x8000_000a if self.has(Feature::Svm) => [1, 0x8000, 0, 0],
             _ => [0; 4],
@@ -233,9 +233,12 @@ mod tests {
     #[test]
     fn xsave_sizes_follow_the_components() {
         let intel = Model::default();
-        assert_eq!(intel.cpuid(0xd, 0), [3, 576, 576, 0]);
-        assert_eq!(intel.cpuid(0xd, 1), [7, 576, 0, 0]);
-        assert_eq!(intel.cpuid(0xd, 2), [0; 4]);
+        assert_eq!(intel.cpuid(0xd, 0), [0x207, 576, 2696, 0]);
+        assert_eq!(intel.cpuid(0xd, 1), [15, 576, 0, 0]);
+        assert_eq!(intel.cpuid(0xd, 2), [256, 576, 0, 0]);
+        assert_eq!(intel.cpuid(0xd, 9), [8, 2688, 0, 0]);
+        let sse = Model::new("cascadelake", &[("avx".to_owned(), false), ("pku".to_owned(), false)]).unwrap();
+        assert_eq!(sse.cpuid(0xd, 0), [3, 576, 576, 0]);
         let without = Model::new("cascadelake", &[("xsave".to_owned(), false)]).unwrap();
         assert_eq!(without.cpuid(0xd, 0), [0; 4]);
     }

@@ -19,6 +19,8 @@ pub const PART: Part = Part {
         (0x8000_0005, [0xff40_ff40, 0xff40_ff40, 0x2008_0140, 0x2008_0140]),
         // L2 TLBs, L2 of 512 KB with 8 ways, L3 of 16 MB with 16 ways.
         (0x8000_0006, [0x4800_6400, 0x6800_6400, 0x0200_6140, 0x0080_9140]),
+        // MONITOR lines of 64 bytes; C-states of MWAIT.
+        (0x5, [0x40, 0x40, 3, 0x11]),
         // TLBs for 1 GB pages.
         (0x8000_0019, [0xf040_f040, 0xf040_0000, 0, 0]),
         // Unaligned SSE loads are as fast as aligned ones.

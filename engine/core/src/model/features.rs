@@ -72,7 +72,7 @@ features! {
         28 Ht "ht" no, 29 Tm "tm" no, 31 Pbe "pbe" no,
     }
     0x1 . 0 ECX {
-        0 Sse3 "pni" yes, 1 Pclmulqdq "pclmulqdq" yes, 2 Dtes64 "dtes64" no, 3 Monitor "monitor" no, 4 DsCpl "ds-cpl" no,
+        0 Sse3 "pni" yes, 1 Pclmulqdq "pclmulqdq" yes, 2 Dtes64 "dtes64" no, 3 Monitor "monitor" yes, 4 DsCpl "ds-cpl" no,
         5 Vmx "vmx" no, 6 Smx "smx" no, 7 Est "est" no, 8 Tm2 "tm2" no, 9 Ssse3 "ssse3" yes, 11 Sdbg "sdbg" no, 12 Fma "fma" yes,
         13 Cx16 "cx16" yes, 14 Xtpr "xtpr" no, 15 Pdcm "pdcm" no, 17 Pcid "pcid" yes, 18 Dca "dca" no, 19 Sse41 "sse4.1" yes,
         20 Sse42 "sse4.2" yes, 21 X2apic "x2apic" yes, 22 Movbe "movbe" yes, 23 Popcnt "popcnt" yes,
@@ -94,8 +94,8 @@ features! {
         31 Avx512vl "avx512vl" no,
     }
     0x7 . 0 ECX {
-        2 Umip "umip" yes, 3 Pku "pku" no, 11 Avx512Vnni "avx512-vnni" no, 16 La57 "la57" no, 22 Rdpid "rdpid" yes,
-        25 Cldemote "cldemote" yes, 27 Movdiri "movdiri" yes,
+        2 Umip "umip" yes, 3 Pku "pku" yes, 11 Avx512Vnni "avx512-vnni" no, 16 La57 "la57" yes, 22 Rdpid "rdpid" yes,
+        25 Cldemote "cldemote" yes, 27 Movdiri "movdiri" yes, 28 Movdir64b "movdir64b" yes,
     }
     0x7 . 0 EDX {
         4 Fsrm "fsrm" yes, 10 MdClear "md-clear" yes, 14 Serialize "serialize" yes, 26 SpecCtrl "spec-ctrl" yes, 27 Stibp "stibp" yes,
@@ -149,6 +149,8 @@ pub const NEEDS: &[(Feature, Feature)] = &[
     (Feature::Xsaves, Feature::Xsavec),
     (Feature::Avx, Feature::Xsave),
     (Feature::Avx2, Feature::Avx),
+    (Feature::Pku, Feature::Xsave),
+    (Feature::Pku, Feature::Lm),
     (Feature::Fma, Feature::Avx),
     (Feature::F16c, Feature::Avx),
     (Feature::Avx512f, Feature::Avx2),
@@ -164,6 +166,7 @@ pub const NEEDS: &[(Feature, Feature)] = &[
     (Feature::Pcid, Feature::Pae),
     (Feature::Lm, Feature::Pae),
     (Feature::Pdpe1gb, Feature::Lm),
+    (Feature::La57, Feature::Lm),
     (Feature::Syscall, Feature::Msr),
     (Feature::Npt, Feature::Svm),
     (Feature::NripSave, Feature::Svm),

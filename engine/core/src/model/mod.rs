@@ -14,6 +14,8 @@ use std::fmt;
 pub use features::{Feature, FeatureSet};
 
 use crate::memory::nested::PHYSICAL_BITS;
+use crate::paging::unused_bits;
+use crate::state::cr4;
 use features::{NEEDS, TABLE};
 
 /// A cache as CPUID describes it (SDM vol. 2, leaf 4).
@@ -177,6 +179,11 @@ impl Model {
     /// Bits of a physical address.
     pub fn physical_bits(&self) -> u32 {
         PHYSICAL_BITS
+    }
+
+    /// Upper bits of an address that the widest linear address does not have.
+    pub fn unused_address_bits(&self) -> u8 {
+        unused_bits(if self.has(Feature::La57) { cr4::LA57 } else { 0 })
     }
 
     /// Whether the model has `feature`.

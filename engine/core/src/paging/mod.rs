@@ -4,6 +4,8 @@ pub mod tlb;
 pub mod translate;
 pub mod walk;
 
+use crate::state::cr4;
+
 /// What an access does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AccessKind {
@@ -22,8 +24,17 @@ pub enum Privilege {
     User,
 }
 
-/// Whether `la` is canonical for 48-bit linear addresses.
+/// Bits of an address above a linear address: 16, or 7 with 5-level paging.
+pub const fn unused_bits(cr4: u64) -> u8 {
+    if cr4 & cr4::LA57 != 0 {
+        7
+    } else {
+        16
+    }
+}
+
+/// Whether the `unused` upper bits of `la` repeat the one below them (SDM vol. 1, 3.3.7.1).
 #[inline(always)]
-pub const fn canonical(la: u64) -> bool {
-    (la as i64) << 16 >> 16 == la as i64
+pub const fn canonical(la: u64, unused: u8) -> bool {
+    (la as i64) << unused >> unused == la as i64
 }

@@ -3,7 +3,7 @@
 use core::mem::size_of;
 
 use super::walk::{walk, Mapping, WalkError};
-use super::{canonical, tlb, AccessKind, Privilege};
+use super::{tlb, AccessKind, Privilege};
 use crate::cpu::Cpu;
 use crate::fault::vector;
 use crate::memory::nested::right;
@@ -377,7 +377,7 @@ impl Cpu {
 
     /// Translates one page-bounded access, or raises what stands in its way.
     fn target(&mut self, segment: usize, la: u64, kind: AccessKind, privilege: Privilege) -> Exec<Target> {
-        if self.long_mode() && !canonical(la) {
+        if self.long_mode() && !self.canonical(la) {
             let vector = if segment == seg::SS { vector::SS } else { vector::GP };
             return Err(self.raise_error(vector, 0));
         }

@@ -16,6 +16,7 @@ const DIRTY: u64 = 0x40;
 const LARGE: u64 = 0x80;
 const GLOBAL: u64 = 0x100;
 const NO_EXECUTE: u64 = 1 << 63;
+const KEY_SHIFT: u32 = 59;
 
 /// The registers that decide how addresses are translated.
 #[derive(Clone, Copy, Debug, Default)]
@@ -25,6 +26,7 @@ pub struct Context {
     pub cr4: u64,
     pub efer: u64,
     pub pdpte: [u64; 4],
+    pub pkru: u32,
     /// Bits of a physical address that the CPU has.
     pub physical_bits: u32,
 }
@@ -32,7 +34,15 @@ pub struct Context {
 impl Context {
     /// The context of `state`.
     pub fn new(state: &State, physical_bits: u32) -> Self {
-        Context { cr0: state.cr0, cr3: state.cr3, cr4: state.cr4, efer: state.efer, pdpte: state.pdpte, physical_bits }
+        Context {
+            cr0: state.cr0,
+            cr3: state.cr3,
+            cr4: state.cr4,
+            efer: state.efer,
+            pdpte: state.pdpte,
+            pkru: state.fpu.pkru,
+            physical_bits,
+        }
     }
     fn wide(&self) -> bool {
         self.cr4 & cr4::PAE != 0
@@ -62,20 +72,34 @@ pub struct Mapping {
     pub no_execute: bool,
     pub dirty: bool,
     pub global: bool,
+    /// Protection key.
+    pub key: u8,
     /// Bits of an address within the page: 12, or more for a large page.
     pub page_shift: u32,
 }
 
 impl Mapping {
     fn identity(gpa: u64) -> Self {
-        Mapping { gpa, writable: true, user: true, no_execute: false, dirty: true, global: false, page_shift: 12 }
+        Mapping { gpa, writable: true, user: true, no_execute: false, dirty: true, global: false, key: 0, page_shift: 12 }
     }
 
-    /// Whether the access is allowed (SDM vol. 3, 4.6.1).
+    /// Whether the access is allowed.
     pub fn allows(&self, context: &Context, privilege: Privilege, kind: AccessKind) -> bool {
-        if context.cr0 & cr0::PG == 0 {
-            return true;
+        context.cr0 & cr0::PG == 0 || self.has_rights(context, privilege, kind) && !self.is_locked(context, privilege, kind)
+    }
+
+    /// Whether PKRU denies access to a user page with this key (SDM vol. 3, 4.6.2).
+    fn is_locked(&self, context: &Context, privilege: Privilege, kind: AccessKind) -> bool {
+        if context.cr4 & cr4::PKE == 0 || context.efer & efer::LMA == 0 || !self.user || kind == AccessKind::Fetch {
+            return false;
         }
+        let bits = context.pkru >> (2 * self.key);
+        let protects_writes = privilege == Privilege::User || context.cr0 & cr0::WP != 0;
+        bits & 1 != 0 || bits & 2 != 0 && kind == AccessKind::Write && protects_writes
+    }
+
+    /// Whether the rights of the page allow the access (SDM vol. 3, 4.6.1).
+    fn has_rights(&self, context: &Context, privilege: Privilege, kind: AccessKind) -> bool {
         match (privilege, kind) {
             (Privilege::User, AccessKind::Read) => self.user,
             (Privilege::User, AccessKind::Write) => self.user && self.writable,
@@ -148,7 +172,8 @@ impl Walker<'_> {
             return Ok(Mapping::identity(self.la & 0xffff_ffff));
         }
         if context.efer & efer::LMA != 0 {
-            self.wide(context.cr3 & context.frame_mask(), 4, 0)
+            let levels = if context.cr4 & cr4::LA57 != 0 { 5 } else { 4 };
+            self.wide(context.cr3 & context.frame_mask(), levels, 0)
         } else if context.wide() {
             let entry = context.pdpte[(self.la >> 30) as usize & 3];
             if entry & PRESENT == 0 {
@@ -160,7 +185,7 @@ impl Walker<'_> {
         }
     }
 
-    /// PAE and 4-level paging, from the table at `table` of level `level` down.
+    /// PAE, 4-level and 5-level paging, from the table at `table` of level `level` down.
     fn wide(&self, mut table: u64, mut level: u32, extra_reserved: u64) -> Result<Mapping, Obstacle> {
         let context = self.context;
         let mut path = Path { writable: true, user: true, no_execute: false };
@@ -175,7 +200,7 @@ impl Walker<'_> {
             let mut reserved = context.reserved() | extra_reserved;
             if large {
                 reserved |= ((1u64 << shift) - 1) & !0x1fff;
-            } else if level == 4 {
+            } else if level >= 4 {
                 reserved |= LARGE;
             }
             if entry & reserved != 0 {
@@ -229,10 +254,12 @@ impl Walker<'_> {
             no_execute: path.no_execute && self.context.nx(),
             dirty: entry & DIRTY != 0 || self.kind == AccessKind::Write,
             global: entry & GLOBAL != 0 && self.context.cr4 & cr4::PGE != 0,
+            key: (entry >> KEY_SHIFT) as u8 & 15,
             page_shift: shift,
         };
         if !mapping.allows(self.context, self.privilege, self.kind) {
-            return Err(self.fault(pf::PRESENT));
+            let locked = mapping.is_locked(self.context, self.privilege, self.kind);
+            return Err(self.fault(pf::PRESENT | if locked { pf::KEY } else { 0 }));
         }
         let bits = if self.kind == AccessKind::Write { ACCESSED | DIRTY } else { ACCESSED };
         self.set(at, bytes, entry, bits)?;

@@ -8,7 +8,7 @@ use crate::cpu::{pending, Cpu};
 use crate::memory::nested::NestedPageTable;
 use crate::model::Model;
 use crate::paging::walk::{probe, Context};
-use crate::paging::{canonical, AccessKind, Privilege};
+use crate::paging::{canonical, unused_bits, AccessKind, Privilege};
 use crate::state::{activity, cr0, cr4, efer, rflags, rights, seg, State};
 use crate::virt::control::{intercept, Block, ACCESS_MAX};
 use crate::virt::exits::code;
@@ -111,9 +111,9 @@ impl Core {
 
     fn load(&mut self) {
         let cpu = &mut *self.cpu;
-        let before = (cpu.paging.cr0, cpu.paging.cr3, cpu.paging.cr4, cpu.paging.efer);
+        let before = (cpu.paging.cr0, cpu.paging.cr3, cpu.paging.cr4, cpu.paging.efer, cpu.paging.pkru);
         let state = &cpu.state;
-        if cpu.control.tlb_control != 0 || before != (state.cr0, state.cr3, state.cr4, state.efer) {
+        if cpu.control.tlb_control != 0 || before != (state.cr0, state.cr3, state.cr4, state.efer, state.fpu.pkru) {
             cpu.tlb.flush();
             cpu.tlb.switch(cpu.pcid(), false);
             cpu.control.tlb_control = 0;
@@ -165,7 +165,7 @@ impl Core {
     /// Guest-physical address of `la` for an observer: nothing changes in the guest. `None` where the guest would fault.
     pub fn translate(&self, state: &State, npt: &NestedPageTable, la: u64, access: u32) -> Option<u64> {
         let context = Context::new(state, self.cpu.model.physical_bits());
-        if context.efer & efer::LMA != 0 && !canonical(la) {
+        if context.efer & efer::LMA != 0 && !canonical(la, unused_bits(context.cr4)) {
             return None;
         }
         let kind = match access {
@@ -223,6 +223,7 @@ fn state_is_valid(state: &State, model: &Model) -> bool {
     let long = state.efer & efer::LMA != 0;
     let cs = &state.segments[seg::CS];
     let code_64 = long && cs.has(rights::LONG);
+    let unused = model.unused_address_bits();
     let checks = [
         !paging || state.cr0 & cr0::PE != 0,
         state.cr0 >> 32 == 0,
@@ -233,8 +234,8 @@ fn state_is_valid(state: &State, model: &Model) -> bool {
         state.rflags & rflags::FIXED != 0,
         state.rflags & rflags::VM == 0 || !long,
         !(cs.has(rights::LONG) && cs.has(rights::DB) && long),
-        if code_64 { rip_may_be_loaded(state.rip) } else { state.rip >> 32 == 0 },
-        canonical(state.segments[seg::FS].base) && canonical(state.segments[seg::GS].base),
+        if code_64 { rip_may_be_loaded(state.rip, unused) } else { state.rip >> 32 == 0 },
+        [seg::FS, seg::GS].iter().all(|number| canonical(state.segments[*number].base, unused)),
         state.activity <= activity::HLT,
         state.gdtr.limit <= 0xffff && state.idtr.limit <= 0xffff,
     ];
@@ -243,8 +244,8 @@ fn state_is_valid(state: &State, model: &Model) -> bool {
 
 /// Bits 63:N of RIP must be identical, where N is the width of linear addresses; bit N-1 may differ (SDM vol. 3, 27.3.1.4). An instruction
 /// at the end of the lower half leaves such a RIP behind, and the next fetch is #GP.
-fn rip_may_be_loaded(rip: u64) -> bool {
-    matches!((rip as i64) >> 48, 0 | -1)
+fn rip_may_be_loaded(rip: u64, unused: u8) -> bool {
+    matches!((rip as i64) >> (64 - unused), 0 | -1)
 }
 
 #[cfg(test)]
@@ -253,7 +254,10 @@ mod tests {
 
     #[test]
     fn rip_behind_the_lower_half_may_be_loaded() {
-        assert!(rip_may_be_loaded(0x7fff_ffff_ffff) && rip_may_be_loaded(0x8000_0000_0000) && rip_may_be_loaded(!0));
-        assert!(!rip_may_be_loaded(0x1_0000_0000_0000) && !rip_may_be_loaded(1 << 63));
+        for rip in [0x7fff_ffff_ffff, 0x8000_0000_0000, !0] {
+            assert!(rip_may_be_loaded(rip, 16) && rip_may_be_loaded(rip, 7), "{rip:#x}");
+        }
+        assert!(!rip_may_be_loaded(1 << 48, 16) && !rip_may_be_loaded(1 << 63, 16));
+        assert!(rip_may_be_loaded(1 << 48, 7) && !rip_may_be_loaded(1 << 57, 7));
     }
 }

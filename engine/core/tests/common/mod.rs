@@ -110,6 +110,13 @@ impl Machine {
         self.set_entry(la, gpa | PRESENT_WRITABLE_USER_DIRTY & !WRITABLE);
     }
 
+    /// Maps the page of `la` to itself as a user page with protection key `key`.
+    pub fn map_with_key(&mut self, la: u64, key: u64) {
+        self.set_entry(la, la | PRESENT_WRITABLE_USER_DIRTY | key << 59);
+        self.cpu.tlb.flush();
+        self.cpu.refresh_table();
+    }
+
     /// Makes the page of linear address `la` not present.
     pub fn unmap(&mut self, la: u64) {
         self.set_entry(la, 0);

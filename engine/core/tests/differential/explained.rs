@@ -16,6 +16,8 @@ pub struct Case<'a> {
     pub same_memory: bool,
 }
 
+const GENERAL_PROTECTION: u8 = 13;
+
 /// A reason for differences.
 pub struct Reason {
     pub name: &'static str,
@@ -102,7 +104,18 @@ pub const REASONS: &[Reason] = &[
     Reason {
         name: "masked store",
         text: "MASKMOVDQU and MASKMOVQ may fault on bytes that their mask leaves out, and silicon differs in the address that CR2 gets.",
-        applies: |case| matches!(case.encoded.insn.mnemonic(), Mnemonic::Maskmovdqu | Mnemonic::Maskmovq) && vector(case.host).is_some(),
+        applies: |case| {
+            matches!(case.encoded.insn.mnemonic(), Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu | Mnemonic::Maskmovq)
+                && vector(case.host).is_some()
+        },
+    },
+    Reason {
+        name: "SHA with a misaligned operand",
+        text: "Intel's manual gives the SHA instructions exceptions of type 4, so #GP for a misaligned operand; AMD's silicon takes any address.",
+        applies: |case| {
+            case.encoded.insn.cpuid_features().contains(&iced_x86::CpuidFeature::SHA)
+                && case.engine.fault.is_some_and(|fault| (fault.vector, fault.error) == (GENERAL_PROTECTION, 0))
+        },
     },
     Reason {
         name: "MOVSXD with 66",

@@ -4,7 +4,7 @@ use iced_x86::{Code, Instruction};
 
 use super::load::PCID;
 use crate::cpu::Cpu;
-use crate::paging::{canonical, AccessKind};
+use crate::paging::AccessKind;
 use crate::state::cr4;
 use crate::uop::{Exec, Handler, Stop, Uop};
 use crate::virt::control::intercept;
@@ -33,7 +33,7 @@ fn invalidate_page(cpu: &mut Cpu, uop: &Uop) -> Exec {
     if cpu.control.intercepts(intercept::INVLPG) {
         return Err(cpu.exit(code::INVLPG, la));
     }
-    if canonical(la) {
+    if cpu.canonical(la) {
         cpu.tlb.invalidate(la);
         cpu.refresh_table();
     }
@@ -59,7 +59,7 @@ fn invalidate_pcid<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     let address: u64 = cpu.read(uop.segment(), la.wrapping_add(8))?;
     let usable = pcid & !PCID == 0 && (kind > 1 || pcid == 0 || cpu.state.cr4 & cr4::PCIDE != 0);
     let scope = match kind {
-        0 if usable && canonical(address) => Scope::Address(address),
+        0 if usable && cpu.canonical_base(address) => Scope::Address(address),
         1 if usable => Scope::Pcid(pcid as u16),
         2 if usable => Scope::All,
         3 if usable => Scope::AllButGlobal,

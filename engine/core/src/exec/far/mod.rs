@@ -11,7 +11,6 @@ use crate::cpu::descriptor::Descriptor;
 use crate::cpu::{CodeSize, Cpu};
 use crate::fault::vector;
 use crate::interrupts::Kind;
-use crate::paging::canonical;
 use crate::state::{rights, seg};
 use crate::uop::{Exec, Handler, Stop, Uop};
 
@@ -79,7 +78,7 @@ fn outside_smm(cpu: &mut Cpu, _uop: &Uop) -> Exec {
 impl Cpu {
     /// Raises #GP unless `offset` may be RIP in the code segment of `descriptor`.
     fn check_target(&mut self, descriptor: Descriptor, offset: u64) -> Exec {
-        let inside = if self.is_long_code(descriptor) { canonical(offset) } else { offset <= u64::from(descriptor.limit()) };
+        let inside = if self.is_long_code(descriptor) { self.canonical(offset) } else { offset <= u64::from(descriptor.limit()) };
         if !inside {
             return Err(self.general_protection());
         }

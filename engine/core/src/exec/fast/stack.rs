@@ -5,7 +5,7 @@ use iced_x86::{Code, Instruction, Mnemonic};
 use super::{chained, Outcome};
 use crate::cpu::Cpu;
 use crate::exec::select::width;
-use crate::paging::{canonical, AccessKind};
+use crate::paging::AccessKind;
 use crate::state::gpr;
 use crate::uop::{Exec, Handler, Stop, Uop};
 
@@ -53,7 +53,7 @@ fn pop_r(cpu: &mut Cpu, uop: &Uop) -> Outcome {
 
 fn call_rel(cpu: &mut Cpu, uop: &Uop) -> Exec {
     let target = cpu.rip().wrapping_add(uop.imm);
-    if !canonical(target) || push(cpu, cpu.rip().wrapping_add(uop.next_offset())) == Outcome::GiveUp {
+    if !cpu.canonical(target) || push(cpu, cpu.rip().wrapping_add(uop.next_offset())) == Outcome::GiveUp {
         return Err(Stop::Slow);
     }
     cpu.set_rip_64(target);
@@ -61,7 +61,7 @@ fn call_rel(cpu: &mut Cpu, uop: &Uop) -> Exec {
 }
 
 fn ret(cpu: &mut Cpu, _uop: &Uop) -> Exec {
-    let Some(target) = top(cpu).filter(|target| canonical(*target)) else { return Err(Stop::Slow) };
+    let Some(target) = top(cpu).filter(|target| cpu.canonical(*target)) else { return Err(Stop::Slow) };
     cpu.set_gpr(gpr::RSP, cpu.gpr(gpr::RSP).wrapping_add(8));
     cpu.set_rip_64(target);
     Err(Stop::Next)

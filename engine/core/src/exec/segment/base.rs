@@ -3,7 +3,6 @@
 use iced_x86::{Code, Instruction};
 
 use crate::cpu::Cpu;
-use crate::paging::canonical;
 use crate::state::{cr4, seg};
 use crate::uop::{Exec, Handler, Uop};
 use crate::word::Word;
@@ -47,7 +46,7 @@ fn read_base<W: Word, const NUMBER: usize>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 fn write_base<W: Word, const NUMBER: usize>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     require_fsgsbase(cpu)?;
     let base = cpu.reg::<W>(uop.reg[0]).zero_extend();
-    if !canonical(base) {
+    if !cpu.canonical_base(base) {
         return Err(cpu.general_protection());
     }
     cpu.set_segment_base(NUMBER, base);

@@ -5,7 +5,7 @@ use iced_x86::{Code, Instruction, OpKind};
 use crate::cpu::descriptor::{is_null, system, Descriptor};
 use crate::cpu::{CodeSize, Cpu};
 use crate::fault::vector;
-use crate::paging::{canonical, AccessKind};
+use crate::paging::AccessKind;
 use crate::state::{rights, seg, DescriptorTable, Segment};
 use crate::uop::{Exec, Handler, Uop};
 use crate::virt::control::intercept;
@@ -74,7 +74,7 @@ fn load_table<W: Word, const MASK: u64, const INSTRUCTION: u32>(cpu: &mut Cpu, u
     let la = cpu.linear(uop, 2 + W::BYTES, AccessKind::Read)?;
     let limit: u16 = cpu.read(uop.segment(), la)?;
     let base = cpu.read::<W>(uop.segment(), la.wrapping_add(2))?.zero_extend() & MASK;
-    if !canonical(base) {
+    if !cpu.canonical_base(base) {
         return Err(cpu.general_protection());
     }
     let table = DescriptorTable::new(base, limit.into());
@@ -179,7 +179,7 @@ fn system_segment(cpu: &mut Cpu, selector: u16, descriptor: Descriptor) -> Exec<
     if cpu.ia32e() {
         let upper = cpu.upper_descriptor(selector)?;
         segment.base |= upper << 32;
-        if upper >> 40 & 0x1f != 0 || !canonical(segment.base) {
+        if upper >> 40 & 0x1f != 0 || !cpu.canonical_base(segment.base) {
             return Err(cpu.selector_fault(vector::GP, selector));
         }
     }

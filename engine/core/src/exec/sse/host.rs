@@ -103,12 +103,27 @@ macro_rules! simd_once {
 }
 pub(in crate::exec) use simd_once;
 
-/// Runs `$op a, b, c` on XMM registers: `(a, flags)`.
+/// Runs `$op a, b, c` on XMM registers: `(a, flags)`; underflow as in [`simd`].
 macro_rules! simd_ternary {
     ($mxcsr:expr, $op:literal, $a:expr, $b:expr, $c:expr) => {{
-        let mut control = $crate::exec::sse::host::control($mxcsr);
-        let mut a = $crate::exec::sse::host::register($a);
-        // SAFETY: as in `simd`; a model offers the instruction only where the host has it.
+        let (guest, operands) = ($mxcsr, [$a, $b, $c].map($crate::exec::sse::host::register));
+        use $crate::exec::sse::host;
+        let (result, mut flags) = host::simd_ternary_once!(host::control(guest), $op, operands);
+        if host::traps_underflow(guest) {
+            let flushing = [host::control(guest)[0] | host::mxcsr::FLUSH, host::DEFAULT_MXCSR];
+            flags |= host::simd_ternary_once!(flushing, $op, operands).1 & host::mxcsr::UNDERFLOW;
+        }
+        (host::value(result), flags)
+    }};
+}
+pub(in crate::exec) use simd_ternary;
+
+/// Runs `$op a, b, c` under a control of [`control`]: `(a, flags)`.
+macro_rules! simd_ternary_once {
+    ($control:expr, $op:literal, $operands:expr) => {{
+        let mut control: [u32; 2] = $control;
+        let [mut a, b, c] = $operands;
+        // SAFETY: as in `simd_once`; a model offers the instruction only where the host has it.
         unsafe {
             core::arch::asm!(
                 "ldmxcsr [{control}]",
@@ -117,15 +132,15 @@ macro_rules! simd_ternary {
                 "ldmxcsr [{control} + 4]",
                 control = in(reg) control.as_mut_ptr(),
                 a = inout(xmm_reg) a,
-                b = in(xmm_reg) $crate::exec::sse::host::register($b),
-                c = in(xmm_reg) $crate::exec::sse::host::register($c),
+                b = in(xmm_reg) b,
+                c = in(xmm_reg) c,
                 options(nostack),
             );
         }
-        ($crate::exec::sse::host::value(a), control[0] & $crate::exec::sse::host::mxcsr::FLAGS)
+        (a, control[0] & $crate::exec::sse::host::mxcsr::FLAGS)
     }};
 }
-pub(in crate::exec) use simd_ternary;
+pub(in crate::exec) use simd_ternary_once;
 
 /// Expands to an empty string, so that a repetition can name its variable.
 macro_rules! nothing {

@@ -3,6 +3,7 @@
 mod area;
 mod component;
 pub(in crate::exec) mod fxsave;
+mod pkru;
 mod restore;
 mod save;
 mod xcr;
@@ -14,7 +15,11 @@ use crate::uop::Handler;
 
 /// The handler of an instruction of this family.
 pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
-    fxsave::handler(insn).or_else(|| save::handler(insn)).or_else(|| restore::handler(insn)).or_else(|| xcr::handler(insn))
+    fxsave::handler(insn)
+        .or_else(|| save::handler(insn))
+        .or_else(|| restore::handler(insn))
+        .or_else(|| xcr::handler(insn))
+        .or_else(|| pkru::handler(insn))
 }
 
 /// Instructions of this family after which the dispatcher must look at the CPU.

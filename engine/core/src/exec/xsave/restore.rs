@@ -83,6 +83,7 @@ fn xrstor<const WIDE: bool, const COMPACTED_ONLY: bool>(cpu: &mut Cpu, uop: &Uop
     cpu.xsave_area(uop, end, AccessKind::Read)?;
     cpu.read_area(uop.segment(), la + EXTENDED as u64, &mut area[EXTENDED..end])?;
 
+    let pkru = cpu.state.fpu.pkru;
     cpu.restore_legacy(requested, header.present, &area, WIDE);
     cpu.state.fpu.mxcsr = mxcsr;
     let count = cpu.xmm_count();
@@ -93,5 +94,6 @@ fn xrstor<const WIDE: bool, const COMPACTED_ONLY: bool>(cpu: &mut Cpu, uop: &Uop
     for (component, at) in places(layout, header.compacted).filter(|(component, _)| loaded & component.bit != 0) {
         component.get(fpu, count, &area[at..at + component.size]);
     }
+    cpu.pkru_changed(pkru);
     Ok(())
 }
