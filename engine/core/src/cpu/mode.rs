@@ -136,7 +136,7 @@ impl Cpu {
     }
 
     /// Raises #AC for a misaligned access where alignment is checked.
-    pub fn check_alignment(&mut self, _segment: usize, la: u64, bytes: u64, privilege: Privilege) -> Exec {
+    pub fn check_alignment(&mut self, la: u64, bytes: u64, privilege: Privilege) -> Exec {
         let checked = privilege == Privilege::User && self.alignment_checked() && bytes.is_power_of_two();
         if checked && la & (bytes.min(8) - 1) != 0 {
             return Err(self.raise_error(vector::AC, 0));

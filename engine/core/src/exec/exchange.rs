@@ -41,6 +41,17 @@ fn cmpxchg_rr<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 
 fn cmpxchg_mr<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     let (expected, new): (W, W) = (cpu.reg(RAX), cpu.reg(uop.reg[1]));
+    let found = exchange(cpu, uop, expected, new)?;
+    if found != expected {
+        cpu.set_reg(RAX, found);
+    }
+    cpu.flags = Flags::sub(expected, found, expected.sub(found));
+    Ok(())
+}
+
+/// Replaces the memory operand by `new` where it is `expected`, and writes it back where it is not; returns what was found.
+#[inline(always)]
+fn exchange<W: Word>(cpu: &mut Cpu, uop: &Uop, expected: W, new: W) -> Exec<W> {
     let found = Cell::new(W::ZERO);
     cpu.modify(uop, |_, old| {
         found.set(old);
@@ -50,12 +61,7 @@ fn cmpxchg_mr<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
             old
         }
     })?;
-    let found = found.get();
-    if found != expected {
-        cpu.set_reg(RAX, found);
-    }
-    cpu.flags = Flags::sub(expected, found, expected.sub(found));
-    Ok(())
+    Ok(found.get())
 }
 
 /// The low halves of two registers as one 64-bit word.
@@ -70,16 +76,7 @@ fn pair64(cpu: &Cpu, high: usize, low: usize) -> u128 {
 fn cmpxchg8b(cpu: &mut Cpu, uop: &Uop) -> Exec {
     let expected = pair32(cpu, gpr::RDX, gpr::RAX);
     let new = pair32(cpu, gpr::RCX, gpr::RBX);
-    let found = Cell::new(0);
-    cpu.modify(uop, |_, old: u64| {
-        found.set(old);
-        if old == expected {
-            new
-        } else {
-            old
-        }
-    })?;
-    let found = found.get();
+    let found = exchange(cpu, uop, expected, new)?;
     if found != expected {
         cpu.set_gpr(gpr::RAX, found & 0xffff_ffff);
         cpu.set_gpr(gpr::RDX, found >> 32);

@@ -287,7 +287,7 @@ impl Cpu {
     fn read_slow<T: Plain>(&mut self, segment: usize, la: u64, privilege: Privilege) -> Exec<T> {
         let mut value = T::default();
         let bytes = size_of::<T>();
-        self.check_alignment(segment, la, bytes as u64, privilege)?;
+        self.check_alignment(la, bytes as u64, privilege)?;
         // SAFETY: `Plain` types are bytes without padding, and `value` is ours.
         let buffer = unsafe { core::slice::from_raw_parts_mut((&raw mut value).cast::<u8>(), bytes) };
         let first = bytes.min((PAGE_SIZE - (la & PAGE_OFFSET)) as usize);
@@ -310,7 +310,7 @@ impl Cpu {
     #[inline(never)]
     fn write_slow<T: Plain>(&mut self, segment: usize, la: u64, value: T, privilege: Privilege) -> Exec {
         let bytes = size_of::<T>();
-        self.check_alignment(segment, la, bytes as u64, privilege)?;
+        self.check_alignment(la, bytes as u64, privilege)?;
         // SAFETY: `Plain` types are bytes without padding, and `value` outlives the slice.
         let buffer = unsafe { core::slice::from_raw_parts((&raw const value).cast::<u8>(), bytes) };
         let first = bytes.min((PAGE_SIZE - (la & PAGE_OFFSET)) as usize);

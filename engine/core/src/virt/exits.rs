@@ -4,7 +4,6 @@ use crate::cpu::clock::host_tsc;
 use crate::cpu::Cpu;
 use crate::memory::nested::right;
 use crate::paging::AccessKind;
-use crate::state::{cr0, rflags};
 use crate::uop::{Stop, Uop};
 use crate::virt::control::{Access, Exit};
 
@@ -148,15 +147,5 @@ impl Cpu {
             self.exit.instruction_bytes[n as usize] = unsafe { host.read_volatile() };
             self.exit.instruction_bytes_length = n as u32 + 1;
         }
-    }
-
-    /// Whether paging is on; exits tell linear addresses differently without it.
-    pub fn paging_enabled(&self) -> bool {
-        self.state.cr0 & cr0::PG != 0
-    }
-
-    /// Whether maskable interrupts are enabled.
-    pub fn interrupts_enabled(&self) -> bool {
-        self.rflags & rflags::IF != 0
     }
 }
