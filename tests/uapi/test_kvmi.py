@@ -1,11 +1,12 @@
-"""`uapi/kvmi.py` against the numbers of the series: no header of Debian's has them, so they stand here a second time, as bytes on the wire."""
+"""`uapi/kvmi.py` against the numbers of the series: no header of Debian's has them, so they stand here again."""
 
 import ctypes
 
 import pytest
 
-from softkvm.uapi import kvmi
+from softkvm.uapi import kvm, kvmi
 from softkvm.uapi.kvmi import Command, Event
+from softkvm.uapi.layout import offset_of
 
 SIZES = {
     kvmi.Header: 8,
@@ -70,13 +71,13 @@ def test_sizes(structure: type[ctypes.Structure]) -> None:
 
 
 def test_offsets_inside_an_event() -> None:
-    base = kvmi.EventCommon.arch.offset
-    arch, sregs = kvmi.EventArch, kvmi.Sregs
-    assert base + arch.regs.offset + kvmi.Regs.rip.offset == 144
-    assert base + arch.sregs.offset + sregs.cr3.offset == 400
-    assert base + arch.sregs.offset + sregs.apic_base.offset == 432
-    assert base + arch.msrs.offset + kvmi.EventMsrs.efer.offset == 496
-    assert base + arch.msrs.offset + kvmi.EventMsrs.shadow_gs.offset == 536
+    base = offset_of(kvmi.EventCommon, "arch")
+    regs, sregs, msrs = (base + offset_of(kvmi.EventArch, name) for name in ("regs", "sregs", "msrs"))
+    assert regs + offset_of(kvm.Regs, "rip") == 144
+    assert sregs + offset_of(kvm.Sregs, "cr3") == 400
+    assert sregs + offset_of(kvm.Sregs, "apic_base") == 432
+    assert msrs + offset_of(kvmi.EventMsrs, "efer") == 496
+    assert msrs + offset_of(kvmi.EventMsrs, "shadow_gs") == 536
 
 
 @pytest.mark.parametrize("name", IOCTLS)
