@@ -1,7 +1,7 @@
 """Loaded modules: from the list that lsmod(8) reads, and from the other places that know a module.
 
-Source of truth: Linux 6.1 `include/linux/module.h`, `kernel/module/tree_lookup.c`, `include/linux/rbtree_latch.h`. A module that takes itself off
-the list is still in the tree by which the kernel finds the owner of an address, and mostly in sysfs.
+Source of truth: Linux 6.1 `include/linux/module.h`, `kernel/module/tree_lookup.c`, `include/linux/rbtree_latch.h`. A module that takes
+itself off the list is still in the tree by which the kernel finds the owner of an address, and mostly in sysfs.
 """
 
 from __future__ import annotations
