@@ -81,7 +81,8 @@ class FakeServer:
             self.arrived.notify_all()
         if command is None:
             return
-        answer = self.handlers.get(command, lambda body: kvmi.Error.ENOSYS)(body)
+        handler = self.handlers.get(command)
+        answer = handler(body) if handler is not None else kvmi.Error.ENOSYS
         if isinstance(answer, int):
             self.send(number, sequence, bytes(ErrorCode(err=-answer)))
         elif answer is not None:
