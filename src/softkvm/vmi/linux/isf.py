@@ -1,7 +1,8 @@
 """The guest's symbols and types as Volatility 3 wants them: an "intermediate symbol file", made of kallsyms and BTF.
 
-Source of truth: Volatility 3 `schemas/schema-6.2.0.json`; dwarf2json for how it names what C leaves anonymous. The banner in it is the guest's
-own byte for byte, which is how Volatility recognises that a file belongs to a dump. Addresses are those of the kernel before KASLR moved it.
+Source of truth: Volatility 3 `schemas/schema-6.2.0.json`; dwarf2json for how it names what C leaves anonymous. The banner in it is the
+guest's own byte for byte, which is how Volatility recognises that a file belongs to a dump. Addresses are those of the kernel before KASLR
+moved it.
 """
 
 from __future__ import annotations
@@ -108,12 +109,8 @@ class _Exporter:
         }
         for owner in self._types:
             if owner.kind is Kind.INT:
-                signed, char, truth = (
-                    self._types.is_signed(owner.number),
-                    self._types.is_char(owner.number),
-                    self._types.is_bool(owner.number),
-                )
-                kind = "bool" if truth else "char" if char else "int"
+                kind = "bool" if self._types.is_bool(owner.number) else "char" if self._types.is_char(owner.number) else "int"
+                signed = self._types.is_signed(owner.number)
                 found.setdefault(owner.name, {"size": owner.size, "signed": signed, "kind": kind, "endian": "little"})
             elif owner.kind is Kind.FLOAT:
                 found.setdefault(owner.name, {"size": owner.size, "signed": True, "kind": "float", "endian": "little"})
