@@ -83,6 +83,7 @@ def cli() -> None:
 @click.option("--trace-file", metavar="FILE", help="Where events go.  [default: standard error]")
 @click.option("--audit", metavar="FILE", help="Append a JSON line for every KVM call to FILE.")
 @click.option("--ioctl-filter", metavar="FILE", help="Allow only the KVM calls that FILE (JSON) does.")
+@click.option("--name", metavar="NAME", help="What `softkvm list` and others call this VM.  [default: the process id]")
 @click.option("--selftest", is_flag=True, help="Check this installation with a small built-in guest.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- CMD...]")
 @click.pass_context
@@ -102,6 +103,7 @@ def run(
     trace_file: str | None,
     audit: str | None,
     ioctl_filter: str | None,
+    name: str | None,
     selftest: bool,
     command: tuple[str, ...],
 ) -> int:
@@ -117,11 +119,11 @@ def run(
     if selftest:
         from softkvm.cli import selftest as tester
 
-        used = ("kernel", "initrd", "append", "cpus", "kvm", "command", "json", "trace", "audit", "ioctl_filter")
+        used = ("kernel", "initrd", "append", "cpus", "kvm", "command", "json", "trace", "audit", "ioctl_filter", "name")
         _refuse_with_selftest(context, used)
         return tester.run(memory, cpu, timeout, stats)
     options = RunOptions(
-        kernel, initrd, append, memory, cpus, cpu, kvm, timeout, stats, json, command, trace, trace_file, audit, ioctl_filter
+        kernel, initrd, append, memory, cpus, cpu, kvm, timeout, stats, json, command, trace, trace_file, audit, ioctl_filter, name
     )
     return runner.run(options)
 
@@ -137,6 +139,33 @@ def _refuse_with_selftest(context: click.Context, names: Sequence[str]) -> None:
     given = [name for name in names if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
     if given:
         raise CliError(f"`--selftest` boots its own guest, so it excludes {given[0]}")
+
+
+@cli.command("list", short_help="List running VMs.")
+@click.option("--json", is_flag=True, help="Print a JSON list.")
+def list_(json: bool) -> int:
+    """List the VMs that you have running: name, process, state, CPUs, memory (MiB), and how long they can be reached."""
+    from softkvm.cli import vms
+
+    return vms.show(vms.find(), json)
+
+
+@cli.command(short_help="Stop a VM's CPUs.")
+@click.argument("name", required=False)
+def pause(name: str | None) -> int:
+    """Stop the CPUs of the VM NAME, or of the only one that runs, until `softkvm resume`."""
+    from softkvm.cli import vms
+
+    return vms.give("stop", name)
+
+
+@cli.command(short_help="Let a paused VM run on.")
+@click.argument("name", required=False)
+def resume(name: str | None) -> int:
+    """Let the VM NAME, or the only one that runs, go on after `softkvm pause`."""
+    from softkvm.cli import vms
+
+    return vms.give("cont", name)
 
 
 @cli.command(short_help="Check what softkvm needs.")
