@@ -13,6 +13,9 @@ from softkvm.cli import output, status
 from softkvm.cli.errors import CliError
 from softkvm.cli.options import RunOptions, StatsFormat
 
+_WITH_SELFTEST = frozenset({"selftest", "memory", "cpu", "timeout", "stats"})
+"""Parameters of `softkvm run` that mean something to the self-test's guest."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: the process's own) and return the exit status."""
@@ -75,6 +78,7 @@ def cli() -> None:
 @click.option("-m", "--memory", default="512M", metavar="SIZE", help="Guest memory, with K, M or G.")
 @click.option("-c", "--cpus", type=int, default=1, metavar="N", help="CPUs of the guest, 1 to 64.")
 @click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=_complete_cpu)
+@click.option("--cores", type=click.IntRange(min=1), metavar="N", help="Cores of the host under all CPUs.  [default: as many as they want]")
 @click.option("--kvm", multiple=True, metavar="NAME=VALUE", help="Module parameter of KVM, such as nrips=0.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this wall time, with exit status 124.")
 @click.option("--stats", is_flag=False, flag_value="table", type=click.Choice(["table", "json"]), help="Print counters at the end.")
@@ -95,6 +99,7 @@ def run(
     memory: str,
     cpus: int,
     cpu: str,
+    cores: int | None,
     kvm: tuple[str, ...],
     timeout: float | None,
     stats: StatsFormat | None,
@@ -119,11 +124,26 @@ def run(
     if selftest:
         from softkvm.cli import selftest as tester
 
-        used = ("kernel", "initrd", "append", "cpus", "kvm", "command", "json", "trace", "audit", "ioctl_filter", "name")
-        _refuse_with_selftest(context, used)
+        _refuse_with_selftest(context)
         return tester.run(memory, cpu, timeout, stats)
     options = RunOptions(
-        kernel, initrd, append, memory, cpus, cpu, kvm, timeout, stats, json, command, trace, trace_file, audit, ioctl_filter, name
+        kernel=kernel,
+        initrd=initrd,
+        append=append,
+        memory=memory,
+        cpus=cpus,
+        cpu=cpu,
+        cores=cores,
+        kvm=kvm,
+        timeout=timeout,
+        stats=stats,
+        json=json,
+        command=command,
+        trace=trace,
+        trace_file=trace_file,
+        audit=audit,
+        ioctl_filter=ioctl_filter,
+        name=name,
     )
     return runner.run(options)
 
@@ -135,10 +155,10 @@ def _list_events() -> int:
     return status.SUCCESS
 
 
-def _refuse_with_selftest(context: click.Context, names: Sequence[str]) -> None:
-    given = [name for name in names if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
-    if given:
-        raise CliError(f"`--selftest` boots its own guest, so it excludes {given[0]}")
+def _refuse_with_selftest(context: click.Context) -> None:
+    for name in context.params:
+        if name not in _WITH_SELFTEST and context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise CliError(f"`--selftest` boots its own guest, so it excludes {name}")
 
 
 @cli.command("list", short_help="List running VMs.")
