@@ -188,6 +188,19 @@ def resume(name: str | None) -> int:
     return vms.give("cont", name)
 
 
+@cli.command(short_help="Show a running VM's clocks.")
+@click.argument("name", required=False)
+@click.option("--json", is_flag=True, help="Print one JSON object.")
+def tsc(name: str | None, json: bool) -> int:
+    """Show the time of the VM NAME, or of the only one that runs: TSC offsets, scaling and generations, master clock and kvmclock.
+
+    vCPUs with equal offsets, of one generation, are in phase; while all of them are, the master clock is on, and guests trust kvmclock.
+    """
+    from softkvm.cli import tsc as clocks
+
+    return clocks.show(name, json)
+
+
 @cli.command(short_help="Check what softkvm needs.")
 @click.option("--json", is_flag=True, help="Print a JSON list.")
 def doctor(json: bool) -> int:

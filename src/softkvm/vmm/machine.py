@@ -144,7 +144,7 @@ class Machine:
         resources.callback(guest.close)
         image = read_image(settings.kernel, guest.low_end)
         image.load(guest, settings.initrd, settings.command_line, settings.cpus)
-        vm = resources.enter_context(system.create_vm(clock=clock))
+        self._vm = vm = resources.enter_context(system.create_vm(clock=clock))
         _set_up_vm(vm, guest)
         self._vcpus: list[kvm.Vcpu] = []
         for index in range(settings.cpus):
@@ -313,6 +313,10 @@ class Machine:
             vcpus.update(vcpu.stats)
         instructions = engine.pop("instructions", 0)
         return Stats(self._seconds, instructions, dict(engine), dict(exits.most_common()), dict(user_exits.most_common()), dict(vcpus))
+
+    def tsc_status(self) -> kvm.TscStatus:
+        """TSC offsets, master clock and kvmclock now."""
+        return self._vm.tsc_status()
 
     # The end
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import msgspec
 
+from softkvm import kvm
 from softkvm.vmm.machine import Status
 from softkvm.vmm.monitor.server import Monitor
 from softkvm.vmm.monitor.wire import Descriptors, NoArguments
@@ -27,6 +28,9 @@ class Machine(Protocol):
 
     def resume(self) -> None:
         """Take back `pause()`."""
+
+    def tsc_status(self) -> kvm.TscStatus:
+        """Its clocks."""
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -45,7 +49,7 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 def offer(monitor: Monitor, machine: Machine) -> None:
-    """Register query-status, stop and cont."""
+    """Register query-status, query-tsc, stop and cont."""
     since = time.monotonic()
 
     @monitor.command("query-status")
@@ -53,6 +57,10 @@ def offer(monitor: Monitor, machine: Machine) -> None:
         status = machine.status()
         uptime = round(time.monotonic() - since, 3)
         return Answer(monitor.name, os.getpid(), status.state.value, status.cpu, status.cpus, status.memory, uptime)
+
+    @monitor.command("query-tsc")
+    def query_tsc(arguments: NoArguments, descriptors: Descriptors) -> kvm.TscStatus:
+        return machine.tsc_status()
 
     @monitor.command("stop")
     def stop(arguments: NoArguments, descriptors: Descriptors) -> None:
