@@ -79,6 +79,13 @@ pub struct Control {
     pub instruction_budget: u64,
     pub pause_gap: u32,
     pub pause_window: u32,
+    /// Virtual time: the host's TSC at the entry.
+    pub virtual_tsc: u64,
+    /// Virtual time: where the generator behind RDRAND and RDSEED stands.
+    pub random: u64,
+    /// Virtual time: cycles of the host's TSC per retired instruction; zero is the real time.
+    pub tsc_rate: u32,
+    pub reserved: u32,
 }
 
 impl Control {
