@@ -75,6 +75,7 @@ def cli() -> None:
 @click.option("-m", "--memory", default="512M", metavar="SIZE", help="Guest memory, with K, M or G.")
 @click.option("-c", "--cpus", type=int, default=1, metavar="N", help="CPUs of the guest, 1 to 64.")
 @click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=_complete_cpu)
+@click.option("--cores", type=click.IntRange(min=1), metavar="N", help="Cores of the host under all CPUs.  [default: as many as they want]")
 @click.option("--kvm", multiple=True, metavar="NAME=VALUE", help="Module parameter of KVM, such as nrips=0.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this wall time, with exit status 124.")
 @click.option("--stats", is_flag=False, flag_value="table", type=click.Choice(["table", "json"]), help="Print counters at the end.")
@@ -94,6 +95,7 @@ def run(
     memory: str,
     cpus: int,
     cpu: str,
+    cores: int | None,
     kvm: tuple[str, ...],
     timeout: float | None,
     stats: StatsFormat | None,
@@ -117,11 +119,11 @@ def run(
     if selftest:
         from softkvm.cli import selftest as tester
 
-        used = ("kernel", "initrd", "append", "cpus", "kvm", "command", "json", "trace", "audit", "ioctl_filter")
+        used = ("kernel", "initrd", "append", "cpus", "cores", "kvm", "command", "json", "trace", "audit", "ioctl_filter")
         _refuse_with_selftest(context, used)
         return tester.run(memory, cpu, timeout, stats)
     options = RunOptions(
-        kernel, initrd, append, memory, cpus, cpu, kvm, timeout, stats, json, command, trace, trace_file, audit, ioctl_filter
+        kernel, initrd, append, memory, cpus, cpu, cores, kvm, timeout, stats, json, command, trace, trace_file, audit, ioctl_filter
     )
     return runner.run(options)
 

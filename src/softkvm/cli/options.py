@@ -20,6 +20,7 @@ class RunOptions:
     memory: str = "512M"
     cpus: int = 1
     cpu: str = "cascadelake"
+    cores: int | None = None
     kvm: tuple[str, ...] = ()
     timeout: float | None = None
     stats: StatsFormat | None = None

@@ -126,6 +126,7 @@ class _Run:
                 memory=options.memory,
                 cpu=options.cpu,
                 cpus=options.cpus,
+                cores=options.cores,
                 kvm_parameters=options.kvm,
                 serial=serial,
                 process=self._process,

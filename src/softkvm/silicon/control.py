@@ -173,10 +173,14 @@ class Control(LittleEndianStructure):
         ("instruction_budget", _u64),  # exit with BUDGET after this many instructions; 0 is no limit
         ("pause_gap", _u32),  # PAUSE-loop exiting at CPL 0, SDM vol. 3, 25.1.3: most TSC cycles between two PAUSEs of one loop
         ("pause_window", _u32),  # most TSC cycles of a loop; 0 turns it off
+        ("perf_controls", _u32),  # bits of `silicon.pmu`: what to do with GLOBAL_CTRL of the core's PMU
+        ("_reserved0", _u32),
+        ("guest_perf_global_ctrl", _u64),
+        ("host_perf_global_ctrl", _u64),
         ("virtual_tsc", _u64),  # virtual time: the host's TSC at the entry; at the exit it is `Exit.tsc`
         ("random", _u64),  # virtual time: where the generator behind RDRAND and RDSEED stands, moved on by the run
         ("tsc_rate", _u32),  # virtual time: cycles of the host's TSC per retired instruction; 0 is the real time
-        ("_reserved", _u32),
+        ("_reserved1", _u32),
     ]
 
 

@@ -45,6 +45,14 @@ pub mod emulate {
     pub const FIRST: u32 = 2;
 }
 
+/// Bits of `Control::perf_controls` (SDM vol. 3, tables 25-13 and 25-15).
+pub mod perf {
+    /// Entry loads GLOBAL_CTRL from `guest_perf_global_ctrl`.
+    pub const LOAD_GUEST: u32 = 1;
+    /// Exit loads it from `host_perf_global_ctrl`.
+    pub const LOAD_HOST: u32 = 2;
+}
+
 /// What the hypervisor asks of the silicon for the next run.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
@@ -79,13 +87,18 @@ pub struct Control {
     pub instruction_budget: u64,
     pub pause_gap: u32,
     pub pause_window: u32,
+    /// Bits of [`perf`].
+    pub perf_controls: u32,
+    reserved0: u32,
+    pub guest_perf_global_ctrl: u64,
+    pub host_perf_global_ctrl: u64,
     /// Virtual time: the host's TSC at the entry.
     pub virtual_tsc: u64,
     /// Virtual time: where the generator behind RDRAND and RDSEED stands.
     pub random: u64,
     /// Virtual time: cycles of the host's TSC per retired instruction; zero is the real time.
     pub tsc_rate: u32,
-    pub reserved: u32,
+    reserved1: u32,
 }
 
 impl Control {
