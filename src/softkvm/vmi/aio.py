@@ -13,7 +13,7 @@ from types import TracebackType
 
 from softkvm.uapi import kvmi
 from softkvm.uapi.kvmi import Action, Dialect, Header
-from softkvm.vmi.errors import ChannelClosed
+from softkvm.vmi.errors import ChannelClosed, NoAnswer
 from softkvm.vmi.events import Unhook, VcpuEvent
 from softkvm.vmi.requests import Request, T
 from softkvm.vmi.session import HEADER_SIZE, Reply, Session
@@ -48,7 +48,7 @@ class AsyncClient:
             await self._writer.wait_closed()
 
     async def ask(self, request: Request[T]) -> T:
-        """Send a command and wait for its answer; ChannelClosed if none comes."""
+        """Send a command and wait for its answer; NoAnswer if none comes in time."""
         if self._end is not None:
             raise self._end
         sequence, message = self._session.encode(request)
@@ -58,7 +58,7 @@ class AsyncClient:
             async with asyncio.timeout(self._timeout):
                 return self._session.result(request, await answer)
         except TimeoutError:
-            raise ChannelClosed(f"the server has not answered {request.command.name} in {self._timeout:g} seconds") from None
+            raise NoAnswer(f"the VM has not answered {request.command.name} in {self._timeout:g} seconds") from None
         finally:
             del self._waiting[sequence]
 

@@ -21,7 +21,7 @@ from softkvm.uapi.kvmi import Access, Action, Command, Dialect, Event, FilterFie
 from softkvm.vmi import channel as channels
 from softkvm.vmi import remote, requests
 from softkvm.vmi.channel import Channel, Guest, SocketChannel
-from softkvm.vmi.errors import ChannelClosed, CommandFailed
+from softkvm.vmi.errors import ChannelClosed, CommandFailed, NoAnswer
 from softkvm.vmi.events import PauseEvent, Unhook, VcpuEvent
 from softkvm.vmi.memory import Memory
 from softkvm.vmi.requests import Registers, Request, T
@@ -37,7 +37,7 @@ class Client:
     """One session with a VM; a context manager, to be closed. A command raises CommandFailed if the server refuses it."""
 
     def __init__(self, channel: Channel | socket.socket, dialect: Dialect = kvmi.V9, *, timeout: float = _ANSWER_TIMEOUT) -> None:
-        """`channel` is connected, and the session's from now on; a command without an answer after `timeout` seconds ends the session."""
+        """`channel` is connected, and the session's from now on; a command has `timeout` seconds for its answer."""
         self._channel: Channel = SocketChannel(channel) if isinstance(channel, socket.socket) else channel
         self._session = Session(dialect, self._answer)
         self._timeout = timeout
@@ -67,16 +67,16 @@ class Client:
 
     # Commands
 
-    def ask(self, request: Request[T]) -> T:
-        """Send a command and wait for its answer."""
+    def ask(self, request: Request[T], timeout: float | None = None) -> T:
+        """Send a command and wait for its answer; NoAnswer after `timeout` seconds, by default the client's."""
         sequence, message = self._session.encode(request)
         self._channel.send(message)
-        deadline = time.monotonic() + self._timeout
+        patience = self._timeout if timeout is None else timeout
+        deadline = time.monotonic() + patience
         while True:
             received = self._channel.receive(max(0.0, deadline - time.monotonic()))
             if received is None:
-                self.close()
-                raise ChannelClosed(f"the server has not answered {request.command.name} in {self._timeout:g} seconds")
+                raise NoAnswer(f"the VM has not answered {request.command.name} in {patience:g} seconds")
             incoming = self._session.receive(*received)
             if not isinstance(incoming, Reply):
                 self._keep(incoming)

@@ -25,7 +25,7 @@ _FALLBACK_FRAMES = 1 << 20
 class Asker(Protocol):
     """The part of the client that memory needs."""
 
-    def ask(self, request: Request[T]) -> T:
+    def ask(self, request: Request[T], timeout: float | None = None) -> T:
         """Send a command and wait for its answer."""
         ...
 
