@@ -1,25 +1,30 @@
 """The kernel's code, read-only data, descriptor tables and system call MSRs, locked from outside.
 
-Source of truth: Linux 6.1 `arch/x86/kernel/vmlinux.lds.S` (sections), `arch/x86/mm/init_64.c` (`mark_rodata_ro()`: what the kernel itself holds
-read-only from then on), `arch/x86/kernel/idt.c`, `arch/x86/include/asm/desc.h`. A write that is not legal does not happen: the guest goes on
-behind the instruction, and whoever wrote is reported.
+Source of truth: Linux 6.1 `arch/x86/kernel/vmlinux.lds.S` (sections), `arch/x86/mm/init_64.c` (`mark_rodata_ro()`: what the kernel itself
+holds read-only from then on), `arch/x86/kernel/idt.c`, `arch/x86/include/asm/desc.h`. A write that is not legal does not happen: the guest
+goes on behind the instruction, and whoever wrote is reported.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import msgspec
 
 from softkvm.uapi.kvmi import Access
-from softkvm.vmi.errors import UnknownName, Unreadable
+from softkvm.vmi.errors import KernelNotFound, UnknownName, Unreadable
 from softkvm.vmi.events import CrEvent, HiddenBreakpointEvent, MsrEvent, PageEvent, VcpuEvent
 from softkvm.vmi.linux import modules
+from softkvm.vmi.linux.btf import Kind
 from softkvm.vmi.linux.objects import Struct
 from softkvm.vmi.linux.patching import Patching
 from softkvm.vmi.memory import PAGE_MASK, PAGE_SIZE
 from softkvm.vmi.target import Target
 from softkvm.vmi.tools.dispatch import Dispatcher
 
-_ALL = Access.R | Access.W | Access.X
+_LSTAR = 0xC000_0082
+_AFTER_MARK_READONLY = "rcu_end_inkernel_boot"
+"""What `kernel_init()` calls next, in every version since 4.13."""
 _LONGEST_INSTRUCTION = 15
 _LARGEST_SECTION = 1 << 28
 
@@ -61,13 +66,46 @@ class Attempt(msgspec.Struct, frozen=True):
 
 
 class KernelLock(Dispatcher[Attempt]):
-    """Locks at once; the kernel must have finished its boot (see `when_booted()`). Legal patches are noted only with `verbose`."""
+    """Locks what a kernel must not change once it has booted. Legal patches are noted only with `verbose`."""
 
     def __init__(self, target: Target, *, verbose: bool = False) -> None:
         super().__init__(target)
         self._verbose = verbose
-        self._patching = Patching(target.kernel)
         self._what: dict[int, str] = {}
+        self.engaged = False
+        """Whether the locks are on."""
+
+    @cached_property
+    def _patching(self) -> Patching:
+        return Patching(self.target.kernel)
+
+    # When
+
+    def engage_when_booted(self) -> None:
+        """Lock now or, if the kernel still boots or is not even there, when it has made its own read-only data read-only."""
+        try:
+            kernel = self.target.kernel
+        except KernelNotFound:
+            self.on_msr(_LSTAR, self._kernel_comes)
+            return
+        states = kernel.types.enumerators(kernel.types.find("system_states", frozenset({Kind.ENUM})).number)
+        if kernel.number(kernel.symbols["system_state"], 4) >= states["SYSTEM_RUNNING"]:
+            self.engage()
+        else:
+            self.at(kernel.symbols[_AFTER_MARK_READONLY], self._booted)
+
+    def _kernel_comes(self, event: MsrEvent) -> None:
+        """A CPU is told where system calls begin: the kernel has its place and its symbols, if it is the one that we know."""
+        if not self.engaged:
+            self.engage_when_booted()
+
+    def _booted(self, event: HiddenBreakpointEvent) -> None:
+        if not self.engaged:
+            self.engage()
+
+    def engage(self) -> None:
+        """Lock now."""
+        self.engaged = True
         self._lock_sections()
         self._lock_tables()
         self._lock_registers()
@@ -117,14 +155,14 @@ class KernelLock(Dispatcher[Attempt]):
 
     def _module_goes(self, event: HiddenBreakpointEvent) -> None:
         module = self.target.kernel.struct("module", event.regs.rdi)
-        self.release(self._pages(*self._module_text(module)))
+        self.release(self._physical_pages(*self._module_text(module)))
 
     def _lock(self, what: str, start: int, end: int, access: Access) -> None:
-        pages = self._pages(start, end)
+        pages = self._physical_pages(start, end)
         self._what.update(dict.fromkeys(pages, what))
         self.protect(pages, access, self._page)
 
-    def _pages(self, start: int, end: int) -> list[int]:
+    def _physical_pages(self, start: int, end: int) -> list[int]:
         """Guest-physical addresses of the pages of a range; what is not mapped needs no lock."""
         found = []
         for address in range(start & ~PAGE_MASK, min(end, start + _LARGEST_SECTION), PAGE_SIZE):
