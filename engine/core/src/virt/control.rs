@@ -79,6 +79,9 @@ pub struct Control {
     pub instruction_budget: u64,
     pub pause_gap: u32,
     pub pause_window: u32,
+    /// Valid entries of `Block::waivers`; cleared when the instruction or the event that they are for is done.
+    pub waiver_count: u32,
+    pub reserved: u32,
 }
 
 impl Control {
@@ -130,6 +133,8 @@ pub struct Exit {
 
 /// Most device accesses that one emulated instruction can make.
 pub const ACCESS_MAX: usize = 8;
+/// Most waivers of one instruction.
+pub const WAIVER_MAX: usize = 64;
 /// Bytes of a control block's memory.
 pub const BLOCK_SIZE: usize = 0x5000;
 
@@ -145,7 +150,10 @@ pub struct Block {
     pad2: [u8; 0xc00 - size_of::<State>()],
     pub msr_bitmap: [[[u8; 1024]; 2]; 3],
     pub io_bitmap: [u8; 8192],
-    tail: [u8; 0x800],
+    /// Guest-physical pages with access rights, in the low bits, that the nested page table does not have to grant: to the instruction of
+    /// `Control::emulate`, or to the delivery of the injected event.
+    pub waivers: [u64; WAIVER_MAX],
+    tail: [u8; 0x800 - WAIVER_MAX * 8],
 }
 
 const _: () = assert!(size_of::<Block>() == BLOCK_SIZE);
