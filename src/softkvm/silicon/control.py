@@ -173,8 +173,10 @@ class Control(LittleEndianStructure):
         ("instruction_budget", _u64),  # exit with BUDGET after this many instructions; 0 is no limit
         ("pause_gap", _u32),  # PAUSE-loop exiting at CPL 0, SDM vol. 3, 25.1.3: most TSC cycles between two PAUSEs of one loop
         ("pause_window", _u32),  # most TSC cycles of a loop; 0 turns it off
+        ("perf_controls", _u32),  # bits of `silicon.pmu`: what to do with GLOBAL_CTRL of the core's PMU
         ("waiver_count", _u32),  # valid entries of `ControlBlock.waivers`; cleared when what they are for is done
-        ("_reserved0", _u32),
+        ("guest_perf_global_ctrl", _u64),
+        ("host_perf_global_ctrl", _u64),
     ]
 
 

@@ -161,6 +161,7 @@ impl Cpu {
     #[inline(never)]
     fn modify_slow<W: Word>(&mut self, uop: &Uop, la: u64, change: impl Fn(&mut Cpu, W) -> W) -> Exec {
         let segment = uop.segment();
+        self.watch(la, W::BYTES, AccessKind::Write);
         if la & PAGE_OFFSET <= PAGE_SIZE - W::BYTES {
             if let Target::Ram(host) = self.modified(segment, la)? {
                 // SAFETY: `modified` just translated the page for writing, and the access is inside it.
@@ -189,9 +190,10 @@ impl Cpu {
         self.target_with(segment, la, AccessKind::Write, right::READ | right::WRITE, self.privilege())
     }
 
-    /// Host address of RAM at `la` for a read and a store that the TLB does not let through; the caller reports it with [`Cpu::note_code_write`].
-    /// `None` where there is a device.
-    pub fn checked_ram(&mut self, segment: usize, la: u64) -> Exec<Option<*mut u8>> {
+    /// Host address of RAM at `la` for a read and a store of `bytes` in one page that the TLB does not let through; the caller reports it
+    /// with [`Cpu::note_code_write`]. `None` where there is a device.
+    pub fn checked_ram(&mut self, segment: usize, la: u64, bytes: u64) -> Exec<Option<*mut u8>> {
+        self.watch(la, bytes, AccessKind::Write);
         Ok(match self.modified(segment, la)? {
             Target::Ram(host) => Some(host),
             Target::Device { .. } => None,
@@ -293,6 +295,7 @@ impl Cpu {
         let mut value = T::default();
         let bytes = size_of::<T>();
         self.check_alignment(la, bytes as u64, privilege)?;
+        self.watch(la, bytes as u64, AccessKind::Read);
         // SAFETY: `Plain` types are bytes without padding, and `value` is ours.
         let buffer = unsafe { core::slice::from_raw_parts_mut((&raw mut value).cast::<u8>(), bytes) };
         let first = bytes.min((PAGE_SIZE - (la & PAGE_OFFSET)) as usize);
@@ -316,6 +319,7 @@ impl Cpu {
     fn write_slow<T: Plain>(&mut self, segment: usize, la: u64, value: T, privilege: Privilege) -> Exec {
         let bytes = size_of::<T>();
         self.check_alignment(la, bytes as u64, privilege)?;
+        self.watch(la, bytes as u64, AccessKind::Write);
         // SAFETY: `Plain` types are bytes without padding, and `value` outlives the slice.
         let buffer = unsafe { core::slice::from_raw_parts((&raw const value).cast::<u8>(), bytes) };
         let first = bytes.min((PAGE_SIZE - (la & PAGE_OFFSET)) as usize);
@@ -425,11 +429,12 @@ impl Cpu {
         const BOTH: u8 = right::READ | right::WRITE;
         let allows = |kind| mapping.allows(&self.paging, privilege, kind);
         let checked = || self.npt.code.contains(host & !PAGE_OFFSET);
+        let watched = self.breakpoints.watch_page(la);
         let fill = tlb::Fill {
             la,
             host,
-            read: rights & right::READ != 0 && allows(AccessKind::Read),
-            write: rights & BOTH == BOTH && mapping.dirty && allows(AccessKind::Write) && !checked(),
+            read: !watched && rights & right::READ != 0 && allows(AccessKind::Read),
+            write: !watched && rights & BOTH == BOTH && mapping.dirty && allows(AccessKind::Write) && !checked(),
             fetch: rights & right::EXECUTE != 0 && allows(AccessKind::Fetch),
             global: mapping.global,
             page_shift: mapping.page_shift,

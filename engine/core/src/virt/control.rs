@@ -45,6 +45,14 @@ pub mod emulate {
     pub const FIRST: u32 = 2;
 }
 
+/// Bits of `Control::perf_controls` (SDM vol. 3, tables 25-13 and 25-15).
+pub mod perf {
+    /// Entry loads GLOBAL_CTRL from `guest_perf_global_ctrl`.
+    pub const LOAD_GUEST: u32 = 1;
+    /// Exit loads it from `host_perf_global_ctrl`.
+    pub const LOAD_HOST: u32 = 2;
+}
+
 /// What the hypervisor asks of the silicon for the next run.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
@@ -79,9 +87,12 @@ pub struct Control {
     pub instruction_budget: u64,
     pub pause_gap: u32,
     pub pause_window: u32,
+    /// Bits of [`perf`].
+    pub perf_controls: u32,
     /// Valid entries of `Block::waivers`; cleared when the instruction or the event that they are for is done.
     pub waiver_count: u32,
-    pub reserved: u32,
+    pub guest_perf_global_ctrl: u64,
+    pub host_perf_global_ctrl: u64,
 }
 
 impl Control {
