@@ -125,7 +125,7 @@ def after_exit(vcpu: Vcpu, reason: int) -> None:
 def stop(vcpu: Vcpu) -> None:
     """Forget the instruction."""
     vcpu.half_done = False
-    vcpu.control.emulate = 0
+    vcpu.control.emulate = vcpu.control.waiver_count = 0
 
 
 def handle_emulated(vcpu: Vcpu) -> int:

@@ -11,6 +11,7 @@ from softkvm.silicon.core import (
     RIGHT_R,
     RIGHT_W,
     RIGHT_X,
+    WAIVER_LIMIT,
     Vmcb,
 )
 from softkvm.silicon.memory import allocate
@@ -25,6 +26,7 @@ __all__ = [
     "RIGHT_R",
     "RIGHT_W",
     "RIGHT_X",
+    "WAIVER_LIMIT",
     "Core",
     "Memory",
     "Model",

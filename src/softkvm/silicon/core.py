@@ -19,6 +19,9 @@ EXIT_BREAKPOINT = 0x10006
 RIGHT_R, RIGHT_W, RIGHT_X = 1, 2, 4
 """Rights of a nested page table entry, and access types of `Core.translate` (where 8 = by user mode)."""
 
+WAIVER_LIMIT = 64
+"""Entries of `ControlBlock.waivers`."""
+
 
 class Vmcb:
     """A control block in the engine's memory and its typed view, with the parts that every exit touches at hand.
