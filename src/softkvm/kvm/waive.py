@@ -1,7 +1,7 @@
 """An access that page tracking refused: its hook is asked, and a single instruction is let through.
 
-Answers to "VM introspection" v9, patches 34, 35 and 83 (`kvm_page_track_pre{read,write,exec}()`), and to `kvm_mmu_page_fault()` of Linux 6.1,
-which emulates the instruction on a tracked page. Here the silicon executes it with the rights that it lacks waived for it alone
+Answers to "VM introspection" v9, patches 34, 35 and 83 (`kvm_page_track_pre{read,write,exec}()`), and to `kvm_mmu_page_fault()` of Linux
+6.1, which emulates the instruction on a tracked page. Here the silicon executes it with the rights that it lacks waived for it alone
 (`ControlBlock.waivers`); other vCPUs, and the instruction behind it, meet the restriction as before.
 """
 

@@ -12,9 +12,9 @@ from ctypes import Structure
 from functools import cache
 from typing import TypeVar
 
-from softkvm.kvm.introspection.reply import Broken, Refused, Reply
+from softkvm.kvm.introspection.failures import Broken, Refused
 from softkvm.uapi import kvmi
-from softkvm.uapi.kvmi import Action, Dialect, Error, Event
+from softkvm.uapi.kvmi import Action, Dialect, Error, Event, Reply
 from softkvm.uapi.layout import offset_of
 
 HEADER = struct.Struct("<HHI")

@@ -1,5 +1,6 @@
-"""The tool inside the process: events are calls of a function on the vCPU's thread, commands are calls of a method. No socket, no bytes that
-nobody looks at; permissions, checks, filters and waits are those of the wire protocol.
+"""The tool inside the process: events are calls of a function on the vCPU's thread, commands are calls of a method.
+
+No socket, and no bytes that nobody looks at; permissions, checks, filters and waits are those of the wire protocol.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from ctypes import Structure
 from typing import TYPE_CHECKING
 
 from softkvm.host import mm
+from softkvm.host.task import current
 from softkvm.kvm import regs
 from softkvm.kvm.introspection import arch
 from softkvm.kvm.introspection.dispatch import Work, prepare
-from softkvm.kvm.introspection.reply import Broken, Refused, Reply
+from softkvm.kvm.introspection.failures import Broken, Refused
 from softkvm.kvm.introspection.vm_commands import Data
 from softkvm.uapi import kvm as uapi
 from softkvm.uapi import kvmi
-from softkvm.uapi.kvmi import Action, Command, Event
+from softkvm.uapi.kvmi import Action, Command, Event, Reply
 
 if TYPE_CHECKING:
     from softkvm.kvm.introspection.session import Session
@@ -123,8 +125,7 @@ class DirectChannel:
 
     def _is_mine(self, target: VcpuIntrospection) -> bool:
         """Whether the caller is the vCPU's own thread, in a handler."""
-        task = target.vcpu.task
-        return task is not None and task.thread is threading.current_thread()
+        return target.vcpu.task is current()
 
     def _have_done(self, target: VcpuIntrospection, work: Work) -> bytes | Data:
         done = threading.Event()
@@ -152,7 +153,7 @@ class DirectChannel:
             raise ValueError(f"nobody waits for event {seq}")
         if action not in kvmi.EVENTS[event].actions:
             raise ValueError(f"{action.name} is no answer to {event.name}")
-        target.post(lambda: target.take(Reply(action, new_value)))
+        target.post(lambda: target.take(seq, Reply(action, new_value)))
 
     def memory(self) -> list[tuple[int, memoryview]]:
         """Guest memory without a copy: guest-physical address and read-only bytes of each slot."""

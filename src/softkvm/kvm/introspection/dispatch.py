@@ -11,7 +11,7 @@ from typing import Any
 
 from softkvm.kvm.introspection import vcpu_commands, vm_commands
 from softkvm.kvm.introspection.codec import parse, vcpu_header
-from softkvm.kvm.introspection.reply import Refused
+from softkvm.kvm.introspection.failures import Refused
 from softkvm.kvm.introspection.session import Session
 from softkvm.kvm.introspection.vcpu import VcpuIntrospection
 from softkvm.kvm.introspection.vm_commands import Data
@@ -53,12 +53,13 @@ def _split(session: Session, command: Command, body: bytes) -> tuple[Any, bytes]
 
 def _pause(session: Session, body: bytes) -> bytes:
     """VCPU_PAUSE: EINVAL, then EPERM if the event is disallowed, then the vCPU; answered, with `wait`, when it is out of the guest."""
+    request: kvmi.Pause | kvmi.PauseV12
     if Command.VCPU_PAUSE in session.dialect.vcpu_commands:
         index, clean = vcpu_header(body)
         request = parse(kvmi.Pause, body[_VCPU_HEADER:])
     else:
-        own = parse(kvmi.PauseV12, body)
-        index, clean, request = own.vcpu, True, own
+        request = parse(kvmi.PauseV12, body)
+        index, clean = request.vcpu, True
     if not clean or request.wait > 1:
         raise Refused(Error.EINVAL)
     if Event.PAUSE_VCPU not in session.allowed_events:

@@ -1,17 +1,17 @@
 """VM exits while a tool is hooked: the events that it asked for, and behind them what KVM does anyway.
 
-Answers to the calls of `kvmi_*_event()` in `x86.c`, `vmx.c` and `svm.c` of "VM introspection" v9, patches 60-81. A vCPU that is introspected
-has these handlers in its table in place of the vendor's (`overlay()`); one that is not pays nothing. Each handler here gets the
-plain one, and returns what exit handlers return.
+Answers to the calls of `kvmi_*_event()` in `x86.c`, `vmx.c` and `svm.c` of "VM introspection" v9, patches 60-81. A vCPU that is
+introspected has these handlers in its table in place of the vendor's (`overlay()`); one that is not pays nothing. Each handler here gets
+the plain one, and returns what exit handlers return.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from softkvm.kvm import cr, emulate, events, exits, msr, regs, waive
+from softkvm.kvm import cr, events, exits, msr, regs, waive
 from softkvm.kvm.introspection import svm, vmx
 from softkvm.kvm.introspection.facts import Facts, Hook
 from softkvm.silicon import EXIT_ACCESS, EXIT_BREAKPOINT, EXIT_EMULATED, RIGHT_R, RIGHT_W
@@ -133,9 +133,9 @@ def _xsetbv(vcpu: Vcpu, plain: Handler) -> int:
     if not exits.execute_xsetbv(vcpu):
         return 1
     data = kvmi.EventXsetbv(xcr=0, old_value=old, new_value=vcpu.state.xcr0)
-    if data.new_value != old and introspection.session.filters.passes(vcpu, Event.XSETBV, data):
-        if introspection.ask(Event.XSETBV, data).action is Action.CRASH:
-            return introspection.crash()
+    tell = data.new_value != old and introspection.session.filters.passes(vcpu, Event.XSETBV, data)
+    if tell and introspection.ask(Event.XSETBV, data).action is Action.CRASH:
+        return introspection.crash()
     return exits.skip(vcpu) if vcpu.state.rip == rip else 1
 
 
@@ -241,4 +241,3 @@ _HOOKS = Hook(
     hypercall=_hypercall,
     step=_step,
 )
-Callback = Callable[..., int]

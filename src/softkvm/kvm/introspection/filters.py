@@ -31,11 +31,19 @@ class Filter:
         return any(first <= value <= last for first, last in self.ranges) != self.inverted
 
 
-_STATE_FIELDS: dict[FilterField, Callable[[Vcpu], int]] = {
-    FilterField.RIP: lambda vcpu: int(vcpu.state.rip),
-    FilterField.CR3: lambda vcpu: int(vcpu.state.cr3),
-    FilterField.RAX: lambda vcpu: int(vcpu.gpr[0]),
-}
+def _rip(vcpu: Vcpu) -> int:
+    return int(vcpu.state.rip)
+
+
+def _cr3(vcpu: Vcpu) -> int:
+    return int(vcpu.state.cr3)
+
+
+def _rax(vcpu: Vcpu) -> int:
+    return int(vcpu.gpr[0])
+
+
+_STATE_FIELDS: dict[FilterField, Callable[[Vcpu], int]] = {FilterField.RIP: _rip, FilterField.CR3: _cr3, FilterField.RAX: _rax}
 """Fields that every event of a vCPU has."""
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from softkvm.kvm import cr, events, vendor
-from softkvm.kvm.introspection.reply import Refused
+from softkvm.kvm.introspection.failures import Refused
 from softkvm.silicon.control import Intercept
 from softkvm.uapi.kvmi import Error, Event
 

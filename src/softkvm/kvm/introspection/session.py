@@ -1,7 +1,7 @@
 """One introspected VM: what its tool may do and be told, and the life of the connection.
 
-Answers to `virt/kvm/introspection/kvmi.c` of "VM introspection" v9, patches 38-45, 61 and 63: hook, permissions, un-hook, loss of the channel.
-A tool that goes away, however it does, leaves a VM that runs as if it had never been there.
+Answers to `virt/kvm/introspection/kvmi.c` of "VM introspection" v9, patches 38-45, 61 and 63: hook, permissions, un-hook, loss of the
+channel. A tool that goes away, however it does, leaves a VM that runs as if it had never been there.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from __future__ import annotations
 import logging
 import threading
 from ctypes import Structure
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Protocol
 
 from softkvm.kvm.introspection import intercepts
+from softkvm.kvm.introspection.failures import Broken
 from softkvm.kvm.introspection.filters import Filters
 from softkvm.kvm.introspection.page_access import PageAccess
-from softkvm.kvm.introspection.reply import Broken, Reply
 from softkvm.kvm.introspection.vcpu import VcpuIntrospection
 from softkvm.kvm.page_track import ALL
-from softkvm.uapi.kvmi import ALWAYS_ALLOWED, Command, Dialect, Event
+from softkvm.uapi.kvmi import ALWAYS_ALLOWED, Command, Dialect, Event, Reply
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu import Vcpu
@@ -90,6 +91,11 @@ class Session:
         """Allow or disallow events to be enabled; those that are stay so."""
         self.allowed_events = self.allowed_events | events if allow else self.allowed_events - events
 
+    def set_breakpoints(self, breakpoints: frozenset[int]) -> None:
+        """Hidden breakpoints, by guest-physical address; every vCPU obeys when the call returns."""
+        self.vm.mmu.npt.set_breakpoints(list(breakpoints - self.breakpoints), list(self.breakpoints - breakpoints))
+        self.breakpoints = breakpoints
+
     # --- The end --------------------------------------------------------------------------------------------------------------------
 
     def announce_end(self) -> bool:
@@ -127,7 +133,6 @@ class Session:
         mmu = self.vm.mmu
         mmu.restrict(dict.fromkeys(mmu.track.pages, ALL))
         mmu.track.node = None
-        mmu.npt.set_breakpoints([], list(self.breakpoints))
-        self.breakpoints = frozenset()
+        self.set_breakpoints(frozenset())
         for vcpu in self.vcpus:
-            vcpu.post(lambda vcpu=vcpu: intercepts.restore(vcpu))  # type: ignore[misc] # the loop's vCPU
+            vcpu.post(partial(intercepts.restore, vcpu))

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 from softkvm.kvm.introspection import arch, codec
 from softkvm.kvm.introspection.dispatch import Work, prepare
-from softkvm.kvm.introspection.reply import Broken, Refused, Reply
+from softkvm.kvm.introspection.failures import Broken, Refused
 from softkvm.kvm.introspection.vm_commands import Data, answers_with_data
 from softkvm.uapi import kvmi
-from softkvm.uapi.kvmi import Command, Error, Event
+from softkvm.uapi.kvmi import Command, Error, Event, Reply
 
 if TYPE_CHECKING:
     from softkvm.kvm.introspection.session import Session
@@ -193,4 +193,10 @@ class SocketChannel:
         if event is None or seq != vcpu.awaited:
             raise Broken(f"an event's reply with number {seq}, which nobody waits for")
         reply = codec.event_reply(self._session.dialect, event, body)
-        vcpu.post(lambda: vcpu.take(reply))
+        vcpu.post(lambda: self._answer(vcpu, seq, reply))
+
+    def _answer(self, vcpu: VcpuIntrospection, seq: int, reply: Reply) -> None:
+        try:
+            vcpu.take(seq, reply)
+        except Broken as broken:
+            self._session.lose(self, str(broken))

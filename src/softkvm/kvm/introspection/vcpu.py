@@ -14,11 +14,12 @@ from ctypes import Structure
 from typing import TYPE_CHECKING
 
 from softkvm.kvm import events, regs
-from softkvm.kvm.introspection.reply import Broken, Reply
+from softkvm.kvm.introspection.failures import Broken
 from softkvm.kvm.request import REQ_EVENT, REQ_INTROSPECTION
+from softkvm.silicon.control import Intercept
 from softkvm.uapi import kvm as uapi
 from softkvm.uapi import kvmi
-from softkvm.uapi.kvmi import Action, Event
+from softkvm.uapi.kvmi import Action, Event, Reply
 
 if TYPE_CHECKING:
     from softkvm.kvm.introspection.session import Session
@@ -87,6 +88,11 @@ class VcpuIntrospection:
             self._pauses += 1
         self.vcpu.make_request(REQ_INTROSPECTION)
         return True
+
+    def wait_until_out(self) -> None:
+        """Returns when the vCPU, which was asked to, has left the guest."""
+        while self.vcpu.mode:
+            time.sleep(_LEAVING / 100)
 
     def release(self) -> None:
         """The tool is gone: the vCPU waits for nothing and owes nothing."""
@@ -172,6 +178,12 @@ class VcpuIntrospection:
             regs.set_regs(self.vcpu, new)
             self.vcpu.events.exception_pending = pending
 
+    def take(self, seq: int, reply: Reply) -> None:
+        """The answer to the event `seq`: a job, so that commands before it are done before. Broken if it was answered already."""
+        if seq != self.awaited or self.reply is not None:
+            raise Broken(f"event {seq} was answered twice")
+        self.reply = reply
+
     def crash(self) -> int:
         """The tool wants the VM dead: it leaves for user space as a guest that has crashed."""
         run = self.vcpu.kvm_run
@@ -179,6 +191,11 @@ class VcpuIntrospection:
         return self.vcpu.exit_to_user(uapi.KVM_EXIT_SYSTEM_EVENT)
 
     # --- Injection ------------------------------------------------------------------------------------------------------------------
+
+    def want_exception(self, exception: kvmi.InjectException) -> None:
+        """VCPU_INJECT_EXCEPTION."""
+        self.exception = exception
+        self.vcpu.make_request(REQ_INTROSPECTION)
 
     def _inject(self) -> int | None:
         """Queue the tool's exception, unless another event is on its way, and tell the tool which one the guest gets."""
@@ -206,6 +223,6 @@ class VcpuIntrospection:
         """Stop behind every instruction; interrupts and exceptions wait until it is off."""
         if on != self.singlestep:
             self.singlestep = on
-            self.vcpu.set_monitor_trap(on)
+            self.vcpu.set_intercept(Intercept.MONITOR_TRAP, on)
             self.vcpu.make_request(REQ_EVENT)
             self.vcpu.update_static_calls()

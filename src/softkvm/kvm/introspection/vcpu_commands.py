@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from softkvm.kvm import events, fpu, msr, mtrr
 from softkvm.kvm.introspection import arch, intercepts
-from softkvm.kvm.introspection.reply import Broken, Refused
+from softkvm.kvm.introspection.failures import Broken, Refused
 from softkvm.uapi import kvm as uapi
 from softkvm.uapi import kvmi
 from softkvm.uapi.kvmi import Command, Error, Event

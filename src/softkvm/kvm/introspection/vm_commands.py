@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from softkvm.host import mm
 from softkvm.kvm.introspection.codec import parse
+from softkvm.kvm.introspection.failures import Broken, Refused
 from softkvm.kvm.introspection.filters import Filter, has_field
-from softkvm.kvm.introspection.reply import Broken, Refused
 from softkvm.kvm.memslots import PAGE_SHIFT, PAGE_SIZE
 from softkvm.uapi import kvmi
-from softkvm.uapi.kvmi import Access, Command, Dialect, Error, Event, FilterField
+from softkvm.uapi.kvmi import Access, Command, Dialect, Error, FilterField
 
 if TYPE_CHECKING:
     from softkvm.kvm.introspection.session import Session
@@ -256,5 +256,3 @@ def answers_with_data(dialect: Dialect, command: Command) -> bool:
     """Whether a command's answer is more than its error code."""
     message = dialect.messages[command]
     return message.reply is not None or message.trailing_reply is not None
-
-

@@ -21,9 +21,7 @@ _MOV_TO_CR, _LMSW = 0, 3
 _LMSW_BITS, _PE = 0xF, 1
 _TYPE_MASK, _TYPE_NMI = 7 << 8, 2 << 8
 
-undisturbed = frozenset(
-    int(reason) for reason in (ExitReason.MONITOR_TRAP_FLAG, ExitReason.EPT_VIOLATION, ExitReason.EXTERNAL_INTERRUPT)
-)
+undisturbed = frozenset(int(reason) for reason in (ExitReason.MONITOR_TRAP_FLAG, ExitReason.EPT_VIOLATION, ExitReason.EXTERNAL_INTERRUPT))
 
 
 def hooks(hook: Hook) -> Mapping[int, Hooked]:

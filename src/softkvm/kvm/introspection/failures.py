@@ -1,18 +1,8 @@
-"""What comes back: the tool's answer to an event, and the ways in which a command fails."""
+"""The ways in which a message fails."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from softkvm.uapi.kvmi import Action, Error
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """The answer to an event; `new_value` is what a register shall get, of CR and MSR events."""
-
-    action: Action
-    new_value: int = 0
+from softkvm.uapi.kvmi import Error
 
 
 class Refused(Exception):
