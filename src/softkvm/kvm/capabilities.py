@@ -5,7 +5,7 @@ from __future__ import annotations
 from softkvm.kvm import mce
 from softkvm.kvm.memslots import USER_MEM_SLOTS
 from softkvm.uapi import kvm as uapi
-from softkvm.uapi import series
+from softkvm.uapi import kvmi, series
 
 MAX_VCPUS = 1024
 MAX_VCPU_IDS = 4096
@@ -62,6 +62,7 @@ _PRESENT = (
     uapi.KVM_CAP_TSC_CONTROL,
     uapi.KVM_CAP_VCPU_ATTRIBUTES,
     series.KVM_CAP_TSC_OFFSET,
+    kvmi.V9.ioctls.capability,
 )
 
 _VALUES = {

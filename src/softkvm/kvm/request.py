@@ -19,5 +19,7 @@ REQ_STEAL_UPDATE = 1 << 6
 """Refresh the steal-time record."""
 REQ_UNHALT = 1 << 7
 """Leave HLT (`KVM_HC_KICK_CPU`)."""
+REQ_INTROSPECTION = 1 << 16
+"""The introspection tool has commands for the vCPU, or wants it paused."""
 REQ_CLOCK = REQ_CLOCK_UPDATE | REQ_MASTERCLOCK_UPDATE | REQ_STEAL_UPDATE
 """All that `kvmclock.service()` handles."""

@@ -16,7 +16,7 @@ from softkvm.host import entry, trace
 from softkvm.host.task import Task
 from softkvm.kvm import emulate, events, kvmclock, regs, reset
 from softkvm.kvm.irqchip import irq
-from softkvm.kvm.request import REQ_CLOCK, REQ_EVENT, REQ_NMI, REQ_TLB_FLUSH, REQ_TRIPLE_FAULT
+from softkvm.kvm.request import REQ_CLOCK, REQ_EVENT, REQ_INTROSPECTION, REQ_NMI, REQ_TLB_FLUSH, REQ_TRIPLE_FAULT
 from softkvm.kvm.vcpu_core import IN_GUEST_MODE, OUTSIDE_GUEST_MODE
 from softkvm.silicon import EMULATE_FIRST, EMULATE_ONE
 from softkvm.uapi import kvm as uapi
@@ -48,6 +48,8 @@ def ioctl_run(vcpu: Vcpu, task: Task) -> int:
     finally:
         _save_to_user(vcpu)
         vcpu.detach()
+        if vcpu.introspection is not None:
+            vcpu.introspection.run_jobs()
         if saved is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, saved)
 
@@ -188,6 +190,10 @@ def _service_requests(vcpu: Vcpu) -> int:
         vcpu.set_triple_fault(False)
         return vcpu.exit_to_user(uapi.KVM_EXIT_SHUTDOWN)
     requests = vcpu.take_requests()
+    if requests & REQ_INTROSPECTION and vcpu.introspection is not None:
+        if requests != REQ_INTROSPECTION:
+            vcpu.make_request(requests & ~REQ_INTROSPECTION)  # what the tool sees and does comes before
+        return vcpu.introspection.service()
     if requests & REQ_CLOCK:
         kvmclock.service(vcpu, requests)
     if requests & REQ_TLB_FLUSH:
@@ -197,7 +203,7 @@ def _service_requests(vcpu: Vcpu) -> int:
         _process_nmi(vcpu)
     if requests & (REQ_EVENT | REQ_NMI):
         reset.accept_events(vcpu)
-        if vcpu.mp_state != RUNNABLE:
+        if vcpu.mp_state != RUNNABLE or (vcpu.introspection is not None and vcpu.introspection.singlestep):
             return 1
         events.inject_pending(vcpu, _wants_window(vcpu))
     return 1
@@ -231,6 +237,9 @@ def _ready_for_injection(vcpu: Vcpu) -> bool:
 
 def block(vcpu: Vcpu, task: Task) -> int:
     """A vCPU that is halted or waits for a SIPI: sleep until there is an event for it, or work for its thread."""
+    if vcpu.requests & REQ_INTROSPECTION and vcpu.introspection is not None:
+        vcpu.clear_request(REQ_INTROSPECTION)
+        return vcpu.introspection.service()
     if not runnable(vcpu):
         _wait(vcpu, task)
         if not runnable(vcpu):
@@ -252,7 +261,7 @@ def _wait(vcpu: Vcpu, task: Task) -> None:
         while True:
             wakeup.clear()
             entry.interrupt(task, clock.run_expired)
-            if runnable(vcpu) or task.flags & _WORK:
+            if runnable(vcpu) or task.flags & _WORK or (vcpu.requests & REQ_INTROSPECTION and vcpu.mp_state != UNINITIALIZED):
                 break
             vcpu.vm.scheduler.sleep(vcpu)
             expiry = clock.first_expiry

@@ -22,6 +22,7 @@ from softkvm.kvm import events, watch
 from softkvm.kvm.ioctl import KvmFile
 from softkvm.kvm.request import REQ_NMI, REQ_TRIPLE_FAULT
 from softkvm.kvm.vendor import INTERCEPTS
+from softkvm.silicon.control import Intercept
 from softkvm.uapi import kvm as uapi
 
 if TYPE_CHECKING:
@@ -86,6 +87,8 @@ class VcpuCore(KvmFile):
         self.kvm_run = uapi.Run.from_buffer(self._mapping)
         self.pio_data = self.mmap_area[4096:8192]
         self.windows = 0
+        self.intercepts = INTERCEPTS
+        self.hardware_view = memoryview(vmcb.hardware)
 
     def _init_concurrency(self) -> None:
         """What other threads touch, and what belongs to the run loop."""
@@ -153,6 +156,11 @@ class VcpuCore(KvmFile):
         with self._request_lock:
             requests, self.requests = self.requests, 0
         return requests
+
+    def clear_request(self, request: int) -> None:
+        """Withdraw a request that is about to be served."""
+        with self._request_lock:
+            self.requests &= ~request
 
     def set_triple_fault(self, pending: bool) -> None:
         """Raise or withdraw a triple fault."""
@@ -297,7 +305,12 @@ class VcpuCore(KvmFile):
         """Which interrupt and NMI windows (bits of `Control.intercepts`) to exit at."""
         if windows != self.windows:
             self.windows = windows
-            self.control.intercepts = INTERCEPTS | windows
+            self.control.intercepts = self.intercepts | windows
+
+    def set_intercept(self, intercept: Intercept, wanted: bool) -> None:
+        """Exit for one more condition, or no longer."""
+        self.intercepts = self.intercepts | 1 << intercept if wanted else self.intercepts & ~(1 << intercept)
+        self.control.intercepts = self.intercepts | self.windows
 
     def exit_to_user(self, reason: int, finish: Callable[[Self], int] | None = None) -> int:
         """Leave KVM_RUN with an exit reason; `finish` runs at the start of the next KVM_RUN, its result is that of an exit handler."""

@@ -83,6 +83,14 @@ def setup_controls(vcpu: Vcpu) -> None:
         _pass_through(vcpu, index, write=True)
 
 
+def intercept_msr_write(vcpu: Vcpu, index: int, wanted: bool) -> None:
+    """Make the guest's writes to an MSR of the bitmaps exit, or let KVM decide again."""
+    if not wanted and index in _PASSED_THROUGH:
+        _pass_through(vcpu, index, write=True)
+    else:
+        vcpu.block.msr_bitmap[1 if index >> 30 else 0][1][(index & 0x1FFF) >> 3] |= 1 << (index & 7)
+
+
 def _pass_through(vcpu: Vcpu, index: int, write: bool) -> None:
     """Let the guest use the MSR without an exit."""
     vcpu.block.msr_bitmap[1 if index >> 30 else 0][int(write)][(index & 0x1FFF) >> 3] &= ~(1 << (index & 7))

@@ -16,8 +16,9 @@ from softkvm.host.clock import Clock
 from softkvm.kvm import capabilities, svm, tsc_status, vmx
 from softkvm.kvm.coalesced import Coalesced
 from softkvm.kvm.eventfd import EventFds
+from softkvm.kvm.introspection.ioctls import IntrospectionIoctls
 from softkvm.kvm.iobus import IoBus
-from softkvm.kvm.ioctl import KvmFile, fields, ioctl, pointed_u64, returns, returns_bitmap, returns_first_u32, takes, takes_array, value
+from softkvm.kvm.ioctl import fields, ioctl, pointed_u64, returns, returns_bitmap, returns_first_u32, takes, takes_array, value
 from softkvm.kvm.irqchip import Irqchip
 from softkvm.kvm.irqchip.pit import Pit
 from softkvm.kvm.irqchip.routing import MAX_ROUTES, USERSPACE_SOURCE, Routing
@@ -38,7 +39,7 @@ _PAGE = 4096
 _MAXPHYADDR_LEAF = 0x8000_0008
 
 
-class Vm(KvmFile):
+class Vm(IntrospectionIoctls):
     """One virtual machine; a context manager that closes it."""
 
     unknown_ioctl = errno.ENOTTY
@@ -55,6 +56,7 @@ class Vm(KvmFile):
         self.vendor = _VENDORS[self.model.vendor]
         self.clock = clock
         self.lock = threading.RLock()
+        self._hook_lock = threading.Lock()
         self.mmu = Mmu(self.lock, 1 << (self.model.cpuid(_MAXPHYADDR_LEAF, 0)[0] & 0xFF))
         self.memory = self.mmu
         self.vcpus: list[Vcpu] = []
@@ -86,12 +88,16 @@ class Vm(KvmFile):
         if self.closed:
             return
         self.closed = True
+        self._unhook()
         for vcpu in self.vcpus:
             vcpu.kick()
             vcpu.close()
         if self.pit is not None:
             self.pit.close()
         self.eventfds.close()
+
+    def _as_vm(self) -> Vm:
+        return self
 
     @property
     def irqchip_in_kernel(self) -> bool:
@@ -310,5 +316,7 @@ class Vm(KvmFile):
                 raise OSError(errno.EEXIST, f"there is a vCPU {vcpu_id}")
             vcpu = Vcpu(self, vcpu_id)
             self.vcpus = [*self.vcpus, vcpu]
+            if self.introspection is not None:
+                self.introspection.add_vcpu(vcpu)
         vcpu.tsc.synchronize(0)
         return vcpu

@@ -10,7 +10,7 @@ use crate::model::Model;
 use crate::paging::walk::{probe, Context};
 use crate::paging::{canonical, unused_bits, AccessKind, Privilege};
 use crate::state::{activity, cr0, cr4, efer, rflags, rights, seg, State};
-use crate::virt::control::{intercept, Block, ACCESS_MAX};
+use crate::virt::control::{intercept, Block, ACCESS_MAX, WAIVER_MAX};
 use crate::virt::exits::code;
 
 /// Kinds of access for [`Core::translate`].
@@ -64,6 +64,11 @@ impl Core {
             cpu.accesses.clear();
             let count = (cpu.control.access_count as usize).min(ACCESS_MAX);
             cpu.accesses.extend_from_slice(&(&(*block).access)[..count]);
+            let count = (cpu.control.waiver_count as usize).min(WAIVER_MAX);
+            cpu.waivers.set(&(&(*block).waivers)[..count]);
+        }
+        if cpu.control.emulate == 0 && cpu.control.event & EVENT_VALID == 0 {
+            cpu.end_waivers();
         }
         cpu.bitmaps = block;
         cpu.access_next = 0;
@@ -87,6 +92,7 @@ impl Core {
             (*block).control.event = cpu.control.event;
             (*block).control.tlb_control = cpu.control.tlb_control;
             (*block).control.emulate = cpu.control.emulate;
+            (*block).control.waiver_count = cpu.control.waiver_count;
             (*block).control.random = cpu.control.random;
         }
         cpu.exit.reason
@@ -154,6 +160,9 @@ impl Core {
             let error = if event & EVENT_HAS_ERROR != 0 { cpu.control.event_error } else { 0 };
             if cpu.deliver_event(event, error, cpu.control.event_instruction_length).is_err() {
                 return;
+            }
+            if cpu.control.emulate == 0 {
+                cpu.end_waivers();
             }
         }
         cpu.run();
