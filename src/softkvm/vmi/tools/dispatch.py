@@ -95,16 +95,27 @@ class Dispatcher(Generic[R]):
         """What the functions note, as it happens; ends after `timeout` seconds, with `stop()`, or with the VM."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._stopped and (deadline is None or time.monotonic() < deadline):
-            try:
-                event = self.target.client.next_event(_TURN)
-            except ChannelClosed:
-                return
-            if isinstance(event, Unhook):
-                return
-            if event is not None:
-                self.dispatch(event)
+            ended = self._take_one()
             while self._records:
                 yield self._records.popleft()
+            if ended:
+                return
+
+    def _take_one(self) -> bool:
+        """Wait a moment for one event and dispatch it; whether the session has ended."""
+        try:
+            event = self.target.client.next_event(_TURN)
+            if isinstance(event, Unhook):
+                return True
+            if event is not None:
+                self.dispatch(event)
+            self.turn()
+        except ChannelClosed:
+            return True
+        return False
+
+    def turn(self) -> None:
+        """Called after each event and each moment without one; for what cannot be an event."""
 
     def dispatch(self, event: VcpuEvent) -> None:
         """Have an event looked at and answered. The guest's memory may hold anything: what cannot be read of it is nobody's failure."""

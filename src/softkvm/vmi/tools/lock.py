@@ -43,8 +43,9 @@ CR0_WP = 1 << 16
 CR4_LOCKED = 1 << 20 | 1 << 21 | 1 << 11
 """SMEP, SMAP and UMIP."""
 
-# Who writes to a CPU's GDT page: descriptors of thread-local storage and of the task state, at a context switch or when a CPU comes up.
-_GDT_WRITERS = ("__switch_to", "do_set_thread_area", "load_TLS_descriptor", "native_load_tls", "cpu_init", "native_write_gdt_entry")
+# In a GDT the kernel itself changes the descriptors of the task state (8, 9: busy) and of thread-local storage (12 to 14).
+_GDT_SIZE = 16 * 8
+_GDT_FIXED = ((0, 8 * 8), (10 * 8, 12 * 8), (15 * 8, 16 * 8))
 
 
 class Attempt(msgspec.Struct, frozen=True):
@@ -61,6 +62,8 @@ class Attempt(msgspec.Struct, frozen=True):
     code: str
     """RIP as a symbol."""
     stopped: bool
+    restored: bool = False
+    """Whether it was done and has been undone."""
     legal: str = ""
     """Why it was let through, such as `jump label`; empty if it was not legal."""
 
@@ -72,6 +75,7 @@ class KernelLock(Dispatcher[Attempt]):
         super().__init__(target)
         self._verbose = verbose
         self._what: dict[int, str] = {}
+        self._gdts: dict[int, bytes] = {}
         self.engaged = False
         """Whether the locks are on."""
 
@@ -123,8 +127,18 @@ class KernelLock(Dispatcher[Attempt]):
         idt = kernel.symbols["idt_table"]
         self._lock("interrupt descriptor table", idt, idt + PAGE_SIZE, Access.R)
         for cpu in kernel.cpus:
-            gdt = kernel.percpu("gdt_page", cpu)
-            self._lock("global descriptor table", gdt, gdt + PAGE_SIZE, Access.R)
+            physical = kernel.physical(kernel.percpu("gdt_page", cpu))
+            self._gdts[physical] = _fixed_part(self.target.client.memory.read(physical, _GDT_SIZE))
+
+    def turn(self) -> None:
+        """Put back what somebody has changed in a GDT. A lock on its page would cost three events at every context switch."""
+        for cpu, (physical, good) in enumerate(self._gdts.items()):
+            if _fixed_part(found := self.target.client.memory.read(physical, _GDT_SIZE)) != good:
+                for start, end in _GDT_FIXED:
+                    self.target.client.write(physical + start, good[start:end])
+                entry = next(at for at in range(0, _GDT_SIZE, 8) if _fixed_part(found)[at : at + 8] != good[at : at + 8])
+                where = f"descriptor {entry // 8} of CPU {cpu}"
+                self.note(Attempt("global descriptor table", physical + entry, where, 0, "", 0, "", stopped=False, restored=True))
 
     def _lock_registers(self) -> None:
         for index in MSRS:
@@ -179,7 +193,7 @@ class KernelLock(Dispatcher[Attempt]):
             return  # data that is executed, code that is read: the rights are those of the kernel's own page tables
         what = self._what.get(event.gpa & ~PAGE_MASK, "")
         address = self._image_address(event)
-        legal = self._legal(event, what, address)
+        legal = self._legal(event, address)
         if legal:
             event.continue_()
             if self._verbose:
@@ -195,13 +209,8 @@ class KernelLock(Dispatcher[Attempt]):
             return virtual
         return event.gva if event.gva is not None else event.gpa
 
-    def _legal(self, event: PageEvent, what: str, address: int) -> str:
-        if self._patching.is_poking(event.cr3):
-            return self._patching.site(self._text_address(event, address)).value
-        symbol = self.target.kernel.symbols.lookup(event.regs.rip)
-        if what == "global descriptor table" and symbol is not None and symbol.name in _GDT_WRITERS:
-            return "thread-local storage"
-        return ""
+    def _legal(self, event: PageEvent, address: int) -> str:
+        return self._patching.site(self._text_address(event, address)).value if self._patching.is_poking(event.cr3) else ""
 
     def _text_address(self, event: PageEvent, address: int) -> int:
         """Where the poked instruction is: for a module, its own address instead of the alias."""
@@ -240,7 +249,16 @@ class KernelLock(Dispatcher[Attempt]):
         kernel, task = self.target.kernel, self.target.task(event)
         pid, name = (task.number("pid"), task.text("comm")) if task is not None else (0, "")
         rip = event.regs.rip
-        self.note(Attempt(what, address, kernel.symbols.describe(address), pid, name, rip, describe(self.target, rip), stopped, legal))
+        where = kernel.symbols.describe(address)
+        self.note(Attempt(what, address, where, pid, name, rip, describe(self.target, rip), stopped, legal=legal))
+
+
+def _fixed_part(gdt: bytes) -> bytes:
+    """A GDT with zeros where the kernel may write."""
+    kept = bytearray(len(gdt))
+    for start, end in _GDT_FIXED:
+        kept[start:end] = gdt[start:end]
+    return bytes(kept)
 
 
 def describe(target: Target, address: int) -> str:
