@@ -58,7 +58,6 @@ def _in_sysfs(kernel: Kernel) -> Iterator[Struct]:
 
 def _in_tree(kernel: Kernel) -> Iterator[Struct]:
     """The latch tree of code addresses; of its two copies the first one."""
-    node_type = kernel.types.find("mod_tree_node").number
     root = kernel.struct("latch_tree_root", kernel.symbols["mod_tree"])
     pending, seen = [kernel.number(root.at("tree"))], set[int]()
     while pending and len(seen) < _MOST_NODES:
@@ -66,10 +65,10 @@ def _in_tree(kernel: Kernel) -> Iterator[Struct]:
         if not node or node in seen:
             continue
         seen.add(node)
-        owner = Struct(kernel, node_type, node).follow("mod")
+        links = kernel.struct("rb_node", node)
+        owner = links.container("mod_tree_node", "node").follow("mod")
         if owner is not None:
             yield owner
-        links = kernel.struct("rb_node", node)
         pending += [links.number("rb_left"), links.number("rb_right")]
 
 

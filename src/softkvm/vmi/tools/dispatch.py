@@ -119,6 +119,7 @@ class Dispatcher(Generic[R]):
 
     def dispatch(self, event: VcpuEvent) -> None:
         """Have an event looked at and answered. The guest's memory may hold anything: what cannot be read of it is nobody's failure."""
+        self.target.forget()
         try:
             self._call(event)
         except Unreadable:

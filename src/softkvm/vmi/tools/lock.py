@@ -76,6 +76,7 @@ class KernelLock(Dispatcher[Attempt]):
         self._verbose = verbose
         self._what: dict[int, str] = {}
         self._gdts: dict[int, bytes] = {}
+        self._module_pages: dict[int, list[int]] = {}
         self.engaged = False
         """Whether the locks are on."""
 
@@ -156,25 +157,22 @@ class KernelLock(Dispatcher[Attempt]):
         self.at(kernel.symbols["free_module"], self._module_goes)
 
     def _lock_module(self, module: Struct) -> None:
-        start, end = self._module_text(module)
-        self._lock(f"module {module.text('name')}", start, end, Access.R | Access.X)
-
-    def _module_text(self, module: Struct) -> tuple[int, int]:
         start, size = modules.code(module)
         text = module.number("core_layout.text_size") if module.has("core_layout") else size
-        return start, start + min(text, size)
+        pages = self._lock(f"module {module.text('name')}", start, start + min(text, size), Access.R | Access.X)
+        self._module_pages[module.address] = pages
 
     def _module_comes(self, event: HiddenBreakpointEvent) -> None:
         self._lock_module(self.target.kernel.struct("module", event.regs.rdi))
 
     def _module_goes(self, event: HiddenBreakpointEvent) -> None:
-        module = self.target.kernel.struct("module", event.regs.rdi)
-        self.release(self._physical_pages(*self._module_text(module)))
+        self.release(self._module_pages.pop(event.regs.rdi, ()))
 
-    def _lock(self, what: str, start: int, end: int, access: Access) -> None:
+    def _lock(self, what: str, start: int, end: int, access: Access) -> list[int]:
         pages = self._physical_pages(start, end)
         self._what.update(dict.fromkeys(pages, what))
         self.protect(pages, access, self._page)
+        return pages
 
     def _physical_pages(self, start: int, end: int) -> list[int]:
         """Guest-physical addresses of the pages of a range; what is not mapped needs no lock."""
@@ -239,11 +237,13 @@ class KernelLock(Dispatcher[Attempt]):
         self._report(event, f"MSR {MSRS[event.index]}", event.index, stopped=True)
 
     def _cr(self, event: CrEvent) -> None:
-        locked = CR0_WP if event.number == 0 else CR4_LOCKED
-        lost = event.old & ~event.new & locked
-        if lost:
-            event.continue_(event.new | lost)
-            self._report(event, f"CR{event.number}", event.number, stopped=True)
+        lost = event.old & ~event.new & (CR0_WP if event.number == 0 else CR4_LOCKED)
+        if not lost:
+            return
+        # Without WP nothing that is locked here can be written; with it, who took it away would fault, and with him what he interrupted.
+        stopped = event.number != 0
+        event.continue_(event.new | lost if stopped else event.new)
+        self._report(event, f"CR{event.number}", event.number, stopped=stopped)
 
     def _report(self, event: VcpuEvent, what: str, address: int, *, stopped: bool, legal: str = "") -> None:
         kernel, task = self.target.kernel, self.target.task(event)
