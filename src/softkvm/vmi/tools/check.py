@@ -92,7 +92,7 @@ class _Checker:
 
     def _describe(self, address: int) -> str:
         owner = modules.owner(self._modules, address)
-        return f"{owner.name}+{address - owner.base:#x}" if owner is not None else self._kernel.symbols.describe(address)
+        return modules.describe(owner, address) if owner is not None else self._kernel.symbols.describe(address)
 
     def _check_modules(self) -> int:
         self._modules = modules.modules(self._kernel)

@@ -109,6 +109,7 @@ class Dispatcher(Generic[R]):
                 return True
             if event is not None:
                 self.dispatch(event)
+            self.target.client.catch_up()
             self.turn()
         except ChannelClosed:
             return True

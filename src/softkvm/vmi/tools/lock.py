@@ -270,7 +270,7 @@ def describe(target: Target, address: int) -> str:
         except (UnknownName, Unreadable):
             return text
         if owner is not None:
-            return f"{owner.name}+{address - owner.base:#x}"
+            return modules.describe(owner, address)
     return text
 
 
