@@ -20,6 +20,7 @@ from softkvm.host.sched import Cpu
 from softkvm.host.task import TIF_NEED_RESCHED, TIF_SIGPENDING, Task
 from softkvm.kvm import events, watch
 from softkvm.kvm.ioctl import KvmFile
+from softkvm.kvm.mmu import Fault
 from softkvm.kvm.request import REQ_NMI, REQ_TRIPLE_FAULT
 from softkvm.kvm.vendor import INTERCEPTS
 from softkvm.silicon.control import Intercept
@@ -328,4 +329,10 @@ class VcpuCore(KvmFile):
         """Guest-virtual to guest-physical as the guest's paging has it now, on the loaded core; `access` as for `Core.translate`."""
         if self.cpu is None:
             return self._not_loaded()
-        return self.cpu.core.translate(self._hardware, self.vm.mmu.npt, gva, access)
+        mmu = self.vm.mmu
+        while True:
+            try:
+                return self.cpu.core.translate(self._hardware, mmu.npt, gva, access)
+            except LookupError as missing:  # the guest has not walked its table there yet
+                if mmu.fault(missing.args[0], False) is not Fault.FIXED:
+                    return None

@@ -168,7 +168,7 @@ pub struct Block {
     pad2: [u8; 0xc00 - size_of::<State>()],
     pub msr_bitmap: [[[u8; 1024]; 2]; 3],
     pub io_bitmap: [u8; 8192],
-    /// Guest-physical pages with access rights, in the low bits, that the nested page table does not have to grant: to the instruction of
+    /// Guest-physical pages with access rights, in the low bits (8: the page walker's), that the nested page table does not have to grant: to the instruction of
     /// `Control::emulate`, or to the delivery of the injected event.
     pub waivers: [u64; WAIVER_MAX],
     tail: [u8; 0x800 - WAIVER_MAX * 8],
