@@ -185,6 +185,7 @@ class Vm:
     def __init__(self, kvm: FakeKvm) -> None:
         self._kvm = kvm
         self.calls: list[str] = []
+        self.capabilities: set[int] = set()
         self.slots: list[uapi.UserspaceMemoryRegion] = []
         self.routes: list[uapi.IrqRoutingEntry] = []
         self.levels: list[tuple[int, int]] = []
@@ -202,6 +203,9 @@ class Vm:
 
     def set_tss_addr(self, address: int) -> None:
         self.calls.append("tss")
+
+    def enable_cap(self, cap: uapi.EnableCap) -> None:
+        self.capabilities.add(cap.cap)
 
     def create_irqchip(self) -> None:
         self.calls.append("irqchip")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import click
 import msgspec
@@ -15,6 +15,8 @@ from softkvm.cli.options import RunOptions, StatsFormat
 
 _WITH_SELFTEST = frozenset({"selftest", "memory", "cpu", "timeout", "stats"})
 """Parameters of `softkvm run` that mean something to the self-test's guest."""
+_HARDWARE = frozenset({"kernel", "initrd", "append", "memory", "cpus", "cpu", "kvm"})
+"""Those that say what to build and boot."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,6 +90,7 @@ def cli() -> None:
 @click.option("--audit", metavar="FILE", help="Append a JSON line for every KVM call to FILE.")
 @click.option("--ioctl-filter", metavar="FILE", help="Allow only the KVM calls that FILE (JSON) does.")
 @click.option("--name", metavar="NAME", help="What `softkvm list` and others call this VM.  [default: the process id]")
+@click.option("--restore", metavar="FILE", help="Go on from a snapshot (`softkvm snapshot`) in place of a boot.")
 @click.option("--selftest", is_flag=True, help="Check this installation with a small built-in guest.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- CMD...]")
 @click.pass_context
@@ -109,6 +112,7 @@ def run(
     audit: str | None,
     ioctl_filter: str | None,
     name: str | None,
+    restore: str | None,
     selftest: bool,
     command: tuple[str, ...],
 ) -> int:
@@ -124,8 +128,10 @@ def run(
     if selftest:
         from softkvm.cli import selftest as tester
 
-        _refuse_with_selftest(context)
+        _refuse(context, context.params.keys() - _WITH_SELFTEST, "`--selftest` boots its own guest, so it excludes {}")
         return tester.run(memory, cpu, timeout, stats)
+    if restore is not None:
+        _refuse(context, _HARDWARE, "a snapshot has its own machine, so `--restore` excludes {}")
     options = RunOptions(
         kernel=kernel,
         initrd=initrd,
@@ -144,6 +150,7 @@ def run(
         audit=audit,
         ioctl_filter=ioctl_filter,
         name=name,
+        restore=restore,
     )
     return runner.run(options)
 
@@ -155,10 +162,10 @@ def _list_events() -> int:
     return status.SUCCESS
 
 
-def _refuse_with_selftest(context: click.Context) -> None:
+def _refuse(context: click.Context, excluded: Set[str], sentence: str) -> None:
     for name in context.params:
-        if name not in _WITH_SELFTEST and context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
-            raise CliError(f"`--selftest` boots its own guest, so it excludes {name}")
+        if name in excluded and context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise CliError(sentence.format(name))
 
 
 @cli.command("list", short_help="List running VMs.")
@@ -186,6 +193,20 @@ def resume(name: str | None) -> int:
     from softkvm.cli import vms
 
     return vms.give("cont", name)
+
+
+@cli.command(short_help="Save a running VM to a file.")
+@click.argument("name")
+@click.argument("file")
+@click.option("--json", is_flag=True, help="Print one JSON object.")
+def snapshot(name: str, file: str, json: bool) -> int:
+    """Write the state of the VM NAME and its memory to FILE, from which `softkvm run --restore FILE` goes on, here or elsewhere.
+
+    The VM stands still meanwhile, and then runs on. When it goes on from FILE its clocks are right, as after a suspend.
+    """
+    from softkvm.cli import vms
+
+    return vms.snapshot(name, file, json)
 
 
 @cli.command(short_help="Show a running VM's clocks.")

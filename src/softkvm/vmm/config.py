@@ -29,18 +29,29 @@ _FEATURE = re.compile(r"[+-][a-z0-9][a-z0-9_.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Config:
-    """A machine that can be built."""
+class Hardware:
+    """What a machine is made of, whatever runs on it."""
 
-    kernel: Path
-    initrd: bytes | None
-    command_line: bytes
     memory: int
     """Bytes of RAM, whole pages."""
     cpu: str
     features: Mapping[str, bool]
     cpus: int
     parameters: kvm.Parameters
+
+    @property
+    def cpu_name(self) -> str:
+        """The model with the features that were switched, as `parse_cpu()` takes it."""
+        return ",".join([self.cpu, *(f"{'+' if on else '-'}{name}" for name, on in self.features.items())])
+
+
+@dataclass(frozen=True)
+class Config(Hardware):
+    """A machine that can be booted."""
+
+    kernel: Path
+    initrd: bytes | None
+    command_line: bytes
     serial: Mapping[int, SerialBackend] = field(default_factory=dict)
 
 
@@ -59,10 +70,7 @@ def check(
         raise ConfigError("an initrd was given without a kernel" if initrd is not None else "no kernel was given")
     if not 1 <= cpus <= MOST_CPUS:
         raise ConfigError(f"a machine has 1 to {MOST_CPUS} CPUs, not {cpus}")
-    ports = dict(serial or {})
-    for port in ports:
-        if port not in range(len(layout.SERIAL_PORTS)):
-            raise ConfigError(f"there is no serial port {port}; the machine has ports 0 to {len(layout.SERIAL_PORTS) - 1}")
+    ports = check_serial(serial)
     name, features = parse_cpu(cpu)
     return Config(
         kernel=Path(kernel),
@@ -75,6 +83,15 @@ def check(
         parameters=parse_parameters(kvm_parameters),
         serial=ports,
     )
+
+
+def check_serial(serial: Mapping[int, SerialBackend] | None) -> Mapping[int, SerialBackend]:
+    """The listeners of the serial ports that there are."""
+    ports = dict(serial or {})
+    for port in ports:
+        if port not in range(len(layout.SERIAL_PORTS)):
+            raise ConfigError(f"there is no serial port {port}; the machine has ports 0 to {len(layout.SERIAL_PORTS) - 1}")
+    return ports
 
 
 def parse_memory(memory: str | int) -> int:

@@ -21,6 +21,11 @@ class HostMemory(Protocol):
         """Host-virtual address of its first byte."""
         ...
 
+    @property
+    def fd(self) -> int:
+        """A file whose content it is, from offset 0."""
+        ...
+
     def __buffer__(self, flags: int, /) -> memoryview:
         """The bytes, writable."""
         ...
