@@ -2,10 +2,12 @@
 
 `System` is /dev/kvm, `Vm` and `Vcpu` are the files that its ioctls return; `ioctl.dispatch()` is the binary door to the same methods.
 `Model` names the silicon underneath, `Parameters` are the module parameters, and `allocate_memory()` gives RAM that memslots can name by
-its address. `Process` is who opens /dev/kvm: filters, audit log and tracer are upon it.
+its address. `Process` is who opens /dev/kvm: filters, audit log and tracer are upon it. `Turns` is a host whose runs
+repeat.
 """
 
 from softkvm.host.process import Process
+from softkvm.host.turns import Turns
 from softkvm.kvm.ioctl import dispatch
 from softkvm.kvm.params import Parameters
 from softkvm.kvm.system import System
@@ -14,4 +16,4 @@ from softkvm.kvm.vm import Vm
 from softkvm.silicon import Model
 from softkvm.silicon import allocate as allocate_memory
 
-__all__ = ["Model", "Parameters", "Process", "System", "Vcpu", "Vm", "allocate_memory", "dispatch"]
+__all__ = ["Model", "Parameters", "Process", "System", "Turns", "Vcpu", "Vm", "allocate_memory", "dispatch"]
