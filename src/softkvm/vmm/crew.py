@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -67,7 +67,6 @@ class Crew:
     def __init__(self, vcpus: Sequence[Vcpu], actions: Sequence[Actions], turns: Turns | None = None) -> None:
         """`actions[n]` goes with `vcpus[n]`; with `turns` one runs at a time."""
         self._turns = turns
-        self._taking_turn: Callable[[Vcpu], AbstractContextManager[None]] = nullcontext if turns is None else turns.taking
         self._vcpus = vcpus
         self._actions = actions
         self._condition = threading.Condition()
@@ -136,7 +135,7 @@ class Crew:
         turn = 1
         while not self._closed:
             try:
-                with self._taking_turn(vcpu):
+                with nullcontext() if self._turns is None else self._turns.taking(vcpu):
                     self._run_guest(vcpu, actions)
             except BaseException as error:  # carried to the thread that waits for the end of the run, which raises it again
                 actions.failed(error)

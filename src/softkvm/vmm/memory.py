@@ -15,7 +15,6 @@ from typing import NamedTuple, Protocol
 from softkvm.uapi.kvm import UserspaceMemoryRegion
 from softkvm.vmm.layout import RAM_ABOVE_4G, RAM_BELOW_4G
 
-
 _PAGE = 4096
 _ZEROES = bytes(_PAGE)
 

@@ -2,6 +2,7 @@
 
 use core::ptr;
 
+use super::breakpoint::dr6;
 use super::signal::attention;
 use super::{pending, Cpu};
 use crate::decode::block::{self, Block};
@@ -15,9 +16,6 @@ use crate::virt::exits::code;
 /// Instructions between two looks at the clock: some tens of microseconds.
 const SLICE: i64 = 10_000;
 
-/// Bits of the pending debug exceptions, which are those of DR6 (SDM vol. 3, 25.4.2).
-const DEBUG_BREAKPOINTS: u64 = 0xf;
-const DEBUG_STEP: u64 = 1 << 14;
 /// Interrupt shadows.
 const SHADOWS: u32 = interruptibility::STI | interruptibility::MOV_SS;
 
@@ -56,6 +54,9 @@ impl Cpu {
         if signals & attention::SHOOT_DOWN != 0 {
             self.shoot_down();
         }
+        if self.pending & pending::DEBUG != 0 {
+            self.take_debug_trap()?; // before interrupts, which leave the guest (SDM vol. 3, table 6-2)
+        }
         if self.budget <= 0 {
             self.renew_budget();
             self.check_clocks()?;
@@ -64,16 +65,13 @@ impl Cpu {
             self.signal.take(attention::KICK);
             return Err(self.exit_external_interrupt());
         }
-        if self.pending & pending::DEBUG != 0 {
-            self.take_debug_trap()?;
-        }
         if self.pending & (pending::WINDOW | pending::EMULATE) == pending::WINDOW {
             self.check_windows()?;
         }
         if self.pending & pending::HALTED != 0 {
             self.wait_halted()?;
         }
-        let alone = self.pending & (pending::SHADOW | pending::STEP | pending::EMULATE) != 0;
+        let alone = self.pending & (pending::SHADOW | pending::STEP | pending::EMULATE | pending::BREAKPOINTS) != 0;
         Ok(self.check_instruction_budget()? || alone)
     }
 
@@ -182,8 +180,8 @@ impl Cpu {
         if self.state.interruptibility & interruptibility::MOV_SS != 0 {
             return Ok(());
         }
-        self.pending &= !pending::DEBUG;
-        let payload = std::mem::take(&mut self.state.pending_debug) & (DEBUG_BREAKPOINTS | DEBUG_STEP);
+        let payload = self.state.pending_debug & (dr6::BREAKPOINTS | dr6::BS | dr6::BT);
+        self.set_traps(0);
         self.fault = Fault { vector: vector::DB, error: None, payload };
         self.deliver_fault()
     }
@@ -328,9 +326,16 @@ impl Cpu {
 
     // ---- one instruction at a time --------------------------------------------------------------------------------------------------
 
-    /// Runs one instruction, and what comes with its end: shadows end, single-step traps are noted, and a hypervisor that asked for one
-    /// instruction gets control.
+    /// Runs one instruction, and what comes with its end: shadows and RF end, single-step traps are noted, and a hypervisor that asked for
+    /// one instruction gets control.
     fn single(&mut self) -> Exec {
+        let hits = self.instruction_breakpoints();
+        if hits != 0 {
+            self.fault = Fault { vector: vector::DB, error: None, payload: hits };
+            return self.deliver_fault();
+        }
+        let (traps, resume) = (self.state.pending_debug, self.rflags & rflags::RF);
+        self.rflags &= !rflags::RF;
         let shadow = self.state.interruptibility & SHADOWS;
         let stepping = self.rflags & rflags::TF != 0;
         self.state.interruptibility &= !SHADOWS;
@@ -340,21 +345,24 @@ impl Cpu {
             Err(stop) => stop,
         };
         match stop {
-            Stop::Exit | Stop::Retry | Stop::Again => {
+            Stop::Exit | Stop::Retry | Stop::Again | Stop::Fault => {
                 self.state.interruptibility |= shadow;
                 self.pending |= if shadow != 0 { pending::SHADOW } else { 0 };
+                self.rflags |= resume;
             }
-            Stop::Next | Stop::Leave | Stop::Fault | Stop::Slow => {}
+            Stop::Next | Stop::Leave | Stop::Slow => {}
+        }
+        if matches!(stop, Stop::Exit | Stop::Retry | Stop::Fault) {
+            self.set_traps(traps);
         }
         self.stopped(stop)?;
         if stop == Stop::Retry {
             return Ok(());
         }
-        if stepping && stop != Stop::Fault && !self.software_interrupt {
-            self.state.pending_debug |= DEBUG_STEP;
-            self.pending |= pending::DEBUG;
+        if stepping && stop != Stop::Fault && !self.step_settled {
+            self.trap(dr6::BS);
         }
-        self.software_interrupt = false;
+        self.step_settled = false;
         if self.pending & pending::EMULATE != 0 {
             self.end_emulation()?;
         }

@@ -134,6 +134,7 @@ impl Core {
         let image = cpu.state.rflags;
         cpu.set_rflags(image);
         cpu.refresh();
+        cpu.refresh_breakpoints();
         let rip = cpu.state.rip;
         cpu.set_rip(rip);
         if cpu.control.instruction_budget != 0 {
@@ -206,7 +207,7 @@ impl Drop for Core {
 }
 
 fn entry_work(cpu: &Cpu) -> u32 {
-    let mut work = 0;
+    let mut work = cpu.pending & pending::BREAKPOINTS;
     if cpu.control.emulate != 0 {
         work |= pending::EMULATE;
     }
