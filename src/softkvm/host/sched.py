@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 from softkvm import silicon
 from softkvm.host import rseq, trace
+from softkvm.host.schedstat import run_delay_ns
 from softkvm.host.task import Task, current
 
 SLICE_NS = 3_000_000
@@ -149,6 +150,10 @@ class Scheduler:
     def spin(self, guest: Guest) -> None:
         """The guest waits for another one in a loop, which may want our processor (`kvm_vcpu_on_spin()`)."""
         os.sched_yield()
+
+    def run_delay(self) -> int:
+        """How long the calling thread has been runnable and not run, in ns since it started."""
+        return run_delay_ns()
 
     def runtime(self, guest: Guest) -> int:
         """Nanoseconds that count for a guest when the next one is chosen."""

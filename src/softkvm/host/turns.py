@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary, ref
 from softkvm import silicon
 from softkvm.host.clock import VirtualClock
 from softkvm.host.sched import Guest, Scheduler
+from softkvm.host.task import current
 
 TURN = 20_000, 120_000
 """Shortest and longest turn in instructions: some tens to some hundreds of microseconds."""
@@ -136,11 +137,17 @@ class Turns(Scheduler):
     def schedule(self, guest: Guest) -> None:
         """The turn is over; returns in the next one."""
         seat = self._seats[guest]
+        began = self.clock.monotonic_ns()
         with self._mutex:
             if seat is not self._holder:
                 return
             self._pass_on()
         self._await(seat)
+        current().run_delay += self.clock.monotonic_ns() - began
+
+    def run_delay(self) -> int:
+        """How long the calling thread has waited for turns, in virtual ns since it started."""
+        return current().run_delay
 
     def spin(self, guest: Guest) -> None:
         """The guest waits for another one in a loop: that one should run."""
