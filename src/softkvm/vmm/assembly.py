@@ -6,6 +6,7 @@ Source of truth for the order of ioctls: Linux 6.1 `Documentation/virt/kvm/api.r
 from __future__ import annotations
 
 from softkvm import kvm
+from softkvm.host.clock import Clock, VirtualClock
 from softkvm.uapi import kvm as uapi
 from softkvm.vmm import cpuid, layout
 from softkvm.vmm.boot import cpu as boot_cpu
@@ -15,13 +16,15 @@ from softkvm.vmm.irq import default_routing
 from softkvm.vmm.memory import GuestMemory
 
 
-def open_kvm(settings: Hardware, process: kvm.Process, cores: int | None) -> kvm.System:
-    """/dev/kvm on silicon of the model; ConfigError if there is none of that name, or a feature is not to be had."""
+def open_kvm(settings: Hardware, process: kvm.Process, cores: int | None, clock: Clock, seed: int | None) -> kvm.System:
+    """/dev/kvm on silicon of the model, deterministic with a seed; ConfigError for a model or a feature that is not to be had."""
+    virtual = clock if isinstance(clock, VirtualClock) and seed is not None else None
     try:
-        model = kvm.Model(settings.cpu, dict(settings.features))
+        model = kvm.Model(settings.cpu, dict(settings.features), None if virtual is None else virtual.tsc_khz)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return kvm.System(model, settings.parameters, process, cores)
+    turns = None if virtual is None or seed is None else kvm.Turns(model, virtual, seed)
+    return kvm.System(model, settings.parameters, process, cores, turns)
 
 
 def allocate(size: int) -> GuestMemory:

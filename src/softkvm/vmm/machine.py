@@ -10,33 +10,49 @@ import errno
 import re
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 
+import msgspec
+
 from softkvm import kvm
-from softkvm.host.clock import Clock
+from softkvm.host.clock import NSEC_PER_SEC, Clock, VirtualClock
 from softkvm.vmm import assembly, config, layout, snapshot
 from softkvm.vmm.board import Board, Chassis
 from softkvm.vmm.config import Hardware, SerialBackend
 from softkvm.vmm.console import DEFAULT_LIMIT, Console
 from softkvm.vmm.crew import Crew
-from softkvm.vmm.errors import StateError
-from softkvm.vmm.exits import REASON_NAMES, ExitHandler
+from softkvm.vmm.errors import ConfigError, StateError
+from softkvm.vmm.exits import ExitHandler
 from softkvm.vmm.gil import short_switch_interval
 from softkvm.vmm.memory import split
 from softkvm.vmm.origin import KernelOrigin, Origin, SnapshotOrigin
 from softkvm.vmm.snapshot import Parts, SnapshotFile
-from softkvm.vmm.status import RunState, Stats, Status
+from softkvm.vmm.stats import Repetition, Stats, collect
+from softkvm.vmm.status import RunState, Status
 from softkvm.vmm.stop import Stop, StopReason
 
 CONSOLE_PORT = 0
 _AFTER_A_PANIC = frozenset({StopReason.RESET, StopReason.TRIPLE_FAULT})
 
 Text = str | bytes | re.Pattern[str] | re.Pattern[bytes]
+
+
+@dataclass(frozen=True)
+class _Surroundings:
+    """What a machine uses of the process that it is in."""
+
+    serial: Mapping[int, SerialBackend]
+    output_limit: int
+    clock: Clock
+    process: kvm.Process
+    cores: int | None
+    seed: int | None = None
+    """Of a deterministic machine, whose clock is a virtual one."""
 
 
 class _Failure(Exception):
@@ -67,6 +83,7 @@ class Machine:
         test_device: bool = False,
         process: kvm.Process | None = None,
         cores: int | None = None,
+        deterministic: int | None = None,
     ) -> None:
         """Build the machine and load the kernel; nothing runs yet.
 
@@ -76,10 +93,18 @@ class Machine:
         the console are kept; `clock` is the time that guest and devices live by, the host's if none is given; `test_device` adds the
         registers of `devices/test_device.py`; `kvm_parameters` are KVM's module parameters, such as `nrips=0`; `process` is who calls
         KVM (ioctl filters, audit log, tracer), a new one if none is given; `cores` is how many the host has for all vCPUs together, as
-        many as they want if none is given. ConfigError for anything that cannot be.
+        many as they want if none is given. `deterministic` is a seed: the vCPUs then run by turns in virtual time, and every run with the
+        same seed and input is the same (`kvm.Turns`), as long as input comes between runs or from a listener of `serial`. ConfigError for
+        anything that cannot be.
         """
-        settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial, kvm_parameters)
-        self._set_up(settings, KernelOrigin(settings), settings.serial, test_device, output_limit, clock, process, cores)
+        settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial, kvm_parameters, deterministic)
+        if deterministic is not None and (clock is not None or cores is not None):
+            raise ConfigError("a deterministic machine has a clock and a processor of its own")
+        if clock is None:
+            clock = Clock() if deterministic is None else VirtualClock()
+        process = process if process is not None else kvm.Process()
+        around = _Surroundings(settings.serial, output_limit, clock, process, cores, deterministic)
+        self._set_up(settings, KernelOrigin(settings), around, test_device)
 
     @classmethod
     def restore(
@@ -99,24 +124,15 @@ class Machine:
         """
         with SnapshotFile(Path(path)) as saved:
             machine = cls.__new__(cls)
-            hardware, ports = saved.state.hardware.check(), config.check_serial(serial)
-            test_device = "test" in saved.state.devices
-            machine._set_up(hardware, SnapshotOrigin(saved), ports, test_device, output_limit, clock, process, cores)
+            clock = clock if clock is not None else Clock()
+            process = process if process is not None else kvm.Process()
+            around = _Surroundings(config.check_serial(serial), output_limit, clock, process, cores)
+            machine._set_up(saved.state.hardware.check(), SnapshotOrigin(saved), around, "test" in saved.state.devices)
             return machine
 
-    def _set_up(
-        self,
-        settings: Hardware,
-        origin: Origin,
-        serial: Mapping[int, SerialBackend],
-        test_device: bool,
-        output_limit: int,
-        clock: Clock | None,
-        process: kvm.Process | None,
-        cores: int | None,
-    ) -> None:
-        self.process = process if process is not None else kvm.Process()
-        self._console = Console(output_limit)
+    def _set_up(self, settings: Hardware, origin: Origin, around: _Surroundings, test_device: bool) -> None:
+        self.process = around.process
+        self._console = Console(around.output_limit)
         self._settings = settings
         self._running = threading.Lock()
         self._gate = threading.RLock()  # held while vCPUs are let go or parked
@@ -129,50 +145,44 @@ class Machine:
         self._seconds = 0.0
         self._closed = False
         with ExitStack() as resources:
-            system = assembly.open_kvm(settings, self.process, cores)
-            self._build(system, settings, origin, serial, resources, clock if clock is not None else Clock(), test_device)
+            system = assembly.open_kvm(settings, around.process, around.cores, around.clock, around.seed)
+            self._turns, self._started_ns = system.turns, around.clock.monotonic_ns()
+            self._build(system, settings, origin, around, resources, test_device)
             self._resources = resources.pop_all()
 
     def _build(
-        self,
-        system: kvm.System,
-        settings: Hardware,
-        origin: Origin,
-        serial: Mapping[int, SerialBackend],
-        resources: ExitStack,
-        clock: Clock,
-        test_device: bool,
+        self, system: kvm.System, settings: Hardware, origin: Origin, around: _Surroundings, resources: ExitStack, test_device: bool
     ) -> None:
         self._memory = guest = assembly.allocate(settings.memory)
         resources.callback(guest.close)
         origin.load(guest)
-        self._vm = vm = resources.enter_context(system.create_vm(clock=clock))
+        self._vm = vm = resources.enter_context(system.create_vm(clock=around.clock))
         assembly.set_up_vm(vm, guest)
         self._vcpus: list[kvm.Vcpu] = []
         for index in range(settings.cpus):
             self._vcpus.append(assembly.make_vcpu(system, vm, index, settings))
             resources.callback(self._vcpus[index].close)
-        self._board = self._make_board(settings, serial, vm, clock)
+        self._board = self._make_board(settings, around, vm)
         if test_device:
             self._board.plug_in_test_device(partial(assembly.forget_page, vm, guest))
         self._handlers = [
             ExitHandler(vcpu, self._board, partial(self._end, index), partial(self._fail, index)) for index, vcpu in enumerate(self._vcpus)
         ]
-        self._crew = Crew(self._vcpus, self._handlers)
+        self._crew = Crew(self._vcpus, self._handlers, self._turns)
         resources.callback(self._crew.close)
-        self._parts = Parts(system, vm, self._vcpus, self._board, clock)
+        self._parts = Parts(system, vm, self._vcpus, self._board, around.clock)
         with self._board.lock:
             origin.start(self._parts)
 
-    def _make_board(self, settings: Hardware, serial: Mapping[int, SerialBackend], vm: kvm.Vm, clock: Clock) -> Board:
-        sinks: list[SerialBackend] = [serial.get(port, _discard) for port in range(len(layout.SERIAL_PORTS))]
+    def _make_board(self, settings: Hardware, around: _Surroundings, vm: kvm.Vm) -> Board:
+        sinks: list[SerialBackend] = [around.serial.get(port, _discard) for port in range(len(layout.SERIAL_PORTS))]
         sinks[CONSOLE_PORT] = partial(self._print, sinks[CONSOLE_PORT])
         chassis = Chassis(
             power_off=lambda: self._end(self._crew.current(), StopReason.POWER_OFF, "the guest turned the machine off"),
             reset=lambda: self._end(self._crew.current(), StopReason.RESET, "the guest reset the machine"),
             debug_exit=lambda status: self._end(self._crew.current(), StopReason.EXIT, f"the guest exited with status {status}", status),
         )
-        return Board(chassis, vm.irq_line, clock, split(settings.memory), settings.cpus, sinks)
+        return Board(chassis, vm.irq_line, around.clock, split(settings.memory), settings.cpus, sinks)
 
     # Running
 
@@ -263,6 +273,8 @@ class Machine:
         with self._gate:
             if self._final is not None or self._closed:
                 raise StateError("the guest has ended, so there is nothing to save")
+            if self._turns is not None:
+                raise StateError("a deterministic machine lives in a time of its own, which a snapshot could not go on with")
             self._crew.pause()
             try:
                 self._crew.settle()
@@ -327,15 +339,13 @@ class Machine:
         return self.output.decode(errors="replace")
 
     def stats(self) -> Stats:
-        """The counters now."""
-        engine, exits, user_exits, vcpus = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-        for handler, vcpu in zip(self._handlers, self._vcpus, strict=True):
-            engine.update(vcpu.engine_counters())
-            exits.update(vcpu.exits_by_reason())
-            user_exits.update({REASON_NAMES[reason]: count for reason, count in handler.counts.items() if count})
-            vcpus.update(vcpu.stats)
-        instructions = engine.pop("instructions", 0)
-        return Stats(self._seconds, instructions, dict(engine), dict(exits.most_common()), dict(user_exits.most_common()), dict(vcpus))
+        """The counters now, and of a deterministic machine the marks of its run."""
+        stats = collect(self._seconds, self._vcpus, self._handlers)
+        if self._turns is None:
+            return stats
+        passed = (self._turns.clock.monotonic_ns() - self._started_ns) / NSEC_PER_SEC
+        marks = Repetition(self._turns.seed, stats.instructions, passed, self._vm.exit_trace.digest(), self._memory.digest())
+        return msgspec.structs.replace(stats, repetition=marks)
 
     def tsc_status(self) -> kvm.TscStatus:
         """TSC offsets, master clock and kvmclock now."""
