@@ -326,6 +326,8 @@ def test_output_is_bounded(boot: Boot) -> None:
         ({"initrd": bytes(65 << 20)}, "does not fit into 64 MB"),
         ({"cpu": "z80"}, "there is no CPU model z80; there are cascadelake, epyc"),
         ({"append": "x" * 3000}, "kernel command line has"),
+        ({"deterministic": -1}, "the seed of a deterministic machine is a number from 0 to 18446744073709551615, not -1"),
+        ({"deterministic": 1, "cores": 2}, "a deterministic machine has a clock and a processor of its own"),
     ],
 )
 def test_impossible_machines(boot: Boot, options: dict[str, Any], words: str) -> None:

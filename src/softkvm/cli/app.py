@@ -15,7 +15,7 @@ from softkvm.cli.options import RunOptions, StatsFormat
 
 _WITH_SELFTEST = frozenset({"selftest", "memory", "cpu", "timeout", "stats"})
 """Parameters of `softkvm run` that mean something to the self-test's guest."""
-_HARDWARE = frozenset({"kernel", "initrd", "append", "memory", "cpus", "cpu", "kvm"})
+_HARDWARE = frozenset({"kernel", "initrd", "append", "memory", "cpus", "cpu", "kvm", "deterministic"})
 """Those that say what to build and boot."""
 
 
@@ -81,6 +81,7 @@ def cli() -> None:
 @click.option("-c", "--cpus", type=int, default=1, metavar="N", help="CPUs of the guest, 1 to 64.")
 @click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=_complete_cpu)
 @click.option("--cores", type=click.IntRange(min=1), metavar="N", help="Cores of the host under all CPUs.  [default: as many as they want]")
+@click.option("--deterministic", type=click.IntRange(0, (1 << 64) - 1), metavar="SEED", help="Run the same way each time: see below.")
 @click.option("--kvm", multiple=True, metavar="NAME=VALUE", help="Module parameter of KVM, such as nrips=0.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this wall time, with exit status 124.")
 @click.option("--stats", is_flag=False, flag_value="table", type=click.Choice(["table", "json"]), help="Print counters at the end.")
@@ -103,6 +104,7 @@ def run(
     cpus: int,
     cpu: str,
     cores: int | None,
+    deterministic: int | None,
     kvm: tuple[str, ...],
     timeout: float | None,
     stats: StatsFormat | None,
@@ -120,6 +122,10 @@ def run(
 
     With CMD, run that command in the guest instead: its input, output and exit status are passed through. Other exit statuses: 255 the
     guest panicked or triple-faulted, 124 time-out, 125 softkvm's own error, 130 Ctrl-C, 159 killed by the ioctl filter.
+
+    With --deterministic, time is virtual, random numbers come from SEED, and so does the order in which the CPUs take turns: the same
+    command line with the same input and SEED repeats the run to the last instruction, and --stats tells by which marks. The input of a
+    command or a piped shell is read when the guest asks for it; what is typed on a terminal is not repeatable.
     """
     if "help" in trace:
         return _list_events()
@@ -140,6 +146,7 @@ def run(
         cpus=cpus,
         cpu=cpu,
         cores=cores,
+        deterministic=deterministic,
         kvm=kvm,
         timeout=timeout,
         stats=stats,

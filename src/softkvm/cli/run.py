@@ -15,7 +15,7 @@ from softkvm.cli import guest, output, report, session, status, terminal
 from softkvm.cli.command import CONTROL_PORT, STDERR_PORT, STDOUT_PORT, ControlLine
 from softkvm.cli.ending import Ending
 from softkvm.cli.errors import CliError
-from softkvm.cli.inputs import CommandInput, ConsolePipe, Input, Keyboard
+from softkvm.cli.inputs import CommandInput, ConsolePipe, Input, Keyboard, Prompt
 from softkvm.cli.options import RunOptions
 from softkvm.cli.streams import Capture, ConsoleTail, DescriptorSink, Sink, Surrender
 from softkvm.cli.watch import watched
@@ -94,6 +94,7 @@ class _Run:
         self._output_lost = False
         self._machine: Machine | None = None
         self._input: Input | None = None
+        self._prompt: Prompt | None = None
 
     def run(self) -> int:
         """Run the machine to its end; the exit status."""
@@ -109,12 +110,16 @@ class _Run:
                 resources.enter_context(monitor)
             self._machine = machine
             self._input = self._make_input(machine, attended)
+            if options.deterministic is not None and not isinstance(self._input, Keyboard):
+                self._prompt = Prompt(self._input, self._surrender)
+                self._prompt.serve()
             output.say(self._title())
             if attended:
                 output.say(terminal.HELP)
             started = time.monotonic()
             with terminal.raw(_STDIN) if attended else nullcontext():
-                stop, signal = session.run(machine, self._input, self._doorbell, options.timeout, self._surrender.throw)
+                source = self._input if self._prompt is None else None
+                stop, signal = session.run(machine, source, self._doorbell, options.timeout, self._surrender.throw)
             seconds = time.monotonic() - started
             return self._finish(machine, Ending(stop, signal, self._output_lost, self._command_status), seconds)
 
@@ -150,6 +155,7 @@ class _Run:
                 kvm_parameters=options.kvm,
                 serial=serial,
                 process=self._process,
+                deterministic=options.deterministic,
             )
         except (ConfigError, StateError) as error:
             raise CliError(str(error)) from error
@@ -176,7 +182,7 @@ class _Run:
     def _sink(self, port: int, descriptor: int) -> Sink:
         return self._captures[port] if self._options.json else DescriptorSink(descriptor, self._surrender, self._lose_output)
 
-    def _make_input(self, machine: Machine, attended: bool) -> Input:
+    def _make_input(self, machine: Machine, attended: bool) -> CommandInput | Keyboard | ConsolePipe:
         if self._options.command:
             return CommandInput(_STDIN, lambda data: machine.send(data, STDOUT_PORT))
         if attended:
@@ -188,12 +194,18 @@ class _Run:
     def _console_is_read(self) -> None:
         if isinstance(self._input, ConsolePipe):
             self._input.ready()
-            self._doorbell.ring()
+            self._input_is_wanted()
 
     def _command_wants_input(self) -> None:
         if isinstance(self._input, CommandInput):
             self._input.request()
+            self._input_is_wanted()
+
+    def _input_is_wanted(self) -> None:
+        if self._prompt is None:
             self._doorbell.ring()
+        else:
+            self._prompt.serve()
 
     def _command_ended(self, command_status: int) -> None:
         self._command_status = command_status

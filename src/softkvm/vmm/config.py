@@ -67,15 +67,15 @@ def check(
     cpus: int,
     serial: Mapping[int, SerialBackend] | None,
     kvm_parameters: Iterable[str] = (),
-    seed: int | None = None,
+    deterministic: int | None = None,
 ) -> Config:
     """The configuration for the arguments of `Machine`; ConfigError names the first mistake."""
     if kernel is None:
         raise ConfigError("an initrd was given without a kernel" if initrd is not None else "no kernel was given")
     if not 1 <= cpus <= MOST_CPUS:
         raise ConfigError(f"a machine has 1 to {MOST_CPUS} CPUs, not {cpus}")
-    if seed is not None and not 0 <= seed <= LARGEST_SEED:
-        raise ConfigError(f"the seed of a deterministic machine is a number from 0 to {LARGEST_SEED}, not {seed}")
+    if deterministic is not None and not 0 <= deterministic <= LARGEST_SEED:
+        raise ConfigError(f"the seed of a deterministic machine is a number from 0 to {LARGEST_SEED}, not {deterministic}")
     ports = check_serial(serial)
     name, features = parse_cpu(cpu)
     return Config(
@@ -88,7 +88,7 @@ def check(
         cpus=cpus,
         parameters=parse_parameters(kvm_parameters),
         serial=ports,
-        seed=seed,
+        seed=deterministic,
     )
 
 

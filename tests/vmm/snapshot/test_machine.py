@@ -116,6 +116,12 @@ def test_a_running_machine_is_saved_and_runs_on(boot: Boot, tmp_path: Path) -> N
     assert press(boot(path)) == STATUS
 
 
+def test_a_deterministic_machine_is_not_saved(boot: Boot, tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="lives in a time of its own"):
+        boot(deterministic=1).save(tmp_path / "snapshot")
+    assert not (tmp_path / "snapshot").exists()
+
+
 def test_clocks_are_ahead_by_the_time_on_the_shelf(boot: Boot, tmp_path: Path) -> None:
     shelf = 3_600_000_000_000
     path = tmp_path / "snapshot"
