@@ -38,7 +38,10 @@ def skip(vcpu: Vcpu) -> int:
 
 
 def step_over(vcpu: Vcpu, rip: int) -> None:
-    """Retire the instruction, which ends at `rip`: shadow and RF cleared, single-step trap queued."""
+    """Retire the instruction, which ends at `rip`: shadow and RF cleared, single-step trap queued.
+
+    This is the one place where KVM retires an instruction in the guest's place (`kvm_skip_emulated_instruction()`).
+    """
     state = vcpu.state
     if rip & _U32 < _INSTRUCTION_BYTES and not regs.is_64_bit_mode(vcpu):
         rip &= _U32  # IP wraps at 4 GB

@@ -66,6 +66,16 @@ class Vendor(Protocol):
     def next_rip(self, vcpu: Vcpu) -> int | None:
         """Address behind the instruction that exited; None if the silicon does not tell."""
 
+    @property
+    def soft_exception_type(self) -> int:
+        """Type of INT3 and INTO in the event injection field."""
+
+    def prepare_soft_event(self, vcpu: Vcpu, vector: int) -> bool:
+        """Let INT n, INT3 or INTO, which is about to be injected, return behind its instruction; False if it cannot be injected."""
+
+    def soft_event_cut_short(self, vcpu: Vcpu, entered: bool) -> None:
+        """Such an event has not arrived and will be injected again; `entered`: the silicon had begun to deliver it."""
+
 
 def setup_controls(vcpu: Vcpu) -> None:
     """The controls that a new vCPU starts with."""

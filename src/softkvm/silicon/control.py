@@ -177,6 +177,7 @@ class Control(LittleEndianStructure):
         ("_reserved0", _u32),
         ("guest_perf_global_ctrl", _u64),
         ("host_perf_global_ctrl", _u64),
+        ("next_rip", _u64),  # AMD silicon with NRIP save: where an injected software interrupt, INT3 or INTO returns to
     ]
 
 

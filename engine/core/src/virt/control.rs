@@ -92,6 +92,8 @@ pub struct Control {
     reserved0: u32,
     pub guest_perf_global_ctrl: u64,
     pub host_perf_global_ctrl: u64,
+    /// AMD silicon that saves the next RIP: where an injected software interrupt, INT3 or INTO returns to (APM vol. 2, 15.20).
+    pub next_rip: u64,
 }
 
 impl Control {
