@@ -73,8 +73,7 @@ def _skip(vcpu: Vcpu) -> int:
     if length is None:
         _say_once_that_skipping_failed()
         return handle_emulation_failure(vcpu, EMULTYPE_SKIP)
-    exits.step_over(vcpu, vcpu.state.rip + length)
-    return 1
+    return exits.step_over(vcpu, vcpu.state.rip + length)
 
 
 def instruction_length(vcpu: Vcpu) -> int | None:

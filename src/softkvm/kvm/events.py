@@ -12,6 +12,7 @@ from softkvm.host import trace
 from softkvm.kvm.irqchip import irq
 from softkvm.kvm.request import REQ_EVENT, REQ_TRIPLE_FAULT
 from softkvm.silicon.control import Intercept
+from softkvm.uapi.kvm import KVM_GUESTDBG_BLOCKIRQ as _BLOCKIRQ
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu import Vcpu
@@ -151,6 +152,9 @@ def inject_pending(vcpu: Vcpu, user_window: bool) -> None:
     if free and queue.exception_pending:
         _inject_new_exception(vcpu, queue)
         free = False
+    if vcpu.guest_debug & _BLOCKIRQ:
+        vcpu.set_windows(0)
+        return
     windows = 0
     if queue.nmi_pending:
         if free and nmi_allowed(vcpu):
@@ -191,17 +195,17 @@ def _give(vcpu: Vcpu, event: int) -> None:
 
 
 def _inject_new_exception(vcpu: Vcpu, queue: EventQueue) -> None:
-    state = vcpu.state
+    state, own = vcpu.state, vcpu.debug_registers
     if queue.vector not in _NO_RF:
         state.rflags |= RFLAGS_RF
     if queue.payload is not None:
         if queue.vector == PF:
             state.cr2 = queue.payload
         elif queue.vector == DB:
-            state.dr6 = state.dr6 & ~0xF | queue.payload
+            own.dr6 = own.dr6 & ~0xF | queue.payload
         queue.payload = None
     if queue.vector == DB:
-        state.dr7 &= ~DR7_GD
+        own.dr7 &= ~DR7_GD
     queue.exception_pending, queue.exception_injected = False, True
     _inject_exception(vcpu, queue, reinjected=False)
 
