@@ -102,6 +102,7 @@ class FakeVm:
         self.model = FakeModel(vendor)
         self.memory = FakeMemory()
         self.boot_cpu_id = 0
+        self.reserved_ioapic_pins = 0
         self.vcpus: list[FakeVcpu] = []
         self.pio_bus, self.mmio_bus = IoBus(self.lock), IoBus(self.lock)
         self.routing = Routing(self)
@@ -112,6 +113,10 @@ class FakeVm:
         if irqchip:
             self.irqchip = Irqchip(self)
         self.pit = Pit(self, speaker=True) if pit else None
+
+    @property
+    def irqchip_in_kernel(self) -> bool:
+        return self.irqchip is not None
 
     @property
     def chips(self) -> Irqchip:
@@ -132,6 +137,7 @@ class FakeVcpu:
         self.apic_base = 0xFEE0_0800
         self.mp_state = 0
         self.userspace_irq = -1
+        self.pending_ioapic_eoi = 0
         self.has_run = False
         self.mmap_area = memoryview(bytearray(12288))
         self.requests = 0

@@ -86,6 +86,14 @@ class Vm(Protocol):
         """PIC and IOAPIC, if they are in KVM."""
 
     @property
+    def irqchip_in_kernel(self) -> bool:
+        """Whether vCPUs have their local APIC in KVM."""
+
+    @property
+    def reserved_ioapic_pins(self) -> int:
+        """GSIs below are pins of an IOAPIC in user space."""
+
+    @property
     def pit(self) -> Pit | None:
         """The PIT, if it is in KVM."""
 
@@ -124,6 +132,7 @@ class Vcpu(Protocol):
     apic_base: int
     mp_state: int
     userspace_irq: int
+    pending_ioapic_eoi: int
 
     @property
     def vcpu_id(self) -> int:
