@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from softkvm.host import task
 from softkvm.host.clock import Clock
-from softkvm.kvm import capabilities, svm, vmx
+from softkvm.kvm import capabilities, svm, tsc_status, vmx
 from softkvm.kvm.coalesced import Coalesced
 from softkvm.kvm.eventfd import EventFds
 from softkvm.kvm.iobus import IoBus
@@ -25,8 +25,10 @@ from softkvm.kvm.kvmclock import VmClock
 from softkvm.kvm.mmu import Mmu
 from softkvm.kvm.timekeeper import Timekeeper
 from softkvm.kvm.tsc import VmTsc
+from softkvm.kvm.tsc_status import TscStatus
 from softkvm.kvm.vcpu import Vcpu
 from softkvm.kvm.vendor import Vendor
+from softkvm.kvm.virtual_time import ExitTrace
 from softkvm.uapi import kvm as uapi
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ class Vm(KvmFile):
         self.vm_id = self.fd
         self.model = system.model
         self.parameters = system.parameters
-        self.scheduler = system.scheduler
+        self.scheduler, self.turns = system.scheduler, system.turns
         self.vendor = _VENDORS[self.model.vendor]
         self.clock = clock
         self.lock = threading.RLock()
@@ -67,6 +69,7 @@ class Vm(KvmFile):
         self.eventfds = EventFds(self)
         self.coalesced = Coalesced(self)
         self.timekeeper = Timekeeper(self.vcpus)
+        self.exit_trace = ExitTrace()
         self.exception_payload = False
         self.exit_on_emulation_failure = False
         self.triple_fault_event = False
@@ -282,6 +285,10 @@ class Vm(KvmFile):
     def get_tsc_khz(self) -> int:
         """KVM_GET_TSC_KHZ: the rate of vCPUs to come."""
         return self.tsc.default_khz
+
+    def tsc_status(self) -> TscStatus:
+        """What a kernel with KVM shows in debugfs, and more: the clocks now. No ioctl; for any thread."""
+        return tsc_status.read(self)
 
     # --- vCPUs ----------------------------------------------------------------------------------------------------------------------
 

@@ -6,10 +6,11 @@ methods that stand for its ioctls (Linux 6.1 `Documentation/virt/kvm/api.rst`).
 
 from __future__ import annotations
 
+import enum
+import errno
 import re
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -19,7 +20,7 @@ from types import TracebackType
 import msgspec
 
 from softkvm import kvm
-from softkvm.host.clock import Clock
+from softkvm.host.clock import NSEC_PER_SEC, Clock, VirtualClock
 from softkvm.uapi import kvm as uapi
 from softkvm.vmm import config, cpuid, layout
 from softkvm.vmm.board import Board, Chassis
@@ -30,10 +31,11 @@ from softkvm.vmm.config import Config, SerialBackend
 from softkvm.vmm.console import DEFAULT_LIMIT, Console
 from softkvm.vmm.crew import Crew
 from softkvm.vmm.errors import ConfigError
-from softkvm.vmm.exits import REASON_NAMES, ExitHandler
+from softkvm.vmm.exits import ExitHandler
 from softkvm.vmm.gil import short_switch_interval
 from softkvm.vmm.irq import default_routing
 from softkvm.vmm.memory import GuestMemory, split
+from softkvm.vmm.stats import Repetition, Stats, collect
 from softkvm.vmm.stop import Stop, StopReason
 
 CONSOLE_PORT = 0
@@ -42,21 +44,24 @@ _AFTER_A_PANIC = frozenset({StopReason.RESET, StopReason.TRIPLE_FAULT})
 Text = str | bytes | re.Pattern[str] | re.Pattern[bytes]
 
 
-class Stats(msgspec.Struct, frozen=True):
-    """Counters of a machine since it was made, summed over its vCPUs."""
+class RunState(enum.Enum):
+    """What the vCPUs do."""
 
-    seconds: float
-    """Wall time inside `run()`."""
-    instructions: int
-    """Instructions that the guest has retired."""
-    engine: dict[str, int]
-    """What else the silicon counts: blocks of code, TLB, page walks."""
-    exits: dict[str, int]
-    """VM exits by the vendor's name of the reason, most frequent first."""
-    user_exits: dict[str, int]
-    """Returns of KVM_RUN by exit reason, most frequent first."""
-    vcpu: dict[str, int]
-    """KVM's own counters, by the names of its statistics."""
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+    """Nobody is inside `Machine.run()`."""
+
+
+class Status(msgspec.Struct, frozen=True):
+    """A machine at a glance."""
+
+    state: RunState
+    cpu: str
+    """The model with the features that were switched."""
+    cpus: int
+    memory: int
+    """Bytes of RAM."""
 
 
 class _Failure(Exception):
@@ -87,6 +92,7 @@ class Machine:
         test_device: bool = False,
         process: kvm.Process | None = None,
         cores: int | None = None,
+        deterministic: int | None = None,
     ) -> None:
         """Build the machine and load the kernel; nothing runs yet.
 
@@ -96,12 +102,19 @@ class Machine:
         the console are kept; `clock` is the time that guest and devices live by, the host's if none is given; `test_device` adds the
         registers of `devices/test_device.py`; `kvm_parameters` are KVM's module parameters, such as `nrips=0`; `process` is who calls
         KVM (ioctl filters, audit log, tracer), a new one if none is given; `cores` is how many the host has for all vCPUs together, as
-        many as they want if none is given. ConfigError for anything that cannot be.
+        many as they want if none is given. `deterministic` is a seed: the vCPUs then run by turns in virtual time, and every run with the
+        same seed and input is the same (`kvm.Turns`), as long as input comes between runs or from a listener of `serial`. ConfigError for
+        anything that cannot be.
         """
-        settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial, kvm_parameters)
+        settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial, kvm_parameters, deterministic)
+        if deterministic is not None and (clock is not None or cores is not None):
+            raise ConfigError("a deterministic machine has a clock and a processor of its own")
         self.process = process if process is not None else kvm.Process()
         self._console = Console(output_limit)
+        self._settings = settings
         self._running = threading.Lock()
+        self._gate = threading.RLock()  # held while vCPUs are let go or parked
+        self._inside_run = self._paused = False
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._outcome: Stop | _Failure | None = None
@@ -110,16 +123,21 @@ class Machine:
         self._seconds = 0.0
         self._closed = False
         with ExitStack() as resources:
-            system = _open_kvm(settings, self.process, cores)
-            self._build(system, settings, resources, clock if clock is not None else Clock(), test_device)
+            if settings.seed is not None:
+                clock = VirtualClock()
+            elif clock is None:
+                clock = Clock()
+            system = _open_kvm(settings, self.process, cores, clock)
+            self._turns, self._started_ns = system.turns, clock.monotonic_ns()
+            self._build(system, settings, resources, clock, test_device)
             self._resources = resources.pop_all()
 
     def _build(self, system: kvm.System, settings: Config, resources: ExitStack, clock: Clock, test_device: bool) -> None:
-        guest = _allocate(settings.memory)
+        self._memory = guest = _allocate(settings.memory)
         resources.callback(guest.close)
         image = read_image(settings.kernel, guest.low_end)
         image.load(guest, settings.initrd, settings.command_line, settings.cpus)
-        vm = resources.enter_context(system.create_vm(clock=clock))
+        self._vm = vm = resources.enter_context(system.create_vm(clock=clock))
         _set_up_vm(vm, guest)
         self._vcpus: list[kvm.Vcpu] = []
         for index in range(settings.cpus):
@@ -131,7 +149,7 @@ class Machine:
         self._handlers = [
             ExitHandler(vcpu, self._board, partial(self._end, index), partial(self._fail, index)) for index, vcpu in enumerate(self._vcpus)
         ]
-        self._crew = Crew(self._vcpus, self._handlers)
+        self._crew = Crew(self._vcpus, self._handlers, self._turns)
         resources.callback(self._crew.close)
 
     def _make_board(self, settings: Config, vm: kvm.Vm, clock: Clock) -> Board:
@@ -188,11 +206,42 @@ class Machine:
         started = time.monotonic()
         with short_switch_interval():
             try:
-                self._crew.resume()
+                with self._gate:
+                    self._inside_run = True
+                    if not self._paused:
+                        self._crew.resume()
                 self._ended.wait(timeout)
             finally:
-                self._crew.pause()
+                with self._gate:
+                    self._inside_run = False
+                    self._crew.pause()
                 self._seconds += time.monotonic() - started
+
+    def pause(self) -> None:
+        """Park all vCPUs, in this run and in those to come, until `resume()`; none runs when the call is over. Time goes on for the guest.
+
+        For any thread but a vCPU's own, on which serial listeners are called; a listener that blocks keeps the caller waiting.
+        """
+        with self._gate:
+            self._paused = True
+            self._crew.pause()
+
+    def resume(self) -> None:
+        """Take back `pause()`; a guest with kvmclock is told that it was stopped, so that its watchdogs stay quiet."""
+        with self._gate:
+            if self._paused:
+                for vcpu in self._vcpus:
+                    _tell_of_pause(vcpu)
+                self._paused = False
+                if self._inside_run:
+                    self._crew.resume()
+
+    def status(self) -> Status:
+        """What the machine is and does now."""
+        settings = self._settings
+        state = RunState.STOPPED if not self._inside_run else RunState.PAUSED if self._paused else RunState.RUNNING
+        cpu = ",".join([settings.cpu, *(f"{'+' if on else '-'}{name}" for name, on in settings.features.items())])
+        return Status(state, cpu, settings.cpus, settings.memory)
 
     def stop(self) -> None:
         """End the run in progress, or the next one if there is none, with INTERRUPTED; callable from any thread."""
@@ -248,15 +297,17 @@ class Machine:
         return self.output.decode(errors="replace")
 
     def stats(self) -> Stats:
-        """The counters now."""
-        engine, exits, user_exits, vcpus = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-        for handler, vcpu in zip(self._handlers, self._vcpus, strict=True):
-            engine.update(vcpu.engine_counters())
-            exits.update(vcpu.exits_by_reason())
-            user_exits.update({REASON_NAMES[reason]: count for reason, count in handler.counts.items() if count})
-            vcpus.update(vcpu.stats)
-        instructions = engine.pop("instructions", 0)
-        return Stats(self._seconds, instructions, dict(engine), dict(exits.most_common()), dict(user_exits.most_common()), dict(vcpus))
+        """The counters now, and of a deterministic machine the marks of its run."""
+        stats = collect(self._seconds, self._vcpus, self._handlers)
+        if self._turns is None:
+            return stats
+        passed = (self._turns.clock.monotonic_ns() - self._started_ns) / NSEC_PER_SEC
+        marks = Repetition(self._turns.seed, stats.instructions, passed, self._vm.exit_trace.digest(), self._memory.digest())
+        return msgspec.structs.replace(stats, repetition=marks)
+
+    def tsc_status(self) -> kvm.TscStatus:
+        """TSC offsets, master clock and kvmclock now."""
+        return self._vm.tsc_status()
 
     # The end
 
@@ -274,16 +325,26 @@ class Machine:
         self.close()
 
 
+def _tell_of_pause(vcpu: kvm.Vcpu) -> None:
+    try:
+        vcpu.kvmclock_ctrl()
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # it has no kvmclock
+            raise
+
+
 def _discard(data: bytes) -> None:
     """The listener of a serial port that nobody listens to."""
 
 
-def _open_kvm(settings: Config, process: kvm.Process, cores: int | None) -> kvm.System:
+def _open_kvm(settings: Config, process: kvm.Process, cores: int | None, clock: Clock) -> kvm.System:
+    virtual = clock if isinstance(clock, VirtualClock) and settings.seed is not None else None
     try:
-        model = kvm.Model(settings.cpu, dict(settings.features))
+        model = kvm.Model(settings.cpu, dict(settings.features), None if virtual is None else virtual.tsc_khz)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return kvm.System(model, settings.parameters, process, cores)
+    turns = None if virtual is None or settings.seed is None else kvm.Turns(model, virtual, settings.seed)
+    return kvm.System(model, settings.parameters, process, cores, turns)
 
 
 def _allocate(size: int) -> GuestMemory:

@@ -3,7 +3,6 @@
 use core::ptr;
 
 use super::breakpoint::dr6;
-use super::clock::host_tsc;
 use super::signal::attention;
 use super::{pending, Cpu};
 use crate::decode::block::{self, Block};
@@ -76,29 +75,57 @@ impl Cpu {
         Ok(self.check_instruction_budget()? || alone)
     }
 
-    /// Exits when the hypervisor's instruction budget is used up; tells whether less than a block is left of it.
+    /// Exits when the hypervisor's instruction budget is used up; tells whether the end is near.
     fn check_instruction_budget(&mut self) -> Exec<bool> {
         if self.pending & pending::BUDGET == 0 {
             return Ok(false);
         }
-        let left = self.control.instruction_budget.saturating_sub(self.instructions());
-        if left == 0 {
+        if self.control.instruction_budget <= self.instructions() {
             return Err(self.exit(code::BUDGET, 0));
         }
-        Ok(left < block::MAX_INSTRUCTIONS as u64)
+        Ok(true)
     }
 
     fn renew_budget(&mut self) {
         self.retired = self.instructions();
         self.budget = SLICE;
         self.budget_start = SLICE;
+        self.shorten_budget();
+    }
+
+    /// Lets the budget end before the hypervisor's does, whose last instructions run one by one, and in virtual time with the first timer.
+    pub fn shorten_budget(&mut self) {
+        let mut limit = self.budget;
+        let wanted = self.control.instruction_budget;
+        if wanted != 0 {
+            let left = wanted.saturating_sub(self.instructions()).saturating_sub(block::MAX_INSTRUCTIONS as u64);
+            limit = limit.min(left as i64);
+            self.pending |= if left == 0 { pending::BUDGET } else { 0 };
+        }
+        if let (true, Some(next)) = (self.clock.is_virtual(), self.clock.next_timer()) {
+            limit = limit.min(next.saturating_sub(self.host_tsc()).div_ceil(self.clock.rate) as i64);
+        }
+        self.budget_start -= self.budget - limit;
+        self.budget = limit;
+    }
+
+    /// The host's TSC now: exact for the last instruction of a block and between blocks.
+    #[inline]
+    pub fn host_tsc(&self) -> u64 {
+        self.clock.host_tsc(self.instructions())
+    }
+
+    /// The guest's TSC now, as exact as [`Cpu::host_tsc`].
+    #[inline]
+    pub fn guest_tsc(&self) -> u64 {
+        self.clock.guest_tsc(self.host_tsc())
     }
 
     fn check_clocks(&mut self) -> Exec {
         if self.pending & pending::EMULATE != 0 {
             return Ok(());
         }
-        let now = host_tsc();
+        let now = self.host_tsc();
         if now >= self.clock.tick {
             return Err(self.exit_external_interrupt());
         }
@@ -132,9 +159,20 @@ impl Cpu {
             if self.signal.take(attention::KICK) != 0 {
                 return Err(self.exit_external_interrupt());
             }
+            if self.clock.is_virtual() {
+                self.skip_to_timer();
+                self.check_clocks()?;
+                return Err(self.exit_external_interrupt());
+            }
             self.check_clocks()?;
             std::thread::sleep(std::time::Duration::from_micros(50));
         }
+    }
+
+    /// Virtual time passes although nothing retires; without a timer it is the hypervisor's.
+    fn skip_to_timer(&mut self) {
+        let now = self.host_tsc();
+        self.clock.base += self.clock.next_timer().unwrap_or(now).saturating_sub(now);
     }
 
     /// Delivers the debug exceptions that the last instruction left behind. A MOV SS shadow holds them back (SDM vol. 3, 6.8.3).
@@ -350,16 +388,18 @@ impl Cpu {
         // SAFETY: as in `execute`; a block has at least one micro-op.
         let (uop, handler) = unsafe { (*(*block).uops.as_ptr(), *(*block).reference.as_ptr()) };
         self.blocks_run += 1;
+        self.budget -= 1;
         let stop = handler(self, &uop).err().unwrap_or(Stop::Leave);
         match stop {
-            Stop::Next => self.budget -= 1,
+            Stop::Next => return stop,
             Stop::Leave => {
-                self.budget -= 1;
                 self.regs[slot::RIP as usize] = self.rip_at(uop.next_offset());
+                return stop;
             }
             Stop::Exit => self.complete_exit(&uop),
             Stop::Fault | Stop::Again | Stop::Retry | Stop::Slow => {}
         }
+        self.budget += 1;
         stop
     }
 }

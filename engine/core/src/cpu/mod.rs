@@ -42,7 +42,7 @@ pub mod pending {
     pub const HALTED: u32 = 16;
     /// The hypervisor asked for exactly one instruction.
     pub const EMULATE: u32 = 32;
-    /// The instruction budget of the hypervisor may be used up.
+    /// The instruction budget of the hypervisor is nearly used up: run one instruction at a time.
     pub const BUDGET: u32 = 64;
     /// DR7 turns a breakpoint on: run one instruction at a time.
     pub const BREAKPOINTS: u32 = 128;
