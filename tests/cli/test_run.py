@@ -76,10 +76,11 @@ def test_command_status_and_streams_are_passed_through(machine: type[FakeMachine
 def test_machine_gets_the_options(machine: type[FakeMachine]) -> None:
     machine.guest = lambda _: stop(StopReason.POWER_OFF)
     with standard_input(b""):
-        assert app.main(["run", "-m", "1G", "-c", "2", "--cpu", "epyc,-pcid", "-p", "nokaslr", "--timeout", "9", "--", "true"]) == 0
+        options = ["-m", "1G", "-c", "2", "--cores", "1", "--cpu", "epyc,-pcid", "-p", "nokaslr", "--timeout", "9"]
+        assert app.main(["run", *options, "--", "true"]) == 0
     made = machine.made[0]
     assert (made.configuration["memory"], made.configuration["cpu"], made.timeout) == ("1G", "epyc,-pcid", 9.0)
-    assert made.configuration["cpus"] == 2
+    assert (made.configuration["cpus"], made.configuration["cores"]) == (2, 1)
     assert made.configuration["append"] == "panic=-1 quiet nokaslr"
 
 

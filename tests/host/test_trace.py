@@ -61,7 +61,12 @@ def test_every_point_prints_as_many_fields_as_it_has() -> None:
         (trace.kvm_mmio, (trace.MMIO_WRITE, 4, 0xFEE000B0, 0), "mmio write len 4 gpa 0xfee000b0 val 0x0"),
         (trace.kvm_msr, (True, 0x4B564D01, 0x1001, False), "msr_write 4b564d01 = 0x1001"),
         (trace.kvm_msr, (False, 0x1234, 0, True), "msr_read 1234 = 0x0 (#GP)"),
-        (trace.kvm_cpuid, (1, 0, 0x50657, 0x800, 0, 0), "func 1 idx 0 rax 50657 rbx 800 rcx 0 rdx 0"),
+        (trace.kvm_cpuid, (1, 0, 0x50657, 8, 0, 0, True, False), "func 1 idx 0 rax 50657 rbx 8 rcx 0 rdx 0, cpuid entry found"),
+        (
+            trace.kvm_cpuid,
+            (0x4FFF, 0, 0, 0, 0, 0, False, True),
+            "func 4fff idx 0 rax 0 rbx 0 rcx 0 rdx 0, cpuid entry not found, used max basic",
+        ),
         (trace.kvm_inj_virq, (0x30, False, True), "IRQ 0x30 [reinjected]"),
         (trace.kvm_inj_exception, (14, True, 2, False), "#PF (0x2)"),
         (trace.kvm_page_fault, (0, 0x1000, 0xB8000, 2), "vcpu 0 rip 0x1000 address 0x00000000000b8000 error_code 0x2"),

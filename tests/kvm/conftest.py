@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from softkvm import kvm, silicon
+from softkvm.host import nmi
 from softkvm.host.clock import VirtualClock
 from softkvm.uapi import kvm as uapi
 from tests import fake_engine
@@ -74,6 +75,20 @@ def vcpu(vm: kvm.Vm, system: kvm.System) -> kvm.Vcpu:
 def bare_vcpu(vm: kvm.Vm, system: kvm.System) -> kvm.Vcpu:
     """A vCPU without interrupt chips in the kernel."""
     return ready(vm.create_vcpu(0), system)
+
+
+@pytest.fixture
+def host_nmis() -> Iterator[list[int]]:
+    """NMIs of the host that its handlers have seen."""
+    seen: list[int] = []
+
+    def handler() -> bool:
+        seen.append(1)
+        return True
+
+    nmi.register_nmi_handler(handler)
+    yield seen
+    nmi.unregister_nmi_handler(handler)
 
 
 def ready(vcpu: kvm.Vcpu, system: kvm.System) -> kvm.Vcpu:

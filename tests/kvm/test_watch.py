@@ -60,7 +60,18 @@ def test_cpuid_is_traced_with_what_the_guest_gets(vcpu: Vcpu, play: Script, list
     hits = listen(trace.kvm_cpuid)
     vcpu.gpr[0], vcpu.gpr[1] = 1, 0
     out_of_guest(vcpu, play, leave(vcpu, "cpuid", 2))
-    assert hits == [(1, 0, *vcpu.cpuid.execute(1, 0))]
+    assert hits == [(1, 0, *vcpu.cpuid.execute(1, 0), True, False)]
+
+
+def test_cpuid_beyond_the_last_leaf_is_traced_as_such(vcpu: Vcpu, play: Script, listen: Callable[[trace.Tracepoint], Hits]) -> None:
+    """Intel answers with the last basic leaf, AMD with zeros."""
+    hits = listen(trace.kvm_cpuid)
+    basic = [entry for entry in vcpu.get_cpuid2() if entry.function in (0, 1)]
+    basic[0].eax = 1
+    vcpu.set_cpuid2(basic)
+    vcpu.gpr[0], vcpu.gpr[1] = 0x4FFF, 0
+    out_of_guest(vcpu, play, leave(vcpu, "cpuid", 2))
+    assert hits[0][6:] == (False, vcpu.model.vendor == "intel")
 
 
 def test_the_return_to_user_space_is_traced(vcpu: Vcpu, play: Script, listen: Callable[[trace.Tracepoint], Hits]) -> None:

@@ -64,6 +64,8 @@ INSTRUCTIONS = [
     Instruction("wrmsr", b"\x0f\x30", {"rcx": IA32_TSC}, {"rcx": NO_MSR}),
     Instruction("hlt", b"\xf4", {}, prefixes=b"\x66\x2e", exits=((uapi.KVM_EXIT_HLT,),)),
     Instruction("invd", b"\x0f\x08", {}),
+    Instruction("monitor", b"\x0f\x01\xc8", {"rax": DATA}, prefixes=UNPREFIXED),
+    Instruction("mwait", b"\x0f\x01\xc9", {}, prefixes=UNPREFIXED),
     Instruction("rdpmc", b"\x0f\x33", None, {}),
     Instruction("xsetbv", b"\x0f\x01\xd1", {"rax": 3}, {"rax": 2}, prefixes=UNPREFIXED, check=lambda guest: guest.vcpu.state.xcr0 == 3),
     Instruction("xsetbv of XCR1", b"\x0f\x01\xd1", None, {"rax": 3, "rcx": 1}, prefixes=UNPREFIXED),

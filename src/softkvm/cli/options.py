@@ -20,6 +20,7 @@ class RunOptions:
     memory: str = "512M"
     cpus: int = 1
     cpu: str = "cascadelake"
+    cores: int | None = None
     kvm: tuple[str, ...] = ()
     timeout: float | None = None
     stats: StatsFormat | None = None
@@ -29,6 +30,7 @@ class RunOptions:
     trace_file: str | None = None
     audit: str | None = None
     ioctl_filter: str | None = None
+    name: str | None = None
 
     def check(self) -> None:
         """Raise CliError, one sentence, for options that contradict each other."""

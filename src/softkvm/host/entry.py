@@ -346,6 +346,10 @@ def xfer_to_guest_mode(task: Task, vcpu: GuestContext) -> int:
     return 0
 
 
+exit_to_guest_mode = xfer_to_guest_mode
+"""Its name in the series as it was posted; review renamed it."""
+
+
 @noinstr
 def run_guest(task: Task, enter: Callable[[], int]) -> int:
     """`guest_state_enter_irqoff()`, the guest, `guest_state_exit_irqoff()`: interrupts are off before and after, and on in the guest."""

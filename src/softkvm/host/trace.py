@@ -97,8 +97,9 @@ def _kvm_pio(rw: int, port: int, size: int, count: int, val: int) -> str:
     return f"pio_{'write' if rw else 'read'} at 0x{port:x} size {size} count {count} val 0x{val:x} {'(...)' if count > 1 else ''}"
 
 
-def _kvm_cpuid(function: int, index: int, rax: int, rbx: int, rcx: int, rdx: int) -> str:
-    return f"func {function:x} idx {index:x} rax {rax:x} rbx {rbx:x} rcx {rcx:x} rdx {rdx:x}"
+def _kvm_cpuid(function: int, index: int, rax: int, rbx: int, rcx: int, rdx: int, found: bool, used_max_basic: bool) -> str:
+    entry = f"cpuid entry {'found' if found else 'not found'}{', used max basic' if used_max_basic else ''}"
+    return f"func {function:x} idx {index:x} rax {rax:x} rbx {rbx:x} rcx {rcx:x} rdx {rdx:x}, {entry}"
 
 
 def _kvm_msr(write: bool, ecx: int, data: int, exception: bool) -> str:
@@ -148,7 +149,7 @@ kvm_inj_virq = Tracepoint("kvm", "kvm_inj_virq", "vector soft reinjected", _kvm_
 kvm_inj_exception = Tracepoint("kvm", "kvm_inj_exception", "exception has_error error_code reinjected", _kvm_inj_exception)
 kvm_set_irq = Tracepoint("kvm", "kvm_set_irq", "gsi level irq_source_id", _kvm_set_irq)
 kvm_eoi = Tracepoint("kvm", "kvm_eoi", "apicid vector", _kvm_eoi)
-kvm_cpuid = Tracepoint("kvm", "kvm_cpuid", "function index rax rbx rcx rdx", _kvm_cpuid)
+kvm_cpuid = Tracepoint("kvm", "kvm_cpuid", "function index rax rbx rcx rdx found used_max_basic", _kvm_cpuid)
 kvm_msr = Tracepoint("kvm", "kvm_msr", "write ecx data exception", _kvm_msr)
 kvm_pio = Tracepoint("kvm", "kvm_pio", "rw port size count val", _kvm_pio)
 kvm_mmio = Tracepoint("kvm", "kvm_mmio", "type len gpa val", _kvm_mmio)

@@ -184,6 +184,11 @@ class CpuidTable:
             return Registers(0, 0, ecx & 0xFF, level.edx)  # undefined levels still tell the x2APIC id
         return Registers()
 
+    def how_found(self, eax: int, ecx: int) -> tuple[bool, bool]:
+        """Whether `execute()` finds an entry of that leaf, and if not, whether it answers with the last basic leaf instead."""
+        found = self.lookup(eax, ecx) is not None
+        return found, not found and self._out_of_range(eax, ecx)[1] is not None
+
     def _out_of_range(self, leaf: int, subleaf: int) -> tuple[int, Registers | None]:
         """Intel CPUs answer a leaf beyond the last one of its class with the last basic leaf; AMD CPUs with zeros."""
         basic = self.lookup(BASIC, 0)

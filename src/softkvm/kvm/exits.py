@@ -10,7 +10,7 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
-from softkvm.host import entry, trace
+from softkvm.host import entry, nmi, trace
 from softkvm.host.task import current
 from softkvm.kvm import cpuid, emulate, events, msr, regs
 from softkvm.kvm.mmu import Fault
@@ -68,7 +68,7 @@ def trace_cpuid(vcpu: Vcpu) -> int:
     gpr = vcpu.gpr
     function, index = gpr[0] & _U32, gpr[1] & _U32
     result = handle_cpuid(vcpu)
-    trace.kvm_cpuid(function, index, gpr[0], gpr[3], gpr[1], gpr[2])
+    trace.kvm_cpuid(function, index, gpr[0], gpr[3], gpr[1], gpr[2], *vcpu.cpuid.how_found(function, index))
     return result
 
 
@@ -145,6 +145,12 @@ def handle_interrupt(vcpu: Vcpu) -> int:
     """A host interrupt: a kick, or the core's timer."""
     vcpu.disarm_timer()
     entry.interrupt(current(), vcpu.clock.run_expired)
+    return 1
+
+
+def handle_nmi(vcpu: Vcpu) -> int:
+    """A host NMI ended guest mode, and the host handles it now (`vmx_do_nmi_irqoff()`; on AMD silicon the STGI lets it in)."""
+    nmi.do_nmi(current())
     return 1
 
 

@@ -52,3 +52,8 @@ def test_silicon_that_does_not_save_the_next_rip(vcpu: Vcpu, play: Script) -> No
     play(exits_with(ExitCode.CPUID, next_rip=0))
     vcpu.run()
     assert vcpu.kvm_run.exit_reason == uapi.KVM_EXIT_INTERNAL_ERROR
+
+
+def test_nmi_of_the_host_goes_to_the_hosts_handlers(vcpu: Vcpu, play: Script, host_nmis: list[int]) -> None:
+    out_of_guest(vcpu, play, exits_with(ExitCode.NMI))
+    assert host_nmis == [1]

@@ -52,6 +52,7 @@ def test_vmx_instructions_are_undefined(vcpu: Vcpu, play: Script, reason: int) -
     assert vcpu.state.rip == RIP
 
 
-def test_nmi_of_the_host_is_none_of_the_guests_business(vcpu: Vcpu, play: Script) -> None:
+def test_nmi_of_the_host_goes_to_the_hosts_handlers(vcpu: Vcpu, play: Script, host_nmis: list[int]) -> None:
     out_of_guest(vcpu, play, exits_with(ExitReason.EXCEPTION_NMI, interruption=1 << 31 | 2 << 8 | 2))
+    assert host_nmis == [1]
     assert fake_engine.Core.cores[-1].injected == []

@@ -45,10 +45,6 @@ def _msr(vcpu: Vcpu) -> int:
     return exits.handle_wrmsr(vcpu) if vcpu.exit.qualification & 1 else exits.handle_rdmsr(vcpu)
 
 
-def _host_nmi(vcpu: Vcpu) -> int:
-    return 1  # the host has handled it
-
-
 def _cr4_write(vcpu: Vcpu) -> int:
     return exits.write_cr4(vcpu, vcpu.gpr[vcpu.exit.qualification & _GPR_MASK])
 
@@ -67,7 +63,7 @@ handlers: dict[int, Handler] = {
     ExitCode.WRITE_CR0 + 4: _cr4_write,
     ExitCode.WRITE_CR0 + 8: _cr8_write,
     ExitCode.INTR: exits.handle_interrupt,
-    ExitCode.NMI: _host_nmi,
+    ExitCode.NMI: exits.handle_nmi,
     ExitCode.VINTR: exits.handle_interrupt_window,
     ExitCode.RDPMC: exits.handle_gp,
     ExitCode.CPUID: exits.handle_cpuid,

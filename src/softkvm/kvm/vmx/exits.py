@@ -41,7 +41,7 @@ def _ept_violation(vcpu: Vcpu) -> int:
 
 def _exception_or_nmi(vcpu: Vcpu) -> int:
     if vcpu.exit.interruption & _TYPE_MASK == _TYPE_NMI:
-        return 1  # the host's, and the host has handled it
+        return exits.handle_nmi(vcpu)
     if vcpu.exit.interruption & _VECTOR_MASK == events.UD:
         return emulate.handle_ud(vcpu)
     return exits.handle_exception(vcpu)
