@@ -142,7 +142,7 @@ impl Pmu {
         self.recording = self.has_lbr && debugctl & debugctl::LBR != 0 && self.global_status & registers::status::LBR_FROZEN == 0;
         let counts = self.interrupt || self.counters.iter().any(|counter| !counter.stopped());
         let branches = self.recording || self.log.is_some() || self.counters.iter().any(Counter::follows_branches);
-        self.watched = u8::from(counts) * watch::COUNT | u8::from(branches) * watch::BRANCHES;
+        self.watched = if counts { watch::COUNT } else { 0 } + if branches { watch::BRANCHES } else { 0 };
         self.check_at = if counts { 0 } else { u64::MAX };
     }
 

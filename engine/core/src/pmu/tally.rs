@@ -47,7 +47,7 @@ impl Tally {
     #[inline(always)]
     pub fn add(&mut self, cpl: u8, kind: Kind, taken: bool, mispredicted: bool) -> u64 {
         let totals = &mut self.0[usize::from(cpl != 0)];
-        let outcome = usize::from(taken) * outcome::TAKEN | usize::from(mispredicted) * outcome::MISPREDICTED;
+        let outcome = usize::from(taken) + 2 * usize::from(mispredicted);
         totals.transfers[kind as usize][outcome] += 1;
         if !mispredicted && kind != Kind::Loop {
             return 0;
