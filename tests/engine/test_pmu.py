@@ -110,7 +110,7 @@ def test_what_would_be_gp_is_a_value_error(intel: Machine, index: int, value: in
 
 
 def test_registers_that_do_not_exist_cannot_be_read(intel: Machine) -> None:
-    with pytest.raises(ValueError, match="no MSR 0x10$"):
+    with pytest.raises(ValueError, match="no MSR 0x10"):
         intel.core.pmu_read(0x10)
     assert intel.core.pmu_read(PERF_CAPABILITIES) == 0x3005
 
