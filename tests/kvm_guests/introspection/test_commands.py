@@ -265,7 +265,14 @@ def test_control_msr(tool: Tool) -> None:
     for msr in (0, 0x1FFF, 0xC000_0000, 0xC000_1FFF):
         for enable in (1, 0):
             assert tool.command(Command.VCPU_CONTROL_MSR, struct.pack("<BBHI", enable, 0, 0, msr)) == (0, b"")
-    for request in ((2, 0, 0, 0x140), (1, 1, 0, 0x140), (1, 0, 1, 0x140), (1, 0, 0, 0x2000), (1, 0, 0, 0xC000_2000), (1, 0, 0, 0xC001_0000)):
+    for request in (
+        (2, 0, 0, 0x140),
+        (1, 1, 0, 0x140),
+        (1, 0, 1, 0x140),
+        (1, 0, 0, 0x2000),
+        (1, 0, 0, 0xC000_2000),
+        (1, 0, 0, 0xC001_0000),
+    ):
         assert tool.command(Command.VCPU_CONTROL_MSR, struct.pack("<BBHI", *request)) == INVALID
 
 
