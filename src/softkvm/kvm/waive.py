@@ -13,7 +13,7 @@ from softkvm.kvm import emulate
 from softkvm.kvm.events import EVENT_VALID
 from softkvm.kvm.memslots import PAGE_SHIFT, PAGE_SIZE
 from softkvm.kvm.page_track import ALL
-from softkvm.silicon import EMULATE_FIRST, RIGHT_R, RIGHT_W, RIGHT_X, WAIVER_LIMIT
+from softkvm.silicon import EMULATE_FIRST, RIGHT_R, RIGHT_W, RIGHT_X, WAIVE_WALK, WAIVER_LIMIT
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu import Vcpu
@@ -29,7 +29,7 @@ def violation(vcpu: Vcpu, gpa: int, gva: int, access: int, walk: bool) -> int | 
     if node is None or not (refused or walk) or mmu.track.rights(gpa >> PAGE_SHIFT) == ALL or mmu.npt.lookup(gpa) is None:
         return None
     if walk:  # accessed and dirty bits are the silicon's work, not the guest's
-        return waive(vcpu, gpa, RIGHT_R | RIGHT_W)
+        return waive(vcpu, gpa, WAIVE_WALK)
     if _is_waived(vcpu, gpa, refused):
         return None
     hook = {RIGHT_R: node.pre_read, RIGHT_W: node.pre_write, RIGHT_X: node.pre_exec}[refused]
@@ -51,7 +51,7 @@ def waive(vcpu: Vcpu, gpa: int, rights: int) -> int:
         return emulate.handle_emulation_failure(vcpu, emulate.EMULTYPE_PF)
     vcpu.block.waivers[control.waiver_count] = gpa & -PAGE_SIZE | rights
     control.waiver_count += 1
-    if rights & RIGHT_W:
+    if rights & (RIGHT_W | WAIVE_WALK):
         vcpu.vm.mmu.log_write(gpa)
     if vcpu.exit.vectoring & EVENT_VALID:
         return 1  # the event is injected again

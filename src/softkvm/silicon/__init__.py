@@ -12,6 +12,7 @@ from softkvm.silicon.core import (
     RIGHT_R,
     RIGHT_W,
     RIGHT_X,
+    WAIVE_WALK,
     WAIVER_LIMIT,
     Vmcb,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "RIGHT_W",
     "RIGHT_X",
     "WAIVER_LIMIT",
+    "WAIVE_WALK",
     "Core",
     "Memory",
     "Model",

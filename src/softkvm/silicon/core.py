@@ -21,6 +21,8 @@ EXIT_MONITOR_TRAP_AMD = 0x10003
 RIGHT_R, RIGHT_W, RIGHT_X = 1, 2, 4
 """Rights of a nested page table entry, and access types of `Core.translate` (where 8 = by user mode)."""
 
+WAIVE_WALK = 8
+"""In `ControlBlock.waivers`, in the place of a right: the page walker may read the page and set accessed and dirty bits."""
 WAIVER_LIMIT = 64
 """Entries of `ControlBlock.waivers`."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +11,6 @@ from typing import Any, TypeVar
 
 from softkvm.cli import guest
 from softkvm.cli.guest import cpio, default_directory
-from softkvm.uapi import kvmi
 from softkvm.vmi.client import Client
 from softkvm.vmi.target import Target
 from softkvm.vmi.tools.dispatch import Dispatcher
@@ -77,21 +75,5 @@ def live_guest(files: Mapping[str, bytes], *, boot: bool = True, **options: Any)
     with Machine(kernel=image.kernel, initrd=initrd, **options) as machine:
         if boot:
             assert machine.run(until="# ", timeout=_PATIENCE).reason is StopReason.UNTIL
-        with introspected(machine) as client:
+        with Client(machine.introspect()) as client:
             yield LiveGuest(machine, client)
-
-
-@contextmanager
-def introspected(machine: Machine) -> Iterator[Client]:
-    """A client on a socket that the machine's VM has hooked."""
-    vm = machine._vcpus[0].vm
-    ours, theirs = socket.socketpair()
-    with theirs:
-        vm.introspection_hook(kvmi.Hook(fd=theirs.fileno()))
-    vm.introspection_command(1, -1)
-    vm.introspection_event(1, -1)
-    with Client(ours) as client:
-        yield client
-    vm.introspection_unhook()
-
-

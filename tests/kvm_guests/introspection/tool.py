@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from softkvm import kvm
 from softkvm.uapi import kvmi
+from softkvm.uapi.kvm import Regs
 from softkvm.uapi.kvmi import Action, Command, Dialect, Event
 from tests.helpers.long_guest import Guest, Outcome
 
@@ -52,7 +53,7 @@ class Told:
     def u64(self, offset: int) -> int:
         return int(struct.unpack_from("<Q", self.common, offset)[0])
 
-    def regs(self) -> kvmi.Regs:
+    def regs(self) -> Regs:
         """The general registers."""
         return kvmi.EventCommon.from_buffer_copy(self.common).arch.regs
 

@@ -8,6 +8,7 @@ use crate::cpu::{CodeSize, Cpu};
 use crate::exec;
 use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
 use crate::model::Model;
+use crate::pmu::branch::Kind;
 use crate::uop::{Exec, Handler, Uop};
 
 /// Most instructions of a block.
@@ -48,6 +49,10 @@ pub struct Block {
     pub valid: bool,
     /// The first instruction has a hidden breakpoint.
     pub breakpoint: bool,
+    /// The branch that its last instruction is.
+    pub branch: Kind,
+    /// Distance of its last instruction from the first byte.
+    pub last: u16,
     /// The first two blocks that ran behind this one.
     pub links: [Link; 2],
     /// Length in bytes.
@@ -67,6 +72,8 @@ impl Block {
             instructions: 0,
             valid: true,
             breakpoint: false,
+            branch: Kind::None,
+            last: 0,
             links: [Link::NONE; 2],
             length: 0,
             key,
@@ -87,6 +94,9 @@ impl Block {
             uops[0].run = exec::breakpoint;
         }
         self.instructions = instructions.len() as u32;
+        if let Some(last) = instructions.last() {
+            (self.branch, self.last) = (Kind::of(last), last.ip() as u16);
+        }
         self.length = instructions.iter().map(|insn| insn.len() as u32).sum();
         uops.push(fall_through(self.length));
         self.uops = uops.into();

@@ -399,7 +399,9 @@ impl Cpu {
         let mapping = self.map(la, kind, privilege)?;
         let found = self.npt.lookup(mapping.gpa);
         let Some(leaf) = found.filter(|leaf| self.waivers.rights(leaf.rights, mapping.gpa) & needed == needed) else {
-            if self.control.emulate != 0 && kind != AccessKind::Fetch {
+            // What a hypervisor waives rights for it answers page by page, before anything is done.
+            let asks_first = found.is_some() && !self.waivers.is_empty();
+            if self.control.emulate != 0 && kind != AccessKind::Fetch && !asks_first {
                 return Ok(Target::Device { gpa: mapping.gpa, la });
             }
             let rights = found.map_or(0, |leaf| leaf.rights);

@@ -292,7 +292,7 @@ impl Walker<'_> {
     }
 
     fn host(&self, gpa: u64, needed: u8) -> Result<u64, Obstacle> {
-        let allows = |leaf: &Leaf| self.waivers.is_none_or(|waivers| waivers.rights(leaf.rights, gpa) & needed == needed);
+        let allows = |leaf: &Leaf| self.waivers.is_none_or(|waivers| waivers.walk_rights(leaf.rights, gpa) & needed == needed);
         match self.tree.lookup(gpa).filter(allows) {
             Some(leaf) => Ok(leaf.host + (gpa & PAGE_OFFSET)),
             None => Err(Obstacle::Error(WalkError::Nested { gpa, write: needed & right::WRITE != 0 })),

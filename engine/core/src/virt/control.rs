@@ -100,6 +100,8 @@ pub struct Control {
     /// Virtual time: cycles of the host's TSC per retired instruction; zero is the real time.
     pub tsc_rate: u32,
     reserved1: u32,
+    /// AMD silicon that saves the next RIP: where an injected software interrupt, INT3 or INTO returns to (APM vol. 2, 15.20).
+    pub next_rip: u64,
 }
 
 impl Control {
@@ -168,7 +170,7 @@ pub struct Block {
     pad2: [u8; 0xc00 - size_of::<State>()],
     pub msr_bitmap: [[[u8; 1024]; 2]; 3],
     pub io_bitmap: [u8; 8192],
-    /// Guest-physical pages with access rights, in the low bits, that the nested page table does not have to grant: to the instruction of
+    /// Guest-physical pages with access rights, in the low bits (8: the page walker's), that the nested page table does not have to grant: to the instruction of
     /// `Control::emulate`, or to the delivery of the injected event.
     pub waivers: [u64; WAIVER_MAX],
     tail: [u8; 0x800 - WAIVER_MAX * 8],

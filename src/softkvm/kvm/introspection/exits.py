@@ -160,19 +160,17 @@ def _descriptor(vcpu: Vcpu, descriptor: int, write: bool, plain: Handler) -> int
 def _breakpoint(vcpu: Vcpu, length: int, plain: Handler) -> int:
     """INT3: the guest gets its #BP, unless the tool has placed the instruction."""
     introspection = vcpu.introspection
-    if introspection is None:
+    if introspection is None or Event.BREAKPOINT not in introspection.enabled:
         return plain(vcpu)
     state, rip = vcpu.state, vcpu.state.rip
-    if Event.BREAKPOINT in introspection.enabled:
-        base = 0 if regs.is_64_bit_mode(vcpu) else state.segments[regs.CS].base
-        gpa = vcpu.translate_gva(base + rip, RIGHT_R)
-        data = kvmi.EventBreakpoint(gpa=kvmi.INVALID_GPA if gpa is None else gpa, insn_len=length)
-        if introspection.session.filters.passes(vcpu, Event.BREAKPOINT, data):
-            reply = introspection.ask(Event.BREAKPOINT, data)
-            if reply.action is Action.CRASH:
-                return introspection.crash()
-            if reply.action is Action.RETRY or state.rip != rip:
-                return 1
+    gpa = vcpu.translate_gva(regs.linear_rip(vcpu), RIGHT_R)
+    data = kvmi.EventBreakpoint(gpa=kvmi.INVALID_GPA if gpa is None else gpa, insn_len=length)
+    if introspection.session.filters.passes(vcpu, Event.BREAKPOINT, data):
+        reply = introspection.ask(Event.BREAKPOINT, data)
+        if reply.action is Action.CRASH:
+            return introspection.crash()
+        if reply.action is Action.RETRY or state.rip != rip:
+            return 1
     vcpu.events.instruction_length = length
     events.queue_exception(vcpu, events.BP)
     return 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from softkvm.kvm import cr, events, vendor
+from softkvm.kvm import cr, events, msr_bitmap
 from softkvm.kvm.introspection.failures import Refused
 from softkvm.silicon.control import Intercept
 from softkvm.uapi.kvmi import Error, Event
@@ -58,7 +58,13 @@ def control_msr(introspection: VcpuIntrospection, index: int, enable: bool) -> N
     """Report writes to an MSR."""
     before = introspection.msrs
     introspection.msrs = before | {index} if enable else before - {index}
-    vendor.intercept_msr_write(introspection.vcpu, index, enable)
+    passed = introspection.vcpu.msrs_passed_through
+    if enable and (index, True) in passed:
+        introspection.msrs_taken.add(index)
+        msr_bitmap.intercept(introspection.vcpu, index, write=True)
+    elif not enable and index in introspection.msrs_taken:
+        introspection.msrs_taken.remove(index)
+        msr_bitmap.pass_through(introspection.vcpu, index, write=True)
 
 
 def restore(introspection: VcpuIntrospection) -> None:

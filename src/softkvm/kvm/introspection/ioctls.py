@@ -32,7 +32,7 @@ class IntrospectedFile(KvmFile):
     _hook_lock: threading.Lock
     vcpus: list[Vcpu]
 
-    def _hook(self, dialect: Dialect, hook: kvmi.Hook) -> None:
+    def _hook(self, dialect: Dialect, hook: kvmi.Hook, allow_all: bool) -> None:
         if hook.padding:
             raise OSError(errno.EINVAL, "padding is not zero")
         own = adopt(hook.fd)
@@ -41,6 +41,8 @@ class IntrospectedFile(KvmFile):
         except OSError:
             own.close()
             raise
+        if allow_all:
+            _allow_all(session)
         channel = SocketChannel(session, own)
         session.open(channel)
         channel.start()
@@ -59,11 +61,14 @@ class IntrospectedFile(KvmFile):
     def introspect(self, handler: Handler) -> DirectChannel:
         """Hook a tool of this process without a socket: everything is allowed; OSError(EEXIST) if the VM is introspected already."""
         session = self._begin(kvmi.V9)
-        session.allow_commands(frozenset(kvmi.V9.commands), True)
-        session.allow_events(frozenset(kvmi.V9.events), True)
+        _allow_all(session)
         channel = DirectChannel(session, handler)
         session.open(channel)
         return channel
+
+    def set_introspection_timeout(self, seconds: float) -> None:
+        """How long a vCPU waits for the answer to an event before the tool is given up, 0 for ever; OSError(EFAULT) if not hooked."""
+        self._need_session().reply_timeout = seconds
 
     def introspection_leave(self, session: Session) -> None:
         """End that session, if it is still the VM's."""
@@ -100,6 +105,11 @@ class IntrospectedFile(KvmFile):
         self._need_session().allow_events(chosen, bool(allow))
 
 
+def _allow_all(session: Session) -> None:
+    session.allow_commands(frozenset(session.dialect.commands), True)
+    session.allow_events(frozenset(session.dialect.events), True)
+
+
 def _chosen(known: Any, allow: int, number: int) -> frozenset[Any]:
     """The command or event with a number, all for -1; OSError(EINVAL) for another one, or an `allow` that is neither 0 nor 1."""
     if allow > 1 or (number != _ALL and number not in known):
@@ -107,11 +117,14 @@ def _chosen(known: Any, allow: int, number: int) -> frozenset[Any]:
     return frozenset(known.values()) if number == _ALL else frozenset({known[number]})
 
 
-def _hook(dialect: Dialect) -> Callable[[IntrospectedFile, kvmi.Hook], None]:
+def _hook(dialect: Dialect) -> Callable[..., None]:
     @ioctl(dialect.ioctls.hook, takes(kvmi.Hook))
-    def introspection_hook(self: IntrospectedFile, hook: kvmi.Hook) -> None:
-        """KVM_INTROSPECTION_HOOK: give KVM the tool's socket; OSError EINVAL for padding or no stream socket, EEXIST if there is one."""
-        self._hook(dialect, hook)
+    def introspection_hook(self: IntrospectedFile, hook: kvmi.Hook, allow_all: bool = False) -> None:
+        """KVM_INTROSPECTION_HOOK: give KVM the tool's socket; OSError EINVAL for padding or no stream socket, EEXIST if there is one.
+
+        `allow_all` allows every command and event before the tool's first message is read, which the ioctls behind this one cannot.
+        """
+        self._hook(dialect, hook, allow_all)
 
     return introspection_hook
 

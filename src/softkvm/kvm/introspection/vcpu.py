@@ -45,6 +45,8 @@ class VcpuIntrospection:
         self.enabled: frozenset[Event] = frozenset()
         self.control_registers: frozenset[int] = frozenset()
         self.msrs: frozenset[int] = frozenset()
+        self.msrs_taken: set[int] = set()
+        """Those of them that KVM would let the guest write without an exit."""
         self.singlestep = False
         self.exception: kvmi.InjectException | None = None
         """Waits to be injected."""
