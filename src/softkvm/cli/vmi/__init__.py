@@ -178,6 +178,6 @@ def dump(where: Where, file: str, style: str, symbols: str | None, json: bool) -
 @guest
 def shell(where: Where) -> int:
     """Open a Python shell with the guest's kernel at hand: processes, symbols, structures, memory."""
-    from softkvm.cli.vmi import shell as shells
+    from softkvm.cli.vmi import interactive
 
-    return shells.shell(where)
+    return interactive.shell(where)
