@@ -234,7 +234,8 @@ def test_cr3(hooked: Hooked) -> None:
 
 
 def test_cr0(hooked: Hooked) -> None:
-    code = b"\x0f\x20\xc0\x48\x0d\x00\x00\x01\x00\x0f\x22\xc0\x0f\x20\xc3\x0f\x06"  # mov rax, cr0; or rax, WP; mov cr0, rax; mov rbx, cr0; clts
+    # mov rax, cr0; or rax, WP; mov cr0, rax; mov rbx, cr0; clts
+    code = b"\x0f\x20\xc0\x48\x0d\x00\x00\x01\x00\x0f\x22\xc0\x0f\x20\xc3\x0f\x06"
     tool = hooked(code + END)
     old = tool.guest.vcpu.get_sregs().cr0
     tool.enable(Event.CR)

@@ -31,7 +31,8 @@ def test_sequence_of_the_selftest(hooked: Hooked) -> None:
     assert vm.check_extension(IOCTLS.capability) == kvmi.VERSION
     assert failure(vm, IOCTLS.command, kvmi.Feature(1, -1)) == errno.EFAULT
     assert failure(vm, IOCTLS.event, kvmi.Feature(1, -1)) == errno.EFAULT
-    assert failure(vm, IOCTLS.preunhook) == errno.EFAULT
+    with pytest.raises(OSError, match="not introspected"):
+        vm.introspection_preunhook()
     kvm.dispatch(vm, IOCTLS.unhook)
     assert failure(vm, IOCTLS.hook, kvmi.Hook(fd=tool.theirs.fileno(), padding=1)) == errno.EINVAL
     assert failure(vm, IOCTLS.hook, kvmi.Hook(fd=-1)) == errno.EINVAL
@@ -69,6 +70,7 @@ def test_nothing_is_allowed_at_first_but_the_queries(hooked: Hooked) -> None:
 
 
 def test_unhook_event(tool: Tool) -> None:
+    """By its number, which Linux has given to KVM_RESET_DIRTY_RINGS meanwhile: it is the series' while the VM has a tool and no rings."""
     vm, unhook = tool.vm, kvmi.V9.events[Event.UNHOOK]
     assert failure(vm, IOCTLS.preunhook) == errno.ENOENT
     tool.do(Command.VM_CONTROL_EVENTS, struct.pack("<HBBI", unhook, 1, 0, 0))

@@ -83,7 +83,8 @@ class IntrospectedFile(KvmFile):
         if session is not None:
             self.introspection_leave(session)
 
-    def _preunhook(self) -> None:
+    def preunhook(self) -> None:
+        """Send the UNHOOK event; OSError as KVM_INTROSPECTION_PREUNHOOK."""
         session = self._need_session()
         if not session.announce_end():
             raise OSError(errno.ENOENT, "the tool does not want to know")
@@ -142,7 +143,7 @@ def _preunhook(dialect: Dialect) -> Callable[[IntrospectedFile], None]:
     @ioctl(dialect.ioctls.preunhook)
     def introspection_preunhook(self: IntrospectedFile) -> None:
         """KVM_INTROSPECTION_PREUNHOOK: tell the tool to leave; OSError EFAULT if not hooked, ENOENT if it cannot or will not be told."""
-        self._preunhook()
+        self.preunhook()
 
     return introspection_preunhook
 

@@ -155,6 +155,8 @@ class VcpuIntrospection:
             reply = None
         finally:
             self.waiting, self.awaited = None, 0
+            if not self._jobs.empty():  # who posted them while we waited did not ask for the vCPU's attention
+                self.vcpu.make_request(REQ_INTROSPECTION)
         if reply is None:
             self.registers = None
             return self._default(data)

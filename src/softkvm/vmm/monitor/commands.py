@@ -14,19 +14,26 @@ from typing import Protocol
 import msgspec
 
 from softkvm import kvm
-from softkvm.vmm.introspection import AUTO, Introspection, check_dialect, recognise
+from softkvm.vmm.introspection import AUTO, check_dialect, recognise
 from softkvm.vmm.introspection_peer import HANDSHAKE_TIMEOUT
 from softkvm.vmm.monitor.server import Monitor
 from softkvm.vmm.monitor.wire import CommandError, Descriptors, NoArguments
 from softkvm.vmm.status import Status
 
 
+class Hook(Protocol):
+    """The part of `vmm.introspection.Introspection` that the commands use."""
+
+    def hook(self, peer: socket.socket, dialect: str) -> None:
+        """Give the VM to the tool behind a socket."""
+
+
 class Machine(Protocol):
     """The part of `vmm.Machine` that the commands use."""
 
     @property
-    def introspection(self) -> Introspection:
-        """Its introspection."""
+    def introspection(self) -> Hook:
+        """Who takes a tool's socket."""
 
     def status(self) -> Status:
         """What it is and does now."""
