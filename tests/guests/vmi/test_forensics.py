@@ -55,6 +55,8 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evidence]:
         live.shell("insmod /dummy.ko; insmod /loop.ko; sleep 1000 & sleep 2000 < /init & true")
         listed = re.findall(r"^\s*(\d+) \S+\s+\S+ +(.*)$", live.shell("ps -o pid,user,stat,comm"), re.MULTILINE)
         taken = live.still(lambda target: take(target, folder))
+        with gzip.open(folder / "symbols/guest.json.gz", "wb", 1) as stream:
+            stream.write(msgspec.json.encode(isf.build(live.target.kernel)))
         yield Evidence(live, folder / "core", folder / "lime", folder / "symbols", *taken, [(int(pid), name) for pid, name in listed])
 
 
@@ -66,8 +68,6 @@ def take(target: Target, folder: Path) -> tuple[list[Process], list[Module], lis
         dump.elf(stream, memory, memory.ranges(), cpus, [("VMCOREINFO", 0, kernel.vmcoreinfo())], kernel.direct_map)
     with (folder / "lime").open("wb") as stream:
         dump.lime(stream, memory, memory.ranges())
-    with gzip.open(folder / "symbols/guest.json.gz", "wb", 1) as stream:
-        stream.write(msgspec.json.encode(isf.build(kernel)))
     table = SyscallTable(kernel)
     return tasks.processes(kernel), list_modules(kernel), [kernel.symbols.describe(entry) for entry in table.entries]
 
@@ -75,9 +75,9 @@ def take(target: Target, folder: Path) -> tuple[list[Process], list[Module], lis
 def volatility(evidence: Evidence, plugin: str, image: Path | None = None) -> list[dict[str, str]]:
     """What a plug-in of Volatility 3 prints, without its cache and without the network."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(evidence.symbols)}
-    program = "import sys; from volatility3.cli import main; sys.exit(main())"
+    program = Path(sys.executable).with_name("vol")
     options = ["-q", "--offline", "-r", "csv", "-s", str(evidence.symbols), "-f", str(image or evidence.core), plugin]
-    result = subprocess.run([sys.executable, "-c", program, *options], capture_output=True, text=True, env=environment, check=False)
+    result = subprocess.run([program, *options], capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     lines = result.stdout[result.stdout.index("TreeDepth") :]
     return list(csv.DictReader(io.StringIO(lines)))
@@ -131,7 +131,7 @@ def test_we_see_what_the_guest_sees(evidence: Evidence) -> None:
     ours = {process.pid: process for process in evidence.processes}
     for pid, name in evidence.guest_ps:
         if name != "ps":
-            assert ours[pid].name == name
+            assert name.startswith(ours[pid].name)  # a kworker's has what it works on behind it
     assert [process.arguments for process in evidence.processes if process.name == "sleep"] == [("sleep", "1000"), ("sleep", "2000")]
     assert not any(process.hidden_from for process in evidence.processes)
 

@@ -19,7 +19,8 @@ from tests.guests.vmi.live import LiveGuest, live_guest
 pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(600)]
 
 PIPELINE = "echo hello | tr a-z A-Z; cat /etc/passwd /nosuch 2>/dev/null | wc -l; mkdir /tmp/d; cp /init /tmp/d; ls /tmp/d | sort"
-LIBRARIES = ("ld-linux-x86-64.so.2", "libc.so.6", "libunwind.so.8", "libunwind-x86_64.so.8", "libunwind-ptrace.so.0", "liblzma.so.5")
+LOADER = "ld-linux-x86-64.so.2"
+LIBRARIES = ("libc.so.6", "libunwind.so.8", "libunwind-x86_64.so.8", "libunwind-ptrace.so.0", "liblzma.so.5")
 LINE = re.compile(r"^(\w+)\((.*)\) += +(\?|-?\w+)(?: (E\w+))?")
 IN_ONE_ARGUMENT = re.compile(r'"(?:[^"\\]|\\.)*"(?:\.\.\.)?|\[[^\]]*\]|\{[^}]*\}|[^,\s][^,]*')
 NAMED_ARGUMENTS = frozenset({"clone", "clone3", "rt_sigreturn", "execve"})
@@ -31,11 +32,10 @@ def live() -> Iterator[LiveGuest]:
     """A guest with Debian's strace and the libraries that it needs."""
     root = packages.unpacked("strace", "libc6", "libunwind8", "liblzma5")
     found = {"/bin/strace": (root / "usr/bin/strace").read_bytes()}
+    found[f"/lib64/{LOADER}"] = (root / "lib/x86_64-linux-gnu" / LOADER).read_bytes()
     for name in LIBRARIES:
-        for folder in ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu", "lib64"):
-            if (path := root / folder / name).exists():
-                found[f"/lib64/{name}"] = path.read_bytes()
-                break
+        (path,) = (folder / name for folder in (root / "lib/x86_64-linux-gnu", root / "usr/lib/x86_64-linux-gnu") if (folder / name).exists())
+        found[f"/lib/x86_64-linux-gnu/{name}"] = path.read_bytes()
     with live_guest(found, cpus=2) as made:
         yield made
 
