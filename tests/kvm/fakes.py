@@ -86,6 +86,13 @@ class FakeMemory:
             raise OSError(errno.EFAULT, "no memory there")
 
 
+class FakeScheduler:
+    """Whoever tells how long a thread has waited for a processor."""
+
+    def run_delay(self) -> int:
+        return 0
+
+
 class FakeVm:
     """A VM; `vcpus` are added by `FakeVcpu`."""
 
@@ -102,6 +109,7 @@ class FakeVm:
         self.irqchip: Irqchip | None = None
         self.tsc = VmTsc(self.clock, self.model.vendor)
         self.kvmclock = VmClock(self)
+        self.scheduler = FakeScheduler()
         if irqchip:
             self.irqchip = Irqchip(self)
         self.pit = Pit(self, speaker=True) if pit else None

@@ -51,6 +51,13 @@ class GuestMemory(Protocol):
         """Store `data` at `gpa`."""
 
 
+class Scheduler(Protocol):
+    """Who gives the vCPUs' threads a processor."""
+
+    def run_delay(self) -> int:
+        """How long the calling thread has been runnable and not run, in ns."""
+
+
 class Vm(Protocol):
     """The virtual machine around a device."""
 
@@ -61,6 +68,10 @@ class Vm(Protocol):
     @property
     def clock(self) -> Clock:
         """Time of this VM."""
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """Who gives its vCPUs' threads a processor."""
 
     @property
     def lock(self) -> RLock:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
 
 from softkvm import silicon
-from softkvm.host import static_call
+from softkvm.host import balance, static_call
 from softkvm.host.sched import Cpu
 from softkvm.host.task import TIF_NEED_RESCHED, TIF_SIGPENDING, Task
 from softkvm.kvm import events, virtual_time, watch
@@ -184,10 +184,12 @@ class VcpuCore(KvmFile):
         self.wakeup.set()
 
     def kick_guest(self) -> None:
-        """Leave guest mode, if in it (`kvm_vcpu_kick()`); KVM_RUN goes on."""
+        """Leave guest mode, if in it (`kvm_vcpu_kick()`); KVM_RUN goes on. The caller does not keep the processor from the vCPU."""
         cpu = self.cpu
         if self.mode and cpu is not None:
             cpu.core.kick()
+            if (processor := cpu.core.displaced()) >= 0:
+                balance.step_aside(processor)
 
     def kick(self) -> None:
         """Send the vCPU's thread a signal: the KVM_RUN in progress, or the next one, fails with EINTR and KVM_EXIT_INTR."""

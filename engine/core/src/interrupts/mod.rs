@@ -13,14 +13,14 @@ mod software;
 use crate::cpu::breakpoint::{dr6, dr7};
 use crate::cpu::{pending, Cpu};
 use crate::fault::{vector, Fault};
+use crate::pmu::branch::Kind as Branch;
+use crate::pmu::debugctl;
 use crate::state::{activity, cr0, interruptibility, rflags};
 use crate::uop::{slot, Exec, Stop};
 use crate::virt::exits::code;
 
 /// Bit 0 of an error code: the fault happened while an event from outside the program was delivered.
 const EXTERNAL: u32 = 1;
-/// Last branch records are on (IA32_DEBUGCTL); a debug exception turns them off.
-const DEBUGCTL_LBR: u64 = 1;
 
 /// What an event is; the numbers are those of interruption information (SDM vol. 3, table 25-17).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,6 +94,15 @@ impl Event {
             vector::PF => Class::PageFault,
             vector::DF => Class::DoubleFault,
             _ => Class::Benign,
+        }
+    }
+
+    /// The kind of branch that the delivery is.
+    fn branch(&self) -> Branch {
+        match self.kind {
+            Kind::External | Kind::Nmi => Branch::Interrupt,
+            Kind::Exception => Branch::Exception,
+            Kind::Software | Kind::PrivilegedException | Kind::SoftwareException => Branch::SoftwareInterrupt,
         }
     }
 
@@ -185,7 +194,11 @@ impl Cpu {
                 self.side_effects(&event);
             }
             (self.vectoring, self.vectoring_error) = (self.event_info(&event), event.error.unwrap_or(0));
+            let (from, level) = (self.rip(), self.cpl());
             let outcome = self.vector(&event);
+            if outcome.is_ok() && self.pending & pending::WATCHED != 0 {
+                self.note_delivery(event.branch(), event.vector, from, level);
+            }
             if outcome != Err(Stop::Fault) {
                 (self.vectoring, self.vectoring_error) = (0, 0);
                 return outcome;
@@ -231,9 +244,17 @@ impl Cpu {
             vector::DB => {
                 self.state.dr6 = self.state.dr6 & !dr6::BREAKPOINTS | event.payload | dr6::FIXED;
                 self.state.dr7 &= !dr7::GD;
-                self.state.debugctl &= !DEBUGCTL_LBR;
+                self.stop_branch_debugging();
             }
             _ => {}
+        }
+    }
+
+    /// A debug exception turns branch records and stepping by branches off (SDM vol. 3, 18.4.1).
+    fn stop_branch_debugging(&mut self) {
+        self.state.debugctl &= !(debugctl::LBR | debugctl::BTF);
+        if self.pending & pending::WATCHED != 0 {
+            self.choose_watch();
         }
     }
 
