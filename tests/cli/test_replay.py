@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from softkvm import kvm, silicon
 from softkvm.cli import app
+from softkvm.cli.replay import Replay, ReplayError, load
 from softkvm.host.audit import AuditLog, Record
 from softkvm.uapi import kvm as uapi
-from softkvm.vmm.replay import Replay, ReplayError, load
 
 RECORD = {"seq": 1, "time": 0.0, "tid": 1, "comm": "", "fd": 3, "file": "system", "syscall": "ioctl", "args": [], "result": 0}
 
