@@ -19,5 +19,10 @@ REQ_STEAL_UPDATE = 1 << 6
 """Refresh the steal-time record."""
 REQ_UNHALT = 1 << 7
 """Leave HLT (`KVM_HC_KICK_CPU`)."""
+REQ_PMU = 1 << 16
+"""Program counters of the guest anew, and release unused ones."""
+REQ_PMI = 1 << 17
+"""Deliver the interrupt of a counter; after REQ_PMU."""
+REQ_PERF = REQ_PMU | REQ_PMI
 REQ_CLOCK = REQ_CLOCK_UPDATE | REQ_MASTERCLOCK_UPDATE | REQ_STEAL_UPDATE
 """All that `kvmclock.service()` handles."""

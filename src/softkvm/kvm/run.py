@@ -16,7 +16,7 @@ from softkvm.host import entry, trace
 from softkvm.host.task import Task
 from softkvm.kvm import emulate, events, kvmclock, regs, reset
 from softkvm.kvm.irqchip import irq
-from softkvm.kvm.request import REQ_CLOCK, REQ_EVENT, REQ_NMI, REQ_TLB_FLUSH, REQ_TRIPLE_FAULT
+from softkvm.kvm.request import REQ_CLOCK, REQ_EVENT, REQ_NMI, REQ_PERF, REQ_PMI, REQ_PMU, REQ_TLB_FLUSH, REQ_TRIPLE_FAULT
 from softkvm.kvm.vcpu_core import IN_GUEST_MODE, OUTSIDE_GUEST_MODE
 from softkvm.silicon import EMULATE_FIRST, EMULATE_ONE
 from softkvm.uapi import kvm as uapi
@@ -193,6 +193,8 @@ def _service_requests(vcpu: Vcpu) -> int:
     if requests & REQ_TLB_FLUSH:
         vcpu.control.tlb_control = 1
         vcpu.flush_requested = True
+    if requests & REQ_PERF:
+        requests |= _service_perf(vcpu, requests)
     if requests & REQ_NMI:
         _process_nmi(vcpu)
     if requests & (REQ_EVENT | REQ_NMI):
@@ -201,6 +203,15 @@ def _service_requests(vcpu: Vcpu) -> int:
             return 1
         events.inject_pending(vcpu, _wants_window(vcpu))
     return 1
+
+
+def _service_perf(vcpu: Vcpu, requests: int) -> int:
+    """The virtual PMU's requests; what its interrupt asks for is served with them."""
+    if requests & REQ_PMU:
+        vcpu.pmu.handle_event()
+    if requests & REQ_PMI:
+        vcpu.pmu.deliver_pmi()
+    return vcpu.take_requests()
 
 
 def _process_nmi(vcpu: Vcpu) -> None:

@@ -107,6 +107,7 @@ class VcpuCore(KvmFile):
         self._on_core = OnCore(None, {}, {})
         self._enter_lock = threading.Lock()
         self._core_enter: Callable[[], int] = self._not_loaded
+        self._guard: Callable[[Callable[[], int]], int] | None = None
         self.enter: Callable[[], int] = self._not_loaded
         """Runs the guest until it exits: the core itself, or `kvm/watch.py` around it."""
         self.armed: int | None = _NOT_ARMED
@@ -122,6 +123,8 @@ class VcpuCore(KvmFile):
         """KVM's own counters, by the names of the kernel's binary statistics (`halt_exits`, `signal_exits`, ...)."""
         self.instructions_skipped = 0
         """Instructions that KVM has retired in the guest's place; the silicon counts those that it has executed itself."""
+        self.retired: Callable[[], None] | None = None
+        """Called for each of them while a counter of the guest wants to know."""
         self.exit_counts = dict.fromkeys(self.handlers, 0)
         """VM exits by the vendor's exit reason."""
 
@@ -237,6 +240,22 @@ class VcpuCore(KvmFile):
         if task is not None:
             task.set_flag(TIF_NEED_RESCHED)
 
+    def call(self, function: Callable[[], object]) -> bool:
+        """Run `function` here, if this thread has the vCPU or nobody does."""
+        if not self.ioctl_lock.acquire(blocking=False):
+            return False
+        try:
+            function()
+        finally:
+            self.ioctl_lock.release()
+        return True
+
+    def interrupt_guest(self, function: Callable[[], None]) -> None:
+        """Let the thread that is in KVM_RUN call `function` before it next enters the guest."""
+        task = self.task
+        if task is not None:
+            task.add_work(function)
+
     def schedule(self) -> None:
         """Let others have the core; returns when the vCPU is on one again."""
         self.vm.scheduler.schedule(self)
@@ -247,7 +266,16 @@ class VcpuCore(KvmFile):
             self._choose_enter()
 
     def _choose_enter(self) -> None:
-        self.enter = partial(watch.enter, self, self._core_enter) if watch.wanted() else self._core_enter
+        enter = self._core_enter
+        if self._guard is not None:
+            enter = partial(self._guard, enter)
+        self.enter = partial(watch.enter, self, enter) if watch.wanted() else enter
+
+    def guard_entry(self, guard: Callable[[Callable[[], int]], int] | None) -> None:
+        """Let `guard` look at something right before each entry, which it then makes; None for nothing to look at."""
+        with self._enter_lock:
+            self._guard = guard
+            self._choose_enter()
 
     def update_static_calls(self) -> None:
         """A hook was turned on or off: the next entry takes the way that it wants."""

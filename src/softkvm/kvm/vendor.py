@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from ctypes import memset, sizeof
 from typing import TYPE_CHECKING, Protocol
 
-from softkvm.kvm import events
+from softkvm.kvm import events, msr_bitmap
 from softkvm.silicon.control import Intercept
 
 if TYPE_CHECKING:
+    from softkvm.kvm.pmu.vpmu import VirtualPmu
     from softkvm.kvm.vcpu import Vcpu
 
 Handler = Callable[["Vcpu"], int]
@@ -60,6 +61,13 @@ class Vendor(Protocol):
     def handlers(self) -> Mapping[int, Handler]:
         """Exit reason -> handler: 1 = run on, 0 = to user space, negative = -errno."""
 
+    @property
+    def pmu_instructions(self) -> int:
+        """Code of the PMU event that counts retired instructions."""
+
+    def refresh_pmu(self, vcpu: Vcpu, pmu: VirtualPmu) -> None:
+        """Give the guest the counters that its CPUID says."""
+
     def handle_unknown(self, vcpu: Vcpu, reason: int) -> int:
         """Handle an exit that is in no table."""
 
@@ -77,12 +85,7 @@ def setup_controls(vcpu: Vcpu) -> None:
     control.pause_gap, control.pause_window = PLE_GAP, PLE_WINDOW
     control.vpid = vcpu.vcpu_id + 1
     memset(vcpu.block.msr_bitmap, 0xFF, sizeof(vcpu.block.msr_bitmap))
-    _pass_through(vcpu, _MSR_TSC, write=False)
+    msr_bitmap.pass_through(vcpu, _MSR_TSC, write=False)
     for index in _PASSED_THROUGH:
-        _pass_through(vcpu, index, write=False)
-        _pass_through(vcpu, index, write=True)
-
-
-def _pass_through(vcpu: Vcpu, index: int, write: bool) -> None:
-    """Let the guest use the MSR without an exit."""
-    vcpu.block.msr_bitmap[1 if index >> 30 else 0][int(write)][(index & 0x1FFF) >> 3] &= ~(1 << (index & 7))
+        msr_bitmap.pass_through(vcpu, index, write=False)
+        msr_bitmap.pass_through(vcpu, index, write=True)
