@@ -77,6 +77,9 @@ def cli() -> None:
 @click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=_complete_cpu)
 @click.option("--cores", type=click.IntRange(min=1), metavar="N", help="Cores of the host under all CPUs.  [default: as many as they want]")
 @click.option("--kvm", multiple=True, metavar="NAME=VALUE", help="Module parameter of KVM, such as nrips=0.")
+@click.option(
+    "--with", "extras", multiple=True, metavar="PACKAGE|./FILE", help="Give the guest a Debian package, or a program as /root/FILE."
+)
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this wall time, with exit status 124.")
 @click.option("--stats", is_flag=False, flag_value="table", type=click.Choice(["table", "json"]), help="Print counters at the end.")
 @click.option("--json", is_flag=True, help="Print one JSON object about the run in place of the guest's output.")
@@ -97,6 +100,7 @@ def run(
     cpu: str,
     cores: int | None,
     kvm: tuple[str, ...],
+    extras: tuple[str, ...],
     timeout: float | None,
     stats: StatsFormat | None,
     json: bool,
@@ -119,11 +123,11 @@ def run(
     if selftest:
         from softkvm.cli import selftest as tester
 
-        used = ("kernel", "initrd", "append", "cpus", "cores", "kvm", "command", "json", "trace", "audit", "ioctl_filter")
+        used = ("kernel", "initrd", "append", "cpus", "cores", "kvm", "extras", "command", "json", "trace", "audit", "ioctl_filter")
         _refuse_with_selftest(context, used)
         return tester.run(memory, cpu, timeout, stats)
     options = RunOptions(
-        kernel, initrd, append, memory, cpus, cpu, cores, kvm, timeout, stats, json, command, trace, trace_file, audit, ioctl_filter
+        kernel, initrd, append, memory, cpus, cpu, cores, kvm, timeout, stats, json, command, extras, trace, trace_file, audit, ioctl_filter
     )
     return runner.run(options)
 

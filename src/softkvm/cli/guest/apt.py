@@ -60,6 +60,14 @@ class Apt:
             (archive,) = Path(folder).glob("*.deb")
             return read_member(archive, member)
 
+    def archive(self, package: Package) -> bytes:
+        """Download `package`; its files as a tar archive."""
+        self._progress(f"fetching {package.name} {package.version}")
+        with tempfile.TemporaryDirectory(dir=self._state) as folder:
+            self._run("apt-get", "download", f"{package.name}={package.version}", directory=folder)
+            (archive,) = Path(folder).glob("*.deb")
+            return subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], capture_output=True, check=True).stdout
+
     def _run(self, tool: str, *arguments: str, directory: str | None = None) -> str:
         options = {
             "Dir::State": self._state,
