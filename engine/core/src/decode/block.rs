@@ -8,6 +8,7 @@ use crate::cpu::{CodeSize, Cpu};
 use crate::exec;
 use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
 use crate::model::Model;
+use crate::pmu::branch::Kind;
 use crate::uop::{Exec, Handler, Uop};
 
 /// Most instructions of a block.
@@ -46,6 +47,10 @@ pub struct Block {
     pub uops: Box<[Uop]>,
     pub instructions: u32,
     pub valid: bool,
+    /// The branch that its last instruction is.
+    pub branch: Kind,
+    /// Its last instruction reads or writes counters, which must be exact then.
+    pub reads_counters: bool,
     /// The first two blocks that ran behind this one.
     pub links: [Link; 2],
     /// Length in bytes.
@@ -64,6 +69,8 @@ impl Block {
             uops: Box::default(),
             instructions: 0,
             valid: true,
+            branch: Kind::None,
+            reads_counters: false,
             links: [Link::NONE; 2],
             length: 0,
             key,
@@ -81,6 +88,10 @@ impl Block {
             uop.run = exec::fast::handler(insn, uop, instructions.get(n + 1), dead[n]).unwrap_or(uop.run);
         }
         self.instructions = instructions.len() as u32;
+        if let Some(last) = instructions.last() {
+            self.branch = Kind::of(last);
+            self.reads_counters = exec::msr::ends_block(last);
+        }
         self.length = instructions.iter().map(|insn| insn.len() as u32).sum();
         uops.push(fall_through(self.length));
         self.uops = uops.into();

@@ -12,6 +12,8 @@ mod software;
 
 use crate::cpu::{pending, Cpu};
 use crate::fault::{vector, Fault};
+use crate::pmu::branch::Kind as Branch;
+use crate::pmu::debugctl;
 use crate::state::{activity, cr0, interruptibility, rflags};
 use crate::uop::{slot, Exec, Stop};
 use crate::virt::exits::code;
@@ -27,8 +29,6 @@ pub const DR7_GD: u64 = 1 << 13;
 
 /// Bit 0 of an error code: the fault happened while an event from outside the program was delivered.
 const EXTERNAL: u32 = 1;
-/// Last branch records are on (IA32_DEBUGCTL); a debug exception turns them off.
-const DEBUGCTL_LBR: u64 = 1;
 
 /// What an event is; the numbers are those of interruption information (SDM vol. 3, table 25-17).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,6 +105,15 @@ impl Event {
         }
     }
 
+    /// The kind of branch that the delivery is.
+    fn branch(&self) -> Branch {
+        match self.kind {
+            Kind::External | Kind::Nmi => Branch::Interrupt,
+            Kind::Exception => Branch::Exception,
+            Kind::Software | Kind::PrivilegedException | Kind::SoftwareException => Branch::SoftwareInterrupt,
+        }
+    }
+
     /// The error code that faults during the delivery of this event carry in bit 0.
     fn external_bit(&self) -> u32 {
         if self.kind.checks_gate() {
@@ -172,7 +181,11 @@ impl Cpu {
                 self.side_effects(&event);
             }
             (self.vectoring, self.vectoring_error) = (self.event_info(&event), event.error.unwrap_or(0));
+            let (from, level) = (self.rip(), self.cpl());
             let outcome = self.vector(&event);
+            if outcome.is_ok() && self.pending & pending::WATCHED != 0 {
+                self.note_delivery(event.branch(), event.vector, from, level);
+            }
             if outcome != Err(Stop::Fault) {
                 (self.vectoring, self.vectoring_error) = (0, 0);
                 return outcome;
@@ -218,9 +231,17 @@ impl Cpu {
             vector::DB => {
                 self.state.dr6 = self.state.dr6 & !DR6_BREAKPOINTS | event.payload | DR6_FIXED;
                 self.state.dr7 &= !DR7_GD;
-                self.state.debugctl &= !DEBUGCTL_LBR;
+                self.stop_branch_debugging();
             }
             _ => {}
+        }
+    }
+
+    /// A debug exception turns branch records and stepping by branches off (SDM vol. 3, 18.4.1).
+    fn stop_branch_debugging(&mut self) {
+        self.state.debugctl &= !(debugctl::LBR | debugctl::BTF);
+        if self.pending & pending::WATCHED != 0 {
+            self.choose_watch();
         }
     }
 

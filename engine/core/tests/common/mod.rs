@@ -7,6 +7,7 @@
 pub mod host;
 pub mod system;
 pub mod vector;
+pub mod watched;
 
 use std::sync::Arc;
 
