@@ -65,9 +65,8 @@ class Provider:
         """An archive with the Debian package `name` and the shared libraries that it needs."""
         key = f"package-{name}.cpio"
         if self._cache.record(key) is None:
-            source, bundle = self._apt_session(), packages.Bundle()
-            package = source.show(name)
-            packages.add_package(bundle, source, package)
+            bundle = packages.Bundle()
+            package = packages.add_package(bundle, self._apt_session(), name)
             self._cache.store(key, bundle.archive(), package.name, package.version, "with its libraries")
         return self._cache.path(key).read_bytes()
 

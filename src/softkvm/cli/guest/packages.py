@@ -23,7 +23,10 @@ from softkvm.cli.guest import cpio
 from softkvm.cli.guest.apt import Apt, Package
 
 _DOCUMENTATION = re.compile(r"/usr/share/(doc|man|lintian|bug|locale)/.*|/usr/lib/[^/]*/gconv/.*")
-_LIBRARY = re.compile(r".*/(lib[^/]*\.so[^/]*|ld-linux[^/]*)")
+_LIBRARY = re.compile(r"(/usr)?/lib/x86_64-linux-gnu/[^/]*\.so[^/]*|/lib64/ld-linux-x86-64\.so\.2")
+
+_PROGRAMS = frozenset({"perl", "python3", "debconf", "dpkg"})
+"""Packages that others depend on for something else than a library."""
 
 
 class Bundle:
@@ -59,6 +62,8 @@ def needed(program: bytes) -> set[str]:
     """Names of the libraries that an ELF file is linked with, its dynamic linker included; nothing for what is no sound ELF file."""
     try:
         elf = ELFFile(io.BytesIO(program))
+        if elf.elfclass != 64:
+            return set()  # a helper for 32-bit programs, of which the guest has none
         names: set[str] = set()
         for segment in elf.iter_segments():
             if isinstance(segment, InterpSegment):
@@ -70,12 +75,14 @@ def needed(program: bytes) -> set[str]:
     return names
 
 
-def add_package(bundle: Bundle, apt: Apt, package: Package) -> None:
-    """The package's own files but its documentation, and the libraries that they need."""
-    for entry in _entries(apt.archive(package)):
+def add_package(bundle: Bundle, apt: Apt, name: str) -> Package:
+    """The files of the package `name` but its documentation, and the libraries that they need; which package it was."""
+    ((package, archive),) = apt.archives([name])
+    for entry in _entries(archive):
         if not _DOCUMENTATION.fullmatch(entry.path):
             bundle.add(entry)
     _add_libraries(bundle, apt, package.depends)
+    return package
 
 
 def add_program(bundle: Bundle, path: Path) -> None:
@@ -88,20 +95,34 @@ def add_program(bundle: Bundle, path: Path) -> None:
 
 
 def _add_libraries(bundle: Bundle, apt: Apt, depends: Iterable[str]) -> None:
-    """Ask one library package after the other, those that depend on each other last, until every name is there."""
-    waiting, seen = [name for name in depends if name.startswith("lib")], set[str]()
-    while waiting and bundle.missing_libraries():
-        name = waiting.pop(0)
-        if name in seen:
-            continue
-        seen.add(name)
-        package = apt.show(name)
-        for entry in _entries(apt.archive(package)):
-            if _LIBRARY.fullmatch(entry.path):
-                bundle.add(entry)
-        waiting += [dependency for dependency in package.depends if dependency.startswith("lib")]
-    if absent := bundle.missing_libraries():
-        raise CliError(f"the guest would lack the shared library {min(absent)}")
+    """Libraries out of the packages `depends`, of those that these depend on, and so on, until every name is there."""
+    offered: dict[str, list[cpio.Entry]] = {}
+    level, seen = [*depends], set[str]()
+    while True:
+        while found := bundle.missing_libraries() & offered.keys():
+            for name in found:
+                _add_library(bundle, offered, name)
+        missing, level = bundle.missing_libraries(), [name for name in dict.fromkeys(level) if name not in seen | _PROGRAMS]
+        if not missing:
+            return
+        if not level:
+            raise CliError(f"the guest would lack the shared library {min(missing)}")
+        seen.update(level)
+        below: list[str] = []
+        for package, archive in apt.archives(level):
+            below += package.depends
+            for entry in _entries(archive):
+                if _LIBRARY.fullmatch(entry.path):
+                    offered.setdefault(PurePosixPath(entry.path).name, []).append(entry)
+        level = below
+
+
+def _add_library(bundle: Bundle, offered: dict[str, list[cpio.Entry]], name: str) -> None:
+    """All that has this name (the dynamic linker is in two places), and what symbolic links lead to."""
+    for entry in offered.pop(name, ()):
+        bundle.add(entry)
+        if stat.S_ISLNK(entry.mode):
+            _add_library(bundle, offered, PurePosixPath(entry.data.decode()).name)
 
 
 def _entries(archive: bytes) -> Iterator[cpio.Entry]:
