@@ -11,6 +11,7 @@ the guest on it, or by `host/sched.py` (`Scheduler.call_on()`) from anywhere els
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from softkvm.host.perf.context import EventContext
@@ -188,19 +189,39 @@ class Perf:
                 event.count = 0
             return count
 
-    def set_period(self, event: Event, period: int) -> None:
-        """`perf_event_period()`: from now on the event interrupts after `period` more, and again and again."""
+    def set_period(self, event: Event, period: int, reset: bool = False) -> None:
+        """`perf_event_period()`: from now on the event interrupts after `period` more, and again and again; `reset` counts from 0."""
         with self.lock:
-            active = event.state is State.ACTIVE and event.context is not None and event.context.cpu is not None
-            if active and event.context is not None and event.context.cpu is not None:
-                event.context.cpu.counters.update(event)
+            counters = self._counters(event)
+            if counters is not None:
+                counters.update(event)
+            if reset:
+                event.count = 0
             event.hw.sample_period = event.hw.last_period = event.hw.period_left = period
-            if active and event.context is not None and event.context.cpu is not None:
-                event.context.cpu.counters.restart(event)
+            if counters is not None:
+                counters.restart(event)
+
+    def gate(self, gates: Mapping[Event, bool]) -> None:
+        """Let events of one context pass or not, without taking their counters away."""
+        with self.lock:
+            changed = None
+            for event, closed in gates.items():
+                event.gated = closed
+                changed = self._counters(event) or changed
+            if changed is not None and changed.on_change is not None:
+                changed.on_change()
 
     def read(self, event: Event) -> int:
         """`perf_event_read_value()`: what the event has counted."""
         with self.lock:
-            if event.state is State.ACTIVE and event.context is not None and event.context.cpu is not None:
-                event.context.cpu.counters.update(event)
+            counters = self._counters(event)
+            if counters is not None:
+                counters.update(event)
             return event.count
+
+    @staticmethod
+    def _counters(event: Event) -> Counters | None:
+        """The counters that the event is on."""
+        if event.state is not State.ACTIVE or event.context is None or event.context.cpu is None:
+            return None
+        return event.context.cpu.counters

@@ -147,7 +147,11 @@ class Counters:
     @property
     def guest_global_ctrl(self) -> int:
         """`intel_guest_get_msrs()`: the counters that run in guest mode."""
-        return sum(1 << idx for idx, event in self._on.items() if not event.attr.exclude_guest)
+        on = 0
+        for idx, event in self._on.items():
+            if not (event.gated or event.attr.exclude_guest):
+                on |= 1 << idx
+        return on
 
     @property
     def guest_debugctl(self) -> int:

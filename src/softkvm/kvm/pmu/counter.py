@@ -97,9 +97,25 @@ class Counter:
             self._paused = True
 
     def _resume(self, event: Event) -> None:
+        self.pmu.perf.gate({event: False})
         self.pmu.perf.set_period(event, self._period())
         self.pmu.perf.enable(event)
         self._paused = False
+
+    def next_period(self) -> None:
+        """After an overflow: the next one is when the counter wraps, however often it was written since."""
+        if self.event is not None and not self._paused:
+            self._restart(self.event, self.read())
+
+    def _restart(self, event: Event, value: int) -> None:
+        self.value = value
+        self.pmu.perf.set_period(event, self._period(), reset=True)
+
+    @property
+    def gate(self) -> Event | None:
+        """The event that GLOBAL_CTRL switches without programming anything anew; None if there is none as the registers want it."""
+        usable = self.wanted and not self._paused and self.eventsel == self._config and self.pmu.allows(self)
+        return self.event if usable else None
 
     def release(self) -> None:
         """`pmc_stop_counter()`: let the event go; the count stays."""
@@ -129,11 +145,10 @@ class Counter:
 
     def write(self, value: int) -> None:
         """Set the counter, also while it runs; the event's period follows."""
-        self.value = self.value + value - self.read() & self.pmu.mask
+        value &= self.pmu.mask
         if self.event is not None and not self._paused:
-            self.value = value & self.pmu.mask
-            self.pmu.perf.pause(self.event, reset=True)
-            self._resume(self.event)
+            self._restart(self.event, value)
+        self.value = value
 
     def retire(self) -> None:
         """`kvm_pmu_incr_counter()`: one more, which KVM has counted in the silicon's place."""

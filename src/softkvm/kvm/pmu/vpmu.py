@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from softkvm.host.perf.context import EventContext
 from softkvm.host.perf.core import Perf
+from softkvm.host.perf.event import Event
 from softkvm.host.perf.intel import EVENTSEL_CMASK, EVENTSEL_EDGE, EVENTSEL_INV, EVENTSEL_OS, EVENTSEL_USR, FIXED
 from softkvm.kvm import regs
 from softkvm.kvm.irqchip.lapic_registers import Reg
@@ -107,10 +108,16 @@ class VirtualPmu:
         """Write GLOBAL_CTRL: counters go on and off together."""
         changed = value ^ self.global_ctrl
         self.global_ctrl = value
+        gates: dict[Event, bool] = {}
         for counter in self._of(changed):
             counter.used = True
-            if counter.wanted:
+            event = counter.gate
+            if event is not None:
+                gates[event] = not value & counter.bit
+            elif counter.wanted:
                 counter.reprogram()
+        if gates:
+            self.perf.gate(gates)
         self._update_retire()
 
     def reprogram(self, counter: Counter) -> None:
@@ -163,8 +170,7 @@ class VirtualPmu:
         """`kvm_pmu_handle_event()`, for REQ_PMU."""
         pending, self._pending = self._pending, 0
         for counter in self._of(pending):
-            if counter.event is not None:
-                counter.reprogram()
+            counter.next_period()
         if self._need_cleanup:
             self._cleanup()
 
