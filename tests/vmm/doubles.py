@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import threading
+import weakref
 
 from softkvm.host.clock import VirtualClock
 from softkvm.vmm.timers import Timers
@@ -61,8 +63,13 @@ class HostBlock(mmap.mmap):
     """Host memory for guest RAM, without an engine."""
 
     address: int
+    fd: int
 
     def __new__(cls, size: int) -> HostBlock:
-        block = super().__new__(cls, -1, size)
+        descriptor = os.memfd_create("ram")
+        os.ftruncate(descriptor, size)
+        block = super().__new__(cls, descriptor, size)
+        block.fd = descriptor
         block.address = ctypes.addressof(ctypes.c_char.from_buffer(block))
+        weakref.finalize(block, os.close, descriptor)
         return block

@@ -16,7 +16,7 @@ import pytest
 
 from softkvm.host.clock import VirtualClock
 from softkvm.uapi import kvm as uapi
-from softkvm.vmm import ConfigError, Machine, StopReason, layout, machine
+from softkvm.vmm import ConfigError, Machine, RunState, Status, StopReason, assembly, layout, machine
 from tests.vmm.boot import images
 from tests.vmm.fake_kvm import Exit, FakeKvm, fail, in_, load, out, outs, reason, say, store
 
@@ -41,7 +41,7 @@ def boot(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Boot]:
 
     def make(exits: Iterator[Exit] | list[Exit], **options: Any) -> Machine:
         fake = FakeKvm(lambda: iter(exits))
-        monkeypatch.setattr(machine, "kvm", fake)
+        install(monkeypatch, fake)
         settings: dict[str, Any] = {"kernel": kernel, "memory": "64M", "clock": VirtualClock()}
         made = Machine(**settings | options)
         machines.append(made)
@@ -50,6 +50,12 @@ def boot(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Boot]:
     yield make
     for made in machines:
         made.close()
+
+
+def install(monkeypatch: pytest.MonkeyPatch, fake: FakeKvm) -> None:
+    """Give the machine's modules a KVM to build upon."""
+    for module in (machine, assembly):
+        monkeypatch.setattr(module, "kvm", fake)
 
 
 def vm_of(made: Machine) -> Any:
@@ -140,6 +146,46 @@ def test_stop_before_a_run_ends_that_run(boot: Boot) -> None:
     vm.stop()
     assert vm.run(timeout=60).reason is StopReason.INTERRUPTED
     assert vm.output == b""
+    assert vm.run(until="hello", timeout=60).reason is StopReason.UNTIL
+
+
+def test_pause_parks_a_guest_within_its_run_and_between_runs(boot: Boot) -> None:
+    printed, go_on = threading.Event(), threading.Event()
+
+    def listener(data: bytes) -> None:
+        printed.set()
+        assert go_on.wait(60)
+
+    vm = boot([*say("x"), *say("yz"), S5], serial={0: listener})
+    vm.pause()
+    assert vm.run(timeout=0).reason is StopReason.TIMEOUT
+    assert vm.output == b"", "a paused guest does not move in a new run"
+    outcome: list[StopReason] = []
+    runner = threading.Thread(target=lambda: outcome.append(vm.run(timeout=60).reason))
+    vm.resume()
+    assert vm.status().state is RunState.STOPPED
+    runner.start()
+    assert printed.wait(60)
+    assert vm.status().state is RunState.RUNNING
+    pauser = threading.Thread(target=vm.pause)
+    pauser.start()
+    go_on.set()
+    pauser.join()
+    if not outcome:  # the guest may have been quicker
+        assert vm.status().state is RunState.PAUSED
+    vm.resume()
+    runner.join()
+    assert outcome == [StopReason.POWER_OFF]
+    assert vm.output == b"xyz"
+
+
+def test_stop_ends_the_run_of_a_paused_guest(boot: Boot) -> None:
+    vm = boot(say("hello"))
+    vm.pause()
+    vm.stop()
+    assert vm.run(timeout=60).reason is StopReason.INTERRUPTED
+    assert vm.status() == Status(RunState.STOPPED, "cascadelake", 1, 64 << 20)
+    vm.resume()
     assert vm.run(until="hello", timeout=60).reason is StopReason.UNTIL
 
 
@@ -280,6 +326,8 @@ def test_output_is_bounded(boot: Boot) -> None:
         ({"initrd": bytes(65 << 20)}, "does not fit into 64 MB"),
         ({"cpu": "z80"}, "there is no CPU model z80; there are cascadelake, epyc"),
         ({"append": "x" * 3000}, "kernel command line has"),
+        ({"deterministic": -1}, "the seed of a deterministic machine is a number from 0 to 18446744073709551615, not -1"),
+        ({"deterministic": 1, "cores": 2}, "a deterministic machine has a clock and a processor of its own"),
     ],
 )
 def test_impossible_machines(boot: Boot, options: dict[str, Any], words: str) -> None:
@@ -290,6 +338,6 @@ def test_impossible_machines(boot: Boot, options: dict[str, Any], words: str) ->
 def test_memory_that_the_host_lacks(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeKvm(lambda: iter(()))
     fake.memory_error = OSError(errno.ENOMEM, "Cannot allocate memory")
-    monkeypatch.setattr(machine, "kvm", fake)
+    install(monkeypatch, fake)
     with pytest.raises(ConfigError, match="this host cannot provide 512 MB of memory: Cannot allocate memory"):
         Machine(kernel, clock=VirtualClock())

@@ -197,7 +197,7 @@ fn info_tells_cycles_and_mispredictions() {
     machine.load(&[0x90, 0xeb, 0, 0xeb, 0, 0x90, 0x90, 0x75, 0, 0xeb, 0, 0xf4]);
     assert_eq!(enter(&mut machine), EXIT_HLT);
     let info = &machine.cpu.pmu.lbr.info;
-    assert_eq!(info[2..5], [1, 3 + 16 | 1 << 63, 1]);
+    assert_eq!(info[2..5], [1, 19 | 1 << 63, 1]);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import click
 import msgspec
@@ -12,6 +12,11 @@ from click.shell_completion import CompletionItem
 from softkvm.cli import output, status
 from softkvm.cli.errors import CliError
 from softkvm.cli.options import RunOptions, StatsFormat
+
+_WITH_SELFTEST = frozenset({"selftest", "memory", "cpu", "timeout", "stats"})
+"""Parameters of `softkvm run` that mean something to the self-test's guest."""
+_HARDWARE = frozenset({"kernel", "initrd", "append", "memory", "cpus", "cpu", "kvm", "deterministic"})
+"""Those that say what to build and boot."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,6 +81,7 @@ def cli() -> None:
 @click.option("-c", "--cpus", type=int, default=1, metavar="N", help="CPUs of the guest, 1 to 64.")
 @click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=_complete_cpu)
 @click.option("--cores", type=click.IntRange(min=1), metavar="N", help="Cores of the host under all CPUs.  [default: as many as they want]")
+@click.option("--deterministic", type=click.IntRange(0, (1 << 64) - 1), metavar="SEED", help="Run the same way each time: see below.")
 @click.option("--kvm", multiple=True, metavar="NAME=VALUE", help="Module parameter of KVM, such as nrips=0.")
 @click.option(
     "--with", "extras", multiple=True, metavar="PACKAGE|./FILE", help="Give the guest a Debian package, or a program as /root/FILE."
@@ -87,6 +93,8 @@ def cli() -> None:
 @click.option("--trace-file", metavar="FILE", help="Where events go.  [default: standard error]")
 @click.option("--audit", metavar="FILE", help="Append a JSON line for every KVM call to FILE.")
 @click.option("--ioctl-filter", metavar="FILE", help="Allow only the KVM calls that FILE (JSON) does.")
+@click.option("--name", metavar="NAME", help="What `softkvm list` and others call this VM.  [default: the process id]")
+@click.option("--restore", metavar="FILE", help="Go on from a snapshot (`softkvm snapshot`) in place of a boot.")
 @click.option("--selftest", is_flag=True, help="Check this installation with a small built-in guest.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- CMD...]")
 @click.pass_context
@@ -99,6 +107,7 @@ def run(
     cpus: int,
     cpu: str,
     cores: int | None,
+    deterministic: int | None,
     kvm: tuple[str, ...],
     extras: tuple[str, ...],
     timeout: float | None,
@@ -108,6 +117,8 @@ def run(
     trace_file: str | None,
     audit: str | None,
     ioctl_filter: str | None,
+    name: str | None,
+    restore: str | None,
     selftest: bool,
     command: tuple[str, ...],
 ) -> int:
@@ -115,6 +126,10 @@ def run(
 
     With CMD, run that command in the guest instead: its input, output and exit status are passed through. Other exit statuses: 255 the
     guest panicked or triple-faulted, 124 time-out, 125 softkvm's own error, 130 Ctrl-C, 159 killed by the ioctl filter.
+
+    With --deterministic, time is virtual, random numbers come from SEED, and so does the order in which the CPUs take turns: the same
+    command line with the same input and SEED repeats the run to the last instruction, and --stats tells by which marks. The input of a
+    command or a piped shell is read when the guest asks for it; what is typed on a terminal is not repeatable.
     """
     if "help" in trace:
         return _list_events()
@@ -123,11 +138,31 @@ def run(
     if selftest:
         from softkvm.cli import selftest as tester
 
-        used = ("kernel", "initrd", "append", "cpus", "cores", "kvm", "extras", "command", "json", "trace", "audit", "ioctl_filter")
-        _refuse_with_selftest(context, used)
+        _refuse(context, context.params.keys() - _WITH_SELFTEST, "`--selftest` boots its own guest, so it excludes {}")
         return tester.run(memory, cpu, timeout, stats)
+    if restore is not None:
+        _refuse(context, _HARDWARE, "a snapshot has its own machine, so `--restore` excludes {}")
     options = RunOptions(
-        kernel, initrd, append, memory, cpus, cpu, cores, kvm, timeout, stats, json, command, extras, trace, trace_file, audit, ioctl_filter
+        kernel=kernel,
+        initrd=initrd,
+        append=append,
+        memory=memory,
+        cpus=cpus,
+        cpu=cpu,
+        cores=cores,
+        deterministic=deterministic,
+        kvm=kvm,
+        timeout=timeout,
+        stats=stats,
+        json=json,
+        command=command,
+        extras=extras,
+        trace=trace,
+        trace_file=trace_file,
+        audit=audit,
+        ioctl_filter=ioctl_filter,
+        name=name,
+        restore=restore,
     )
     return runner.run(options)
 
@@ -139,10 +174,64 @@ def _list_events() -> int:
     return status.SUCCESS
 
 
-def _refuse_with_selftest(context: click.Context, names: Sequence[str]) -> None:
-    given = [name for name in names if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
-    if given:
-        raise CliError(f"`--selftest` boots its own guest, so it excludes {given[0]}")
+def _refuse(context: click.Context, excluded: Set[str], sentence: str) -> None:
+    for name in context.params:
+        if name in excluded and context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise CliError(sentence.format(name))
+
+
+@cli.command("list", short_help="List running VMs.")
+@click.option("--json", is_flag=True, help="Print a JSON list.")
+def list_(json: bool) -> int:
+    """List the VMs that you have running: name, process, state, CPUs, memory (MiB), and how long they can be reached."""
+    from softkvm.cli import vms
+
+    return vms.show(vms.find(), json)
+
+
+@cli.command(short_help="Stop a VM's CPUs.")
+@click.argument("name", required=False)
+def pause(name: str | None) -> int:
+    """Stop the CPUs of the VM NAME, or of the only one that runs, until `softkvm resume`."""
+    from softkvm.cli import vms
+
+    return vms.give("stop", name)
+
+
+@cli.command(short_help="Let a paused VM run on.")
+@click.argument("name", required=False)
+def resume(name: str | None) -> int:
+    """Let the VM NAME, or the only one that runs, go on after `softkvm pause`."""
+    from softkvm.cli import vms
+
+    return vms.give("cont", name)
+
+
+@cli.command(short_help="Save a running VM to a file.")
+@click.argument("name")
+@click.argument("file")
+@click.option("--json", is_flag=True, help="Print one JSON object.")
+def snapshot(name: str, file: str, json: bool) -> int:
+    """Write the state of the VM NAME and its memory to FILE, from which `softkvm run --restore FILE` goes on, here or elsewhere.
+
+    The VM stands still meanwhile, and then runs on. When it goes on from FILE its clocks are right, as after a suspend.
+    """
+    from softkvm.cli import vms
+
+    return vms.snapshot(name, file, json)
+
+
+@cli.command(short_help="Show a running VM's clocks.")
+@click.argument("name", required=False)
+@click.option("--json", is_flag=True, help="Print one JSON object.")
+def tsc(name: str | None, json: bool) -> int:
+    """Show the time of the VM NAME, or of the only one that runs: TSC offsets, scaling and generations, master clock and kvmclock.
+
+    vCPUs with equal offsets, of one generation, are in phase; while all of them are, the master clock is on, and guests trust kvmclock.
+    """
+    from softkvm.cli import tsc as clocks
+
+    return clocks.show(name, json)
 
 
 @cli.command(short_help="Check what softkvm needs.")

@@ -8,6 +8,7 @@ does in Linux, so coming back costs nothing; it goes when another one needs a co
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from softkvm import silicon
 from softkvm.host import rseq, trace
 from softkvm.host.perf.context import EventContext
 from softkvm.host.perf.core import CpuPerf, Perf
+from softkvm.host.schedstat import run_delay_ns
 from softkvm.host.smp import Call
 from softkvm.host.task import Task, current
 
@@ -63,6 +65,22 @@ class Guest(Protocol):
         """Let the thread that runs the guest, if any, call `function` outside guest mode soon."""
 
 
+class Wakeup(Protocol):
+    """What a thread sleeps on until another one wakes it: `threading.Event`, or who keeps a place in its stead."""
+
+    def is_set(self) -> bool:
+        """Whether it was woken since `clear()`."""
+
+    def clear(self) -> None:
+        """Forget wake-ups so far."""
+
+    def set(self) -> None:
+        """Wake the thread."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Sleep until it is woken or `timeout` seconds are over; whether it was woken."""
+
+
 class Entity:
     """What the scheduler knows of a guest (`struct sched_entity`)."""
 
@@ -102,6 +120,10 @@ class Scheduler:
         self._min_vruntime = 0
         self.perf = Perf(model)
 
+    def wakeup(self, guest: Guest) -> Wakeup:
+        """What the thread of a new guest sleeps on."""
+        return threading.Event()
+
     # --- For the guests' threads ----------------------------------------------------------------------------------------------------
 
     def load(self, guest: Guest) -> None:
@@ -140,6 +162,14 @@ class Scheduler:
             self._waiting.append(entity)
             self._leave(entity, "R")
         self._wait(entity)
+
+    def spin(self, guest: Guest) -> None:
+        """The guest waits for another one in a loop, which may want our processor (`kvm_vcpu_on_spin()`)."""
+        os.sched_yield()
+
+    def run_delay(self) -> int:
+        """How long the calling thread has been runnable and not run, in ns since it started."""
+        return run_delay_ns()
 
     def runtime(self, guest: Guest) -> int:
         """Nanoseconds that count for a guest when the next one is chosen."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ctypes import sizeof
 
-from softkvm.kvm import mce
+from softkvm.kvm import dirty_ring, mce
 from softkvm.kvm.memslots import USER_MEM_SLOTS
 from softkvm.uapi import kvm as uapi
 from softkvm.uapi import series
@@ -65,6 +65,11 @@ _PRESENT = (
     uapi.KVM_CAP_VCPU_ATTRIBUTES,
     uapi.KVM_CAP_PMU_EVENT_FILTER,
     uapi.KVM_CAP_PMU_CAPABILITY,
+    uapi.KVM_CAP_SYS_ATTRIBUTES,
+    uapi.KVM_CAP_SPLIT_IRQCHIP,
+    uapi.KVM_CAP_X86_MSR_FILTER,
+    uapi.KVM_CAP_SET_GUEST_DEBUG,
+    uapi.KVM_CAP_X86_ROBUST_SINGLESTEP,
     series.KVM_CAP_TSC_OFFSET,
 )
 
@@ -82,6 +87,21 @@ _VALUES = {
     uapi.KVM_CAP_X2APIC_API: X2APIC_API,
     series.KVM_CAP_X86_GUEST_LBR: sizeof(series.LbrStack),
     uapi.KVM_CAP_MCE: mce.MAX_BANKS,
+    uapi.KVM_CAP_X86_USER_SPACE_MSR: uapi.KVM_MSR_EXIT_REASON_INVAL | uapi.KVM_MSR_EXIT_REASON_UNKNOWN | uapi.KVM_MSR_EXIT_REASON_FILTER,
+    uapi.KVM_CAP_X86_DISABLE_EXITS: uapi.KVM_X86_DISABLE_EXITS_HLT
+    | uapi.KVM_X86_DISABLE_EXITS_PAUSE
+    | uapi.KVM_X86_DISABLE_EXITS_CSTATE
+    | uapi.KVM_X86_DISABLE_EXITS_MWAIT,
+    uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | uapi.KVM_DIRTY_LOG_INITIALLY_SET,
+    uapi.KVM_CAP_DIRTY_LOG_RING: dirty_ring.MAX_SIZE,
+    uapi.KVM_CAP_DIRTY_LOG_RING_ACQ_REL: dirty_ring.MAX_SIZE,
+    uapi.KVM_CAP_SET_GUEST_DEBUG2: uapi.KVM_GUESTDBG_ENABLE
+    | uapi.KVM_GUESTDBG_SINGLESTEP
+    | uapi.KVM_GUESTDBG_USE_SW_BP
+    | uapi.KVM_GUESTDBG_USE_HW_BP
+    | uapi.KVM_GUESTDBG_INJECT_DB
+    | uapi.KVM_GUESTDBG_INJECT_BP
+    | uapi.KVM_GUESTDBG_BLOCKIRQ,
 }
 
 

@@ -13,6 +13,7 @@ from softkvm.kvm import mce
 from softkvm.kvm import msr_index as n
 from softkvm.kvm.msr_index import IA32_APIC_BASE as IA32_APIC_BASE
 from softkvm.kvm.msr_kinds import MsrError as MsrError
+from softkvm.kvm.msr_kinds import UnknownMsr
 from softkvm.kvm.msr_table import HANDLERS
 from softkvm.kvm.pmu import amd as pmu_amd
 from softkvm.kvm.pmu import intel as pmu_intel
@@ -47,7 +48,7 @@ def get(vcpu: Vcpu, index: int, host_initiated: bool) -> int:
     """Read an MSR; MsrError if it does not exist or may not be read."""
     handler = HANDLERS.get(index)
     if handler is None:
-        raise MsrError(index)
+        raise UnknownMsr(index)
     return handler.get(vcpu, index, host_initiated)
 
 
@@ -55,7 +56,7 @@ def set(vcpu: Vcpu, index: int, value: int, host_initiated: bool) -> None:
     """Write an MSR; MsrError if it does not exist, may not be written, or refuses the value."""
     handler = HANDLERS.get(index)
     if handler is None:
-        raise MsrError(index)
+        raise UnknownMsr(index)
     handler.set(vcpu, index, value, host_initiated)
 
 

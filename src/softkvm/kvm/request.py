@@ -24,5 +24,15 @@ REQ_PMU = 1 << 16
 REQ_PMI = 1 << 17
 """Deliver the interrupt of a counter; after REQ_PMU."""
 REQ_PERF = REQ_PMU | REQ_PMI
+REQ_MSR_FILTER = 1 << 8
+"""Apply the VM's MSR filter."""
+REQ_DIRTY_RING_FULL = 1 << 9
+"""Let user space harvest the dirty ring."""
+REQ_IOAPIC_EOI_EXIT = 1 << 10
+"""Tell user space's IOAPIC of the end of an interrupt."""
+REQ_SMI = 1 << 11
+"""A system management interrupt has arrived."""
+REQ_EXIT = REQ_TRIPLE_FAULT | REQ_DIRTY_RING_FULL | REQ_IOAPIC_EOI_EXIT
+"""What may lead to user space before anything else is done."""
 REQ_CLOCK = REQ_CLOCK_UPDATE | REQ_MASTERCLOCK_UPDATE | REQ_STEAL_UPDATE
 """All that `kvmclock.service()` handles."""

@@ -6,12 +6,13 @@ methods that stand for its ioctls (Linux 6.1 `Documentation/virt/kvm/api.rst`).
 
 from __future__ import annotations
 
+import errno
 import re
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -19,21 +20,20 @@ from types import TracebackType
 import msgspec
 
 from softkvm import kvm
-from softkvm.host.clock import Clock
-from softkvm.uapi import kvm as uapi
-from softkvm.vmm import config, cpuid, layout
+from softkvm.host.clock import NSEC_PER_SEC, Clock, VirtualClock
+from softkvm.vmm import assembly, config, layout, snapshot
 from softkvm.vmm.board import Board, Chassis
-from softkvm.vmm.boot import Bootable
-from softkvm.vmm.boot import cpu as boot_cpu
-from softkvm.vmm.boot import read as read_image
-from softkvm.vmm.config import Config, SerialBackend
+from softkvm.vmm.config import Hardware, SerialBackend
 from softkvm.vmm.console import DEFAULT_LIMIT, Console
 from softkvm.vmm.crew import Crew
-from softkvm.vmm.errors import ConfigError
-from softkvm.vmm.exits import REASON_NAMES, ExitHandler
+from softkvm.vmm.errors import ConfigError, StateError
+from softkvm.vmm.exits import ExitHandler
 from softkvm.vmm.gil import short_switch_interval
-from softkvm.vmm.irq import default_routing
-from softkvm.vmm.memory import GuestMemory, split
+from softkvm.vmm.memory import split
+from softkvm.vmm.origin import KernelOrigin, Origin, SnapshotOrigin
+from softkvm.vmm.snapshot import Parts, SnapshotFile
+from softkvm.vmm.stats import Repetition, Stats, collect
+from softkvm.vmm.status import RunState, Status
 from softkvm.vmm.stop import Stop, StopReason
 
 CONSOLE_PORT = 0
@@ -42,21 +42,17 @@ _AFTER_A_PANIC = frozenset({StopReason.RESET, StopReason.TRIPLE_FAULT})
 Text = str | bytes | re.Pattern[str] | re.Pattern[bytes]
 
 
-class Stats(msgspec.Struct, frozen=True):
-    """Counters of a machine since it was made, summed over its vCPUs."""
+@dataclass(frozen=True)
+class _Surroundings:
+    """What a machine uses of the process that it is in."""
 
-    seconds: float
-    """Wall time inside `run()`."""
-    instructions: int
-    """Instructions that the guest has retired."""
-    engine: dict[str, int]
-    """What else the silicon counts: blocks of code, TLB, page walks."""
-    exits: dict[str, int]
-    """VM exits by the vendor's name of the reason, most frequent first."""
-    user_exits: dict[str, int]
-    """Returns of KVM_RUN by exit reason, most frequent first."""
-    vcpu: dict[str, int]
-    """KVM's own counters, by the names of its statistics."""
+    serial: Mapping[int, SerialBackend]
+    output_limit: int
+    clock: Clock
+    process: kvm.Process
+    cores: int | None
+    seed: int | None = None
+    """Of a deterministic machine, whose clock is a virtual one."""
 
 
 class _Failure(Exception):
@@ -87,6 +83,7 @@ class Machine:
         test_device: bool = False,
         process: kvm.Process | None = None,
         cores: int | None = None,
+        deterministic: int | None = None,
     ) -> None:
         """Build the machine and load the kernel; nothing runs yet.
 
@@ -96,12 +93,50 @@ class Machine:
         the console are kept; `clock` is the time that guest and devices live by, the host's if none is given; `test_device` adds the
         registers of `devices/test_device.py`; `kvm_parameters` are KVM's module parameters, such as `nrips=0`; `process` is who calls
         KVM (ioctl filters, audit log, tracer), a new one if none is given; `cores` is how many the host has for all vCPUs together, as
-        many as they want if none is given. ConfigError for anything that cannot be.
+        many as they want if none is given. `deterministic` is a seed: the vCPUs then run by turns in virtual time, and every run with the
+        same seed and input is the same (`kvm.Turns`), as long as input comes between runs or from a listener of `serial`. ConfigError for
+        anything that cannot be.
         """
-        settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial, kvm_parameters)
-        self.process = process if process is not None else kvm.Process()
-        self._console = Console(output_limit)
+        settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial, kvm_parameters, deterministic)
+        if deterministic is not None and (clock is not None or cores is not None):
+            raise ConfigError("a deterministic machine has a clock and a processor of its own")
+        if clock is None:
+            clock = Clock() if deterministic is None else VirtualClock()
+        process = process if process is not None else kvm.Process()
+        around = _Surroundings(settings.serial, output_limit, clock, process, cores, deterministic)
+        self._set_up(settings, KernelOrigin(settings), around, test_device)
+
+    @classmethod
+    def restore(
+        cls,
+        path: str | Path,
+        serial: Mapping[int, SerialBackend] | None = None,
+        *,
+        output_limit: int = DEFAULT_LIMIT,
+        clock: Clock | None = None,
+        process: kvm.Process | None = None,
+        cores: int | None = None,
+    ) -> Machine:
+        """A machine that goes on where `save()` left another one; nothing runs yet.
+
+        Hardware and guest are the saved machine's, the rest is as for a new one. The guest's clocks are ahead by the time since then.
+        StateError, one sentence, for a file that is no snapshot, is damaged, or is of hardware that this softkvm does not have.
+        """
+        with SnapshotFile(Path(path)) as saved:
+            machine = cls.__new__(cls)
+            clock = clock if clock is not None else Clock()
+            process = process if process is not None else kvm.Process()
+            around = _Surroundings(config.check_serial(serial), output_limit, clock, process, cores)
+            machine._set_up(saved.state.hardware.check(), SnapshotOrigin(saved), around, "test" in saved.state.devices)
+            return machine
+
+    def _set_up(self, settings: Hardware, origin: Origin, around: _Surroundings, test_device: bool) -> None:
+        self.process = around.process
+        self._console = Console(around.output_limit)
+        self._settings = settings
         self._running = threading.Lock()
+        self._gate = threading.RLock()  # held while vCPUs are let go or parked
+        self._inside_run = self._paused = False
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._outcome: Stop | _Failure | None = None
@@ -110,39 +145,44 @@ class Machine:
         self._seconds = 0.0
         self._closed = False
         with ExitStack() as resources:
-            system = _open_kvm(settings, self.process, cores)
-            self._build(system, settings, resources, clock if clock is not None else Clock(), test_device)
+            system = assembly.open_kvm(settings, around.process, around.cores, around.clock, around.seed)
+            self._turns, self._started_ns = system.turns, around.clock.monotonic_ns()
+            self._build(system, settings, origin, around, resources, test_device)
             self._resources = resources.pop_all()
 
-    def _build(self, system: kvm.System, settings: Config, resources: ExitStack, clock: Clock, test_device: bool) -> None:
-        guest = _allocate(settings.memory)
+    def _build(
+        self, system: kvm.System, settings: Hardware, origin: Origin, around: _Surroundings, resources: ExitStack, test_device: bool
+    ) -> None:
+        self._memory = guest = assembly.allocate(settings.memory)
         resources.callback(guest.close)
-        image = read_image(settings.kernel, guest.low_end)
-        image.load(guest, settings.initrd, settings.command_line, settings.cpus)
-        vm = resources.enter_context(system.create_vm(clock=clock))
-        _set_up_vm(vm, guest)
+        origin.load(guest)
+        self._vm = vm = resources.enter_context(system.create_vm(clock=around.clock))
+        assembly.set_up_vm(vm, guest)
         self._vcpus: list[kvm.Vcpu] = []
         for index in range(settings.cpus):
-            self._vcpus.append(_make_vcpu(system, vm, index, settings, image))
+            self._vcpus.append(assembly.make_vcpu(system, vm, index, settings))
             resources.callback(self._vcpus[index].close)
-        self._board = self._make_board(settings, vm, clock)
+        self._board = self._make_board(settings, around, vm)
         if test_device:
-            self._board.plug_in_test_device(partial(_forget_page, vm, guest))
+            self._board.plug_in_test_device(partial(assembly.forget_page, vm, guest))
         self._handlers = [
             ExitHandler(vcpu, self._board, partial(self._end, index), partial(self._fail, index)) for index, vcpu in enumerate(self._vcpus)
         ]
-        self._crew = Crew(self._vcpus, self._handlers)
+        self._crew = Crew(self._vcpus, self._handlers, self._turns)
         resources.callback(self._crew.close)
+        self._parts = Parts(system, vm, self._vcpus, self._board, around.clock)
+        with self._board.lock:
+            origin.start(self._parts)
 
-    def _make_board(self, settings: Config, vm: kvm.Vm, clock: Clock) -> Board:
-        sinks: list[SerialBackend] = [settings.serial.get(port, _discard) for port in range(len(layout.SERIAL_PORTS))]
+    def _make_board(self, settings: Hardware, around: _Surroundings, vm: kvm.Vm) -> Board:
+        sinks: list[SerialBackend] = [around.serial.get(port, _discard) for port in range(len(layout.SERIAL_PORTS))]
         sinks[CONSOLE_PORT] = partial(self._print, sinks[CONSOLE_PORT])
         chassis = Chassis(
             power_off=lambda: self._end(self._crew.current(), StopReason.POWER_OFF, "the guest turned the machine off"),
             reset=lambda: self._end(self._crew.current(), StopReason.RESET, "the guest reset the machine"),
             debug_exit=lambda status: self._end(self._crew.current(), StopReason.EXIT, f"the guest exited with status {status}", status),
         )
-        return Board(chassis, vm.irq_line, clock, split(settings.memory), settings.cpus, sinks)
+        return Board(chassis, vm.irq_line, around.clock, split(settings.memory), settings.cpus, sinks)
 
     # Running
 
@@ -188,11 +228,62 @@ class Machine:
         started = time.monotonic()
         with short_switch_interval():
             try:
-                self._crew.resume()
+                with self._gate:
+                    self._inside_run = True
+                    if not self._paused:
+                        self._crew.resume()
                 self._ended.wait(timeout)
             finally:
-                self._crew.pause()
+                with self._gate:
+                    self._inside_run = False
+                    self._crew.pause()
                 self._seconds += time.monotonic() - started
+
+    def pause(self) -> None:
+        """Park all vCPUs, in this run and in those to come, until `resume()`; none runs when the call is over. Time goes on for the guest.
+
+        For any thread but a vCPU's own, on which serial listeners are called; a listener that blocks keeps the caller waiting.
+        """
+        with self._gate:
+            self._paused = True
+            self._crew.pause()
+
+    def resume(self) -> None:
+        """Take back `pause()`; a guest with kvmclock is told that it was stopped, so that its watchdogs stay quiet."""
+        with self._gate:
+            if self._paused:
+                for vcpu in self._vcpus:
+                    _tell_of_pause(vcpu)
+                self._paused = False
+                if self._inside_run:
+                    self._crew.resume()
+
+    def status(self) -> Status:
+        """What the machine is and does now."""
+        settings = self._settings
+        state = RunState.STOPPED if not self._inside_run else RunState.PAUSED if self._paused else RunState.RUNNING
+        return Status(state, settings.cpu_name, settings.cpus, settings.memory)
+
+    def save(self, path: str | Path) -> int:
+        """Write a snapshot to `path`, from which `restore()` makes a machine that goes on; its size in bytes.
+
+        A guest that runs stands still for that time, and then runs on. For any thread but a vCPU's own. OSError if the file cannot be
+        written, which then is as it was before; StateError if the guest is over.
+        """
+        with self._gate:
+            if self._final is not None or self._closed:
+                raise StateError("the guest has ended, so there is nothing to save")
+            if self._turns is not None:
+                raise StateError("a deterministic machine lives in a time of its own, which a snapshot could not go on with")
+            self._crew.pause()
+            try:
+                self._crew.settle()
+                with self._board.lock:
+                    state = snapshot.save(self._settings, self._parts)
+                return snapshot.write(Path(path), state, self._memory)
+            finally:
+                if self._inside_run and not self._paused:
+                    self._crew.resume()
 
     def stop(self) -> None:
         """End the run in progress, or the next one if there is none, with INTERRUPTED; callable from any thread."""
@@ -248,15 +339,17 @@ class Machine:
         return self.output.decode(errors="replace")
 
     def stats(self) -> Stats:
-        """The counters now."""
-        engine, exits, user_exits, vcpus = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-        for handler, vcpu in zip(self._handlers, self._vcpus, strict=True):
-            engine.update(vcpu.engine_counters())
-            exits.update(vcpu.exits_by_reason())
-            user_exits.update({REASON_NAMES[reason]: count for reason, count in handler.counts.items() if count})
-            vcpus.update(vcpu.stats)
-        instructions = engine.pop("instructions", 0)
-        return Stats(self._seconds, instructions, dict(engine), dict(exits.most_common()), dict(user_exits.most_common()), dict(vcpus))
+        """The counters now, and of a deterministic machine the marks of its run."""
+        stats = collect(self._seconds, self._vcpus, self._handlers)
+        if self._turns is None:
+            return stats
+        passed = (self._turns.clock.monotonic_ns() - self._started_ns) / NSEC_PER_SEC
+        marks = Repetition(self._turns.seed, stats.instructions, passed, self._vm.exit_trace.digest(), self._memory.digest())
+        return msgspec.structs.replace(stats, repetition=marks)
+
+    def tsc_status(self) -> kvm.TscStatus:
+        """TSC offsets, master clock and kvmclock now."""
+        return self._vm.tsc_status()
 
     # The end
 
@@ -274,62 +367,13 @@ class Machine:
         self.close()
 
 
+def _tell_of_pause(vcpu: kvm.Vcpu) -> None:
+    try:
+        vcpu.kvmclock_ctrl()
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # it has no kvmclock
+            raise
+
+
 def _discard(data: bytes) -> None:
     """The listener of a serial port that nobody listens to."""
-
-
-def _open_kvm(settings: Config, process: kvm.Process, cores: int | None) -> kvm.System:
-    try:
-        model = kvm.Model(settings.cpu, dict(settings.features))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    return kvm.System(model, settings.parameters, process, cores)
-
-
-def _allocate(size: int) -> GuestMemory:
-    try:
-        return GuestMemory(size, kvm.allocate_memory)
-    except OSError as error:
-        raise ConfigError(f"this host cannot provide {size // layout.MIB} MB of memory: {error.strerror}") from error
-
-
-def _set_up_vm(vm: kvm.Vm, guest: GuestMemory) -> None:
-    vm.set_identity_map_addr(layout.KVM_IDENTITY_MAP.base)
-    vm.set_tss_addr(layout.KVM_TSS.base)
-    for slot in guest.slots():
-        vm.set_user_memory_region(slot)
-    vm.create_irqchip()
-    vm.create_pit2(uapi.PitConfig(flags=uapi.KVM_PIT_SPEAKER_DUMMY))
-    vm.set_gsi_routing(list(default_routing()))
-
-
-def _forget_page(vm: kvm.Vm, guest: GuestMemory, address: int) -> None:
-    """Make the next access to a page of RAM a nested page fault again, by taking its whole memslot away for a moment."""
-    for slot in guest.slots():
-        if slot.guest_phys_addr <= address < slot.guest_phys_addr + slot.memory_size:
-            size, slot.memory_size = slot.memory_size, 0
-            vm.set_user_memory_region(slot)
-            slot.memory_size = size
-            vm.set_user_memory_region(slot)
-
-
-def _make_vcpu(system: kvm.System, vm: kvm.Vm, index: int, settings: Config, image: Bootable) -> kvm.Vcpu:
-    vcpu = vm.create_vcpu(index)
-    identity = cpuid.Identity(
-        apic_id=index,
-        cpus=settings.cpus,
-        invariant_tsc=settings.features.get("invtsc", False),
-        without=frozenset(name.replace("_", "-") for name, on in settings.features.items() if not on),
-    )
-    vcpu.set_cpuid2(cpuid.identify(system.get_supported_cpuid(), identity))
-    (misc_enable,) = vcpu.get_msrs([boot_cpu.MSR_MISC_ENABLE])
-    vcpu.set_msrs(boot_cpu.msrs(misc_enable))
-    lapic = vcpu.get_lapic()
-    boot_cpu.wire_lapic(lapic, boot_cpu=index == 0)
-    vcpu.set_lapic(lapic)
-    if index == 0:
-        sregs = vcpu.get_sregs()
-        registers = image.enter(sregs)
-        vcpu.set_sregs(sregs)
-        vcpu.set_regs(registers)
-    return vcpu

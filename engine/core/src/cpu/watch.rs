@@ -20,36 +20,35 @@ const LONGEST: u64 = block::MAX_INSTRUCTIONS as u64;
 impl Cpu {
     /// Begins to watch a guest whose state has just been loaded.
     pub fn begin_watch(&mut self) {
-        self.pmu.cpl = self.cpl();
-        self.pmu.since = self.instructions();
+        self.watch_from(self.instructions());
         self.choose_watch();
     }
 
     /// Ends it: counters stand still outside the guest.
     pub fn end_watch(&mut self) {
-        self.sync_counters();
+        self.watch_from(self.instructions());
         self.pending &= !pending::WATCHED;
     }
 
     /// Decides again what to watch. Whoever changes DEBUGCTL or a register of the PMU calls this.
     pub fn choose_watch(&mut self) {
-        let watched = self.pending & pending::WATCHED != 0;
         self.pmu.choose(self.state.debugctl);
-        if self.pmu.watched == 0 {
-            self.pending &= !pending::WATCHED;
-        } else if !watched {
-            (self.pmu.cpl, self.pmu.since) = (self.cpl(), self.instructions());
-            self.pending |= pending::WATCHED;
-        }
+        self.pending = self.pending & !pending::WATCHED | if self.pmu.watched != 0 { pending::WATCHED } else { 0 };
     }
 
-    /// Brings all counters up to date. The instruction count must be exact: between instructions, or in one that runs alone.
+    /// For an instruction that reads or writes a register of the PMU, which is the last of its block: all counters are right for the
+    /// instructions before it. A counter that it starts counts it too, one that it stops does not.
     pub fn sync_counters(&mut self) {
+        self.watch_from(self.instructions().wrapping_sub(1));
+    }
+
+    /// Brings all counters up to date at instruction count `now`, and counts from there on.
+    fn watch_from(&mut self, now: u64) {
         if self.pending & pending::WATCHED != 0 {
-            let now = self.instructions();
             self.pmu.account(now);
             self.pmu.fold(self.state.debugctl);
         }
+        (self.pmu.cpl, self.pmu.since) = (self.cpl(), now);
     }
 
     // ---- the loop -------------------------------------------------------------------------------------------------------------------
@@ -91,15 +90,11 @@ impl Cpu {
     #[inline(always)]
     fn execute_watched(&mut self, block: *mut Block) -> Exec<*mut Block> {
         // SAFETY: blocks are freed by `collect` only, which neither this nor `execute` calls.
-        let (kind, exact) = unsafe { ((*block).branch, (*block).reads_counters) };
-        if exact {
-            self.single()?;
-            return Ok(ptr::null_mut());
-        }
+        let kind = unsafe { (*block).branch };
         let first = self.rip();
         let done = self.execute(block)?;
         if kind != Kind::None && !done.is_null() && self.pmu.watched & watch::BRANCHES != 0 {
-            self.note_branch(block, first);
+            self.branch_done(block, first);
         }
         Ok(done)
     }
@@ -136,29 +131,28 @@ impl Cpu {
 
     // ---- branches -------------------------------------------------------------------------------------------------------------------
 
-    /// The branch at the end of `block`, whose first instruction is at `first`, has just run. Returns whether it was taken.
-    #[inline]
+    /// [`Cpu::branch_done`] for an instruction that ran alone.
+    #[inline(never)]
     pub(super) fn note_branch(&mut self, block: *const Block, first: u64) -> bool {
+        self.branch_done(block, first)
+    }
+
+    /// The branch at the end of `block`, whose first instruction is at `first`, has just run. Returns whether it was taken.
+    #[inline(always)]
+    fn branch_done(&mut self, block: *const Block, first: u64) -> bool {
         // SAFETY: as in `execute_watched`.
         let block = unsafe { &*block };
-        let (kind, size) = (block.branch, block.key.size);
-        let branch = &block.uops[block.instructions as usize - 1];
-        let from = truncate(first.wrapping_add(branch.offset.into()), size);
-        let next = truncate(first.wrapping_add(branch.next_offset()), size);
+        let kind = block.branch;
+        let from = truncate(first.wrapping_add(block.last.into()), block.key.size);
+        let next = truncate(first.wrapping_add(block.length.into()), block.key.size);
         let to = self.rip();
-        let taken = match kind {
-            Kind::Conditional | Kind::Loop => to != next || branch.imm == branch.next_offset() && taken_in_place(self, branch.code),
-            Kind::SoftwareInterrupt => to != next,
-            Kind::None => false,
-            _ => true,
-        };
+        let taken = to != next || kind.always_taken() || taken_in_place(self, block);
         if self.pmu.watched & watch::BRANCHES != 0 {
             let before = self.pmu.cpl;
-            let mut transfer = Transfer { kind, from, to, mispredicted: false, before, after: self.cpl(), vector: 0 };
-            transfer.mispredicted = self.pmu.retire(&transfer, next, taken);
+            let mispredicted = self.pmu.retire(kind, before, from, next, to, taken);
             // What an INT instruction leads to has been recorded at the delivery.
             if taken && kind != Kind::SoftwareInterrupt {
-                self.record(&transfer);
+                self.record(&Transfer { kind, from, to, mispredicted, before, after: self.cpl(), vector: 0 });
             }
         }
         taken
@@ -169,16 +163,28 @@ impl Cpu {
     pub fn note_delivery(&mut self, kind: Kind, vector: u8, from: u64, before: u8) {
         let transfer = Transfer { kind, from, to: self.rip(), mispredicted: false, before, after: self.cpl(), vector };
         if kind != Kind::SoftwareInterrupt {
-            self.pmu.retire(&transfer, from, true);
+            self.pmu.retire(kind, before, from, from, transfer.to, true);
             self.pmu.check_at = self.pmu.check_at.saturating_sub(1);
         }
         self.record(&transfer);
     }
 
-    #[inline]
+    /// Records a transfer that took place.
+    #[inline(always)]
     fn record(&mut self, transfer: &Transfer) {
-        let now = self.instructions();
-        if self.pmu.record(transfer, now, self.state.cr3) {
+        if self.pmu.recording {
+            let now = self.instructions();
+            self.pmu.record(transfer, now);
+        }
+        if self.pmu.log.is_some() {
+            self.log(transfer);
+        }
+    }
+
+    #[inline(never)]
+    fn log(&mut self, transfer: &Transfer) {
+        let cr3 = self.state.cr3;
+        if self.pmu.log.as_mut().is_some_and(|log| log.record(transfer, cr3)) {
             self.signal.kick();
         }
     }
@@ -212,6 +218,7 @@ impl Cpu {
 }
 
 /// An instruction pointer of code of `size`.
+#[inline(always)]
 fn truncate(rip: u64, size: CodeSize) -> u64 {
     match size {
         CodeSize::Bits64 => rip,

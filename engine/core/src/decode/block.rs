@@ -49,8 +49,8 @@ pub struct Block {
     pub valid: bool,
     /// The branch that its last instruction is.
     pub branch: Kind,
-    /// Its last instruction reads or writes counters, which must be exact then.
-    pub reads_counters: bool,
+    /// Distance of its last instruction from the first byte.
+    pub last: u16,
     /// The first two blocks that ran behind this one.
     pub links: [Link; 2],
     /// Length in bytes.
@@ -70,7 +70,7 @@ impl Block {
             instructions: 0,
             valid: true,
             branch: Kind::None,
-            reads_counters: false,
+            last: 0,
             links: [Link::NONE; 2],
             length: 0,
             key,
@@ -89,8 +89,7 @@ impl Block {
         }
         self.instructions = instructions.len() as u32;
         if let Some(last) = instructions.last() {
-            self.branch = Kind::of(last);
-            self.reads_counters = exec::msr::ends_block(last);
+            (self.branch, self.last) = (Kind::of(last), last.ip() as u16);
         }
         self.length = instructions.iter().map(|insn| insn.len() as u32).sum();
         uops.push(fall_through(self.length));

@@ -10,6 +10,7 @@ mod protected;
 mod real;
 mod software;
 
+use crate::cpu::breakpoint::{dr6, dr7};
 use crate::cpu::{pending, Cpu};
 use crate::fault::{vector, Fault};
 use crate::pmu::branch::Kind as Branch;
@@ -17,15 +18,6 @@ use crate::pmu::debugctl;
 use crate::state::{activity, cr0, interruptibility, rflags};
 use crate::uop::{slot, Exec, Stop};
 use crate::virt::exits::code;
-
-/// Bits of DR6 that read as one.
-pub const DR6_FIXED: u64 = 0xffff_0ff0;
-/// B0 to B3 of DR6.
-const DR6_BREAKPOINTS: u64 = 0xf;
-/// BD of DR6: the debug registers were touched while DR7.GD was set.
-pub const DR6_BD: u64 = 1 << 13;
-/// General detect enable of DR7.
-pub const DR7_GD: u64 = 1 << 13;
 
 /// Bit 0 of an error code: the fault happened while an event from outside the program was delivered.
 const EXTERNAL: u32 = 1;
@@ -114,6 +106,11 @@ impl Event {
         }
     }
 
+    /// Whether the event is #DB and not INT 1: it takes the place of the debug traps that wait.
+    fn is_debug_exception(&self) -> bool {
+        self.vector == vector::DB && matches!(self.kind, Kind::Exception | Kind::PrivilegedException)
+    }
+
     /// The error code that faults during the delivery of this event carry in bit 0.
     fn external_bit(&self) -> u32 {
         if self.kind.checks_gate() {
@@ -136,20 +133,33 @@ impl Cpu {
         let Some(kind) = Kind::from_info(info) else {
             return Err(self.exit(code::INVALID_STATE, 0));
         };
-        let skip = if kind.by_instruction() { instruction_length } else { 0 };
         let event = Event {
             vector: info as u8,
             kind,
             error: (info & 1 << 11 != 0).then_some(error),
             payload: 0,
-            return_rip: self.rip_at(skip.into()),
+            return_rip: self.injected_return(info as u8, kind, instruction_length),
             flags: self.rflags(),
         };
-        self.deliver(event, false)?;
+        let delivered = self.deliver(event, false);
+        if delivered.is_err() && kind.by_instruction() && !self.model.is_amd() {
+            self.exit.instruction_length = instruction_length; // as the entry was told (SDM vol. 3, 28.2.5)
+        }
+        delivered?;
         if kind == Kind::Nmi {
             self.state.interruptibility |= interruptibility::NMI;
         }
         Ok(())
+    }
+
+    /// Where an injected event returns to: on Intel silicon behind the instruction whose length the hypervisor gives (SDM vol. 3, 26.6.1),
+    /// on AMD's at the next RIP of the control block, or where that is not saved at RIP itself, which the hypervisor has moved.
+    fn injected_return(&self, vector: u8, kind: Kind, instruction_length: u32) -> u64 {
+        if self.model.is_amd() {
+            let soft = kind == Kind::Software || kind == Kind::Exception && matches!(vector, vector::BP | vector::OF);
+            return if soft && self.model.saves_next_rip() { self.control.next_rip } else { self.rip() };
+        }
+        self.rip_at(if kind.by_instruction() { instruction_length.into() } else { 0 })
     }
 
     /// The event of an exception that the current instruction raised.
@@ -157,7 +167,7 @@ impl Cpu {
         // Faults restart their instruction, which must not hit its own breakpoint again (SDM vol. 3, 17.3.1.1). Debug exceptions are
         // traps, but for the access to a protected debug register.
         let restarts = match fault.vector {
-            vector::DB => fault.payload & DR6_BD != 0,
+            vector::DB => fault.payload & dr6::BD != 0,
             vector => vector != vector::DF,
         };
         let resume = if restarts { rflags::RF } else { 0 };
@@ -177,6 +187,9 @@ impl Cpu {
         let mut own = fresh;
         loop {
             if own {
+                if event.is_debug_exception() {
+                    self.set_traps(0);
+                }
                 self.intercept_exception(&event)?;
                 self.side_effects(&event);
             }
@@ -229,8 +242,8 @@ impl Cpu {
         match event.vector {
             vector::PF => self.state.cr2 = event.payload,
             vector::DB => {
-                self.state.dr6 = self.state.dr6 & !DR6_BREAKPOINTS | event.payload | DR6_FIXED;
-                self.state.dr7 &= !DR7_GD;
+                self.state.dr6 = self.state.dr6 & !dr6::BREAKPOINTS | event.payload | dr6::FIXED;
+                self.state.dr7 &= !dr7::GD;
                 self.stop_branch_debugging();
             }
             _ => {}

@@ -65,9 +65,6 @@ macro_rules! features {
 }
 
 features! {
-    0xffff_ffff . 0 EAX {
-        0 Pmu "pmu" yes, 1 Lbr "lbr" yes,
-    }
     0x1 . 0 EDX {
         0 Fpu "fpu" yes, 1 Vme "vme" no, 2 De "de" yes, 3 Pse "pse" yes, 4 Tsc "tsc" yes, 5 Msr "msr" yes, 6 Pae "pae" yes,
         7 Mce "mce" yes, 8 Cx8 "cx8" yes, 9 Apic "apic" yes, 11 Sep "sep" yes, 12 Mtrr "mtrr" yes, 13 Pge "pge" yes,
@@ -133,6 +130,9 @@ features! {
     }
     0x8000_0021 . 0 EAX {
         2 LfenceSerializing "lfence-always-serializing" yes, 6 NullSelectorClearsBase "null-sel-clr-base" no, 29 SrsoNo "srso-no" yes,
+    }
+    0xffff_ffff . 0 EAX {
+        0 Pmu "pmu" yes, 1 Lbr "lbr" yes,
     }
 }
 

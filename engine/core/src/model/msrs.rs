@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use super::{Feature, Model};
-use crate::cpu::clock::host_tsc_khz;
 
 /// Indices of the MSRs that every model or the engine itself knows.
 pub mod index {
@@ -66,7 +65,7 @@ impl Model {
             msrs.insert(index::ARCH_CAPABILITIES, ARCH_CAPABILITIES);
         }
         if !self.is_amd() {
-            msrs.insert(index::PLATFORM_INFO, platform_info());
+            msrs.insert(index::PLATFORM_INFO, self.platform_info());
         }
         msrs.extend(self.perf_capabilities().map(|value| (index::PERF_CAPABILITIES, value)));
         msrs
@@ -81,12 +80,12 @@ impl Model {
         let counters = if self.has(Feature::Pmu) { FULL_WIDTH_WRITES } else { 0 };
         (self.has(Feature::Pdcm) && !self.is_amd()).then_some(records | FREEZE_WHILE_SMM | counters)
     }
-}
 
-/// PLATFORM_INFO: the ratio of TSC to the 100 MHz bus clock, as the highest and as the lowest that the part runs at.
-fn platform_info() -> u64 {
-    let ratio = ((host_tsc_khz() + 50_000) / 100_000) & 0xff;
-    ratio << 8 | ratio << 40
+    /// PLATFORM_INFO: the ratio of TSC to the 100 MHz bus clock, as the highest and as the lowest that the part runs at.
+    fn platform_info(&self) -> u64 {
+        let ratio = ((self.tsc_khz() + 50_000) / 100_000) & 0xff;
+        ratio << 8 | ratio << 40
+    }
 }
 
 #[cfg(test)]

@@ -4,9 +4,11 @@
 use iced_x86::{Code, ConditionCode, Instruction, Mnemonic, OpKind};
 
 use crate::cpu::Cpu;
+use crate::decode::block::Block;
 use crate::exec::select::holds;
 use crate::flags::Flags;
 use crate::state::gpr;
+use crate::uop::Uop;
 
 /// What transfers control.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +50,13 @@ impl Kind {
         1 << self as u32
     }
 
+    /// Whether an instruction of the kind never falls through: all but conditional branches and INTO.
+    #[inline(always)]
+    pub const fn always_taken(self) -> bool {
+        const MAYBE: u32 = Kind::None.bit() | Kind::Conditional.bit() | Kind::Loop.bit() | Kind::SoftwareInterrupt.bit();
+        MAYBE & self.bit() == 0
+    }
+
     /// The kind of an instruction.
     pub fn of(insn: &Instruction) -> Kind {
         use Mnemonic::*;
@@ -82,12 +91,18 @@ fn is_relative(insn: &Instruction) -> bool {
     matches!(insn.op0_kind(), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64)
 }
 
-/// Whether a conditional branch to the next instruction was taken, which RIP does not tell. Jcc changes no flags and JrCXZ no count, and
-/// LOOPcc leaves the count that it decided on.
+/// Whether the branch at the end of `block` was taken, after which RIP is at the next instruction: not, unless that is its target. Jcc
+/// changes no flags and JrCXZ no count, and LOOPcc leaves the count that it decided on.
+pub fn taken_in_place(cpu: &Cpu, block: &Block) -> bool {
+    let branch = &block.uops[block.instructions as usize - 1];
+    let conditional = matches!(block.branch, Kind::Conditional | Kind::Loop);
+    conditional && branch.imm == branch.next_offset() && would_take(cpu, branch)
+}
+
 #[cold]
-pub fn taken_in_place(cpu: &Cpu, code: u16) -> bool {
+fn would_take(cpu: &Cpu, branch: &Uop) -> bool {
     use Code::*;
-    let Ok(code) = Code::try_from(usize::from(code)) else { return false };
+    let Ok(code) = Code::try_from(usize::from(branch.code)) else { return false };
     let count = match code {
         Jcxz_rel8_16 | Jcxz_rel8_32 | Loop_rel8_16_CX | Loop_rel8_32_CX | Loope_rel8_16_CX | Loope_rel8_32_CX | Loopne_rel8_16_CX
         | Loopne_rel8_32_CX => cpu.gpr(gpr::RCX) & 0xffff,

@@ -57,17 +57,10 @@ pub struct Lbr {
 
 impl Lbr {
     /// Takes note of a transfer that happened `now`, in core cycles.
-    #[inline]
+    #[inline(always)]
     pub fn record(&mut self, transfer: &Transfer, now: u64) {
-        if self.filtered(transfer) {
+        if self.select != 0 && self.keeps_off(transfer) {
             return;
-        }
-        if self.select & select::CALL_STACK != 0 {
-            match transfer.kind {
-                Kind::Return => return self.pop(),
-                Kind::ZeroCall => return,
-                _ => {}
-            }
         }
         self.tos = (self.tos + 1) % ENTRIES;
         self.from[self.tos] = transfer.from;
@@ -77,10 +70,17 @@ impl Lbr {
         self.updated = now;
     }
 
-    #[inline]
-    fn filtered(&self, transfer: &Transfer) -> bool {
+    /// Whether the filters keep a transfer off the stack; in call-stack mode returns take records away instead.
+    fn keeps_off(&mut self, transfer: &Transfer) -> bool {
         let ring = if transfer.after == 0 { select::CPL_0 } else { select::CPL_OTHER };
-        self.select & (ring | class(transfer.kind)) != 0
+        if self.select & (ring | class(transfer.kind)) != 0 {
+            return true;
+        }
+        let calls_only = self.select & select::CALL_STACK != 0;
+        if calls_only && transfer.kind == Kind::Return {
+            self.pop();
+        }
+        calls_only && matches!(transfer.kind, Kind::Return | Kind::ZeroCall)
     }
 
     /// A return takes the newest record away; on an empty stack it does nothing.

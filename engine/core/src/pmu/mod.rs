@@ -18,6 +18,7 @@ pub mod registers;
 pub mod tally;
 
 use crate::model::{Feature, Model};
+use branch::Kind;
 use counter::Counter;
 use lbr::{Lbr, Transfer};
 use log::BranchLog;
@@ -141,7 +142,7 @@ impl Pmu {
         self.recording = self.has_lbr && debugctl & debugctl::LBR != 0 && self.global_status & registers::status::LBR_FROZEN == 0;
         let counts = self.interrupt || self.counters.iter().any(|counter| !counter.stopped());
         let branches = self.recording || self.log.is_some() || self.counters.iter().any(Counter::follows_branches);
-        self.watched = u8::from(counts) * watch::COUNT | u8::from(branches) * watch::BRANCHES;
+        self.watched = if counts { watch::COUNT } else { 0 } + if branches { watch::BRANCHES } else { 0 };
         self.check_at = if counts { 0 } else { u64::MAX };
     }
 
@@ -226,21 +227,20 @@ impl Pmu {
         (room, exact)
     }
 
-    /// Notes a branch or an event's delivery; returns whether it was mispredicted.
-    #[inline]
-    pub fn retire(&mut self, transfer: &Transfer, next: u64, taken: bool) -> bool {
-        let wrong = self.predictor.mispredicts(transfer.kind, transfer.from, next, transfer.to, taken);
-        let stalled = self.tally.add(transfer.before, transfer.kind, taken, wrong);
-        self.check_at = self.check_at.saturating_sub(stalled);
+    /// Notes a branch or an event's delivery at privilege level `cpl`; returns whether it was mispredicted.
+    #[inline(always)]
+    pub fn retire(&mut self, kind: Kind, cpl: u8, from: u64, next: u64, to: u64, taken: bool) -> bool {
+        let wrong = self.predictor.mispredicts(kind, from, next, to, taken);
+        let stalled = self.tally.add(cpl, kind, taken, wrong);
+        if stalled != 0 {
+            self.check_at = self.check_at.saturating_sub(stalled);
+        }
         wrong
     }
 
-    /// Records a transfer that took place, when the core's instruction count is `now`; tells whether the host should read the log.
-    #[inline]
-    pub fn record(&mut self, transfer: &Transfer, now: u64, cr3: u64) -> bool {
-        if self.recording {
-            self.lbr.record(transfer, now.wrapping_add(self.tally.stalled()));
-        }
-        self.log.as_mut().is_some_and(|log| log.record(transfer, cr3))
+    /// Records a transfer that took place in the LBR stack, when the core's instruction count is `now`.
+    #[inline(always)]
+    pub fn record(&mut self, transfer: &Transfer, now: u64) {
+        self.lbr.record(transfer, now.wrapping_add(self.tally.stalled()));
     }
 }

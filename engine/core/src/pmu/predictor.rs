@@ -38,10 +38,12 @@ const fn place(address: u64, entries: usize) -> usize {
 
 impl Predictor {
     /// Learns from a branch at `from` with the next instruction at `next`, which went to `to`; tells whether it was mispredicted.
-    #[inline]
+    #[inline(always)]
     pub fn mispredicts(&mut self, kind: Kind, from: u64, next: u64, to: u64, taken: bool) -> bool {
+        if matches!(kind, Kind::Conditional | Kind::Loop) {
+            return self.direction(from, taken);
+        }
         match kind {
-            Kind::Conditional | Kind::Loop => self.direction(from, taken),
             Kind::IndirectJump => self.target(from, to),
             Kind::IndirectCall => {
                 self.push(next);
@@ -56,7 +58,7 @@ impl Predictor {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn direction(&mut self, from: u64, taken: bool) -> bool {
         let counter = &mut self.directions[place(from, DIRECTIONS)];
         let predicted = *counter > NOT_TAKEN;

@@ -214,11 +214,11 @@ impl Pmu {
             let rings = if on { rings(select & select::OS, select & select::USR) } else { 0 };
             self.counters[n].configure(Measure::selected(select, false), rings, select & select::INT != 0, &self.tally);
         }
-        for n in 0..self.fixed {
+        for (n, event) in FIXED_EVENTS.into_iter().enumerate().take(self.fixed) {
             let field = self.fixed_field(n);
             let on = enabled >> (32 + n) & 1 != 0;
             let rings = if on { rings(field & fixed::OS, field & fixed::USR) } else { 0 };
-            self.counters[GENERAL + n].configure(Measure::plain(FIXED_EVENTS[n]), rings, field & fixed::PMI != 0, &self.tally);
+            self.counters[GENERAL + n].configure(Measure::plain(event), rings, field & fixed::PMI != 0, &self.tally);
         }
     }
 
@@ -241,7 +241,8 @@ const _: () = assert!(AMD_COUNTERS <= GENERAL + FIXED);
 
 /// Privilege that a counter counts at.
 pub(super) fn rings(os: u64, user: u64) -> u8 {
-    u8::from(os != 0) * ring::KERNEL | u8::from(user != 0) * ring::USER
+    let [kernel, user] = [(os, ring::KERNEL), (user, ring::USER)].map(|(on, bit)| if on != 0 { bit } else { 0 });
+    kernel | user
 }
 
 /// `value`, unless it has bits outside `bits`.

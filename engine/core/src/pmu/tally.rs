@@ -44,14 +44,17 @@ pub struct Tally(pub [Totals; 2]);
 
 impl Tally {
     /// Adds a transfer of control from privilege level `cpl`; returns the cycles for which it makes the core stall.
-    #[inline]
+    #[inline(always)]
     pub fn add(&mut self, cpl: u8, kind: Kind, taken: bool, mispredicted: bool) -> u64 {
         let totals = &mut self.0[usize::from(cpl != 0)];
-        let outcome = usize::from(taken) * outcome::TAKEN | usize::from(mispredicted) * outcome::MISPREDICTED;
+        let outcome = usize::from(taken) + 2 * usize::from(mispredicted);
         totals.transfers[kind as usize][outcome] += 1;
+        if !mispredicted && kind != Kind::Loop {
+            return 0;
+        }
         let stalled = u64::from(mispredicted) * MISPREDICTED + u64::from(kind == Kind::Loop) * LOOP;
         totals.stalled += stalled;
-        totals.stalls += u64::from(stalled != 0);
+        totals.stalls += 1;
         stalled
     }
 

@@ -92,6 +92,15 @@ pub struct Control {
     reserved0: u32,
     pub guest_perf_global_ctrl: u64,
     pub host_perf_global_ctrl: u64,
+    /// Virtual time: the host's TSC at the entry.
+    pub virtual_tsc: u64,
+    /// Virtual time: where the generator behind RDRAND and RDSEED stands.
+    pub random: u64,
+    /// Virtual time: cycles of the host's TSC per retired instruction; zero is the real time.
+    pub tsc_rate: u32,
+    reserved1: u32,
+    /// AMD silicon that saves the next RIP: where an injected software interrupt, INT3 or INTO returns to (APM vol. 2, 15.20).
+    pub next_rip: u64,
 }
 
 impl Control {

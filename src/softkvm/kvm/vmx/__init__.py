@@ -3,5 +3,20 @@
 from softkvm.kvm.pmu.intel import INSTRUCTIONS as pmu_instructions
 from softkvm.kvm.pmu.intel import refresh as refresh_pmu
 from softkvm.kvm.vmx.exits import exit_memory_fault, exit_names, handle_unknown, handlers, next_rip
+from softkvm.kvm.vmx.soft_events import prepare_soft_event, soft_event_cut_short
 
-__all__ = ["exit_memory_fault", "exit_names", "handle_unknown", "handlers", "next_rip", "pmu_instructions", "refresh_pmu"]
+__all__ = [
+    "exit_memory_fault",
+    "exit_names",
+    "handle_unknown",
+    "handlers",
+    "next_rip",
+    "pmu_instructions",
+    "prepare_soft_event",
+    "refresh_pmu",
+    "soft_event_cut_short",
+    "soft_exception_type",
+]
+
+soft_exception_type = 6 << 8
+"""Interruption type of INT3 and INTO (SDM vol. 3, table 25-17)."""
