@@ -84,6 +84,9 @@ def cli() -> None:
 @click.option("--cores", type=click.IntRange(min=1), metavar="N", help="Cores of the host under all CPUs.  [default: as many as they want]")
 @click.option("--deterministic", type=click.IntRange(0, (1 << 64) - 1), metavar="SEED", help="Run the same way each time: see below.")
 @click.option("--kvm", multiple=True, metavar="NAME=VALUE", help="Module parameter of KVM, such as nrips=0.")
+@click.option(
+    "--with", "extras", multiple=True, metavar="PACKAGE|./FILE", help="Give the guest a Debian package, or a program as /root/FILE."
+)
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this wall time, with exit status 124.")
 @click.option("--stats", is_flag=False, flag_value="table", type=click.Choice(["table", "json"]), help="Print counters at the end.")
 @click.option("--json", is_flag=True, help="Print one JSON object about the run in place of the guest's output.")
@@ -107,6 +110,7 @@ def run(
     cores: int | None,
     deterministic: int | None,
     kvm: tuple[str, ...],
+    extras: tuple[str, ...],
     timeout: float | None,
     stats: StatsFormat | None,
     json: bool,
@@ -153,6 +157,7 @@ def run(
         stats=stats,
         json=json,
         command=command,
+        extras=extras,
         trace=trace,
         trace_file=trace_file,
         audit=audit,

@@ -19,6 +19,11 @@ REQ_STEAL_UPDATE = 1 << 6
 """Refresh the steal-time record."""
 REQ_UNHALT = 1 << 7
 """Leave HLT (`KVM_HC_KICK_CPU`)."""
+REQ_PMU = 1 << 16
+"""Program counters of the guest anew, and release unused ones."""
+REQ_PMI = 1 << 17
+"""Deliver the interrupt of a counter; after REQ_PMU."""
+REQ_PERF = REQ_PMU | REQ_PMI
 REQ_MSR_FILTER = 1 << 8
 """Apply the VM's MSR filter."""
 REQ_DIRTY_RING_FULL = 1 << 9
