@@ -36,5 +36,7 @@ REQ_GLOBAL_CLOCK_UPDATE = 1 << 20
 """Refresh this vCPU's kvmclock page, and a little later those of all."""
 REQ_EXIT = REQ_TRIPLE_FAULT | REQ_DIRTY_RING_FULL | REQ_IOAPIC_EOI_EXIT
 """What may lead to user space before anything else is done."""
+REQ_INTROSPECTION = 1 << 21
+"""The introspection tool has commands for the vCPU, or wants it paused."""
 REQ_CLOCK = REQ_CLOCK_UPDATE | REQ_MASTERCLOCK_UPDATE | REQ_GLOBAL_CLOCK_UPDATE | REQ_STEAL_UPDATE
 """All that `kvmclock.service()` handles."""
