@@ -13,6 +13,7 @@ from click.shell_completion import CompletionItem
 from softkvm.cli import output, status
 from softkvm.cli.errors import CliError
 from softkvm.cli.options import RunOptions, StatsFormat
+from softkvm.cli.vmi import vmi
 
 _WITH_SELFTEST = frozenset({"selftest", "memory", "cpu", "timeout", "stats"})
 """Parameters of `softkvm run` that mean something to the self-test's guest."""
@@ -240,6 +241,9 @@ def tsc(name: str | None, json: bool) -> int:
     from softkvm.cli import tsc as clocks
 
     return clocks.show(name, json)
+
+
+cli.add_command(vmi)
 
 
 @cli.command(short_help="Check what softkvm needs.")
