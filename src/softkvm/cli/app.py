@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence, Set
+from pathlib import Path
 
 import click
 import msgspec
@@ -12,6 +13,7 @@ from click.shell_completion import CompletionItem
 from softkvm.cli import output, status
 from softkvm.cli.errors import CliError
 from softkvm.cli.options import RunOptions, StatsFormat
+from softkvm.cli.vmi import vmi
 
 _WITH_SELFTEST = frozenset({"selftest", "memory", "cpu", "timeout", "stats"})
 """Parameters of `softkvm run` that mean something to the self-test's guest."""
@@ -83,6 +85,9 @@ def cli() -> None:
 @click.option("--cores", type=click.IntRange(min=1), metavar="N", help="Cores of the host under all CPUs.  [default: as many as they want]")
 @click.option("--deterministic", type=click.IntRange(0, (1 << 64) - 1), metavar="SEED", help="Run the same way each time: see below.")
 @click.option("--kvm", multiple=True, metavar="NAME=VALUE", help="Module parameter of KVM, such as nrips=0.")
+@click.option(
+    "--with", "extras", multiple=True, metavar="PACKAGE|./FILE", help="Give the guest a Debian package, or a program as /root/FILE."
+)
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this wall time, with exit status 124.")
 @click.option("--stats", is_flag=False, flag_value="table", type=click.Choice(["table", "json"]), help="Print counters at the end.")
 @click.option("--json", is_flag=True, help="Print one JSON object about the run in place of the guest's output.")
@@ -107,6 +112,7 @@ def run(
     cores: int | None,
     deterministic: int | None,
     kvm: tuple[str, ...],
+    extras: tuple[str, ...],
     timeout: float | None,
     stats: StatsFormat | None,
     json: bool,
@@ -158,6 +164,7 @@ def run(
         stats=stats,
         json=json,
         command=command,
+        extras=extras,
         trace=trace,
         trace_file=trace_file,
         audit=audit,
@@ -236,6 +243,9 @@ def tsc(name: str | None, json: bool) -> int:
     return clocks.show(name, json)
 
 
+cli.add_command(vmi)
+
+
 @cli.command(short_help="Check what softkvm needs.")
 @click.option("--json", is_flag=True, help="Print a JSON list.")
 def doctor(json: bool) -> int:
@@ -249,6 +259,26 @@ def doctor(json: bool) -> int:
         rows = [(finding.requirement, finding.state.value, finding.found, finding.remedy) for finding in findings]
         output.table("softkvm doctor", ("requirement", "state", "found", "remedy"), rows, on_stdout=True)
     return int(any(finding.state is checks.State.MISSING for finding in findings))
+
+
+@cli.group(short_help="Work with logs of KVM calls.")
+def audit() -> None:
+    """Work with the logs that `softkvm run --audit FILE` writes."""
+
+
+@audit.command(short_help="Make the calls of a log again.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=_complete_cpu)
+@click.option("--kvm", multiple=True, metavar="NAME=VALUE", help="Module parameter of KVM, such as nrips=0.")
+@click.option("--json", is_flag=True, help="Print a JSON object.")
+def replay(file: Path, cpu: str, kvm: tuple[str, ...], json: bool) -> int:
+    """Make the calls that FILE has recorded on a new KVM, and tell which of them give another result (exit status 1).
+
+    The guest does not run: its memory is not in the log.
+    """
+    from softkvm.cli import replay as runner
+
+    return runner.run(file, cpu, kvm, json)
 
 
 @cli.command(short_help="Print the version.")

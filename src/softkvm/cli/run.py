@@ -68,7 +68,7 @@ def _prepare(options: RunOptions, progress: Callable[[str], None]) -> guest.Gues
         raise CliError(f"there is no kernel {kernel}; give a bzImage file or one of {', '.join(guest.KERNELS)}")
     if initrd is not None and not initrd.is_file():
         raise CliError(f"there is no initial RAM disk {initrd}")
-    return guest.prepare(kernel, initrd, options.command, progress)
+    return guest.prepare(kernel, initrd, options.command, options.extras, progress)
 
 
 def _processors(options: RunOptions) -> str:

@@ -25,6 +25,9 @@ from softkvm.kvm.request import (
     REQ_IOAPIC_EOI_EXIT,
     REQ_MSR_FILTER,
     REQ_NMI,
+    REQ_PERF,
+    REQ_PMI,
+    REQ_PMU,
     REQ_TLB_FLUSH,
     REQ_TRIPLE_FAULT,
 )
@@ -211,6 +214,8 @@ def _service_requests(vcpu: Vcpu) -> int:
     if requests & REQ_TLB_FLUSH:
         vcpu.control.tlb_control = 1
         vcpu.flush_requested = True
+    if requests & REQ_PERF:
+        requests |= _service_perf(vcpu, requests)
     if requests & REQ_NMI:
         _process_nmi(vcpu)
     if requests & (REQ_EVENT | REQ_NMI):
@@ -219,6 +224,15 @@ def _service_requests(vcpu: Vcpu) -> int:
             return 1
         events.inject_pending(vcpu, _wants_window(vcpu))
     return 1
+
+
+def _service_perf(vcpu: Vcpu, requests: int) -> int:
+    """The virtual PMU's requests; what its interrupt asks for is served with them."""
+    if requests & REQ_PMU:
+        vcpu.pmu.handle_event()
+    if requests & REQ_PMI:
+        vcpu.pmu.deliver_pmi()
+    return vcpu.take_requests()
 
 
 def _exit_request(vcpu: Vcpu) -> int | None:

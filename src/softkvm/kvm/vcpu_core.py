@@ -18,7 +18,7 @@ from softkvm import silicon
 from softkvm.host import balance, static_call
 from softkvm.host.sched import Cpu
 from softkvm.host.task import TIF_NEED_RESCHED, TIF_SIGPENDING, Task
-from softkvm.kvm import events, virtual_time, watch
+from softkvm.kvm import events, tsc, virtual_time, watch
 from softkvm.kvm.dirty_ring import DirtyRing
 from softkvm.kvm.guest_debug import DebugRegisters
 from softkvm.kvm.ioctl import KvmFile
@@ -121,7 +121,9 @@ class VcpuCore(KvmFile):
         """Whether the vCPU has been on a core, after which its CPUID and feature MSRs are fixed."""
         self._on_core = OnCore(None, {}, {})
         self._enter_lock = threading.Lock()
+        self._tsc_catchup = False
         self._core_enter: Callable[[], int] = self._not_loaded
+        self._guard: Callable[[Callable[[], int]], int] | None = None
         self.enter: Callable[[], int] = self._not_loaded
         """Runs the guest until it exits: the core itself, or `kvm/watch.py` around it."""
         self.armed: int | None = _NOT_ARMED
@@ -139,6 +141,8 @@ class VcpuCore(KvmFile):
         """KVM's own counters, by the names of the kernel's binary statistics (`halt_exits`, `signal_exits`, ...)."""
         self.instructions_skipped = 0
         """Instructions that KVM has retired in the guest's place; the silicon counts those that it has executed itself."""
+        self.retired: Callable[[], None] | None = None
+        """Called for each of them while a counter of the guest wants to know."""
         self.exit_counts = dict.fromkeys(self.handlers, 0)
         """VM exits by the vendor's exit reason."""
 
@@ -263,6 +267,22 @@ class VcpuCore(KvmFile):
         if task is not None:
             task.set_flag(TIF_NEED_RESCHED)
 
+    def call(self, function: Callable[[], object]) -> bool:
+        """Run `function` here, if this thread has the vCPU or nobody does."""
+        if not self.ioctl_lock.acquire(blocking=False):
+            return False
+        try:
+            function()
+        finally:
+            self.ioctl_lock.release()
+        return True
+
+    def interrupt_guest(self, function: Callable[[], None]) -> None:
+        """Let the thread that is in KVM_RUN call `function` before it next enters the guest."""
+        task = self.task
+        if task is not None:
+            task.add_work(function)
+
     def schedule(self) -> None:
         """Let others have the core; returns when the vCPU is on one again."""
         self.vm.scheduler.schedule(self)
@@ -273,7 +293,23 @@ class VcpuCore(KvmFile):
             self._choose_enter()
 
     def _choose_enter(self) -> None:
-        self.enter = partial(watch.enter, self, self._core_enter) if watch.wanted() else self._core_enter
+        enter = self._core_enter
+        if self._tsc_catchup:
+            enter = partial(tsc.enter_catching_up, self, enter)
+        if self._guard is not None:
+            enter = partial(self._guard, enter)
+        self.enter = partial(watch.enter, self, enter) if watch.wanted() else enter
+
+    def set_tsc_catchup(self, on: bool) -> None:
+        """Whether the TSC must be looked after at every exit."""
+        self._tsc_catchup = on
+        self.update_static_calls()
+
+    def guard_entry(self, guard: Callable[[Callable[[], int]], int] | None) -> None:
+        """Let `guard` look at something right before each entry, which it then makes; None for nothing to look at."""
+        with self._enter_lock:
+            self._guard = guard
+            self._choose_enter()
 
     def update_static_calls(self) -> None:
         """A hook was turned on or off: the next entry takes the way that it wants."""

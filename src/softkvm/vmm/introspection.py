@@ -8,6 +8,7 @@ that listens.
 from __future__ import annotations
 
 import logging
+import os
 import select
 import socket
 import threading
@@ -68,7 +69,7 @@ class Introspection:
             number(kvmi.Hook(fd=peer.fileno()), allow_all=True)
             if self.reply_timeout is not None:
                 self._vm.set_introspection_timeout(self.reply_timeout)
-            self._watched = peer.dup()
+            self._watched = socket.socket(fileno=os.dup(peer.fileno()))  # peer.dup() would carry its time-out to KVM's end
 
     def _forget_who_left(self) -> None:
         """A tool that has gone leaves its place to the next one."""
