@@ -138,4 +138,4 @@ class Session:
         mmu.track.node = None
         self.set_breakpoints(frozenset())
         for vcpu in self.vcpus:
-            vcpu.post(partial(intercepts.restore, vcpu))
+            vcpu.must_do(partial(intercepts.restore, vcpu))

@@ -67,6 +67,10 @@ class VcpuIntrospection:
         """Have a command done; Broken if too many wait."""
         if self._jobs.qsize() >= MAX_JOBS:
             raise Broken(f"more than {MAX_JOBS} commands wait for vCPU {self.index}")
+        self.must_do(job)
+
+    def must_do(self, job: Job) -> None:
+        """Have something done behind all that waits."""
         self._jobs.put(job)
         if self.waiting is None:
             self.vcpu.make_request(REQ_INTROSPECTION)
