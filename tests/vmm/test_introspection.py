@@ -105,7 +105,7 @@ def test_tool_that_listens_gets_the_vm(boot: Boot, listener: Listener, tmp_path:
     machine = boot(HALT)
     with peer_of(machine, tmp_path / "tool", f",dialect={dialect}"):
         peer, hello = listener.accept(answer(extra=b"what a later version adds"))
-        assert (hello.name.decode(), bytes(hello.uuid)) == (NAME, ID.bytes)
+        assert (bytes(hello.name), bytes(hello.uuid)) == (NAME.encode(), ID.bytes)
         assert hello.struct_size == (104 if dialect == "v12" else 96)
         assert ask(peer, version)[:12] == struct.pack("<iII", 0, 0, 1)
         peer.close()

@@ -6,6 +6,7 @@ here; `KVMI_FUZZ=1000000 pytest -m slow tests/kvm_guests/introspection/test_host
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import socket
@@ -39,7 +40,7 @@ class Mutator:
         chosen = self.random.choice(INTERESTING) if self.random.random() < 0.7 else self.random.getrandbits(8 * size)
         return (chosen & (1 << 8 * size) - 1).to_bytes(size, "little")
 
-    def structure(self, layout: type[kvmi.Structure] | None) -> bytes:
+    def structure(self, layout: type[ctypes.Structure] | None) -> bytes:
         if layout is None:
             return b""
         data = bytearray(layout())
