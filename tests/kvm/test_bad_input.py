@@ -18,7 +18,7 @@ from softkvm import silicon
 from softkvm.kvm import System, Vcpu, Vm, dispatch
 from softkvm.kvm.ioctl import Argument, KvmFile
 from softkvm.uapi import kvm as uapi
-from softkvm.uapi import series
+from softkvm.uapi import kvmi, series
 from tests.kvm.conftest import ready
 
 OK = 0
@@ -46,7 +46,13 @@ PLAUSIBLE = {
 
 def known_names() -> dict[int, str]:
     names = {value: name for name, value in vars(uapi).items() if name.startswith("KVM_") and isinstance(value, int)}
-    return names | {series.KVM_GET_TSC_OFFSET: "KVM_GET_TSC_OFFSET", series.KVM_SET_TSC_OFFSET: "KVM_SET_TSC_OFFSET"}
+    of_series = {series.KVM_GET_TSC_OFFSET: "KVM_GET_TSC_OFFSET", series.KVM_SET_TSC_OFFSET: "KVM_SET_TSC_OFFSET"}
+    introspection = {
+        getattr(dialect.ioctls, operation): f"KVM_INTROSPECTION_{operation.upper()}"
+        for dialect in kvmi.DIALECTS.values()
+        for operation in ("hook", "unhook", "command", "event", "preunhook")
+    }
+    return introspection | names | of_series
 
 
 NAMES = known_names()
@@ -70,6 +76,8 @@ IGNORED = {
     ("vm", "KVM_CREATE_IRQCHIP"): (errno.EINVAL, errno.EEXIST),
     ("vm", "KVM_RESET_DIRTY_RINGS"): (errno.EINVAL, errno.EINVAL),
     ("vm", "KVM_GET_TSC_KHZ"): (OK, OK),
+    ("vm", "KVM_INTROSPECTION_UNHOOK"): (OK, OK),
+    ("vm", "KVM_INTROSPECTION_PREUNHOOK"): (errno.EFAULT, errno.EFAULT),
     ("vcpu", "KVM_NMI"): (OK, OK),
     ("vcpu", "KVM_GET_TSC_KHZ"): (OK, OK),
     ("vcpu", "KVM_KVMCLOCK_CTRL"): (errno.EINVAL, errno.EINVAL),
@@ -105,6 +113,10 @@ STRUCTURES: dict[tuple[str, str], tuple[int, int]] = {
     ("vm", "KVM_SET_IRQCHIP"): (errno.ENXIO, errno.EINVAL),
     ("vm", "KVM_ENABLE_CAP"): (errno.EINVAL, errno.EINVAL),
     ("vm", "KVM_X86_SET_MSR_FILTER"): (errno.EINVAL, errno.EINVAL),
+    ("vm", "KVM_INTROSPECTION_HOOK"): (errno.EINVAL, errno.EINVAL),
+    ("vm", "KVM_INTROSPECTION_COMMAND"): (errno.EINVAL, errno.EINVAL),
+    ("vm", "KVM_INTROSPECTION_EVENT"): (errno.EINVAL, errno.EINVAL),
+    ("vm", "KVM_SET_TSC_OFFSET"): (errno.EINVAL, errno.EINVAL),  # v9's KVM_INTROSPECTION_EVENT: the number is of both series
     ("vcpu", "KVM_INTERRUPT"): (errno.EINVAL, errno.EINVAL),
     ("vcpu", "KVM_SET_SIGNAL_MASK"): (errno.EFAULT, errno.EFAULT),
     ("vcpu", "KVM_SET_MP_STATE"): (errno.EINVAL, errno.EINVAL),
