@@ -15,7 +15,7 @@ from softkvm.cli.options import RunOptions, StatsFormat
 
 _WITH_SELFTEST = frozenset({"selftest", "memory", "cpu", "timeout", "stats"})
 """Parameters of `softkvm run` that mean something to the self-test's guest."""
-_HARDWARE = frozenset({"kernel", "initrd", "append", "memory", "cpus", "cpu", "kvm", "deterministic"})
+_HARDWARE = frozenset({"kernel", "initrd", "append", "memory", "cpus", "cpu", "kvm", "deterministic", "tsc_khz"})
 """Those that say what to build and boot."""
 
 
@@ -92,6 +92,7 @@ def cli() -> None:
 @click.option("--ioctl-filter", metavar="FILE", help="Allow only the KVM calls that FILE (JSON) does.")
 @click.option("--name", metavar="NAME", help="What `softkvm list` and others call this VM.  [default: the process id]")
 @click.option("--restore", metavar="FILE", help="Go on from a snapshot (`softkvm snapshot`) in place of a boot.")
+@click.option("--tsc-khz", type=int, metavar="KHZ", help="Rate of the guest's TSC.  [default: the host's]", show_default=False)
 @click.option("--selftest", is_flag=True, help="Check this installation with a small built-in guest.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- CMD...]")
 @click.pass_context
@@ -115,6 +116,7 @@ def run(
     ioctl_filter: str | None,
     name: str | None,
     restore: str | None,
+    tsc_khz: int | None,
     selftest: bool,
     command: tuple[str, ...],
 ) -> int:
@@ -158,6 +160,7 @@ def run(
         ioctl_filter=ioctl_filter,
         name=name,
         restore=restore,
+        tsc_khz=tsc_khz,
     )
     return runner.run(options)
 
