@@ -5,6 +5,8 @@ Source of truth for the order of ioctls: Linux 6.1 `Documentation/virt/kvm/api.r
 
 from __future__ import annotations
 
+import errno
+
 from softkvm import kvm
 from softkvm.host.clock import Clock, VirtualClock
 from softkvm.uapi import kvm as uapi
@@ -86,3 +88,12 @@ def make_vcpu(system: kvm.System, vm: kvm.Vm, index: int, settings: Hardware) ->
     boot_cpu.wire_lapic(lapic, boot_cpu=index == 0)
     vcpu.set_lapic(lapic)
     return vcpu
+
+
+def tell_of_pause(vcpu: kvm.Vcpu) -> None:
+    """A vCPU has stood still: a guest with kvmclock is told, so that its watchdogs stay quiet."""
+    try:
+        vcpu.kvmclock_ctrl()
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # it has no kvmclock
+            raise

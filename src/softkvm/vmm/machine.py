@@ -6,7 +6,6 @@ methods that stand for its ioctls (Linux 6.1 `Documentation/virt/kvm/api.rst`).
 
 from __future__ import annotations
 
-import errno
 import re
 import socket
 import threading
@@ -271,7 +270,7 @@ class Machine:
         with self._gate:
             if self._paused:
                 for vcpu in self._vcpus:
-                    _tell_of_pause(vcpu)
+                    assembly.tell_of_pause(vcpu)
                 self._paused = False
                 if self._inside_run:
                     self._crew.resume()
@@ -405,14 +404,6 @@ class Machine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
-
-
-def _tell_of_pause(vcpu: kvm.Vcpu) -> None:
-    try:
-        vcpu.kvmclock_ctrl()
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # it has no kvmclock
-            raise
 
 
 def _discard(data: bytes) -> None:
