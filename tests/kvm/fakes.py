@@ -15,6 +15,7 @@ from softkvm.kvm.irqchip.routing import Routing
 from softkvm.kvm.kvmclock import PvClock, VmClock
 from softkvm.kvm.msr import MsrState
 from softkvm.kvm.request import REQ_NMI
+from softkvm.kvm.smm import SmmState
 from softkvm.kvm.tsc import VcpuTsc, VmTsc
 from softkvm.silicon.control import ControlBlock
 from softkvm.uapi.kvm import CpuidEntry2
@@ -138,6 +139,7 @@ class FakeVcpu:
         self.mp_state = 0
         self.userspace_irq = -1
         self.pending_ioapic_eoi = 0
+        self.smm = SmmState()
         self.has_run = False
         self.mmap_area = memoryview(bytearray(12288))
         self.requests = 0

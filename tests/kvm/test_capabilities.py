@@ -16,7 +16,7 @@ from softkvm.uapi import kvm as uapi
         (uapi.KVM_CAP_X2APIC_API, 3),
         (uapi.KVM_CAP_SYNC_REGS, 7),
         (uapi.KVM_CAP_REINJECT_CONTROL, 1),
-        (uapi.KVM_CAP_X86_SMM, 0),
+        (uapi.KVM_CAP_X86_SMM, 1),
         (1 << 31, 0),
     ],
 )

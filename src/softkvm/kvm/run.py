@@ -24,6 +24,7 @@ from softkvm.kvm.request import (
     REQ_IOAPIC_EOI_EXIT,
     REQ_MSR_FILTER,
     REQ_NMI,
+    REQ_SMI,
     REQ_TLB_FLUSH,
     REQ_TRIPLE_FAULT,
 )
@@ -115,7 +116,7 @@ def _save_to_user(vcpu: Vcpu) -> None:
     area, lapic = vcpu.mmap_area, vcpu.lapic
     cr8 = vcpu.state.cr8 if lapic is None else lapic.cr8
     ready = vcpu.vm.irqchip is not None or _ready_for_injection(vcpu)
-    _save(area, _SAVED, ready, vcpu.state.rflags >> 9 & 1, 0, cr8, vcpu.apic_base)
+    _save(area, _SAVED, ready, vcpu.state.rflags >> 9 & 1, vcpu.smm.active, cr8, vcpu.apic_base)
     if valid := vcpu.mmap_words[_VALID_REGS]:
         _store_regs(vcpu, valid)
 
@@ -206,7 +207,9 @@ def _service_requests(vcpu: Vcpu) -> int:
         vcpu.flush_requested = True
     if requests & REQ_NMI:
         _process_nmi(vcpu)
-    if requests & (REQ_EVENT | REQ_NMI):
+    if requests & REQ_SMI:
+        vcpu.smm.pending = True
+    if requests & (REQ_EVENT | REQ_NMI | REQ_SMI):
         reset.accept_events(vcpu)
         if vcpu.mp_state != RUNNABLE:
             return 1
@@ -303,6 +306,8 @@ def runnable(vcpu: Vcpu) -> bool:
         return True
     if vcpu.mp_state != HALTED:
         return False
+    if (vcpu.requests & REQ_SMI or vcpu.smm.pending) and not vcpu.smm.active:
+        return True
     queue = vcpu.events
     if queue.exception_pending or (lapic is not None and lapic.pv_unhalted):
         return True

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from softkvm.kvm.irqchip.routing import Routing
     from softkvm.kvm.kvmclock import PvClock, VmClock
     from softkvm.kvm.msr import MsrState
+    from softkvm.kvm.smm import SmmState
     from softkvm.kvm.tsc import VcpuTsc, VmTsc
     from softkvm.silicon.control import Control, State
 
@@ -177,6 +178,10 @@ class Vcpu(Protocol):
     @property
     def pvclock(self) -> PvClock:
         """Shared clock pages and steal time."""
+
+    @property
+    def smm(self) -> SmmState:
+        """System management mode."""
 
     @property
     def model(self) -> Model:

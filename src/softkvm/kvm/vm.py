@@ -15,7 +15,6 @@ from softkvm.host import task
 from softkvm.host.clock import Clock
 from softkvm.kvm import capabilities, svm, tsc_status, vmx
 from softkvm.kvm.coalesced import Coalesced
-from softkvm.kvm.dirty_log import VmDirtyLog
 from softkvm.kvm.eventfd import EventFds
 from softkvm.kvm.iobus import IoBus
 from softkvm.kvm.ioctl import fields, ioctl, pointed_u64, returns, returns_first_u32, takes, takes_array, value
@@ -30,6 +29,7 @@ from softkvm.kvm.tsc_status import TscStatus
 from softkvm.kvm.vcpu import Vcpu
 from softkvm.kvm.vendor import Vendor
 from softkvm.kvm.virtual_time import ExitTrace
+from softkvm.kvm.vm_memory import VmMemory
 from softkvm.kvm.vm_options import VmOptions
 from softkvm.uapi import kvm as uapi
 
@@ -41,7 +41,7 @@ _PAGE = 4096
 _MAXPHYADDR_LEAF = 0x8000_0008
 
 
-class Vm(VmDirtyLog, VmOptions):
+class Vm(VmMemory, VmOptions):
     """One virtual machine; a context manager that closes it."""
 
     unknown_ioctl = errno.ENOTTY
@@ -58,11 +58,13 @@ class Vm(VmDirtyLog, VmOptions):
         self.vendor = _VENDORS[self.model.vendor]
         self.clock = clock
         self.lock = threading.RLock()
-        self.mmu = Mmu(self.lock, 1 << (self.model.cpuid(_MAXPHYADDR_LEAF, 0)[0] & 0xFF))
+        max_gpa = 1 << (self.model.cpuid(_MAXPHYADDR_LEAF, 0)[0] & 0xFF)
+        self.mmu, self.smm_mmu = Mmu(self.lock, max_gpa), Mmu(self.lock, max_gpa, address_space=1)
+        """Memory of the guest, and of a vCPU in system management mode."""
         self.memory = self.mmu
         self.vcpus: list[Vcpu] = []
         self.init_options()
-        self.mmu.push_dirty = self._push_dirty
+        self.mmu.push_dirty = self.smm_mmu.push_dirty = self._push_dirty
         self.boot_cpu_id = 0
         self.pio_bus, self.mmio_bus = IoBus(self.lock), IoBus(self.lock)
         self.routing = Routing(self)
@@ -139,11 +141,6 @@ class Vm(VmDirtyLog, VmOptions):
             self.enable_option(cap.cap, cap.args[0])
 
     # --- Memory ---------------------------------------------------------------------------------------------------------------------
-
-    @ioctl(uapi.KVM_SET_USER_MEMORY_REGION, takes(uapi.UserspaceMemoryRegion))
-    def set_user_memory_region(self, region: uapi.UserspaceMemoryRegion) -> None:
-        """KVM_SET_USER_MEMORY_REGION; OSError EINVAL for a bad slot, EEXIST for an overlap."""
-        self.mmu.set_region(region)
 
     @ioctl(uapi.KVM_SET_TSS_ADDR, value)
     def set_tss_addr(self, address: int) -> None:

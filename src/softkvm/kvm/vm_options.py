@@ -31,6 +31,7 @@ class VmOptions(KvmFile):
     vcpus: list[Vcpu]
     irqchip: Irqchip | None
     mmu: Mmu
+    smm_mmu: Mmu
 
     def init_options(self) -> None:
         """Linux's defaults."""
@@ -95,13 +96,13 @@ class VmOptions(KvmFile):
         enable, initially_set = uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, uapi.KVM_DIRTY_LOG_INITIALLY_SET
         if mode & ~((enable | initially_set) if mode & enable else enable):
             raise OSError(errno.EINVAL, "no such mode")
-        self.mmu.manual_protect = mode
+        self.mmu.manual_protect = self.smm_mmu.manual_protect = mode
 
     def _enable_dirty_ring(self, size: int) -> None:
         dirty_ring.check_size(size)
         if self.mmu.ring_size or self.vcpus:
             raise OSError(errno.EINVAL, "there are rings, or vCPUs without")
-        self.mmu.ring_size = size
+        self.mmu.ring_size = self.smm_mmu.ring_size = size
 
 
 _DISABLE_EXITS = (
