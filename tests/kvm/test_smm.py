@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from softkvm import kvm
@@ -11,7 +13,7 @@ from tests.kvm.conftest import ready
 
 
 @pytest.fixture(params=["64-bit", "32-bit"])
-def vcpu(request: pytest.FixtureRequest, vm: Vm, system: System) -> Vcpu:
+def vcpu(request: pytest.FixtureRequest, vm: Vm, system: System) -> Iterator[Vcpu]:
     """A vCPU in protected mode, with long mode in its CPUID or not, and with a value of its own in every register."""
     memory = kvm.allocate_memory(1 << 20)
     vm.set_user_memory_region(uapi.UserspaceMemoryRegion(slot=1 << 16, memory_size=memory.size, userspace_addr=memory.address))
@@ -34,7 +36,8 @@ def vcpu(request: pytest.FixtureRequest, vm: Vm, system: System) -> Vcpu:
     names = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi")
     vcpu.set_regs(uapi.Regs(rip=0x1234, rflags=0x202, **{name: 0x100 + number for number, name in enumerate(names)}))
     vcpu.set_debugregs(uapi.Debugregs(dr6=0xFFFF_0FF1, dr7=0x400))
-    return vcpu
+    yield vcpu
+    assert memory.size  # it had to live until here
 
 
 def test_rsm_undoes_an_smi(vcpu: Vcpu) -> None:
