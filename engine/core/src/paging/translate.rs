@@ -4,9 +4,9 @@ use core::mem::size_of;
 
 use super::walk::{walk, Mapping, WalkError};
 use super::{tlb, AccessKind, Privilege};
-use crate::cpu::Cpu;
+use crate::cpu::{pending, Cpu};
 use crate::fault::vector;
-use crate::memory::nested::right;
+use crate::memory::nested::{right, Leaf};
 use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
 use crate::state::seg;
 use crate::uop::{flag, Exec, Uop};
@@ -385,13 +385,12 @@ impl Cpu {
             let vector = if segment == seg::SS { vector::SS } else { vector::GP };
             return Err(self.raise_error(vector, 0));
         }
-        let mapping = self.map(la, kind, privilege)?;
+        let (mapping, leaf) = self.map(la, kind, privilege)?;
         let needed = match kind {
             AccessKind::Read => right::READ,
             AccessKind::Write => right::WRITE,
             AccessKind::Fetch => right::EXECUTE,
         };
-        let leaf = self.npt.lookup(mapping.gpa);
         let Some(leaf) = leaf.filter(|leaf| leaf.rights & needed != 0) else {
             if self.control.emulate != 0 && kind != AccessKind::Fetch {
                 return Ok(Target::Device(mapping.gpa));
@@ -403,8 +402,12 @@ impl Cpu {
         Ok(Target::Ram(host as *mut u8))
     }
 
-    fn map(&mut self, la: u64, kind: AccessKind, privilege: Privilege) -> Exec<Mapping> {
-        let found = walk(&self.paging, &self.npt.tree(), la, privilege, kind);
+    /// The guest's mapping of `la`, and the hypervisor's of where that is.
+    fn map(&mut self, la: u64, kind: AccessKind, privilege: Privilege) -> Exec<(Mapping, Option<Leaf>)> {
+        let found = {
+            let tree = self.npt.tree();
+            walk(&self.paging, &tree, la, privilege, kind).map(|mapping| (mapping, tree.lookup(mapping.gpa)))
+        };
         self.walks += 1;
         found.map_err(|error| match error {
             WalkError::Guest(code) => self.raise_page_fault(la, code),
@@ -418,7 +421,7 @@ impl Cpu {
     fn fill_tlb(&mut self, la: u64, host: u64, rights: u8, mapping: &Mapping, privilege: Privilege) {
         let allows = |kind| mapping.allows(&self.paging, privilege, kind);
         let checked = || self.npt.code.contains(host & !PAGE_OFFSET);
-        let watched = self.breakpoints.watch_page(la);
+        let watched = self.pending & pending::BREAKPOINTS != 0 && self.breakpoints.watch_page(la);
         let fill = tlb::Fill {
             la,
             host,
