@@ -4,9 +4,12 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use pyo3::exceptions::PyRuntimeError;
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 use softkvm_engine::cpu::signal::Signal;
+use softkvm_engine::pmu::log::Filter;
+use softkvm_engine::pmu::registers::Refused;
 use softkvm_engine::virt::entry::Core as Silicon;
 
 use crate::block::ControlBlock;
@@ -106,6 +109,35 @@ impl Core {
         })
     }
 
+    /// Reads an MSR of the core's PMU, LBR stack or LVTPC as the host does; ValueError if there is none of this number. Waits while the
+    /// core runs.
+    fn pmu_read(&self, py: Python<'_>, index: u32) -> PyResult<u64> {
+        self.with_silicon(py, |silicon| silicon.pmu_read(index)).map_err(|Refused| PyValueError::new_err(format!("no MSR {index:#x}")))
+    }
+
+    /// Writes one as the host does; ValueError if there is none or it does not take `value`. Waits while the core runs.
+    fn pmu_write(&self, py: Python<'_>, index: u32, value: u64) -> PyResult<()> {
+        let outcome = self.with_silicon(py, |silicon| silicon.pmu_write(index, value));
+        outcome.map_err(|Refused| PyValueError::new_err(format!("MSR {index:#x} does not take {value:#x}")))
+    }
+
+    /// Starts a log of at most `capacity` taken branches from `rings` (1 kernel, 2 user, 3 both) and addresses `low` to `high`, both
+    /// included; one that was on is dropped. Waits while the core runs.
+    fn branch_log_start(&self, py: Python<'_>, capacity: usize, rings: u8, low: u64, high: u64) {
+        self.with_silicon(py, |silicon| silicon.branch_log_start(capacity, Filter { rings, low, high }));
+    }
+
+    /// Takes the records out of the branch log. Waits while the core runs.
+    fn branch_log_read<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        let records = self.with_silicon(py, Silicon::branch_log_read);
+        PyBytes::new(py, &records)
+    }
+
+    /// Ends the branch log and drops what nobody read. Waits while the core runs.
+    fn branch_log_stop(&self, py: Python<'_>) {
+        self.with_silicon(py, Silicon::branch_log_stop);
+    }
+
     /// Everything that the core counts, by name. Waits while the core runs.
     fn counters(&self, py: Python<'_>) -> BTreeMap<&'static str, u64> {
         py.detach(|| self.lock().counters().into_iter().collect())
@@ -113,6 +145,14 @@ impl Core {
 }
 
 impl Core {
+    /// Calls `act` with the core that does not run, at once if it does not.
+    fn with_silicon<T: Send>(&self, py: Python<'_>, act: impl FnOnce(&mut Silicon) -> T + Send) -> T {
+        match self.silicon.try_lock() {
+            Ok(mut silicon) => act(&mut silicon),
+            Err(_) => py.detach(|| act(&mut self.lock())),
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Silicon> {
         self.silicon.lock().unwrap_or_else(PoisonError::into_inner)
     }
