@@ -18,7 +18,7 @@ from softkvm import silicon
 from softkvm.host import balance, static_call
 from softkvm.host.sched import Cpu
 from softkvm.host.task import TIF_NEED_RESCHED, TIF_SIGPENDING, Task
-from softkvm.kvm import events, virtual_time, watch
+from softkvm.kvm import events, tsc, virtual_time, watch
 from softkvm.kvm.dirty_ring import DirtyRing
 from softkvm.kvm.guest_debug import DebugRegisters
 from softkvm.kvm.ioctl import KvmFile
@@ -119,6 +119,7 @@ class VcpuCore(KvmFile):
         """Whether the vCPU has been on a core, after which its CPUID and feature MSRs are fixed."""
         self._on_core = OnCore(None, {}, {})
         self._enter_lock = threading.Lock()
+        self._tsc_catchup = False
         self._core_enter: Callable[[], int] = self._not_loaded
         self.enter: Callable[[], int] = self._not_loaded
         """Runs the guest until it exits: the core itself, or `kvm/watch.py` around it."""
@@ -271,7 +272,13 @@ class VcpuCore(KvmFile):
             self._choose_enter()
 
     def _choose_enter(self) -> None:
-        self.enter = partial(watch.enter, self, self._core_enter) if watch.wanted() else self._core_enter
+        enter = self._core_enter if not self._tsc_catchup else partial(tsc.enter_catching_up, self, self._core_enter)
+        self.enter = partial(watch.enter, self, enter) if watch.wanted() else enter
+
+    def set_tsc_catchup(self, on: bool) -> None:
+        """Whether the TSC must be looked after at every exit."""
+        self._tsc_catchup = on
+        self.update_static_calls()
 
     def update_static_calls(self) -> None:
         """A hook was turned on or off: the next entry takes the way that it wants."""
