@@ -170,6 +170,7 @@ impl Cpu {
                 return Ok(());
             }
         } else {
+            self.check_canonical(segment, la.wrapping_add(W::BYTES - 1))?;
             self.target(segment, la, AccessKind::Write, self.privilege())?;
             self.target(segment, (la | PAGE_OFFSET).wrapping_add(1), AccessKind::Write, self.privilege())?;
         }
@@ -201,8 +202,9 @@ impl Cpu {
             return Ok(());
         }
         let privilege = self.privilege();
-        self.target(segment, la, AccessKind::Write, privilege)?;
         let last = la.wrapping_add(bytes - 1);
+        self.check_canonical(segment, last)?;
+        self.target(segment, la, AccessKind::Write, privilege)?;
         if (la ^ last) & !PAGE_OFFSET != 0 {
             self.target(segment, last & !PAGE_OFFSET, AccessKind::Write, privilege)?;
         }
@@ -295,6 +297,7 @@ impl Cpu {
         let buffer = unsafe { core::slice::from_raw_parts_mut((&raw mut value).cast::<u8>(), bytes) };
         let first = bytes.min((PAGE_SIZE - (la & PAGE_OFFSET)) as usize);
         let (low, high) = buffer.split_at_mut(first);
+        self.check_canonical(segment, la.wrapping_add(bytes as u64 - 1))?;
         let low_target = self.target(segment, la, AccessKind::Read, privilege)?;
         if !high.is_empty() {
             let target = self.target(segment, la.wrapping_add(first as u64), AccessKind::Read, privilege)?;
@@ -319,6 +322,7 @@ impl Cpu {
         let buffer = unsafe { core::slice::from_raw_parts((&raw const value).cast::<u8>(), bytes) };
         let first = bytes.min((PAGE_SIZE - (la & PAGE_OFFSET)) as usize);
         let (low, high) = buffer.split_at(first);
+        self.check_canonical(segment, la.wrapping_add(bytes as u64 - 1))?;
         let low_target = self.target(segment, la, AccessKind::Write, privilege)?;
         if !high.is_empty() {
             let next = la.wrapping_add(first as u64);
@@ -379,12 +383,19 @@ impl Cpu {
         }
     }
 
-    /// Translates one page-bounded access, or raises what stands in its way.
-    fn target(&mut self, segment: usize, la: u64, kind: AccessKind, privilege: Privilege) -> Exec<Target> {
+    /// Raises #SS or #GP for an address that is not canonical. An access that crosses a page asks for its last byte first: its whole
+    /// address range is checked before any of it is translated (SDM vol. 1, 3.3.7.1).
+    fn check_canonical(&mut self, segment: usize, la: u64) -> Exec {
         if self.long_mode() && !self.canonical(la) {
             let vector = if segment == seg::SS { vector::SS } else { vector::GP };
             return Err(self.raise_error(vector, 0));
         }
+        Ok(())
+    }
+
+    /// Translates one page-bounded access, or raises what stands in its way.
+    fn target(&mut self, segment: usize, la: u64, kind: AccessKind, privilege: Privilege) -> Exec<Target> {
+        self.check_canonical(segment, la)?;
         let (mapping, leaf) = self.map(la, kind, privilege)?;
         let needed = match kind {
             AccessKind::Read => right::READ,
