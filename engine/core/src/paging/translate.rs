@@ -4,7 +4,7 @@ use core::mem::size_of;
 
 use super::walk::{walk, Mapping, WalkError};
 use super::{tlb, AccessKind, Privilege};
-use crate::cpu::Cpu;
+use crate::cpu::{pending, Cpu};
 use crate::fault::vector;
 use crate::memory::nested::right;
 use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
@@ -406,6 +406,9 @@ impl Cpu {
     fn map(&mut self, la: u64, kind: AccessKind, privilege: Privilege) -> Exec<Mapping> {
         let found = walk(&self.paging, &self.npt.tree(), la, privilege, kind);
         self.walks += 1;
+        if self.pending & pending::WATCHED != 0 {
+            self.pmu.walk(kind, found.is_ok());
+        }
         found.map_err(|error| match error {
             WalkError::Guest(code) => self.raise_page_fault(la, code),
             WalkError::Nested { gpa, write } => {
