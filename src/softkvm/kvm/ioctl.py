@@ -115,8 +115,8 @@ class KvmFile:
         self.fd = process.install(self)
 
     def __init_subclass__(cls) -> None:
-        own = (member.operation for member in vars(cls).values() if hasattr(member, "operation"))
-        cls.operations = {**cls.operations, **dict(own)}
+        members = (member for base in reversed(cls.__mro__) for member in vars(base).values())
+        cls.operations = dict(member.operation for member in members if hasattr(member, "operation"))
 
     # --- The other system calls -----------------------------------------------------------------------------------------------------
 
@@ -172,6 +172,8 @@ class KvmFile:
 def dispatch(file: KvmFile, number: int, argument: Argument = 0) -> int | KvmFile:
     """ioctl(2): call `number` (low 32 bits count) on `file`; returns its value (for a create call the new file), or raises OSError."""
     operation = file.operations.get(number & _U32)
+    if file.closed:
+        return _refuse(file, number, argument, OSError(errno.EBADF, "the file is closed"))
     if operation is None:
         return _refuse(file, number, argument, OSError(file.unknown_ioctl, f"no ioctl {number & _U32:#x} on this file"))
     try:

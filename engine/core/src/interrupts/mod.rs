@@ -133,20 +133,33 @@ impl Cpu {
         let Some(kind) = Kind::from_info(info) else {
             return Err(self.exit(code::INVALID_STATE, 0));
         };
-        let skip = if kind.by_instruction() { instruction_length } else { 0 };
         let event = Event {
             vector: info as u8,
             kind,
             error: (info & 1 << 11 != 0).then_some(error),
             payload: 0,
-            return_rip: self.rip_at(skip.into()),
+            return_rip: self.injected_return(info as u8, kind, instruction_length),
             flags: self.rflags(),
         };
-        self.deliver(event, false)?;
+        let delivered = self.deliver(event, false);
+        if delivered.is_err() && kind.by_instruction() && !self.model.is_amd() {
+            self.exit.instruction_length = instruction_length; // as the entry was told (SDM vol. 3, 28.2.5)
+        }
+        delivered?;
         if kind == Kind::Nmi {
             self.state.interruptibility |= interruptibility::NMI;
         }
         Ok(())
+    }
+
+    /// Where an injected event returns to: on Intel silicon behind the instruction whose length the hypervisor gives (SDM vol. 3, 26.6.1),
+    /// on AMD's at the next RIP of the control block, or where that is not saved at RIP itself, which the hypervisor has moved.
+    fn injected_return(&self, vector: u8, kind: Kind, instruction_length: u32) -> u64 {
+        if self.model.is_amd() {
+            let soft = kind == Kind::Software || kind == Kind::Exception && matches!(vector, vector::BP | vector::OF);
+            return if soft && self.model.saves_next_rip() { self.control.next_rip } else { self.rip() };
+        }
+        self.rip_at(if kind.by_instruction() { instruction_length.into() } else { 0 })
     }
 
     /// The event of an exception that the current instruction raised.
