@@ -121,6 +121,7 @@ class Core:
         self.timer = 0
         self.entries = 0
         self.injected: list[int] = []
+        self.pmu: dict[int, int] = {}
         self.identity_mapped = True
         Core.cores.append(self)
 
@@ -157,6 +158,12 @@ class Core:
 
     def counters(self) -> dict[str, int]:
         return {"entries": self.entries}
+
+    def pmu_read(self, index: int) -> int:
+        return self.pmu.get(index, 0)
+
+    def pmu_write(self, index: int, value: int) -> None:
+        self.pmu[index] = value
 
 
 def model_names() -> list[str]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import threading
+from typing import Any, cast
 
 from softkvm.host.clock import VirtualClock
+from softkvm.host.perf.core import Perf
 from softkvm.kvm import cpuid
 from softkvm.kvm.iobus import IoBus
 from softkvm.kvm.irqchip import Irqchip
@@ -13,7 +15,9 @@ from softkvm.kvm.irqchip.lapic import Lapic
 from softkvm.kvm.irqchip.pit import Pit
 from softkvm.kvm.irqchip.routing import Routing
 from softkvm.kvm.kvmclock import PvClock, VmClock
+from softkvm.kvm.lbr import GuestLbr
 from softkvm.kvm.msr import MsrState
+from softkvm.kvm.pmu.vpmu import VirtualPmu
 from softkvm.kvm.request import REQ_NMI
 from softkvm.kvm.tsc import VcpuTsc, VmTsc
 from softkvm.silicon.control import ControlBlock
@@ -87,7 +91,10 @@ class FakeMemory:
 
 
 class FakeScheduler:
-    """Whoever tells how long a thread has waited for a processor."""
+    """Whoever tells how long a thread has waited for a processor, and has the host's perf."""
+
+    def __init__(self, model: FakeModel) -> None:
+        self.perf = Perf(cast(Any, model))
 
     def run_delay(self) -> int:
         return 0
@@ -109,7 +116,8 @@ class FakeVm:
         self.irqchip: Irqchip | None = None
         self.tsc = VmTsc(self.clock, self.model.vendor, scaling)
         self.kvmclock = VmClock(self)
-        self.scheduler = FakeScheduler()
+        self.scheduler = FakeScheduler(self.model)
+        self.perf_capabilities = 0
         if irqchip:
             self.irqchip = Irqchip(self)
         self.pit = Pit(self, speaker=True) if pit else None
@@ -145,6 +153,8 @@ class FakeVcpu:
         self.msrs = MsrState(self)
         self.tsc = VcpuTsc(self)
         self.pvclock = PvClock(self)
+        self.pmu = VirtualPmu(cast(Any, self))
+        self.lbr = GuestLbr(cast(Any, self))
         self.lapic: Lapic | None = Lapic(self) if lapic else None
         vm.vcpus.append(self)
         self.tsc.synchronize(0)

@@ -13,6 +13,7 @@ from click.shell_completion import CompletionItem
 from softkvm.cli import output, status
 from softkvm.cli.errors import CliError
 from softkvm.cli.options import RunOptions, StatsFormat
+from softkvm.cli.vmi import vmi
 
 _WITH_SELFTEST = frozenset({"selftest", "memory", "cpu", "timeout", "stats"})
 """Parameters of `softkvm run` that mean something to the self-test's guest."""
@@ -84,6 +85,9 @@ def cli() -> None:
 @click.option("--cores", type=click.IntRange(min=1), metavar="N", help="Cores of the host under all CPUs.  [default: as many as they want]")
 @click.option("--deterministic", type=click.IntRange(0, (1 << 64) - 1), metavar="SEED", help="Run the same way each time: see below.")
 @click.option("--kvm", multiple=True, metavar="NAME=VALUE", help="Module parameter of KVM, such as nrips=0.")
+@click.option(
+    "--with", "extras", multiple=True, metavar="PACKAGE|./FILE", help="Give the guest a Debian package, or a program as /root/FILE."
+)
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this wall time, with exit status 124.")
 @click.option("--stats", is_flag=False, flag_value="table", type=click.Choice(["table", "json"]), help="Print counters at the end.")
 @click.option("--json", is_flag=True, help="Print one JSON object about the run in place of the guest's output.")
@@ -91,6 +95,7 @@ def cli() -> None:
 @click.option("--trace-file", metavar="FILE", help="Where events go.  [default: standard error]")
 @click.option("--audit", metavar="FILE", help="Append a JSON line for every KVM call to FILE.")
 @click.option("--ioctl-filter", metavar="FILE", help="Allow only the KVM calls that FILE (JSON) does.")
+@click.option("--introspection", metavar="SOCKET[,OPTION=VALUE...]", help="Let the KVMI tool that listens there look inside: see below.")
 @click.option("--name", metavar="NAME", help="What `softkvm list` and others call this VM.  [default: the process id]")
 @click.option("--restore", metavar="FILE", help="Go on from a snapshot (`softkvm snapshot`) in place of a boot.")
 @click.option("--selftest", is_flag=True, help="Check this installation with a small built-in guest.")
@@ -107,6 +112,7 @@ def run(
     cores: int | None,
     deterministic: int | None,
     kvm: tuple[str, ...],
+    extras: tuple[str, ...],
     timeout: float | None,
     stats: StatsFormat | None,
     json: bool,
@@ -114,6 +120,7 @@ def run(
     trace_file: str | None,
     audit: str | None,
     ioctl_filter: str | None,
+    introspection: str | None,
     name: str | None,
     restore: str | None,
     selftest: bool,
@@ -127,6 +134,10 @@ def run(
     With --deterministic, time is virtual, random numbers come from SEED, and so does the order in which the CPUs take turns: the same
     command line with the same input and SEED repeats the run to the last instruction, and --stats tells by which marks. The input of a
     command or a piped shell is read when the guest asks for it; what is typed on a terminal is not repeatable.
+
+    With --introspection, the guest is open to a security tool that speaks KVMI (libkvmi, LibVMI, HVMI or `softkvm vmi`): the tool listens
+    on SOCKET, a path or vsock:CID:PORT, softkvm connects, and again when the tool has left. Options: dialect=v9, libkvmi or v12 (default:
+    by the tool's first message), key=SECRET which the tool must know, reply-timeout=S for its answers, reconnect=S between attempts.
     """
     if "help" in trace:
         return _list_events()
@@ -153,10 +164,12 @@ def run(
         stats=stats,
         json=json,
         command=command,
+        extras=extras,
         trace=trace,
         trace_file=trace_file,
         audit=audit,
         ioctl_filter=ioctl_filter,
+        introspection=introspection,
         name=name,
         restore=restore,
     )
@@ -228,6 +241,9 @@ def tsc(name: str | None, json: bool) -> int:
     from softkvm.cli import tsc as clocks
 
     return clocks.show(name, json)
+
+
+cli.add_command(vmi)
 
 
 @cli.command(short_help="Check what softkvm needs.")

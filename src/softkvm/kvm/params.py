@@ -18,6 +18,8 @@ class Parameters:
 
     nrips: bool = True
     """kvm_amd.nrips: step over an instruction by the next RIP that the silicon saves, rather than by decoding it."""
+    enable_pmu: bool = True
+    """kvm.enable_pmu: guests may have performance counters."""
     force_emulation_prefix: bool = True
     """kvm.force_emulation_prefix: an instruction behind the bytes of `ud2` and "kvm" goes to KVM's emulator. Linux has it off."""
 
