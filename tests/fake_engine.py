@@ -76,7 +76,7 @@ class Model:
     def __init__(self, name: str, features: dict[str, bool] | None = None) -> None:
         self.name = name
         self.vendor = "amd" if name == "epyc" else "intel"
-        optional = {"nrip-save": self.vendor == "amd"} | (features or {})
+        optional = dict.fromkeys(("nrip-save", "tsc-scale"), self.vendor == "amd") | (features or {})
         self.features = [feature for feature, on in optional.items() if on]
 
     def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:

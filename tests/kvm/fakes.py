@@ -103,7 +103,7 @@ class FakeScheduler:
 class FakeVm:
     """A VM; `vcpus` are added by `FakeVcpu`."""
 
-    def __init__(self, vendor: str = "intel", irqchip: bool = True, pit: bool = False) -> None:
+    def __init__(self, vendor: str = "intel", irqchip: bool = True, pit: bool = False, scaling: bool = True) -> None:
         self.clock = VirtualClock()
         self.lock = threading.RLock()
         self.model = FakeModel(vendor)
@@ -114,7 +114,7 @@ class FakeVm:
         self.pio_bus, self.mmio_bus = IoBus(self.lock), IoBus(self.lock)
         self.routing = Routing(self)
         self.irqchip: Irqchip | None = None
-        self.tsc = VmTsc(self.clock, self.model.vendor)
+        self.tsc = VmTsc(self.clock, self.model.vendor, scaling)
         self.kvmclock = VmClock(self)
         self.scheduler = FakeScheduler(self.model)
         self.perf_capabilities = 0
@@ -182,6 +182,9 @@ class FakeVcpu:
 
     def wake(self) -> None:
         """Nobody sleeps."""
+
+    def set_tsc_catchup(self, on: bool) -> None:
+        """There are no exits."""
 
     def kick_guest(self) -> None:
         """Nobody runs."""

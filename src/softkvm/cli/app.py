@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence, Set
+from pathlib import Path
 
 import click
 import msgspec
@@ -247,6 +248,26 @@ def doctor(json: bool) -> int:
         rows = [(finding.requirement, finding.state.value, finding.found, finding.remedy) for finding in findings]
         output.table("softkvm doctor", ("requirement", "state", "found", "remedy"), rows, on_stdout=True)
     return int(any(finding.state is checks.State.MISSING for finding in findings))
+
+
+@cli.group(short_help="Work with logs of KVM calls.")
+def audit() -> None:
+    """Work with the logs that `softkvm run --audit FILE` writes."""
+
+
+@audit.command(short_help="Make the calls of a log again.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=_complete_cpu)
+@click.option("--kvm", multiple=True, metavar="NAME=VALUE", help="Module parameter of KVM, such as nrips=0.")
+@click.option("--json", is_flag=True, help="Print a JSON object.")
+def replay(file: Path, cpu: str, kvm: tuple[str, ...], json: bool) -> int:
+    """Make the calls that FILE has recorded on a new KVM, and tell which of them give another result (exit status 1).
+
+    The guest does not run: its memory is not in the log.
+    """
+    from softkvm.cli import replay as runner
+
+    return runner.run(file, cpu, kvm, json)
 
 
 @cli.command(short_help="Print the version.")

@@ -105,6 +105,11 @@ _VALUES = {
 }
 
 
-def check(cap: int) -> int:
-    """The capability's value, 0 if KVM does not have it."""
+_TSC_CONTROL = frozenset({uapi.KVM_CAP_TSC_CONTROL, uapi.KVM_CAP_VM_TSC_CONTROL})
+
+
+def check(cap: int, tsc_control: bool) -> int:
+    """The capability's value, 0 if KVM does not have it; `tsc_control` says whether the silicon scales TSCs."""
+    if cap in _TSC_CONTROL and not tsc_control:
+        return 0
     return _VALUES.get(cap, 0)

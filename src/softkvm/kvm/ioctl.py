@@ -174,6 +174,8 @@ class KvmFile:
 def dispatch(file: KvmFile, number: int, argument: Argument = 0) -> int | KvmFile:
     """ioctl(2): call `number` (low 32 bits count) on `file`; returns its value (for a create call the new file), or raises OSError."""
     operation = file.operations.get(number & _U32)
+    if file.closed:
+        return _refuse(file, number, argument, OSError(errno.EBADF, "the file is closed"))
     if operation is None:
         return _refuse(file, number, argument, OSError(file.unknown_ioctl, f"no ioctl {number & _U32:#x} on this file"))
     try:

@@ -23,6 +23,11 @@ class Parameters:
     force_emulation_prefix: bool = True
     """kvm.force_emulation_prefix: an instruction behind the bytes of `ud2` and "kvm" goes to KVM's emulator. Linux has it off."""
 
+    tsc_scaling: bool = True
+    """kvm_amd.tsc_scaling: give vCPUs other TSC rates than the host's by the silicon's ratio; here on Intel's silicon too."""
+    kvmclock_periodic_sync: bool = True
+    """kvm.kvmclock_periodic_sync: refresh all kvmclock pages every five minutes."""
+
     @classmethod
     def parse(cls, settings: Iterable[str]) -> Parameters:
         """Parameters from texts such as `nrips=0`, the last of a name counting; ValueError, one sentence, for what is none."""

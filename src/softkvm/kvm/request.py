@@ -32,7 +32,9 @@ REQ_IOAPIC_EOI_EXIT = 1 << 10
 """Tell user space's IOAPIC of the end of an interrupt."""
 REQ_SMI = 1 << 11
 """A system management interrupt has arrived."""
+REQ_GLOBAL_CLOCK_UPDATE = 1 << 20
+"""Refresh this vCPU's kvmclock page, and a little later those of all."""
 REQ_EXIT = REQ_TRIPLE_FAULT | REQ_DIRTY_RING_FULL | REQ_IOAPIC_EOI_EXIT
 """What may lead to user space before anything else is done."""
-REQ_CLOCK = REQ_CLOCK_UPDATE | REQ_MASTERCLOCK_UPDATE | REQ_STEAL_UPDATE
+REQ_CLOCK = REQ_CLOCK_UPDATE | REQ_MASTERCLOCK_UPDATE | REQ_GLOBAL_CLOCK_UPDATE | REQ_STEAL_UPDATE
 """All that `kvmclock.service()` handles."""

@@ -209,5 +209,8 @@ class Vcpu(Protocol):
     def wake(self) -> None:
         """End a HLT block."""
 
+    def set_tsc_catchup(self, on: bool) -> None:
+        """Whether the TSC must be looked after at every exit."""
+
     def kick_guest(self) -> None:
         """Leave guest mode soon, to look at requests."""

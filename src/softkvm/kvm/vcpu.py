@@ -35,7 +35,7 @@ from softkvm.kvm.irqchip.lapic import Lapic
 from softkvm.kvm.kvmclock import MSR_ENABLED, PvClock
 from softkvm.kvm.lbr import GuestLbr
 from softkvm.kvm.pmu.vpmu import VirtualPmu
-from softkvm.kvm.request import REQ_EVENT, REQ_STEAL_UPDATE
+from softkvm.kvm.request import REQ_EVENT, REQ_GLOBAL_CLOCK_UPDATE, REQ_STEAL_UPDATE
 from softkvm.kvm.tsc import VcpuTsc
 from softkvm.kvm.vcpu_core import NO_INTERRUPT, VcpuCore
 from softkvm.kvm.vendor import Handler, setup_controls
@@ -95,6 +95,8 @@ class Vcpu(VcpuCore):
 
     def sched_in(self, cpu: Cpu) -> None:
         """On a core now, after a time off it."""
+        if not self.vm.kvmclock.use_master_clock and (cpu.index != self.cpu_index or not self.has_run):
+            self.make_request(REQ_GLOBAL_CLOCK_UPDATE)
         super().sched_in(cpu)
         self.account_steal_time()
         self.lbr.sched_in()

@@ -18,7 +18,7 @@ from softkvm import silicon
 from softkvm.host import balance, static_call
 from softkvm.host.sched import Cpu
 from softkvm.host.task import TIF_NEED_RESCHED, TIF_SIGPENDING, Task
-from softkvm.kvm import events, virtual_time, watch
+from softkvm.kvm import events, tsc, virtual_time, watch
 from softkvm.kvm.dirty_ring import DirtyRing
 from softkvm.kvm.guest_debug import DebugRegisters
 from softkvm.kvm.ioctl import KvmFile
@@ -119,6 +119,7 @@ class VcpuCore(KvmFile):
         """Whether the vCPU has been on a core, after which its CPUID and feature MSRs are fixed."""
         self._on_core = OnCore(None, {}, {})
         self._enter_lock = threading.Lock()
+        self._tsc_catchup = False
         self._core_enter: Callable[[], int] = self._not_loaded
         self._guard: Callable[[Callable[[], int]], int] | None = None
         self.enter: Callable[[], int] = self._not_loaded
@@ -290,7 +291,7 @@ class VcpuCore(KvmFile):
             self._choose_enter()
 
     def _choose_enter(self) -> None:
-        enter = self._core_enter
+        enter = self._core_enter if not self._tsc_catchup else partial(tsc.enter_catching_up, self, self._core_enter)
         if self._guard is not None:
             enter = partial(self._guard, enter)
         self.enter = partial(watch.enter, self, enter) if watch.wanted() else enter
@@ -300,6 +301,11 @@ class VcpuCore(KvmFile):
         with self._enter_lock:
             self._guard = guard
             self._choose_enter()
+
+    def set_tsc_catchup(self, on: bool) -> None:
+        """Whether the TSC must be looked after at every exit."""
+        self._tsc_catchup = on
+        self.update_static_calls()
 
     def update_static_calls(self) -> None:
         """A hook was turned on or off: the next entry takes the way that it wants."""

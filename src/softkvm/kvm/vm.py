@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from softkvm.host import mm, task
 from softkvm.host.clock import Clock
-from softkvm.kvm import capabilities, lbr, svm, tsc_status, vmx
+from softkvm.kvm import capabilities, lbr, svm, tsc, tsc_status, vmx
 from softkvm.kvm.coalesced import Coalesced
 from softkvm.kvm.dirty_log import VmDirtyLog
 from softkvm.kvm.eventfd import EventFds
@@ -71,7 +71,7 @@ class Vm(VmDirtyLog, VmOptions):
         self.routing = Routing(self)
         self.irqchip: Irqchip | None = None
         self.pit: Pit | None = None
-        self.tsc = VmTsc(clock, self.model.vendor)
+        self.tsc = VmTsc(clock, self.model.vendor, tsc.has_control(self.model, self.parameters))
         self.kvmclock = VmClock(self)
         self.eventfds = EventFds(self)
         self.coalesced = Coalesced(self)
@@ -104,6 +104,7 @@ class Vm(VmDirtyLog, VmOptions):
             vcpu.close()
         if self.pit is not None:
             self.pit.close()
+        self.kvmclock.close()
         self.eventfds.close()
 
     def _push_dirty(self, slot: int, page: int) -> None:
@@ -126,7 +127,7 @@ class Vm(VmDirtyLog, VmOptions):
     @ioctl(uapi.KVM_CHECK_EXTENSION, value)
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION: 0 if the capability is absent."""
-        return capabilities.check(cap)
+        return capabilities.check(cap, self.tsc.scaling)
 
     @ioctl(uapi.KVM_ENABLE_CAP, takes(uapi.EnableCap))
     def enable_cap(self, cap: uapi.EnableCap) -> None:
@@ -351,4 +352,6 @@ class Vm(VmDirtyLog, VmOptions):
             vcpu = Vcpu(self, vcpu_id)
             self.vcpus = [*self.vcpus, vcpu]
         vcpu.tsc.synchronize(0)
+        if vcpu is self.vcpus[0] and self.parameters.kvmclock_periodic_sync:
+            self.kvmclock.start_periodic_sync()
         return vcpu
