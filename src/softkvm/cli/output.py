@@ -34,6 +34,11 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield status.update
 
 
+def print_json(data: bytes) -> None:
+    """A command's result for programs, on standard output."""
+    sys.stdout.write(data.decode() + "\n")
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, on_stdout: bool = False) -> None:
     """Print a table; `on_stdout` for a command whose result it is."""
     from rich import box

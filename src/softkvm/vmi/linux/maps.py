@@ -41,9 +41,13 @@ def maps(kernel: Kernel, task: Struct) -> list[Area]:
     memory = task.follow("mm")
     if memory is None:
         return []
-    areas = _listed(memory) if memory.has("mmap") else _maple_tree(kernel, memory.inside("mm_mt"))
-    described = [_describe(kernel, memory, area) for area, _ in zip(areas, range(_MOST_AREAS), strict=False)]
-    return sorted(described, key=lambda area: area.start)
+    return sorted((_describe(kernel, memory, area) for area in areas(kernel, memory)), key=lambda area: area.start)
+
+
+def areas(kernel: Kernel, memory: Struct) -> Iterator[Struct]:
+    """The `vm_area_struct` of each area of an `mm_struct`, in no order; no more than a process can have."""
+    found = _listed(memory) if memory.has("mmap") else _maple_tree(kernel, memory.inside("mm_mt"))
+    return (area for area, _ in zip(found, range(_MOST_AREAS), strict=False))
 
 
 def _listed(memory: Struct) -> Iterator[Struct]:
