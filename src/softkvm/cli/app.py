@@ -16,6 +16,7 @@ from click.shell_completion import CompletionItem
 from softkvm.cli import output, status
 from softkvm.cli.errors import CliError
 from softkvm.cli.options import RunOptions, StatsFormat
+from softkvm.cli.vmi import vmi
 
 _WITH_SELFTEST = frozenset({"selftest", "memory", "cpu", "timeout", "stats"})
 """Parameters of `softkvm run` that mean something to the self-test's guest."""
@@ -97,6 +98,7 @@ def cli() -> None:
 @click.option("--trace-file", metavar="FILE", help="Where events go.  [default: standard error]")
 @click.option("--audit", metavar="FILE", help="Append a JSON line for every KVM call to FILE.")
 @click.option("--ioctl-filter", metavar="FILE", help="Allow only the KVM calls that FILE (JSON) does.")
+@click.option("--introspection", metavar="SOCKET[,OPTION=VALUE...]", help="Let the KVMI tool that listens there look inside: see below.")
 @click.option("--name", metavar="NAME", help="What `softkvm list` and others call this VM.  [default: the process id]")
 @click.option("--restore", metavar="FILE", help="Go on from a snapshot (`softkvm snapshot`) in place of a boot.")
 @click.option("--selftest", is_flag=True, help="Check this installation with a small built-in guest.")
@@ -121,6 +123,7 @@ def run(
     trace_file: str | None,
     audit: str | None,
     ioctl_filter: str | None,
+    introspection: str | None,
     name: str | None,
     restore: str | None,
     selftest: bool,
@@ -134,6 +137,10 @@ def run(
     With --deterministic, time is virtual, random numbers come from SEED, and so does the order in which the CPUs take turns: the same
     command line with the same input and SEED repeats the run to the last instruction, and --stats tells by which marks. The input of a
     command or a piped shell is read when the guest asks for it; what is typed on a terminal is not repeatable.
+
+    With --introspection, the guest is open to a security tool that speaks KVMI (libkvmi, LibVMI, HVMI or `softkvm vmi`): the tool listens
+    on SOCKET, a path or vsock:CID:PORT, softkvm connects, and again when the tool has left. Options: dialect=v9, libkvmi or v12 (default:
+    by the tool's first message), key=SECRET which the tool must know, reply-timeout=S for its answers, reconnect=S between attempts.
     """
     if "help" in trace:
         return _list_events()
@@ -165,6 +172,7 @@ def run(
         trace_file=trace_file,
         audit=audit,
         ioctl_filter=ioctl_filter,
+        introspection=introspection,
         name=name,
         restore=restore,
     )
@@ -236,6 +244,9 @@ def tsc(name: str | None, json: bool) -> int:
     from softkvm.cli import tsc as clocks
 
     return clocks.show(name, json)
+
+
+cli.add_command(vmi)
 
 
 @cli.command(short_help="Check what softkvm needs.")

@@ -34,6 +34,7 @@ class RunOptions:
     name: str | None = None
     restore: str | None = None
     deterministic: int | None = None
+    introspection: str | None = None
 
     def check(self) -> None:
         """Raise CliError, one sentence, for options that contradict each other."""

@@ -7,7 +7,7 @@ from ctypes import sizeof
 from softkvm.kvm import dirty_ring, mce
 from softkvm.kvm.memslots import USER_MEM_SLOTS
 from softkvm.uapi import kvm as uapi
-from softkvm.uapi import series
+from softkvm.uapi import kvmi, series
 
 MAX_VCPUS = 1024
 MAX_VCPU_IDS = 4096
@@ -71,6 +71,7 @@ _PRESENT = (
     uapi.KVM_CAP_SET_GUEST_DEBUG,
     uapi.KVM_CAP_X86_ROBUST_SINGLESTEP,
     series.KVM_CAP_TSC_OFFSET,
+    kvmi.V9.ioctls.capability,
 )
 
 _VALUES = {

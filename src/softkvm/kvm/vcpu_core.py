@@ -22,9 +22,10 @@ from softkvm.kvm import events, tsc, virtual_time, watch
 from softkvm.kvm.dirty_ring import DirtyRing
 from softkvm.kvm.guest_debug import DebugRegisters
 from softkvm.kvm.ioctl import KvmFile
+from softkvm.kvm.mmu import Fault
 from softkvm.kvm.request import REQ_NMI, REQ_TRIPLE_FAULT
 from softkvm.kvm.vendor import INTERCEPTS
-from softkvm.silicon.control import State
+from softkvm.silicon.control import Intercept, State
 from softkvm.uapi import kvm as uapi
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class VcpuCore(KvmFile):
         self.intercepts = INTERCEPTS
         """`Control.intercepts` without the windows."""
         self.windows = 0
+        self.hardware_view = memoryview(vmcb.hardware)
         self.guest_debug = 0
         """KVM_GUESTDBG_*, 0 without a debugger in user space."""
         self.debug_registers: State | DebugRegisters = self.state
@@ -291,21 +293,23 @@ class VcpuCore(KvmFile):
             self._choose_enter()
 
     def _choose_enter(self) -> None:
-        enter = self._core_enter if not self._tsc_catchup else partial(tsc.enter_catching_up, self, self._core_enter)
+        enter = self._core_enter
+        if self._tsc_catchup:
+            enter = partial(tsc.enter_catching_up, self, enter)
         if self._guard is not None:
             enter = partial(self._guard, enter)
         self.enter = partial(watch.enter, self, enter) if watch.wanted() else enter
+
+    def set_tsc_catchup(self, on: bool) -> None:
+        """Whether the TSC must be looked after at every exit."""
+        self._tsc_catchup = on
+        self.update_static_calls()
 
     def guard_entry(self, guard: Callable[[Callable[[], int]], int] | None) -> None:
         """Let `guard` look at something right before each entry, which it then makes; None for nothing to look at."""
         with self._enter_lock:
             self._guard = guard
             self._choose_enter()
-
-    def set_tsc_catchup(self, on: bool) -> None:
-        """Whether the TSC must be looked after at every exit."""
-        self._tsc_catchup = on
-        self.update_static_calls()
 
     def update_static_calls(self) -> None:
         """A hook was turned on or off: the next entry takes the way that it wants."""
@@ -360,6 +364,11 @@ class VcpuCore(KvmFile):
             self.windows = windows
             self.control.intercepts = self.intercepts | windows
 
+    def set_intercept(self, intercept: Intercept, wanted: bool) -> None:
+        """Exit for one more condition, or no longer."""
+        self.intercepts = self.intercepts | 1 << intercept if wanted else self.intercepts & ~(1 << intercept)
+        self.control.intercepts = self.intercepts | self.windows
+
     def exit_to_user(self, reason: int, finish: Callable[[Self], int] | None = None) -> int:
         """Leave KVM_RUN with an exit reason; `finish` runs at the start of the next KVM_RUN, its result is that of an exit handler."""
         self.kvm_run.exit_reason = reason
@@ -376,4 +385,10 @@ class VcpuCore(KvmFile):
         """Guest-virtual to guest-physical as the guest's paging has it now, on the loaded core; `access` as for `Core.translate`."""
         if self.cpu is None:
             return self._not_loaded()
-        return self.cpu.core.translate(self._hardware, self.vm.mmu.npt, gva, access)
+        mmu = self.vm.mmu
+        while True:
+            try:
+                return self.cpu.core.translate(self._hardware, mmu.npt, gva, access)
+            except LookupError as missing:  # the guest has not walked its table there yet
+                if mmu.fault(missing.args[0], False) is not Fault.FIXED:
+                    return None

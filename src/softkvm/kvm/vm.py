@@ -17,6 +17,7 @@ from softkvm.kvm import capabilities, lbr, svm, tsc, tsc_status, vmx
 from softkvm.kvm.coalesced import Coalesced
 from softkvm.kvm.dirty_log import VmDirtyLog
 from softkvm.kvm.eventfd import EventFds
+from softkvm.kvm.introspection.ioctls import IntrospectionIoctls
 from softkvm.kvm.iobus import IoBus
 from softkvm.kvm.ioctl import fields, ioctl, pointed_u64, returns, returns_first_u32, takes, takes_array, takes_pmu_event_filter, value
 from softkvm.kvm.irqchip import Irqchip
@@ -44,7 +45,7 @@ _PAGE = 4096
 _MAXPHYADDR_LEAF = 0x8000_0008
 
 
-class Vm(VmDirtyLog, VmOptions):
+class Vm(VmDirtyLog, VmOptions, IntrospectionIoctls):
     """One virtual machine; a context manager that closes it."""
 
     unknown_ioctl = errno.ENOTTY
@@ -61,6 +62,7 @@ class Vm(VmDirtyLog, VmOptions):
         self.vendor = _VENDORS[self.model.vendor]
         self.clock = clock
         self.lock = threading.RLock()
+        self._hook_lock = threading.Lock()
         self.mmu = Mmu(self.lock, 1 << (self.model.cpuid(_MAXPHYADDR_LEAF, 0)[0] & 0xFF))
         self.memory = self.mmu
         self.vcpus: list[Vcpu] = []
@@ -99,6 +101,7 @@ class Vm(VmDirtyLog, VmOptions):
         if self.closed:
             return
         self.closed = True
+        self._unhook()
         for vcpu in self.vcpus:
             vcpu.kick()
             vcpu.close()
@@ -106,6 +109,9 @@ class Vm(VmDirtyLog, VmOptions):
             self.pit.close()
         self.kvmclock.close()
         self.eventfds.close()
+
+    def _as_vm(self) -> Vm:
+        return self
 
     def _push_dirty(self, slot: int, page: int) -> None:
         """Into the ring of the vCPU that this thread runs (`mark_page_dirty_in_slot()`)."""
@@ -351,6 +357,8 @@ class Vm(VmDirtyLog, VmOptions):
                 raise OSError(errno.EEXIST, f"there is a vCPU {vcpu_id}")
             vcpu = Vcpu(self, vcpu_id)
             self.vcpus = [*self.vcpus, vcpu]
+            if self.introspection is not None:
+                self.introspection.add_vcpu(vcpu)
         vcpu.tsc.synchronize(0)
         if vcpu is self.vcpus[0] and self.parameters.kvmclock_periodic_sync:
             self.kvmclock.start_periodic_sync()

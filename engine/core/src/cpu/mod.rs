@@ -20,6 +20,7 @@ use crate::decode::cache::CodeCache;
 use crate::fault::{vector, Fault};
 use crate::flags::Flags;
 use crate::memory::nested::NestedPageTable;
+use crate::memory::waivers::Waivers;
 use crate::model::Model;
 use crate::paging::tlb::{self, Tlb};
 use crate::paging::walk::Context;
@@ -109,6 +110,8 @@ pub struct Cpu {
     /// Completed device accesses of an emulated instruction, and how many of them it has used.
     pub accesses: Vec<Access>,
     pub access_next: usize,
+    /// Rights that the first instruction has beyond those of `npt`.
+    pub waivers: Waivers,
     /// Permission bitmaps of the hypervisor, of the block that the CPU runs on; null outside a run.
     pub(crate) bitmaps: *const control::Block,
     /// The event whose delivery is under way, in the format of exit interruption information; zero when there is none.
@@ -164,6 +167,7 @@ impl Cpu {
             model,
             accesses: Vec::new(),
             access_next: 0,
+            waivers: Waivers::default(),
             bitmaps: std::ptr::null(),
             vectoring: 0,
             vectoring_error: 0,
