@@ -10,9 +10,11 @@ import errno
 from typing import TYPE_CHECKING
 
 from softkvm.host import entry, nmi, trace
+from softkvm.host.perf.interrupt import interrupted
 from softkvm.host.task import current
 from softkvm.kvm import cpuid, cr, emulate, events, guest_debug, msr, msr_filter, regs
 from softkvm.kvm.mmu import Fault
+from softkvm.kvm.pmu.registers import GuestRegisters
 from softkvm.kvm.request import REQ_EVENT
 from softkvm.uapi import kvm as uapi
 
@@ -45,6 +47,8 @@ def step_over(vcpu: Vcpu, rip: int) -> int:
         rip &= _U32  # IP wraps at 4 GB
     state.rip = rip
     vcpu.instructions_skipped += 1
+    if vcpu.retired is not None:
+        vcpu.retired()
     if state.interruptibility & _SHADOW:
         state.interruptibility &= ~_SHADOW
         vcpu.make_request(REQ_EVENT)
@@ -134,10 +138,15 @@ def handle_ud(vcpu: Vcpu) -> int:
     return 1
 
 
-def handle_gp(vcpu: Vcpu) -> int:
-    """An instruction that the guest may not use: RDPMC, as there is no PMU yet."""
-    events.inject_gp(vcpu)
-    return 1
+def handle_rdpmc(vcpu: Vcpu) -> int:
+    """RDPMC, if there is such a counter; silicon has checked CPL and CR4.PCE."""
+    gpr = vcpu.gpr
+    value = vcpu.pmu.rdpmc(gpr[1] & _U32)
+    if value is None:
+        events.inject_gp(vcpu)
+        return 1
+    gpr[0], gpr[2] = value & _U32, value >> 32
+    return skip(vcpu)
 
 
 def handle_interrupt(vcpu: Vcpu) -> int:
@@ -149,7 +158,9 @@ def handle_interrupt(vcpu: Vcpu) -> int:
 
 def handle_nmi(vcpu: Vcpu) -> int:
     """A host NMI ended guest mode, and the host handles it now (`vmx_do_nmi_irqoff()`; on AMD silicon the STGI lets it in)."""
-    nmi.do_nmi(current())
+    if vcpu.cpu is not None:
+        with interrupted(vcpu.cpu.perf, GuestRegisters(vcpu)):
+            nmi.do_nmi(current())
     return 1
 
 
@@ -240,7 +251,7 @@ def memory_fault(vcpu: Vcpu, gpa: int, write: bool) -> int:
     """EPT violation or nested page fault: RAM to map, or a device's address."""
     if trace.kvm_page_fault.enabled:
         trace.kvm_page_fault(vcpu.vcpu_id, vcpu.state.rip, gpa, int(write) << 1)
-    fault = vcpu.vm.mmu.fault(gpa, write)
+    fault = vcpu.mmu.fault(gpa, write)
     if fault is Fault.FIXED:
         return 1
     if fault is Fault.UNMAPPED:

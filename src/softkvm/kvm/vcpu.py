@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from softkvm.host import mm, trace
 from softkvm.host.sched import Cpu
 from softkvm.host.task import Task, current
-from softkvm.kvm import cpuid, cr, exits, fpu, guest_debug, mce, msr, msr_filter, regs, reset, run, virtual_time
+from softkvm.kvm import cpuid, cr, exits, fpu, guest_debug, mce, msr, msr_filter, regs, reset, run, smm, virtual_time
 from softkvm.kvm.introspection import exits as introspected_exits
 from softkvm.kvm.ioctl import (
     fields,
@@ -34,7 +34,9 @@ from softkvm.kvm.ioctl import (
 )
 from softkvm.kvm.irqchip.lapic import Lapic
 from softkvm.kvm.kvmclock import MSR_ENABLED, PvClock
-from softkvm.kvm.request import REQ_EVENT, REQ_STEAL_UPDATE
+from softkvm.kvm.lbr import GuestLbr
+from softkvm.kvm.pmu.vpmu import VirtualPmu
+from softkvm.kvm.request import REQ_EVENT, REQ_GLOBAL_CLOCK_UPDATE, REQ_SMI, REQ_STEAL_UPDATE
 from softkvm.kvm.tsc import VcpuTsc
 from softkvm.kvm.vcpu_core import NO_INTERRUPT, VcpuCore
 from softkvm.kvm.vendor import Handler, setup_controls
@@ -70,6 +72,8 @@ class Vcpu(VcpuCore):
         self.model = vm.model
         self.cpuid = cpuid.CpuidTable([])
         self.msrs = msr.MsrState(self)
+        self.pmu = VirtualPmu(self)
+        self.lbr = GuestLbr(self)
         self.tsc = VcpuTsc(self)
         self.pvclock = PvClock(self)
         self.apic_base = 0xFEE0_0000 | 0x800 | (0x100 if vcpu_id == vm.boot_cpu_id else 0)
@@ -96,8 +100,18 @@ class Vcpu(VcpuCore):
 
     def sched_in(self, cpu: Cpu) -> None:
         """On a core now, after a time off it."""
+        if not self.vm.kvmclock.use_master_clock and (cpu.index != self.cpu_index or not self.has_run):
+            self.make_request(REQ_GLOBAL_CLOCK_UPDATE)
         super().sched_in(cpu)
         self.account_steal_time()
+        self.lbr.sched_in()
+        self.pmu.sched_in(cpu)
+
+    def sched_out(self) -> None:
+        """On no core any more."""
+        if self.cpu is not None:
+            self.cpu.perf.counters.on_change = None
+        super().sched_out()
 
     def update_static_calls(self) -> None:
         """A hook was turned on or off."""
@@ -158,6 +172,15 @@ class Vcpu(VcpuCore):
     def nmi(self) -> None:
         """KVM_NMI: queue a non-maskable interrupt."""
         self.queue_nmi()
+
+    @ioctl(uapi.KVM_SMI)
+    def smi(self) -> None:
+        """KVM_SMI: queue a system management interrupt."""
+        self.make_request(REQ_SMI)
+
+    def enter_smm(self) -> bool:
+        """Enter system management mode for an SMI that waits; False in it."""
+        return smm.inject(self)
 
     @ioctl(uapi.KVM_SET_SIGNAL_MASK, takes_signal_set)
     def set_signal_mask(self, signals: Iterable[int] | None) -> None:
@@ -282,6 +305,8 @@ class Vcpu(VcpuCore):
         self.cpuid = cpuid.CpuidTable(entries)
         cpuid.update_runtime(self)
         self.update_cr4_mask()
+        self.pmu.refresh()
+        self.lbr.refresh()
 
     @ioctl(uapi.KVM_GET_CPUID2, encode=returns_array(uapi.Cpuid2, 40))
     def get_cpuid2(self) -> list[uapi.CpuidEntry2]:
@@ -392,6 +417,9 @@ class Vcpu(VcpuCore):
         state = value.mp_state
         if state > uapi.KVM_MP_STATE_SIPI_RECEIVED or (self.lapic is None and state != uapi.KVM_MP_STATE_RUNNABLE):
             raise OSError(errno.EINVAL, "bad multiprocessing state")
+        waits = state in (uapi.KVM_MP_STATE_INIT_RECEIVED, uapi.KVM_MP_STATE_SIPI_RECEIVED)
+        if waits and (self.smm.active or self.smm.pending):
+            raise OSError(errno.EINVAL, "a vCPU with an SMI does not wait for a SIPI")
         if state == uapi.KVM_MP_STATE_SIPI_RECEIVED and self.lapic is not None:
             self.mp_state, self.lapic.sipi_vector = uapi.KVM_MP_STATE_INIT_RECEIVED, self.lapic.sipi_vector or 0
         else:

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 
 from softkvm.host import task
 from softkvm.host.clock import Clock
-from softkvm.kvm import capabilities, svm, tsc_status, vmx
+from softkvm.kvm import capabilities, svm, tsc, tsc_status, vmx
 from softkvm.kvm.coalesced import Coalesced
-from softkvm.kvm.dirty_log import VmDirtyLog
 from softkvm.kvm.eventfd import EventFds
 from softkvm.kvm.introspection.ioctls import IntrospectionIoctls
 from softkvm.kvm.iobus import IoBus
@@ -31,6 +30,7 @@ from softkvm.kvm.tsc_status import TscStatus
 from softkvm.kvm.vcpu import Vcpu
 from softkvm.kvm.vendor import Vendor
 from softkvm.kvm.virtual_time import ExitTrace
+from softkvm.kvm.vm_memory import VmMemory
 from softkvm.kvm.vm_options import VmOptions
 from softkvm.uapi import kvm as uapi
 
@@ -42,7 +42,7 @@ _PAGE = 4096
 _MAXPHYADDR_LEAF = 0x8000_0008
 
 
-class Vm(VmDirtyLog, VmOptions, IntrospectionIoctls):
+class Vm(VmMemory, VmOptions, IntrospectionIoctls):
     """One virtual machine; a context manager that closes it."""
 
     unknown_ioctl = errno.ENOTTY
@@ -60,25 +60,24 @@ class Vm(VmDirtyLog, VmOptions, IntrospectionIoctls):
         self.clock = clock
         self.lock = threading.RLock()
         self._hook_lock = threading.Lock()
-        self.mmu = Mmu(self.lock, 1 << (self.model.cpuid(_MAXPHYADDR_LEAF, 0)[0] & 0xFF))
+        max_gpa = 1 << (self.model.cpuid(_MAXPHYADDR_LEAF, 0)[0] & 0xFF)
+        self.mmu, self.smm_mmu = Mmu(self.lock, max_gpa), Mmu(self.lock, max_gpa, address_space=1)
+        """Memory of the guest, and of a vCPU in system management mode."""
         self.memory = self.mmu
         self.vcpus: list[Vcpu] = []
         self.init_options()
-        self.mmu.push_dirty = self._push_dirty
+        self.mmu.push_dirty = self.smm_mmu.push_dirty = self._push_dirty
         self.boot_cpu_id = 0
         self.pio_bus, self.mmio_bus = IoBus(self.lock), IoBus(self.lock)
         self.routing = Routing(self)
         self.irqchip: Irqchip | None = None
         self.pit: Pit | None = None
-        self.tsc = VmTsc(clock, self.model.vendor)
+        self.tsc = VmTsc(clock, self.model.vendor, tsc.has_control(self.model, self.parameters))
         self.kvmclock = VmClock(self)
         self.eventfds = EventFds(self)
         self.coalesced = Coalesced(self)
         self.timekeeper = Timekeeper(self.vcpus)
         self.exit_trace = ExitTrace()
-        self.exception_payload = False
-        self.exit_on_emulation_failure = False
-        self.triple_fault_event = False
         self.tss_addr = 0
         self.identity_map_addr = 0
         clock.on_earlier = self._timer_came_nearer
@@ -100,6 +99,7 @@ class Vm(VmDirtyLog, VmOptions, IntrospectionIoctls):
             vcpu.close()
         if self.pit is not None:
             self.pit.close()
+        self.kvmclock.close()
         self.eventfds.close()
 
     def _as_vm(self) -> Vm:
@@ -125,31 +125,9 @@ class Vm(VmDirtyLog, VmOptions, IntrospectionIoctls):
     @ioctl(uapi.KVM_CHECK_EXTENSION, value)
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION: 0 if the capability is absent."""
-        return capabilities.check(cap)
-
-    @ioctl(uapi.KVM_ENABLE_CAP, takes(uapi.EnableCap))
-    def enable_cap(self, cap: uapi.EnableCap) -> None:
-        """KVM_ENABLE_CAP; OSError(EINVAL) for flags, and for what cannot be enabled."""
-        if cap.flags:
-            raise OSError(errno.EINVAL, "bad flags")
-        if cap.cap == uapi.KVM_CAP_EXCEPTION_PAYLOAD:
-            self.exception_payload = bool(cap.args[0])
-        elif cap.cap == uapi.KVM_CAP_EXIT_ON_EMULATION_FAILURE and not cap.args[0] & ~1:
-            self.exit_on_emulation_failure = bool(cap.args[0])
-        elif cap.cap == uapi.KVM_CAP_X86_TRIPLE_FAULT_EVENT:
-            self.triple_fault_event = bool(cap.args[0])
-        elif cap.cap == uapi.KVM_CAP_X2APIC_API and not cap.args[0] & ~capabilities.X2APIC_API:
-            self.routing.x2apic_format |= bool(cap.args[0] & capabilities.X2APIC_API_USE_32BIT_IDS)
-            self.routing.x2apic_broadcast_quirk &= not cap.args[0] & capabilities.X2APIC_API_DISABLE_BROADCAST_QUIRK
-        else:
-            self.enable_option(cap.cap, cap.args[0])
+        return capabilities.check(cap, self.tsc.scaling)
 
     # --- Memory ---------------------------------------------------------------------------------------------------------------------
-
-    @ioctl(uapi.KVM_SET_USER_MEMORY_REGION, takes(uapi.UserspaceMemoryRegion))
-    def set_user_memory_region(self, region: uapi.UserspaceMemoryRegion) -> None:
-        """KVM_SET_USER_MEMORY_REGION; OSError EINVAL for a bad slot, EEXIST for an overlap."""
-        self.mmu.set_region(region)
 
     @ioctl(uapi.KVM_SET_TSS_ADDR, value)
     def set_tss_addr(self, address: int) -> None:
@@ -328,4 +306,6 @@ class Vm(VmDirtyLog, VmOptions, IntrospectionIoctls):
             if self.introspection is not None:
                 self.introspection.add_vcpu(vcpu)
         vcpu.tsc.synchronize(0)
+        if vcpu is self.vcpus[0] and self.parameters.kvmclock_periodic_sync:
+            self.kvmclock.start_periodic_sync()
         return vcpu
