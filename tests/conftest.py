@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -20,6 +22,14 @@ if importlib.util.find_spec("softkvm._engine") is None:
 
     sys.modules["softkvm._engine"] = fake_engine
     softkvm._engine = fake_engine
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runtime_directory() -> Iterator[None]:
+    """A place of the tests' own for control sockets, with a path that is short enough for one."""
+    with tempfile.TemporaryDirectory(prefix="softkvm-") as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", directory)
+        yield
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from softkvm.vmm import SerialBackend, Stop, StopReason
+from softkvm.vmm import RunState, SerialBackend, Status, Stop, StopReason
 
 
 class FakeStats(msgspec.Struct, frozen=True):
@@ -31,6 +31,7 @@ class FakeMachine:
         self.inputs: list[queue.Queue[bytes]] = [queue.Queue() for _ in range(4)]
         self.stopped = threading.Event()
         self.closed = False
+        self.state = RunState.RUNNING
         self.output = b""
         self.timeout: float | None = None
         type(self).made.append(self)
@@ -50,6 +51,15 @@ class FakeMachine:
 
     def stop(self) -> None:
         self.stopped.set()
+
+    def status(self) -> Status:
+        return Status(self.state, "cascadelake", 1, 512 << 20)
+
+    def pause(self) -> None:
+        self.state = RunState.PAUSED
+
+    def resume(self) -> None:
+        self.state = RunState.RUNNING
 
     def stats(self) -> FakeStats:
         return FakeStats(1.5, {"io": 12345})

@@ -138,6 +138,9 @@ class Vcpu:
     def kick(self) -> None:
         self._signal.set()
 
+    def kvmclock_ctrl(self) -> None:
+        raise OSError(errno.EINVAL, "kvmclock is not in use")
+
     def engine_counters(self) -> dict[str, int]:
         return {"instructions": 1000 * self.stats["exits"], "tlb_fills": 2}
 

@@ -16,7 +16,7 @@ import pytest
 
 from softkvm.host.clock import VirtualClock
 from softkvm.uapi import kvm as uapi
-from softkvm.vmm import ConfigError, Machine, StopReason, layout, machine
+from softkvm.vmm import ConfigError, Machine, RunState, Status, StopReason, layout, machine
 from tests.vmm.boot import images
 from tests.vmm.fake_kvm import Exit, FakeKvm, fail, in_, load, out, outs, reason, say, store
 
@@ -140,6 +140,46 @@ def test_stop_before_a_run_ends_that_run(boot: Boot) -> None:
     vm.stop()
     assert vm.run(timeout=60).reason is StopReason.INTERRUPTED
     assert vm.output == b""
+    assert vm.run(until="hello", timeout=60).reason is StopReason.UNTIL
+
+
+def test_pause_parks_a_guest_within_its_run_and_between_runs(boot: Boot) -> None:
+    printed, go_on = threading.Event(), threading.Event()
+
+    def listener(data: bytes) -> None:
+        printed.set()
+        assert go_on.wait(60)
+
+    vm = boot([*say("x"), *say("yz"), S5], serial={0: listener})
+    vm.pause()
+    assert vm.run(timeout=0).reason is StopReason.TIMEOUT
+    assert vm.output == b"", "a paused guest does not move in a new run"
+    outcome: list[StopReason] = []
+    runner = threading.Thread(target=lambda: outcome.append(vm.run(timeout=60).reason))
+    vm.resume()
+    assert vm.status().state is RunState.STOPPED
+    runner.start()
+    assert printed.wait(60)
+    assert vm.status().state is RunState.RUNNING
+    pauser = threading.Thread(target=vm.pause)
+    pauser.start()
+    go_on.set()
+    pauser.join()
+    if not outcome:  # the guest may have been quicker
+        assert vm.status().state is RunState.PAUSED
+    vm.resume()
+    runner.join()
+    assert outcome == [StopReason.POWER_OFF]
+    assert vm.output == b"xyz"
+
+
+def test_stop_ends_the_run_of_a_paused_guest(boot: Boot) -> None:
+    vm = boot(say("hello"))
+    vm.pause()
+    vm.stop()
+    assert vm.run(timeout=60).reason is StopReason.INTERRUPTED
+    assert vm.status() == Status(RunState.STOPPED, "cascadelake", 1, 64 << 20)
+    vm.resume()
     assert vm.run(until="hello", timeout=60).reason is StopReason.UNTIL
 
 

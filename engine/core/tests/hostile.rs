@@ -2,14 +2,16 @@
 //!
 //! `SOFTKVM_HOSTILE_CASES` sets how many cases run; a failure prints the seed of its case, which repeats it alone.
 
-use std::alloc::{alloc_zeroed, dealloc, Layout};
+mod common;
+
 use std::sync::Arc;
 
+use common::guest::OwnedBlock;
 use softkvm_engine::memory::nested::{right, NestedPageTable};
 use softkvm_engine::memory::region::Region;
 use softkvm_engine::model::Model;
 use softkvm_engine::state::{cr0, cr4, efer, rights, seg, Segment, State};
-use softkvm_engine::virt::control::{intercept, Block};
+use softkvm_engine::virt::control::intercept;
 use softkvm_engine::virt::entry::Core;
 
 const RAM: usize = 4 << 20;
@@ -33,29 +35,6 @@ impl Random {
     }
     fn chance(&mut self, one_in: u64) -> bool {
         self.below(one_in) == 0
-    }
-}
-
-/// A control block in memory of its own.
-struct OwnedBlock(*mut Block);
-
-impl OwnedBlock {
-    fn new() -> Self {
-        // SAFETY: `Block` is not zero-sized.
-        let block = unsafe { alloc_zeroed(Layout::new::<Block>()) }.cast::<Block>();
-        assert!(!block.is_null());
-        OwnedBlock(block)
-    }
-    fn get(&mut self) -> &mut Block {
-        // SAFETY: allocated in `new`, zeroes are a valid block, and `&mut self` makes it exclusive.
-        unsafe { &mut *self.0 }
-    }
-}
-
-impl Drop for OwnedBlock {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new` with the same layout.
-        unsafe { dealloc(self.0.cast(), Layout::new::<Block>()) };
     }
 }
 

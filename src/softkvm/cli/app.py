@@ -13,6 +13,9 @@ from softkvm.cli import output, status
 from softkvm.cli.errors import CliError
 from softkvm.cli.options import RunOptions, StatsFormat
 
+_WITH_SELFTEST = frozenset({"selftest", "memory", "cpu", "timeout", "stats"})
+"""Parameters of `softkvm run` that mean something to the self-test's guest."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: the process's own) and return the exit status."""
@@ -84,6 +87,7 @@ def cli() -> None:
 @click.option("--trace-file", metavar="FILE", help="Where events go.  [default: standard error]")
 @click.option("--audit", metavar="FILE", help="Append a JSON line for every KVM call to FILE.")
 @click.option("--ioctl-filter", metavar="FILE", help="Allow only the KVM calls that FILE (JSON) does.")
+@click.option("--name", metavar="NAME", help="What `softkvm list` and others call this VM.  [default: the process id]")
 @click.option("--selftest", is_flag=True, help="Check this installation with a small built-in guest.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- CMD...]")
 @click.pass_context
@@ -104,6 +108,7 @@ def run(
     trace_file: str | None,
     audit: str | None,
     ioctl_filter: str | None,
+    name: str | None,
     selftest: bool,
     command: tuple[str, ...],
 ) -> int:
@@ -119,11 +124,26 @@ def run(
     if selftest:
         from softkvm.cli import selftest as tester
 
-        used = ("kernel", "initrd", "append", "cpus", "cores", "kvm", "command", "json", "trace", "audit", "ioctl_filter")
-        _refuse_with_selftest(context, used)
+        _refuse_with_selftest(context)
         return tester.run(memory, cpu, timeout, stats)
     options = RunOptions(
-        kernel, initrd, append, memory, cpus, cpu, cores, kvm, timeout, stats, json, command, trace, trace_file, audit, ioctl_filter
+        kernel=kernel,
+        initrd=initrd,
+        append=append,
+        memory=memory,
+        cpus=cpus,
+        cpu=cpu,
+        cores=cores,
+        kvm=kvm,
+        timeout=timeout,
+        stats=stats,
+        json=json,
+        command=command,
+        trace=trace,
+        trace_file=trace_file,
+        audit=audit,
+        ioctl_filter=ioctl_filter,
+        name=name,
     )
     return runner.run(options)
 
@@ -135,10 +155,50 @@ def _list_events() -> int:
     return status.SUCCESS
 
 
-def _refuse_with_selftest(context: click.Context, names: Sequence[str]) -> None:
-    given = [name for name in names if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT]
-    if given:
-        raise CliError(f"`--selftest` boots its own guest, so it excludes {given[0]}")
+def _refuse_with_selftest(context: click.Context) -> None:
+    for name in context.params:
+        if name not in _WITH_SELFTEST and context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise CliError(f"`--selftest` boots its own guest, so it excludes {name}")
+
+
+@cli.command("list", short_help="List running VMs.")
+@click.option("--json", is_flag=True, help="Print a JSON list.")
+def list_(json: bool) -> int:
+    """List the VMs that you have running: name, process, state, CPUs, memory (MiB), and how long they can be reached."""
+    from softkvm.cli import vms
+
+    return vms.show(vms.find(), json)
+
+
+@cli.command(short_help="Stop a VM's CPUs.")
+@click.argument("name", required=False)
+def pause(name: str | None) -> int:
+    """Stop the CPUs of the VM NAME, or of the only one that runs, until `softkvm resume`."""
+    from softkvm.cli import vms
+
+    return vms.give("stop", name)
+
+
+@cli.command(short_help="Let a paused VM run on.")
+@click.argument("name", required=False)
+def resume(name: str | None) -> int:
+    """Let the VM NAME, or the only one that runs, go on after `softkvm pause`."""
+    from softkvm.cli import vms
+
+    return vms.give("cont", name)
+
+
+@cli.command(short_help="Show a running VM's clocks.")
+@click.argument("name", required=False)
+@click.option("--json", is_flag=True, help="Print one JSON object.")
+def tsc(name: str | None, json: bool) -> int:
+    """Show the time of the VM NAME, or of the only one that runs: TSC offsets, scaling and generations, master clock and kvmclock.
+
+    vCPUs with equal offsets, of one generation, are in phase; while all of them are, the master clock is on, and guests trust kvmclock.
+    """
+    from softkvm.cli import tsc as clocks
+
+    return clocks.show(name, json)
 
 
 @cli.command(short_help="Check what softkvm needs.")

@@ -30,6 +30,7 @@ class RunOptions:
     trace_file: str | None = None
     audit: str | None = None
     ioctl_filter: str | None = None
+    name: str | None = None
 
     def check(self) -> None:
         """Raise CliError, one sentence, for options that contradict each other."""

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from pathlib import Path
 
 import msgspec
@@ -22,6 +22,7 @@ from softkvm.cli.watch import watched
 from softkvm.host.process import Process
 from softkvm.host.seccomp import Killed
 from softkvm.vmm import ConfigError, Machine, SerialBackend, StopReason
+from softkvm.vmm.monitor import Monitor, commands
 
 _CONSOLE_PORT = 0
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
@@ -72,6 +73,11 @@ def _processors(options: RunOptions) -> str:
     return f"software CPU {options.cpu}" if options.cpus == 1 else f"{options.cpus} software CPUs {options.cpu}"
 
 
+def _report_bug(error: Exception) -> None:
+    message = f"{type(error).__name__}: {error}"
+    output.say(f"this is a bug in softkvm ({message}); please attach {report.write(message, error, {})} to a report")
+
+
 class _Run:
     """One run: the wiring between the guest's serial lines and our streams, and what is reported at the end."""
 
@@ -92,7 +98,11 @@ class _Run:
         """Run the machine to its end; the exit status."""
         options = self._options
         attended = not options.command and os.isatty(_STDIN) and os.isatty(_STDOUT)
-        with closing(self._doorbell), closing(self._surrender), self._make_machine(attended) as machine:
+        with ExitStack() as resources:
+            resources.enter_context(closing(self._doorbell))
+            resources.enter_context(closing(self._surrender))
+            machine = resources.enter_context(self._make_machine(attended))
+            resources.enter_context(self._make_monitor(machine))
             self._machine = machine
             self._input = self._make_input(machine, attended)
             output.say(f"{_processors(options)}, {options.memory} of memory; {self._image.title}")
@@ -133,6 +143,18 @@ class _Run:
             )
         except ConfigError as error:
             raise CliError(str(error)) from error
+
+    def _make_monitor(self, machine: Machine) -> AbstractContextManager[object]:
+        """The control socket. A run whose name nobody chose does without one where there is no place for it."""
+        try:
+            monitor = Monitor(self._options.name or str(os.getpid()), _report_bug)
+        except ConfigError as error:
+            if self._options.name is not None:
+                raise CliError(str(error)) from error
+            output.say(f"no control socket: {error}")
+            return nullcontext()
+        commands.offer(monitor, machine)
+        return monitor
 
     def _sink(self, port: int, descriptor: int) -> Sink:
         return self._captures[port] if self._options.json else DescriptorSink(descriptor, self._surrender, self._lose_output)

@@ -1,10 +1,11 @@
 """KVM's instruction emulator: one instruction of the guest, executed or stepped over by KVM where the silicon alone cannot.
 
-Answers to Linux 6.1 `x86_emulate_instruction()`, `handle_emulation_failure()`, `emulator_{read,write}_emulated()`,
-`vcpu_mmio_{read,write}()`, `complete_emulated_mmio()` and `handle_ud()`. There is no second set of instruction semantics: the interpreter
-is the silicon's `Control.emulate`, the decoder the silicon's own. What the emulator of Linux has as callbacks are its exits here: memory
-that is no RAM asks for an access (KVM gives it a list of completed ones, which starts empty and grows by one each time the instruction is
-restarted, until it runs through and the guest goes on behind it); intercepts, ports and MSRs leave as those of any other instruction.
+Answers to Linux 6.1 `x86_emulate_instruction()`, `handle_emulation_failure()`, `complete_emulated_mmio()` and `handle_ud()`. It serves
+accesses to devices and to read-only slots, string I/O, the forced emulation prefix, and skips where the silicon does not tell where an
+instruction ends. There is no second set of instruction semantics: the interpreter is the silicon's `Control.emulate`, the decoder the
+silicon's own. What the emulator of Linux has as callbacks are exits of that run: memory that is no RAM asks for an access (KVM gives it a
+list of completed ones, which starts empty and grows by one each time the instruction is restarted, until it runs through and the guest
+goes on behind it); intercepts, ports and MSRs leave as those of any other instruction. `emulator_ops.py` is what KVM's side of it does.
 
 From its first completed access to its end an instruction is half done: its accesses are made once and must not be lost, so nothing may
 come in between (`Vcpu.half_done`).
@@ -14,58 +15,45 @@ from __future__ import annotations
 
 import errno
 import logging
-import struct
 from functools import cache
 from typing import TYPE_CHECKING
 
 from softkvm.host import trace
-from softkvm.kvm import events, exits, regs
-from softkvm.kvm.irqchip.lapic_registers import APIC_BASE_ENABLE, APIC_BASE_X2APIC
-from softkvm.kvm.memslots import PAGE_SIZE
+from softkvm.kvm import emulate_string, events, exits, regs
+from softkvm.kvm import emulator_ops as ops
 from softkvm.kvm.mmu import Fault
-from softkvm.silicon import EMULATE_FIRST, EXIT_ACCESS, EXIT_EMULATED, RIGHT_X
+from softkvm.silicon import EMULATE_FIRST, EXIT_ACCESS, EXIT_EMULATED
 from softkvm.uapi import kvm as uapi
-from softkvm.uapi.kvm import KVM_EXIT_MMIO, Run, RunMmio
-from softkvm.uapi.layout import offset_of
 
 if TYPE_CHECKING:
-    from softkvm.kvm.irqchip.lapic import Lapic
     from softkvm.kvm.vcpu import Vcpu
-
-_APIC_PAGE = (1 << 52) - (1 << 12)
-"""Address bits of IA32_APIC_BASE."""
-_APIC_MODE = APIC_BASE_ENABLE | APIC_BASE_X2APIC
 
 EMULTYPE_SKIP = 1 << 2
 """Only step over the instruction: KVM has done its work."""
 EMULTYPE_TRAP_UD_FORCED = 1 << 4
 """The guest asked for the emulator, by the forced emulation prefix."""
 EMULTYPE_PF = 1 << 6
-"""The nested page tables refused a data access of the instruction."""
+"""The nested page tables refused a data access of the instruction. Without any type it is a string instruction at a port."""
 
 FORCED_EMULATION_PREFIX = b"\x0f\x0bkvm"
 """`ud2; .ascii "kvm"`."""
-_INSTRUCTION_LIMIT = 15
-"""Bytes of the longest instruction."""
 _U32 = 0xFFFF_FFFF
-_TRANSLATE_USER = 8
 _CS_DB = 1 << 14
 _RFLAGS_VM = 1 << 17
 
 _log = logging.getLogger(__name__)
-
-_put_mmio = struct.Struct("<QQIB").pack_into
-_MMIO_OFFSET = offset_of(Run, "mmio")
-_MMIO_DATA = _MMIO_OFFSET + offset_of(RunMmio, "data")
 
 ACCESS_LIMIT = 8
 """Entries of `ControlBlock.access`: the most device accesses of one instruction (a 64-byte load in 8-byte pieces)."""
 
 
 def emulate_instruction(vcpu: Vcpu, emulation_type: int) -> int:
-    """Step over the instruction at RIP (EMULTYPE_SKIP), or restart it with devices behind its memory: as an exit handler."""
+    """Emulate the instruction at RIP, or step over it (EMULTYPE_SKIP): as an exit handler."""
     if emulation_type & EMULTYPE_SKIP:
         return _skip(vcpu)
+    if not emulation_type:
+        result = emulate_string.transfer(vcpu)
+        return handle_emulation_failure(vcpu, emulation_type) if result is None else result
     control = vcpu.control
     if emulation_type & EMULTYPE_PF and control.emulate:  # what the page tables refused again is a fetch, or a page table
         stop(vcpu)
@@ -79,7 +67,7 @@ def emulate_instruction(vcpu: Vcpu, emulation_type: int) -> int:
 
 def _skip(vcpu: Vcpu) -> int:
     """Nothing is executed and no fault reaches the guest: an instruction that cannot be read any more goes to user space."""
-    length = vcpu.model.instruction_length(fetch(vcpu), _code_bits(vcpu))
+    length = instruction_length(vcpu)
     if length is None:
         _say_once_that_skipping_failed()
         return handle_emulation_failure(vcpu, EMULTYPE_SKIP)
@@ -87,31 +75,15 @@ def _skip(vcpu: Vcpu) -> int:
     return 1
 
 
+def instruction_length(vcpu: Vcpu) -> int | None:
+    """Bytes of the instruction at RIP, which is decoded and nothing else; None if it cannot be read or is none."""
+    return vcpu.model.instruction_length(ops.fetch(vcpu), _code_bits(vcpu))
+
+
 @cache
 def _say_once_that_skipping_failed() -> None:
     """RIP stays, so the guest may come back for ever: once is enough (`pr_err_once()`)."""
     _log.error("unable to skip an instruction of the guest")
-
-
-def fetch(vcpu: Vcpu) -> bytes:
-    """The bytes at CS:RIP, as many of 15 as the code segment, the guest's paging and its memory have."""
-    state = vcpu.state
-    start, limit, mask = state.rip, _INSTRUCTION_LIMIT, (1 << 64) - 1
-    if not regs.is_64_bit_mode(vcpu):
-        code_segment = state.segments[regs.CS]
-        start, mask = code_segment.base + start, _U32
-        limit = min(limit, code_segment.limit + 1 - state.rip)
-    access = RIGHT_X | (_TRANSLATE_USER if regs.cpl(vcpu) == 3 else 0)
-    code = b""
-    while len(code) < limit:
-        gpa = vcpu.translate_gva(start + len(code) & mask, access)
-        if gpa is None:
-            break
-        try:
-            code += vcpu.vm.memory.read(gpa, min(limit - len(code), PAGE_SIZE - gpa % PAGE_SIZE))
-        except OSError:  # a device, or nothing at all
-            break
-    return code
 
 
 def _code_bits(vcpu: Vcpu) -> int:
@@ -127,12 +99,12 @@ def _code_bits(vcpu: Vcpu) -> int:
 
 def handle_ud(vcpu: Vcpu) -> int:
     """An intercepted #UD: the forced emulation prefix, or the guest's own."""
-    if not fetch(vcpu).startswith(FORCED_EMULATION_PREFIX):
+    if not ops.fetch(vcpu).startswith(FORCED_EMULATION_PREFIX):
         events.inject_ud(vcpu)
         return 1
     rip = vcpu.state.rip + len(FORCED_EMULATION_PREFIX)
     vcpu.state.rip = rip if regs.is_64_bit_mode(vcpu) else rip & _U32
-    if fetch(vcpu).startswith(FORCED_EMULATION_PREFIX):  # to the emulator its UD2 is no prefix but undefined
+    if ops.fetch(vcpu).startswith(FORCED_EMULATION_PREFIX):  # to the emulator its UD2 is no prefix but undefined
         events.inject_ud(vcpu)
         return 1
     return emulate_instruction(vcpu, EMULTYPE_TRAP_UD_FORCED)
@@ -179,34 +151,22 @@ def handle_access(vcpu: Vcpu) -> int:
     return _read(vcpu, gpa, size)
 
 
-def _lapic_at(vcpu: Vcpu, gpa: int) -> Lapic | None:
-    """The vCPU's own local APIC if its register page is at `gpa` (enabled, and in xAPIC mode)."""
-    at_its_page = vcpu.apic_base & (_APIC_PAGE | _APIC_MODE) == gpa & _APIC_PAGE | APIC_BASE_ENABLE
-    return vcpu.lapic if at_its_page else None
-
-
 def _read(vcpu: Vcpu, gpa: int, size: int) -> int:
-    lapic = _lapic_at(vcpu, gpa)
-    value = lapic.mmio_read(gpa & 0xFFF, size) if lapic is not None else vcpu.vm.mmio_bus.read(gpa, size)
+    value = ops.mmio_read(vcpu, gpa, size)
     if value is not None:
         return _complete(vcpu, gpa, size, 0, value)
     return _exit(vcpu, gpa, size, 0, 0)
 
 
 def _write(vcpu: Vcpu, gpa: int, size: int, value: int) -> int:
-    lapic = _lapic_at(vcpu, gpa)
-    if lapic is not None:
-        lapic.mmio_write(gpa & 0xFFF, size, value)
-    if lapic is not None or vcpu.vm.mmio_bus.write(gpa, size, value):
+    if ops.mmio_write(vcpu, gpa, size, value):
         return _complete(vcpu, gpa, size, 1, value)
     return _exit(vcpu, gpa, size, 1, value)
 
 
 def _exit(vcpu: Vcpu, gpa: int, size: int, write: int, value: int) -> int:
-    """KVM_EXIT_MMIO."""
-    _put_mmio(vcpu.mmap_area, _MMIO_OFFSET, gpa, value, size, write)
     vcpu.pending_io = (vcpu.state.rip, gpa, size, write, value)
-    return vcpu.exit_to_user(KVM_EXIT_MMIO, _complete_in_user_space)
+    return ops.mmio_exit(vcpu, gpa, size, write, value, _complete_in_user_space)
 
 
 def _complete_in_user_space(vcpu: Vcpu) -> int:
@@ -215,9 +175,7 @@ def _complete_in_user_space(vcpu: Vcpu) -> int:
     if vcpu.state.rip != rip:
         stop(vcpu)
         return 1
-    if not write:
-        value = int.from_bytes(vcpu.mmap_area[_MMIO_DATA : _MMIO_DATA + size], "little")
-    return _complete(vcpu, gpa, size, write, value)
+    return _complete(vcpu, gpa, size, write, value if write else ops.mmio_data(vcpu, size))
 
 
 def _complete(vcpu: Vcpu, gpa: int, size: int, write: int, value: int) -> int:
@@ -249,13 +207,13 @@ def handle_emulation_failure(vcpu: Vcpu, emulation_type: int) -> int:
 
 def _prepare_emulation_failure_exit(vcpu: Vcpu) -> int:
     """KVM_EXIT_INTERNAL_ERROR, suberror EMULATION: flags, the instruction's bytes if there are any, and what the exit told."""
-    code, info, failure = fetch(vcpu), vcpu.exit, vcpu.kvm_run.emulation_failure
+    code, info, failure = ops.fetch(vcpu), vcpu.exit, vcpu.kvm_run.emulation_failure
     failure.suberror, failure.flags, failure.ndata = uapi.KVM_INTERNAL_ERROR_EMULATION, 0, 1
     if code:
         failure.flags = uapi.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
         failure.insn_size = len(code)
-        failure.insn_bytes[:] = list(code.ljust(_INSTRUCTION_LIMIT, b"\x90"))
-        failure.ndata += (1 + _INSTRUCTION_LIMIT) // 8
+        failure.insn_bytes[:] = list(code.ljust(ops.INSTRUCTION_LIMIT, b"\x90"))
+        failure.ndata += (1 + ops.INSTRUCTION_LIMIT) // 8
     exits.append_internal_data(vcpu, info.reason, info.qualification, info.info2, info.interruption, info.interruption_error)
     return vcpu.exit_to_user(uapi.KVM_EXIT_INTERNAL_ERROR)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import errno
 import struct
 import threading
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from softkvm.host.clock import NSEC_PER_SEC
 from softkvm.host.schedstat import run_delay_ns
@@ -30,6 +31,28 @@ _TIME_INFO_FLAGS = 29
 _WALL_CLOCK = struct.Struct("<III")  # version, sec, nsec
 _STEAL_TIME = struct.Struct("<QIIB47x")  # steal, version, flags, preempted
 _STEAL_VERSION = 8
+
+
+@dataclass(frozen=True, slots=True)
+class TimeInfo:
+    """`struct pvclock_vcpu_time_info`."""
+
+    version: int
+    tsc_timestamp: int
+    system_time: int
+    tsc_to_system_mul: int
+    tsc_shift: int
+    flags: int
+
+
+class MasterPair(NamedTuple):
+    """The master clock's instant, and whether it is in use."""
+
+    use_master_clock: bool
+    cycle_now: int
+    kernel_ns: int
+    offset: int
+    """From kernel_ns to kvmclock, in ns."""
 
 
 def time_scale(hz: int) -> tuple[int, int]:
@@ -109,6 +132,16 @@ class VmClock:
                 host_tsc=tsc,
             )
 
+    def pair(self) -> MasterPair:
+        """The master clock as it is."""
+        with self._lock:
+            return MasterPair(self.use_master_clock, self._master_tsc, self._master_ns, self.offset)
+
+    def at(self, tsc: int) -> int:
+        """kvmclock in ns when the host's TSC was `tsc`."""
+        with self._lock:
+            return self._at(tsc)
+
     def _at(self, tsc: int) -> int:
         """kvmclock in ns when the host's TSC was `tsc`, with the lock held."""
         if not self.use_master_clock:
@@ -155,6 +188,8 @@ class PvClock:
         self._vcpu = vcpu
         self.system_time_msr = 0
         self.steal_msr = 0
+        self.hv_clock: TimeInfo | None = None
+        """What `update_time()` last wrote."""
         self._stopped = False
         self._run_delay_ns: int | None = None
 
@@ -202,9 +237,11 @@ class PvClock:
             if self._stopped:
                 flags |= FLAG_GUEST_STOPPED
                 self._stopped = False
+            info = TimeInfo(version + 1 & _U32, vcpu.tsc.read(host_tsc), system_time, multiplier, shift, flags)
             memory.write(gpa, _VERSION.pack(version))
-            memory.write(gpa, _TIME_INFO.pack(version, vcpu.tsc.read(host_tsc), system_time, multiplier, shift, flags))
-            memory.write(gpa, _VERSION.pack(version + 1 & _U32))
+            memory.write(gpa, _TIME_INFO.pack(version, info.tsc_timestamp, system_time, multiplier, shift, flags))
+            memory.write(gpa, _VERSION.pack(info.version))
+            self.hv_clock = info
         except OSError as error:
             _require_fault(error)
 

@@ -120,6 +120,11 @@ class VcpuTsc:
             return None
         return self._clock.ns_reaching(-(-(self.scale(now) + left << FRACTION_BITS) // self.ratio))
 
+    @property
+    def hardware_ratio(self) -> int:
+        """The ratio in the silicon's own units, of `VmTsc.precision` fraction bits."""
+        return self.ratio >> FRACTION_BITS - self._vm.precision
+
     def set_khz(self, khz: int) -> None:
         """KVM_SET_TSC_KHZ; 0 means the host's rate. OSError(EINVAL) for a rate that cannot be scaled to."""
         host_khz = self._clock.tsc_khz

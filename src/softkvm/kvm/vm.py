@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from softkvm.host import task
 from softkvm.host.clock import Clock
-from softkvm.kvm import capabilities, svm, vmx
+from softkvm.kvm import capabilities, svm, tsc_status, vmx
 from softkvm.kvm.coalesced import Coalesced
 from softkvm.kvm.eventfd import EventFds
 from softkvm.kvm.iobus import IoBus
@@ -25,6 +25,7 @@ from softkvm.kvm.kvmclock import VmClock
 from softkvm.kvm.mmu import Mmu
 from softkvm.kvm.timekeeper import Timekeeper
 from softkvm.kvm.tsc import VmTsc
+from softkvm.kvm.tsc_status import TscStatus
 from softkvm.kvm.vcpu import Vcpu
 from softkvm.kvm.vendor import Vendor
 from softkvm.uapi import kvm as uapi
@@ -282,6 +283,10 @@ class Vm(KvmFile):
     def get_tsc_khz(self) -> int:
         """KVM_GET_TSC_KHZ: the rate of vCPUs to come."""
         return self.tsc.default_khz
+
+    def tsc_status(self) -> TscStatus:
+        """What a kernel with KVM shows in debugfs, and more: the clocks now. No ioctl; for any thread."""
+        return tsc_status.read(self)
 
     # --- vCPUs ----------------------------------------------------------------------------------------------------------------------
 

@@ -177,6 +177,10 @@ class Control(LittleEndianStructure):
         ("_reserved0", _u32),
         ("guest_perf_global_ctrl", _u64),
         ("host_perf_global_ctrl", _u64),
+        ("virtual_tsc", _u64),  # virtual time: the host's TSC at the entry; at the exit it is `Exit.tsc`
+        ("random", _u64),  # virtual time: where the generator behind RDRAND and RDSEED stands, moved on by the run
+        ("tsc_rate", _u32),  # virtual time: cycles of the host's TSC per retired instruction; 0 is the real time
+        ("_reserved1", _u32),
     ]
 
 

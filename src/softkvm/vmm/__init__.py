@@ -2,7 +2,7 @@
 
 from softkvm.vmm.config import SerialBackend
 from softkvm.vmm.errors import ConfigError, StateError
-from softkvm.vmm.machine import Machine, Stats
+from softkvm.vmm.machine import Machine, RunState, Stats, Status
 from softkvm.vmm.stop import Stop, StopReason
 
-__all__ = ["ConfigError", "Machine", "SerialBackend", "StateError", "Stats", "Stop", "StopReason"]
+__all__ = ["ConfigError", "Machine", "RunState", "SerialBackend", "StateError", "Stats", "Status", "Stop", "StopReason"]

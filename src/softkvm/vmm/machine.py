@@ -6,6 +6,8 @@ methods that stand for its ioctls (Linux 6.1 `Documentation/virt/kvm/api.rst`).
 
 from __future__ import annotations
 
+import enum
+import errno
 import re
 import threading
 import time
@@ -59,6 +61,26 @@ class Stats(msgspec.Struct, frozen=True):
     """KVM's own counters, by the names of its statistics."""
 
 
+class RunState(enum.Enum):
+    """What the vCPUs do."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+    """Nobody is inside `Machine.run()`."""
+
+
+class Status(msgspec.Struct, frozen=True):
+    """A machine at a glance."""
+
+    state: RunState
+    cpu: str
+    """The model with the features that were switched."""
+    cpus: int
+    memory: int
+    """Bytes of RAM."""
+
+
 class _Failure(Exception):
     """Carries an exception and its vCPU from the thread where it was raised to the one that called `run()`."""
 
@@ -101,7 +123,10 @@ class Machine:
         settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial, kvm_parameters)
         self.process = process if process is not None else kvm.Process()
         self._console = Console(output_limit)
+        self._settings = settings
         self._running = threading.Lock()
+        self._gate = threading.RLock()  # held while vCPUs are let go or parked
+        self._inside_run = self._paused = False
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._outcome: Stop | _Failure | None = None
@@ -119,7 +144,7 @@ class Machine:
         resources.callback(guest.close)
         image = read_image(settings.kernel, guest.low_end)
         image.load(guest, settings.initrd, settings.command_line, settings.cpus)
-        vm = resources.enter_context(system.create_vm(clock=clock))
+        self._vm = vm = resources.enter_context(system.create_vm(clock=clock))
         _set_up_vm(vm, guest)
         self._vcpus: list[kvm.Vcpu] = []
         for index in range(settings.cpus):
@@ -188,11 +213,42 @@ class Machine:
         started = time.monotonic()
         with short_switch_interval():
             try:
-                self._crew.resume()
+                with self._gate:
+                    self._inside_run = True
+                    if not self._paused:
+                        self._crew.resume()
                 self._ended.wait(timeout)
             finally:
-                self._crew.pause()
+                with self._gate:
+                    self._inside_run = False
+                    self._crew.pause()
                 self._seconds += time.monotonic() - started
+
+    def pause(self) -> None:
+        """Park all vCPUs, in this run and in those to come, until `resume()`; none runs when the call is over. Time goes on for the guest.
+
+        For any thread but a vCPU's own, on which serial listeners are called; a listener that blocks keeps the caller waiting.
+        """
+        with self._gate:
+            self._paused = True
+            self._crew.pause()
+
+    def resume(self) -> None:
+        """Take back `pause()`; a guest with kvmclock is told that it was stopped, so that its watchdogs stay quiet."""
+        with self._gate:
+            if self._paused:
+                for vcpu in self._vcpus:
+                    _tell_of_pause(vcpu)
+                self._paused = False
+                if self._inside_run:
+                    self._crew.resume()
+
+    def status(self) -> Status:
+        """What the machine is and does now."""
+        settings = self._settings
+        state = RunState.STOPPED if not self._inside_run else RunState.PAUSED if self._paused else RunState.RUNNING
+        cpu = ",".join([settings.cpu, *(f"{'+' if on else '-'}{name}" for name, on in settings.features.items())])
+        return Status(state, cpu, settings.cpus, settings.memory)
 
     def stop(self) -> None:
         """End the run in progress, or the next one if there is none, with INTERRUPTED; callable from any thread."""
@@ -258,6 +314,10 @@ class Machine:
         instructions = engine.pop("instructions", 0)
         return Stats(self._seconds, instructions, dict(engine), dict(exits.most_common()), dict(user_exits.most_common()), dict(vcpus))
 
+    def tsc_status(self) -> kvm.TscStatus:
+        """TSC offsets, master clock and kvmclock now."""
+        return self._vm.tsc_status()
+
     # The end
 
     def close(self) -> None:
@@ -272,6 +332,14 @@ class Machine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
+
+
+def _tell_of_pause(vcpu: kvm.Vcpu) -> None:
+    try:
+        vcpu.kvmclock_ctrl()
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # it has no kvmclock
+            raise
 
 
 def _discard(data: bytes) -> None:

@@ -1,4 +1,7 @@
 //! The time stamp counter of a core and its local timer (SDM vol. 3, 18.17).
+//!
+//! The host's TSC is the processor's own, or virtual: then it counts a fixed number of cycles per retired instruction, and stands still
+//! while no guest runs unless the hypervisor moves it.
 
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
@@ -64,6 +67,10 @@ pub struct Clock {
     pub multiplier: u64,
     /// Host TSC of the first and of the last PAUSE of the current loop; zero after a VM entry.
     pub pauses: (u64, u64),
+    /// Virtual time: cycles per retired instruction; zero while the host's TSC is the processor's.
+    pub rate: u64,
+    /// Virtual time: what the host's TSC was before the core retired its first instruction.
+    pub base: u64,
 }
 
 /// Milliseconds between two periodic interrupts.
@@ -73,9 +80,36 @@ pub const TICK_MS: u64 = 10;
 pub const UNITY: u64 = 1 << 48;
 
 impl Clock {
-    /// TSC that the guest reads now.
-    pub fn guest_tsc(&self) -> u64 {
-        self.scale(host_tsc()).wrapping_add(self.offset)
+    /// Whether the host's TSC is virtual.
+    #[inline(always)]
+    pub fn is_virtual(&self) -> bool {
+        self.rate != 0
+    }
+
+    /// Host TSC of a core that has retired `instructions`.
+    #[inline(always)]
+    pub fn host_tsc(&self, instructions: u64) -> u64 {
+        if self.is_virtual() {
+            self.base.wrapping_add(instructions.wrapping_mul(self.rate))
+        } else {
+            host_tsc()
+        }
+    }
+
+    /// Makes the host's TSC a virtual one that reads `now` on a core that has retired `instructions`, or the processor's if `rate` is zero.
+    pub fn set_virtual(&mut self, rate: u64, now: u64, instructions: u64) {
+        self.rate = rate;
+        self.base = now.wrapping_sub(instructions.wrapping_mul(rate));
+    }
+
+    /// Guest TSC when the host's is `host`.
+    pub fn guest_tsc(&self, host: u64) -> u64 {
+        self.scale(host).wrapping_add(self.offset)
+    }
+
+    /// Host TSC at which the first of the core's timers ends.
+    pub fn next_timer(&self) -> Option<u64> {
+        [self.timer, self.preemption].into_iter().filter(|end| *end != 0).min()
     }
 
     fn scale(&self, tsc: u64) -> u64 {

@@ -2,7 +2,7 @@
 
 use core::ptr;
 
-use super::clock::host_tsc;
+use super::breakpoint::dr6;
 use super::signal::attention;
 use super::{pending, Cpu};
 use crate::decode::block::{self, Block};
@@ -16,9 +16,6 @@ use crate::virt::exits::code;
 /// Instructions between two looks at the clock: some tens of microseconds.
 const SLICE: i64 = 10_000;
 
-/// Bits of the pending debug exceptions, which are those of DR6 (SDM vol. 3, 25.4.2).
-const DEBUG_BREAKPOINTS: u64 = 0xf;
-const DEBUG_STEP: u64 = 1 << 14;
 /// Interrupt shadows.
 const SHADOWS: u32 = interruptibility::STI | interruptibility::MOV_SS;
 
@@ -57,6 +54,9 @@ impl Cpu {
         if signals & attention::SHOOT_DOWN != 0 {
             self.shoot_down();
         }
+        if self.pending & pending::DEBUG != 0 {
+            self.take_debug_trap()?; // before interrupts, which leave the guest (SDM vol. 3, table 6-2)
+        }
         if self.budget <= 0 {
             self.renew_budget();
             self.check_clocks()?;
@@ -65,42 +65,67 @@ impl Cpu {
             self.signal.take(attention::KICK);
             return Err(self.exit_external_interrupt());
         }
-        if self.pending & pending::DEBUG != 0 {
-            self.take_debug_trap()?;
-        }
         if self.pending & (pending::WINDOW | pending::EMULATE) == pending::WINDOW {
             self.check_windows()?;
         }
         if self.pending & pending::HALTED != 0 {
             self.wait_halted()?;
         }
-        let alone = self.pending & (pending::SHADOW | pending::STEP | pending::EMULATE) != 0;
+        let alone = self.pending & (pending::SHADOW | pending::STEP | pending::EMULATE | pending::BREAKPOINTS) != 0;
         Ok(self.check_instruction_budget()? || alone)
     }
 
-    /// Exits when the hypervisor's instruction budget is used up; tells whether less than a block is left of it.
+    /// Exits when the hypervisor's instruction budget is used up; tells whether the end is near.
     fn check_instruction_budget(&mut self) -> Exec<bool> {
         if self.pending & pending::BUDGET == 0 {
             return Ok(false);
         }
-        let left = self.control.instruction_budget.saturating_sub(self.instructions());
-        if left == 0 {
+        if self.control.instruction_budget <= self.instructions() {
             return Err(self.exit(code::BUDGET, 0));
         }
-        Ok(left < block::MAX_INSTRUCTIONS as u64)
+        Ok(true)
     }
 
     fn renew_budget(&mut self) {
         self.retired = self.instructions();
         self.budget = SLICE;
         self.budget_start = SLICE;
+        self.shorten_budget();
+    }
+
+    /// Lets the budget end before the hypervisor's does, whose last instructions run one by one, and in virtual time with the first timer.
+    pub fn shorten_budget(&mut self) {
+        let mut limit = self.budget;
+        let wanted = self.control.instruction_budget;
+        if wanted != 0 {
+            let left = wanted.saturating_sub(self.instructions()).saturating_sub(block::MAX_INSTRUCTIONS as u64);
+            limit = limit.min(left as i64);
+            self.pending |= if left == 0 { pending::BUDGET } else { 0 };
+        }
+        if let (true, Some(next)) = (self.clock.is_virtual(), self.clock.next_timer()) {
+            limit = limit.min(next.saturating_sub(self.host_tsc()).div_ceil(self.clock.rate) as i64);
+        }
+        self.budget_start -= self.budget - limit;
+        self.budget = limit;
+    }
+
+    /// The host's TSC now: exact for the last instruction of a block and between blocks.
+    #[inline]
+    pub fn host_tsc(&self) -> u64 {
+        self.clock.host_tsc(self.instructions())
+    }
+
+    /// The guest's TSC now, as exact as [`Cpu::host_tsc`].
+    #[inline]
+    pub fn guest_tsc(&self) -> u64 {
+        self.clock.guest_tsc(self.host_tsc())
     }
 
     fn check_clocks(&mut self) -> Exec {
         if self.pending & pending::EMULATE != 0 {
             return Ok(());
         }
-        let now = host_tsc();
+        let now = self.host_tsc();
         if now >= self.clock.tick {
             return Err(self.exit_external_interrupt());
         }
@@ -134,9 +159,20 @@ impl Cpu {
             if self.signal.take(attention::KICK) != 0 {
                 return Err(self.exit_external_interrupt());
             }
+            if self.clock.is_virtual() {
+                self.skip_to_timer();
+                self.check_clocks()?;
+                return Err(self.exit_external_interrupt());
+            }
             self.check_clocks()?;
             std::thread::sleep(std::time::Duration::from_micros(50));
         }
+    }
+
+    /// Virtual time passes although nothing retires; without a timer it is the hypervisor's.
+    fn skip_to_timer(&mut self) {
+        let now = self.host_tsc();
+        self.clock.base += self.clock.next_timer().unwrap_or(now).saturating_sub(now);
     }
 
     /// Delivers the debug exceptions that the last instruction left behind. A MOV SS shadow holds them back (SDM vol. 3, 6.8.3).
@@ -144,8 +180,8 @@ impl Cpu {
         if self.state.interruptibility & interruptibility::MOV_SS != 0 {
             return Ok(());
         }
-        self.pending &= !pending::DEBUG;
-        let payload = std::mem::take(&mut self.state.pending_debug) & (DEBUG_BREAKPOINTS | DEBUG_STEP);
+        let payload = self.state.pending_debug & (dr6::BREAKPOINTS | dr6::BS | dr6::BT);
+        self.set_traps(0);
         self.fault = Fault { vector: vector::DB, error: None, payload };
         self.deliver_fault()
     }
@@ -290,9 +326,16 @@ impl Cpu {
 
     // ---- one instruction at a time --------------------------------------------------------------------------------------------------
 
-    /// Runs one instruction, and what comes with its end: shadows end, single-step traps are noted, and a hypervisor that asked for one
-    /// instruction gets control.
+    /// Runs one instruction, and what comes with its end: shadows and RF end, single-step traps are noted, and a hypervisor that asked for
+    /// one instruction gets control.
     fn single(&mut self) -> Exec {
+        let hits = self.instruction_breakpoints();
+        if hits != 0 {
+            self.fault = Fault { vector: vector::DB, error: None, payload: hits };
+            return self.deliver_fault();
+        }
+        let (traps, resume) = (self.state.pending_debug, self.rflags & rflags::RF);
+        self.rflags &= !rflags::RF;
         let shadow = self.state.interruptibility & SHADOWS;
         let stepping = self.rflags & rflags::TF != 0;
         self.state.interruptibility &= !SHADOWS;
@@ -302,21 +345,24 @@ impl Cpu {
             Err(stop) => stop,
         };
         match stop {
-            Stop::Exit | Stop::Retry | Stop::Again => {
+            Stop::Exit | Stop::Retry | Stop::Again | Stop::Fault => {
                 self.state.interruptibility |= shadow;
                 self.pending |= if shadow != 0 { pending::SHADOW } else { 0 };
+                self.rflags |= resume;
             }
-            Stop::Next | Stop::Leave | Stop::Fault | Stop::Slow => {}
+            Stop::Next | Stop::Leave | Stop::Slow => {}
+        }
+        if matches!(stop, Stop::Exit | Stop::Retry | Stop::Fault) {
+            self.set_traps(traps);
         }
         self.stopped(stop)?;
         if stop == Stop::Retry {
             return Ok(());
         }
-        if stepping && stop != Stop::Fault && !self.software_interrupt {
-            self.state.pending_debug |= DEBUG_STEP;
-            self.pending |= pending::DEBUG;
+        if stepping && stop != Stop::Fault && !self.step_settled {
+            self.trap(dr6::BS);
         }
-        self.software_interrupt = false;
+        self.step_settled = false;
         if self.pending & pending::EMULATE != 0 {
             self.end_emulation()?;
         }
@@ -342,16 +388,18 @@ impl Cpu {
         // SAFETY: as in `execute`; a block has at least one micro-op.
         let (uop, handler) = unsafe { (*(*block).uops.as_ptr(), *(*block).reference.as_ptr()) };
         self.blocks_run += 1;
+        self.budget -= 1;
         let stop = handler(self, &uop).err().unwrap_or(Stop::Leave);
         match stop {
-            Stop::Next => self.budget -= 1,
+            Stop::Next => return stop,
             Stop::Leave => {
-                self.budget -= 1;
                 self.regs[slot::RIP as usize] = self.rip_at(uop.next_offset());
+                return stop;
             }
             Stop::Exit => self.complete_exit(&uop),
             Stop::Fault | Stop::Again | Stop::Retry | Stop::Slow => {}
         }
+        self.budget += 1;
         stop
     }
 }

@@ -1,5 +1,6 @@
 //! One CPU: the registers while they run, and everything that the core caches about the guest.
 
+pub mod breakpoint;
 pub mod clock;
 pub mod coherence;
 pub mod descriptor;
@@ -11,6 +12,7 @@ pub mod switch;
 
 use std::sync::Arc;
 
+use crate::cpu::breakpoint::Breakpoints;
 use crate::cpu::clock::Clock;
 use crate::cpu::signal::Signal;
 use crate::decode::cache::CodeCache;
@@ -40,8 +42,10 @@ pub mod pending {
     pub const HALTED: u32 = 16;
     /// The hypervisor asked for exactly one instruction.
     pub const EMULATE: u32 = 32;
-    /// The instruction budget of the hypervisor may be used up.
+    /// The instruction budget of the hypervisor is nearly used up: run one instruction at a time.
     pub const BUDGET: u32 = 64;
+    /// DR7 turns a breakpoint on: run one instruction at a time.
+    pub const BREAKPOINTS: u32 = 128;
 }
 
 /// How wide code, addresses and RIP are by default.
@@ -105,8 +109,11 @@ pub struct Cpu {
     /// The event whose delivery is under way, in the format of exit interruption information; zero when there is none.
     pub vectoring: u32,
     pub vectoring_error: u32,
-    /// The instruction was INT n, INT3, INTO or INT1, after which TF does not trap.
-    pub software_interrupt: bool,
+    /// The instruction has seen to its single-step trap by itself: INT n, INT3, INTO and INT1 have none, and SYSCALL and SYSRET go by
+    /// the TF that they load.
+    pub step_settled: bool,
+    /// The breakpoints of the debug registers.
+    pub breakpoints: Breakpoints,
     /// Instructions retired before the current budget was handed out; see [`Cpu::instructions`].
     pub retired: u64,
     pub budget_start: i64,
@@ -154,7 +161,8 @@ impl Cpu {
             bitmaps: std::ptr::null(),
             vectoring: 0,
             vectoring_error: 0,
-            software_interrupt: false,
+            step_settled: false,
+            breakpoints: Breakpoints::default(),
             retired: 0,
             budget_start: 0,
             walks: 0,

@@ -170,7 +170,7 @@ impl Cpu {
     }
 
     pub(super) fn refresh_pending(&mut self) {
-        let mut bits = self.pending & (pending::DEBUG | pending::HALTED | pending::EMULATE | pending::BUDGET);
+        let mut bits = self.pending & (pending::DEBUG | pending::HALTED | pending::EMULATE | pending::BUDGET | pending::BREAKPOINTS);
         if self.state.interruptibility & (interruptibility::STI | interruptibility::MOV_SS) != 0 {
             bits |= pending::SHADOW;
         }

@@ -96,7 +96,7 @@ fn cmpxchg16b(cpu: &mut Cpu, uop: &Uop) -> Exec {
     let found = match cpu.chunk(uop.segment(), la, 16, AccessKind::Write)? {
         // SAFETY: `chunk` returned 16 bytes of mapped RAM, as aligned as `la` is.
         Some((host, _)) => unsafe { compare_exchange(host.cast(), expected, new) },
-        None => match cpu.checked_ram(uop.segment(), la)? {
+        None => match cpu.checked_ram(uop.segment(), la, 16)? {
             Some(host) => {
                 // SAFETY: `checked_ram` returned mapped RAM, as aligned as `la` is.
                 let found = unsafe { compare_exchange(host.cast(), expected, new) };

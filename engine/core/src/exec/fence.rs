@@ -5,7 +5,6 @@ use std::sync::atomic::{fence, Ordering};
 
 use iced_x86::{Instruction, Mnemonic};
 
-use crate::cpu::clock::host_tsc;
 use crate::cpu::{CodeSize, Cpu};
 use crate::paging::AccessKind;
 use crate::state::efer;
@@ -38,7 +37,8 @@ fn nop(_cpu: &mut Cpu, _uop: &Uop) -> Exec {
 
 fn pause(cpu: &mut Cpu, _uop: &Uop) -> Exec {
     let watched = cpu.control.pause_window != 0 && cpu.cpl() == 0;
-    let long = watched && cpu.clock.pause(host_tsc(), cpu.control.pause_gap) > u64::from(cpu.control.pause_window);
+    let now = cpu.host_tsc();
+    let long = watched && cpu.clock.pause(now, cpu.control.pause_gap) > u64::from(cpu.control.pause_window);
     if long || cpu.control.intercepts(intercept::PAUSE) {
         return Err(cpu.exit(code::PAUSE, 0));
     }

@@ -104,6 +104,7 @@ fn input<W: Word, const IMMEDIATE: bool>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     let port = Port::simple::<W, IMMEDIATE>(cpu, uop, io_flag::IN);
     check_permission(cpu, &port)?;
     check_intercept(cpu, uop, &port)?;
+    cpu.watch_port(port.number, port.bytes);
     cpu.set_reg(gpr::RAX as u8 * 8, !W::ZERO);
     Ok(())
 }
@@ -111,7 +112,9 @@ fn input<W: Word, const IMMEDIATE: bool>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 fn output<W: Word, const IMMEDIATE: bool>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     let port = Port::simple::<W, IMMEDIATE>(cpu, uop, 0);
     check_permission(cpu, &port)?;
-    check_intercept(cpu, uop, &port)
+    check_intercept(cpu, uop, &port)?;
+    cpu.watch_port(port.number, port.bytes);
+    Ok(())
 }
 
 fn input_string<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
@@ -149,6 +152,7 @@ fn probe_read(cpu: &mut Cpu, port: &Port) -> Exec {
 
 /// Moves on by one element; a repeated instruction that has elements left stays.
 fn finish_string(cpu: &mut Cpu, uop: &Uop, port: &Port, pointer: usize) -> Exec {
+    cpu.watch_port(port.number, port.bytes);
     let step = if port.has(io_flag::DOWN) { u64::from(port.bytes).wrapping_neg() } else { port.bytes.into() };
     add_address(cpu, uop, pointer, step);
     if port.has(io_flag::REP) {

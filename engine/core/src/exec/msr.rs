@@ -37,9 +37,10 @@ pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
     Some(handler)
 }
 
-/// Instructions of this family after which the dispatcher must look at the CPU.
+/// Instructions of this family after which the dispatcher must look at the CPU, or before which all others of the block must have retired:
+/// a virtual TSC counts them.
 pub fn ends_block(insn: &Instruction) -> bool {
-    insn.mnemonic() == Mnemonic::Wrmsr
+    matches!(insn.mnemonic(), Mnemonic::Wrmsr | Mnemonic::Rdmsr | Mnemonic::Rdtsc | Mnemonic::Rdtscp)
 }
 
 // ---- identification -----------------------------------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ fn check_msr_intercept(cpu: &mut Cpu, index: u32, write: bool) -> Exec {
 fn read_msr(cpu: &mut Cpu, index: u32) -> Exec<u64> {
     let state = &cpu.state;
     let value = match index {
-        index::TSC => cpu.clock.guest_tsc(),
+        index::TSC => cpu.guest_tsc(),
         index::SYSENTER_CS => state.sysenter_cs,
         index::SYSENTER_ESP => state.sysenter_esp,
         index::SYSENTER_EIP => state.sysenter_eip,
@@ -247,14 +248,14 @@ fn check_tsc(cpu: &mut Cpu, number: Code) -> Exec {
 
 fn rdtsc(cpu: &mut Cpu, _uop: &Uop) -> Exec {
     check_tsc(cpu, code::RDTSC)?;
-    let now = cpu.clock.guest_tsc();
+    let now = cpu.guest_tsc();
     set_edx_eax(cpu, now);
     Ok(())
 }
 
 fn rdtscp(cpu: &mut Cpu, _uop: &Uop) -> Exec {
     check_tsc(cpu, code::RDTSCP)?;
-    let now = cpu.clock.guest_tsc();
+    let now = cpu.guest_tsc();
     set_edx_eax(cpu, now);
     cpu.set_gpr(gpr::RCX, cpu.state.tsc_aux & 0xffff_ffff);
     Ok(())
@@ -295,10 +296,18 @@ fn rdseed<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 
 /// Carry tells that the number is good; the other arithmetic flags are cleared. Without entropy the number is zero and carry is clear.
 fn random<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    let entropy = host_entropy();
+    let entropy = if cpu.clock.is_virtual() { Some(repeatable(&mut cpu.control.random)) } else { host_entropy() };
     cpu.set_reg(uop.reg[0], entropy.map_or(W::ZERO, W::truncate));
     cpu.flags = Flags::from_bits(if entropy.is_some() { rflags::CF } else { 0 });
     Ok(())
+}
+
+/// 64 bits of SplitMix64 (Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014): the same for the same seed.
+fn repeatable(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mixed = (*state ^ *state >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ mixed >> 31
 }
 
 /// 64 bits from the host kernel's generator.

@@ -158,7 +158,7 @@ fn repeat<O: Operation, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     if index(cpu, uop, gpr::RCX) == 0 {
         return Ok(());
     }
-    let alone = cpu.pending & (pending::STEP | pending::EMULATE) != 0;
+    let alone = cpu.pending & (pending::STEP | pending::EMULATE | pending::BREAKPOINTS) != 0;
     let mut room = if alone { 1 } else { WORK / W::BYTES };
     while room > 0 {
         let wanted = index(cpu, uop, gpr::RCX).min(room);

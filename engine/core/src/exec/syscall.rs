@@ -2,6 +2,7 @@
 
 use iced_x86::{Code, Instruction};
 
+use crate::cpu::breakpoint::dr6;
 use crate::cpu::{CodeSize, Cpu};
 use crate::state::{cr0, efer, gpr, rflags, rights, seg, Segment};
 use crate::uop::{slot, Exec, Handler, Stop, Uop};
@@ -32,6 +33,17 @@ pub fn handler(insn: &Instruction, size: CodeSize) -> Option<Handler> {
 
 const fn flat(selector: u16, access_rights: u32) -> Segment {
     Segment::new(selector, access_rights, u32::MAX, 0)
+}
+
+/// Loads RFLAGS. Whether a single-step trap follows is up to the new TF (SDM vol. 3, 17.3.1.4).
+#[inline(always)]
+fn load_rflags(cpu: &mut Cpu, image: u64) {
+    let steps = cpu.rflags & rflags::TF;
+    cpu.load_rflags(image);
+    if (steps | image) & rflags::TF != 0 {
+        cpu.step_settled = steps != 0;
+        cpu.trap(if image & rflags::TF != 0 { dr6::BS } else { 0 });
+    }
 }
 
 fn syscall_64(cpu: &mut Cpu, uop: &Uop) -> Exec {
@@ -68,7 +80,7 @@ fn enter_long_kernel(cpu: &mut Cpu, uop: &Uop, target: u64) -> Exec {
     cpu.set_gpr(gpr::RCX, cpu.rip_at(uop.next_offset()));
     let image = cpu.rflags() & !rflags::RF;
     cpu.set_gpr(R11, image);
-    cpu.load_rflags(image & !cpu.state.fmask);
+    load_rflags(cpu, image & !cpu.state.fmask);
     let selector = (cpu.state.star >> 32) as u16 & !3;
     cpu.state.segments[seg::CS] = flat(selector, FLAT_CODE_64);
     cpu.state.segments[seg::SS] = flat(selector.wrapping_add(8), FLAT_DATA);
@@ -95,7 +107,7 @@ fn sysret<const WIDE: bool>(cpu: &mut Cpu, _uop: &Uop) -> Exec {
     }
     let star = (cpu.state.star >> 48) as u16;
     if cpu.long_mode() {
-        cpu.load_rflags(cpu.gpr(R11) & !SYSRET_DROPS);
+        load_rflags(cpu, cpu.gpr(R11) & !SYSRET_DROPS);
     } else {
         cpu.rflags |= rflags::IF;
     }

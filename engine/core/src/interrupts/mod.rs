@@ -10,20 +10,12 @@ mod protected;
 mod real;
 mod software;
 
+use crate::cpu::breakpoint::{dr6, dr7};
 use crate::cpu::{pending, Cpu};
 use crate::fault::{vector, Fault};
 use crate::state::{activity, cr0, interruptibility, rflags};
 use crate::uop::{slot, Exec, Stop};
 use crate::virt::exits::code;
-
-/// Bits of DR6 that read as one.
-pub const DR6_FIXED: u64 = 0xffff_0ff0;
-/// B0 to B3 of DR6.
-const DR6_BREAKPOINTS: u64 = 0xf;
-/// BD of DR6: the debug registers were touched while DR7.GD was set.
-pub const DR6_BD: u64 = 1 << 13;
-/// General detect enable of DR7.
-pub const DR7_GD: u64 = 1 << 13;
 
 /// Bit 0 of an error code: the fault happened while an event from outside the program was delivered.
 const EXTERNAL: u32 = 1;
@@ -105,6 +97,11 @@ impl Event {
         }
     }
 
+    /// Whether the event is #DB and not INT 1: it takes the place of the debug traps that wait.
+    fn is_debug_exception(&self) -> bool {
+        self.vector == vector::DB && matches!(self.kind, Kind::Exception | Kind::PrivilegedException)
+    }
+
     /// The error code that faults during the delivery of this event carry in bit 0.
     fn external_bit(&self) -> u32 {
         if self.kind.checks_gate() {
@@ -148,7 +145,7 @@ impl Cpu {
         // Faults restart their instruction, which must not hit its own breakpoint again (SDM vol. 3, 17.3.1.1). Debug exceptions are
         // traps, but for the access to a protected debug register.
         let restarts = match fault.vector {
-            vector::DB => fault.payload & DR6_BD != 0,
+            vector::DB => fault.payload & dr6::BD != 0,
             vector => vector != vector::DF,
         };
         let resume = if restarts { rflags::RF } else { 0 };
@@ -168,6 +165,9 @@ impl Cpu {
         let mut own = fresh;
         loop {
             if own {
+                if event.is_debug_exception() {
+                    self.set_traps(0);
+                }
                 self.intercept_exception(&event)?;
                 self.side_effects(&event);
             }
@@ -216,8 +216,8 @@ impl Cpu {
         match event.vector {
             vector::PF => self.state.cr2 = event.payload,
             vector::DB => {
-                self.state.dr6 = self.state.dr6 & !DR6_BREAKPOINTS | event.payload | DR6_FIXED;
-                self.state.dr7 &= !DR7_GD;
+                self.state.dr6 = self.state.dr6 & !dr6::BREAKPOINTS | event.payload | dr6::FIXED;
+                self.state.dr7 &= !dr7::GD;
                 self.state.debugctl &= !DEBUGCTL_LBR;
             }
             _ => {}

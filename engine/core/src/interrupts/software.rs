@@ -12,7 +12,7 @@ impl Cpu {
             return Err(self.general_protection());
         }
         let event = Event { vector, kind, error: None, payload: 0, return_rip: self.rip_at(uop.next_offset()), flags: self.rflags() };
-        self.software_interrupt = self.rflags & rflags::TF != 0;
+        self.step_settled = self.rflags & rflags::TF != 0;
         self.deliver_at(event, self.rip_at(uop.offset.into()))
     }
 }

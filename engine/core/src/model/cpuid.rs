@@ -2,7 +2,6 @@
 
 use super::features::register::{EAX, EBX, ECX, EDX};
 use super::{Feature, Model};
-use crate::cpu::clock::host_tsc_khz;
 
 /// Bits of a linear address, with 4-level and with 5-level paging.
 const LINEAR_BITS: [u32; 2] = [48, 57];
@@ -76,6 +75,10 @@ impl Model {
         registers
     }
 
+    fn megahertz(&self) -> u32 {
+        ((self.tsc_khz() + 500) / 1000) as u32 & 0xffff
+    }
+
     /// What the answer holds besides feature bits.
     fn values(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
         if let Some((_, registers)) = self.part.constants.iter().find(|(constant, _)| *constant == leaf) {
@@ -88,8 +91,8 @@ impl Model {
             0x4 | 0x8000_001d => self.caches(leaf).get(subleaf as usize).map_or([0; 4], super::Cache::describe),
             0xb => topology(subleaf),
             0xd => self.xsave(subleaf),
-            0x15 => [CRYSTAL_KHZ, host_tsc_khz() as u32, CRYSTAL_KHZ * 1000, 0],
-            0x16 => [megahertz(), megahertz(), 100, 0],
+            0x15 => [CRYSTAL_KHZ, self.tsc_khz() as u32, CRYSTAL_KHZ * 1000, 0],
+            0x16 => [self.megahertz(), self.megahertz(), 100, 0],
             EXTENDED => self.highest_extended(),
             0x8000_0001 if self.is_amd() => [self.part.signature, 4 << 28, 0, 0],
             0x8000_0002..=0x8000_0004 => self.brand(leaf),
@@ -188,10 +191,6 @@ fn topology(subleaf: u32) -> [u32; 4] {
     }
 }
 
-fn megahertz() -> u32 {
-    ((host_tsc_khz() + 500) / 1000) as u32 & 0xffff
-}
-
 fn word(bytes: &[u8]) -> u32 {
     u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
 }
@@ -251,8 +250,12 @@ mod tests {
 
     #[test]
     fn leaf_15_tells_the_frequency_that_the_clock_measures() {
-        let [denominator, numerator, crystal, _] = Model::default().cpuid(0x15, 0).map(u64::from);
-        assert_eq!(crystal * numerator / denominator, host_tsc_khz() * 1000);
+        let frequency = |model: Model| {
+            let [denominator, numerator, crystal, _] = model.cpuid(0x15, 0).map(u64::from);
+            crystal * numerator / denominator
+        };
+        assert_eq!(frequency(Model::default()), crate::cpu::clock::host_tsc_khz() * 1000);
+        assert_eq!(frequency(Model::default().with_tsc_khz(2_345_678)), 2_345_678_000);
     }
 
     #[test]

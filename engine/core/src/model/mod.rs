@@ -13,6 +13,7 @@ use std::fmt;
 
 pub use features::{Feature, FeatureSet};
 
+use crate::cpu::clock::host_tsc_khz;
 use crate::memory::nested::PHYSICAL_BITS;
 use crate::paging::unused_bits;
 use crate::state::cr4;
@@ -114,13 +115,15 @@ fn edits(a: &str, b: &str) -> usize {
 pub struct Model {
     part: &'static Part,
     features: FeatureSet,
+    /// Frequency of the TSC in kHz, if it is not the host's.
+    tsc_khz: Option<u32>,
 }
 
 impl Default for Model {
     /// The first part with what the engine implements of it.
     fn default() -> Self {
         let part = PARTS[0];
-        Model { part, features: default_features(part) }
+        Model { part, features: default_features(part), tsc_khz: None }
     }
 }
 
@@ -148,7 +151,17 @@ impl Model {
             }
         }
         drop_orphans(&mut features, &wanted)?;
-        Ok(Model { part, features })
+        Ok(Model { part, features, tsc_khz: None })
+    }
+
+    /// The same part with a TSC of `khz`, for a core whose time is virtual.
+    pub fn with_tsc_khz(self, khz: u32) -> Model {
+        Model { tsc_khz: Some(khz), ..self }
+    }
+
+    /// Frequency of the TSC in kHz.
+    pub fn tsc_khz(&self) -> u64 {
+        self.tsc_khz.map_or_else(host_tsc_khz, u64::from)
     }
 
     /// Names of the models.

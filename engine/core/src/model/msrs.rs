@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use super::{Feature, Model};
-use crate::cpu::clock::host_tsc_khz;
 
 /// Indices of the MSRs that every model or the engine itself knows.
 pub mod index {
@@ -65,16 +64,16 @@ impl Model {
             msrs.insert(index::ARCH_CAPABILITIES, ARCH_CAPABILITIES);
         }
         if !self.is_amd() {
-            msrs.insert(index::PLATFORM_INFO, platform_info());
+            msrs.insert(index::PLATFORM_INFO, self.platform_info());
         }
         msrs
     }
-}
 
-/// PLATFORM_INFO: the ratio of TSC to the 100 MHz bus clock, as the highest and as the lowest that the part runs at.
-fn platform_info() -> u64 {
-    let ratio = ((host_tsc_khz() + 50_000) / 100_000) & 0xff;
-    ratio << 8 | ratio << 40
+    /// PLATFORM_INFO: the ratio of TSC to the 100 MHz bus clock, as the highest and as the lowest that the part runs at.
+    fn platform_info(&self) -> u64 {
+        let ratio = ((self.tsc_khz() + 50_000) / 100_000) & 0xff;
+        ratio << 8 | ratio << 40
+    }
 }
 
 #[cfg(test)]

@@ -161,6 +161,7 @@ impl Cpu {
     #[inline(never)]
     fn modify_slow<W: Word>(&mut self, uop: &Uop, la: u64, change: impl Fn(&mut Cpu, W) -> W) -> Exec {
         let segment = uop.segment();
+        self.watch(la, W::BYTES, AccessKind::Write);
         if la & PAGE_OFFSET <= PAGE_SIZE - W::BYTES {
             if let Target::Ram(host) = self.target(segment, la, AccessKind::Write, self.privilege())? {
                 // SAFETY: `target` just translated the page for writing, and the access is inside it.
@@ -184,9 +185,10 @@ impl Cpu {
         apart(self)
     }
 
-    /// Host address of RAM at `la` for a store that the TLB does not let through; the caller reports it with [`Cpu::note_code_write`].
+    /// Host address of RAM at `la` for a store of `bytes` in one page that the TLB does not let through; the caller reports it with [`Cpu::note_code_write`].
     /// `None` where there is a device.
-    pub fn checked_ram(&mut self, segment: usize, la: u64) -> Exec<Option<*mut u8>> {
+    pub fn checked_ram(&mut self, segment: usize, la: u64, bytes: u64) -> Exec<Option<*mut u8>> {
+        self.watch(la, bytes, AccessKind::Write);
         Ok(match self.target(segment, la, AccessKind::Write, self.privilege())? {
             Target::Ram(host) => Some(host),
             Target::Device(_) => None,
@@ -288,6 +290,7 @@ impl Cpu {
         let mut value = T::default();
         let bytes = size_of::<T>();
         self.check_alignment(la, bytes as u64, privilege)?;
+        self.watch(la, bytes as u64, AccessKind::Read);
         // SAFETY: `Plain` types are bytes without padding, and `value` is ours.
         let buffer = unsafe { core::slice::from_raw_parts_mut((&raw mut value).cast::<u8>(), bytes) };
         let first = bytes.min((PAGE_SIZE - (la & PAGE_OFFSET)) as usize);
@@ -311,6 +314,7 @@ impl Cpu {
     fn write_slow<T: Plain>(&mut self, segment: usize, la: u64, value: T, privilege: Privilege) -> Exec {
         let bytes = size_of::<T>();
         self.check_alignment(la, bytes as u64, privilege)?;
+        self.watch(la, bytes as u64, AccessKind::Write);
         // SAFETY: `Plain` types are bytes without padding, and `value` outlives the slice.
         let buffer = unsafe { core::slice::from_raw_parts((&raw const value).cast::<u8>(), bytes) };
         let first = bytes.min((PAGE_SIZE - (la & PAGE_OFFSET)) as usize);
@@ -414,11 +418,12 @@ impl Cpu {
     fn fill_tlb(&mut self, la: u64, host: u64, rights: u8, mapping: &Mapping, privilege: Privilege) {
         let allows = |kind| mapping.allows(&self.paging, privilege, kind);
         let checked = || self.npt.code.contains(host & !PAGE_OFFSET);
+        let watched = self.breakpoints.watch_page(la);
         let fill = tlb::Fill {
             la,
             host,
-            read: rights & right::READ != 0 && allows(AccessKind::Read),
-            write: rights & right::WRITE != 0 && mapping.dirty && allows(AccessKind::Write) && !checked(),
+            read: !watched && rights & right::READ != 0 && allows(AccessKind::Read),
+            write: !watched && rights & right::WRITE != 0 && mapping.dirty && allows(AccessKind::Write) && !checked(),
             fetch: rights & right::EXECUTE != 0 && allows(AccessKind::Fetch),
             global: mapping.global,
             page_shift: mapping.page_shift,

@@ -92,6 +92,13 @@ pub struct Control {
     reserved0: u32,
     pub guest_perf_global_ctrl: u64,
     pub host_perf_global_ctrl: u64,
+    /// Virtual time: the host's TSC at the entry.
+    pub virtual_tsc: u64,
+    /// Virtual time: where the generator behind RDRAND and RDSEED stands.
+    pub random: u64,
+    /// Virtual time: cycles of the host's TSC per retired instruction; zero is the real time.
+    pub tsc_rate: u32,
+    reserved1: u32,
 }
 
 impl Control {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::cpu::clock::{host_tsc, host_tsc_khz, Clock, TICK_MS};
+use crate::cpu::clock::{host_tsc_khz, Clock, TICK_MS};
 use crate::cpu::signal::Signal;
 use crate::cpu::{pending, Cpu};
 use crate::memory::nested::NestedPageTable;
@@ -79,6 +79,7 @@ impl Core {
         let cpu = &mut *self.cpu;
         cpu.bitmaps = std::ptr::null();
         cpu.exit.instructions = cpu.instructions().wrapping_sub(start);
+        cpu.exit.tsc = cpu.host_tsc();
         // SAFETY: as above.
         unsafe {
             (*block).exit = cpu.exit;
@@ -86,6 +87,7 @@ impl Core {
             (*block).control.event = cpu.control.event;
             (*block).control.tlb_control = cpu.control.tlb_control;
             (*block).control.emulate = cpu.control.emulate;
+            (*block).control.random = cpu.control.random;
         }
         cpu.exit.reason
     }
@@ -119,7 +121,9 @@ impl Core {
             cpu.control.tlb_control = 0;
         }
         cpu.regs[..16].copy_from_slice(&cpu.state.gpr);
-        cpu.clock.tick = host_tsc() + host_tsc_khz() * TICK_MS;
+        let instructions = cpu.instructions();
+        cpu.clock.set_virtual(cpu.control.tsc_rate.into(), cpu.control.virtual_tsc, instructions);
+        cpu.clock.tick = if cpu.clock.is_virtual() { u64::MAX } else { cpu.host_tsc() + host_tsc_khz() * TICK_MS };
         cpu.clock.offset = cpu.control.tsc_offset;
         cpu.clock.multiplier = cpu.control.tsc_multiplier;
         cpu.clock.pauses = (0, 0);
@@ -130,11 +134,13 @@ impl Core {
         let image = cpu.state.rflags;
         cpu.set_rflags(image);
         cpu.refresh();
+        cpu.refresh_breakpoints();
         let rip = cpu.state.rip;
         cpu.set_rip(rip);
         if cpu.control.instruction_budget != 0 {
-            cpu.control.instruction_budget = cpu.control.instruction_budget.wrapping_add(cpu.instructions());
+            cpu.control.instruction_budget = cpu.control.instruction_budget.saturating_add(instructions);
         }
+        cpu.shorten_budget();
     }
 
     /// Delivers the injected event, then runs.
@@ -201,12 +207,9 @@ impl Drop for Core {
 }
 
 fn entry_work(cpu: &Cpu) -> u32 {
-    let mut work = 0;
+    let mut work = cpu.pending & pending::BREAKPOINTS;
     if cpu.control.emulate != 0 {
         work |= pending::EMULATE;
-    }
-    if cpu.control.instruction_budget != 0 {
-        work |= pending::BUDGET;
     }
     if cpu.state.pending_debug != 0 {
         work |= pending::DEBUG;

@@ -1,6 +1,5 @@
 //! VM exits: how each cause is told to a hypervisor of either vendor (SDM vol. 3, app. C; APM vol. 2, app. C).
 
-use crate::cpu::clock::host_tsc;
 use crate::cpu::Cpu;
 use crate::memory::nested::right;
 use crate::paging::AccessKind;
@@ -78,14 +77,8 @@ impl Cpu {
     /// Leaves the guest with a number of the vendor's own.
     #[cold]
     pub fn exit_number(&mut self, reason: u32, detail: u64) -> Stop {
-        self.exit = Exit {
-            reason,
-            qualification: detail,
-            vectoring: self.vectoring,
-            vectoring_error: self.vectoring_error,
-            tsc: host_tsc(),
-            ..Exit::default()
-        };
+        self.exit =
+            Exit { reason, qualification: detail, vectoring: self.vectoring, vectoring_error: self.vectoring_error, ..Exit::default() };
         Stop::Exit
     }
 

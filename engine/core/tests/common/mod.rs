@@ -3,6 +3,7 @@
 //! Each test crate uses its own part of this.
 #![allow(dead_code)]
 
+pub mod guest;
 #[cfg(target_arch = "x86_64")]
 pub mod host;
 pub mod system;

@@ -1,8 +1,8 @@
 //! MOV from and to DRn (SDM vol. 3, 17.2 and 25.1.3).
 
+use crate::cpu::breakpoint::{dr6, dr7};
 use crate::cpu::Cpu;
 use crate::fault::{vector, Fault};
-use crate::interrupts::{DR6_BD, DR6_FIXED, DR7_GD};
 use crate::state::cr4;
 use crate::uop::{Exec, Stop, Uop};
 use crate::virt::exits::code;
@@ -30,10 +30,11 @@ pub(super) fn write<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     let value = cpu.reg::<W>(uop.reg[1]).zero_extend();
     match number {
         6 | 7 if value >> 32 != 0 => return Err(cpu.general_protection()),
-        6 => cpu.state.dr6 = value & DR6_BITS | DR6_FIXED,
+        6 => cpu.state.dr6 = value & DR6_BITS | dr6::FIXED,
         7 => cpu.state.dr7 = value & DR7_BITS | DR7_FIXED,
         _ => cpu.state.dr[usize::from(number)] = value,
     }
+    cpu.refresh_breakpoints();
     Err(Stop::Leave)
 }
 
@@ -54,8 +55,8 @@ fn check(cpu: &mut Cpu, number: u8, register: u8, write: bool) -> Exec<u8> {
     if amd {
         intercept(cpu, number, register, write)?;
     }
-    if cpu.state.dr7 & DR7_GD != 0 {
-        cpu.fault = Fault { vector: vector::DB, error: None, payload: DR6_BD };
+    if cpu.state.dr7 & dr7::GD != 0 {
+        cpu.fault = Fault { vector: vector::DB, error: None, payload: dr6::BD };
         return Err(Stop::Fault);
     }
     Ok(if matches!(number, 4 | 5) { number + 2 } else { number })

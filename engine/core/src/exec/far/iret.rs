@@ -1,6 +1,7 @@
 //! IRET in every mode (SDM vol. 2, "IRET/IRETD/IRETQ"; vol. 3, 6.12.1, 6.14.4 and 20.2).
 
 use super::task::TaskSwitch;
+use crate::cpu::breakpoint::dr7;
 use crate::cpu::descriptor::{rpl, system};
 use crate::cpu::Cpu;
 use crate::fault::vector;
@@ -13,8 +14,6 @@ use crate::word::Word;
 const FLAGS: u64 = rflags::ARITHMETIC | rflags::TF | rflags::DF | rflags::NT;
 /// Flags in the upper half that any privilege loads.
 const FLAGS_HIGH: u64 = rflags::RF | rflags::AC | rflags::ID;
-/// Enable bits of DR7.
-const DR7_ENABLES: u64 = 0xff;
 
 /// The three words that every IRET pops.
 struct Frame {
@@ -87,7 +86,7 @@ impl Cpu {
             }
         }
         // RF lasts for one instruction, and matters only where an instruction breakpoint could hit that one.
-        if self.state.dr7 & DR7_ENABLES == 0 {
+        if self.state.dr7 & dr7::ENABLES == 0 {
             writable &= !rflags::RF;
         }
         let old = self.rflags() & !rflags::RF;

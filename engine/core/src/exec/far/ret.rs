@@ -72,7 +72,7 @@ impl Cpu {
         Ok(self.accessed(selector, stack)?.segment(selector))
     }
 
-    /// Takes the stack of the outer `level`, and hides what inner data segments would show it.
+    /// Takes the stack of the outer `level`, and hides what inner data segments would show it. The base stays, as 64-bit code can tell.
     pub(super) fn leave_to_outer(&mut self, stack: Segment, rsp: u64, level: u8, code: Descriptor) {
         self.state.segments[seg::SS] = stack;
         let mask = match (self.is_long_code(code), stack.has(rights::DB)) {
@@ -86,7 +86,7 @@ impl Cpu {
             let segment = self.state.segments[number];
             let shared = segment.has(rights::CODE) && segment.has(rights::DC);
             if !segment.has(rights::UNUSABLE) && segment.dpl() < level && !shared {
-                self.set_segment(number, Segment::new(0, rights::UNUSABLE, 0, 0));
+                self.set_segment(number, Segment::new(0, rights::UNUSABLE, 0, segment.base));
             }
         }
     }

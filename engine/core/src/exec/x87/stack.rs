@@ -34,7 +34,8 @@ const NO_SEGMENT: usize = 6;
 
 impl Cpu {
     /// First step of every waiting x87 instruction: #NM, then #MF for an exception that waits. Without CR0.NE a PC reports exceptions
-    /// through FERR# and IRQ 13; that wire does not exist here, so execution goes on as with IGNNE#.
+    /// through FERR# and IRQ 13; that wire does not exist here, so execution goes on as with IGNNE#. VMX keeps CR0.NE at 1 in every guest
+    /// and shows it another one where it wants to (SDM vol. 3, A.7).
     #[inline]
     pub(super) fn begin_x87(&mut self) -> Exec {
         self.require_x87()?;
@@ -44,7 +45,7 @@ impl Cpu {
     /// #MF if an unmasked exception waits in the status word.
     #[inline]
     pub(in crate::exec) fn check_pending_x87(&mut self) -> Exec {
-        if self.state.fpu.fsw & SUMMARY != 0 && self.state.cr0 & cr0::NE != 0 {
+        if self.state.fpu.fsw & SUMMARY != 0 && (self.state.cr0 & cr0::NE != 0 || !self.model.is_amd()) {
             return Err(self.raise(vector::MF));
         }
         Ok(())

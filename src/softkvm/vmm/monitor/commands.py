@@ -1,0 +1,71 @@
+"""What every running machine offers on its monitor; whoever else has something to offer registers it beside these.
+
+Names and meaning are those of QEMU's QMP (`qapi/{run-state,machine}.json`) where it has the command.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Protocol
+
+import msgspec
+
+from softkvm import kvm
+from softkvm.vmm.machine import Status
+from softkvm.vmm.monitor.server import Monitor
+from softkvm.vmm.monitor.wire import Descriptors, NoArguments
+
+
+class Machine(Protocol):
+    """The part of `vmm.Machine` that the commands use."""
+
+    def status(self) -> Status:
+        """What it is and does now."""
+
+    def pause(self) -> None:
+        """Park all vCPUs."""
+
+    def resume(self) -> None:
+        """Take back `pause()`."""
+
+    def tsc_status(self) -> kvm.TscStatus:
+        """Its clocks."""
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """The answer to query-status."""
+
+    name: str
+    pid: int
+    state: str
+    """A value of `RunState`."""
+    cpu: str
+    cpus: int
+    memory: int
+    """Bytes of RAM."""
+    uptime: float
+    """Seconds since the machine could be reached."""
+
+
+def offer(monitor: Monitor, machine: Machine) -> None:
+    """Register query-status, query-tsc, stop and cont."""
+    since = time.monotonic()
+
+    @monitor.command("query-status")
+    def query_status(arguments: NoArguments, descriptors: Descriptors) -> Answer:
+        status = machine.status()
+        uptime = round(time.monotonic() - since, 3)
+        return Answer(monitor.name, os.getpid(), status.state.value, status.cpu, status.cpus, status.memory, uptime)
+
+    @monitor.command("query-tsc")
+    def query_tsc(arguments: NoArguments, descriptors: Descriptors) -> kvm.TscStatus:
+        return machine.tsc_status()
+
+    @monitor.command("stop")
+    def stop(arguments: NoArguments, descriptors: Descriptors) -> None:
+        machine.pause()
+
+    @monitor.command("cont")
+    def cont(arguments: NoArguments, descriptors: Descriptors) -> None:
+        machine.resume()
