@@ -190,10 +190,20 @@ fn run_reference(machine: &mut Machine) {
 
 #[test]
 fn blocks_do_what_single_instructions_do() {
+    compare(None);
+}
+
+#[test]
+fn host_code_does_what_single_instructions_do() {
+    compare(Some(1));
+}
+
+fn compare(translator: Option<u32>) {
     let mut faults = 0;
     for seed in 0..CASES {
         let code = program(&mut Random::new(seed));
         let (mut fast, mut slow) = (machine(&code, seed), machine(&code, seed));
+        fast.cpu.set_translator(translator);
         run_blocks(&mut fast);
         run_reference(&mut slow);
         let view = |machine: &Machine| (machine.cpu.regs[..16].to_vec(), machine.cpu.rip() - CODE, machine.cpu.rflags());

@@ -262,6 +262,9 @@ impl Cpu {
         self.budget -= i64::from(instructions);
         self.blocks_run += 1;
         self.at = first;
+        if let Some(body) = self.translation(block) {
+            return self.run_native(body);
+        }
         loop {
             // SAFETY: as above; a block that dies while it runs keeps its micro-ops, which then stop at once.
             let uop = unsafe { &*self.at };
@@ -299,7 +302,7 @@ impl Cpu {
     /// Leaves a block before its end; `left` instructions of it, the one of `uop` included, had been paid for.
     #[cold]
     #[inline(never)]
-    fn leave(&mut self, uop: &Uop, stop: Stop, left: i64) -> Exec {
+    pub(crate) fn leave(&mut self, uop: &Uop, stop: Stop, left: i64) -> Exec {
         if stop == Stop::Leave {
             self.budget += left - 1;
             self.regs[slot::RIP as usize] = self.rip_at(uop.next_offset());

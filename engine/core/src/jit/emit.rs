@@ -7,9 +7,9 @@ use std::mem::offset_of;
 
 use iced_x86::code_asm::registers::get_gpr64;
 use iced_x86::code_asm::*;
-use iced_x86::{IcedError, Instruction, Register};
+use iced_x86::{ConditionCode, IcedError, Instruction, Register};
 
-use super::native::{FLAGS, TARGET};
+use super::native::{FLAGS, TARGET, TARGET_RIP};
 use super::registers;
 use crate::cpu::Cpu;
 use crate::decode::block::{Block, Link};
@@ -346,6 +346,40 @@ impl Emitter {
         self.asm.jmp(cpu_field(TARGET))
     }
 
+    /// Keeps R15, the target of a call, until [`Emitter::take_rip`].
+    pub fn keep_rip(&mut self) -> Emit {
+        self.asm.mov(cpu_field(TARGET_RIP), r15)
+    }
+
+    /// R15 = what [`Emitter::keep_rip`] kept.
+    pub fn take_rip(&mut self) -> Emit {
+        self.asm.mov(r15, cpu_field(TARGET_RIP))
+    }
+
+    /// Jumps if the condition of the conditional branch `insn` holds.
+    pub fn jump_if(&mut self, insn: &Instruction, label: CodeLabel) -> Emit {
+        let asm = &mut self.asm;
+        match insn.condition_code() {
+            ConditionCode::o => asm.jo(label),
+            ConditionCode::no => asm.jno(label),
+            ConditionCode::b => asm.jb(label),
+            ConditionCode::ae => asm.jae(label),
+            ConditionCode::e => asm.je(label),
+            ConditionCode::ne => asm.jne(label),
+            ConditionCode::be => asm.jbe(label),
+            ConditionCode::a => asm.ja(label),
+            ConditionCode::s => asm.js(label),
+            ConditionCode::ns => asm.jns(label),
+            ConditionCode::p => asm.jp(label),
+            ConditionCode::np => asm.jnp(label),
+            ConditionCode::l => asm.jl(label),
+            ConditionCode::ge => asm.jge(label),
+            ConditionCode::le => asm.jle(label),
+            ConditionCode::g => asm.jg(label),
+            ConditionCode::None => unreachable!("a conditional branch has a condition"),
+        }
+    }
+
     /// The code, with its cold end, assembled to run at `at`; and the offset behind the prologue.
     pub fn finish(mut self, at: u64, body: &CodeLabel) -> Emit<(Vec<u8>, u64)> {
         for Cold { mut label, index, back } in std::mem::take(&mut self.cold) {
@@ -367,7 +401,8 @@ impl Emitter {
     }
 
     /// A guest instruction whose operands have been replaced by host registers and addresses.
-    pub fn add(&mut self, insn: Instruction) -> Emit {
+    pub fn add(&mut self, mut insn: Instruction) -> Emit {
+        insn.set_ip(0); // the assembler's own have none either
         self.asm.add_instruction(insn)
     }
 }

@@ -15,8 +15,9 @@ use crate::uop::{Exec, Stop};
 pub struct Native {
     /// Arithmetic flags: OF in the low byte (0 or 1), what LAHF gives in the high byte.
     flags: u16,
-    /// Where a call goes, while its return address is pushed.
-    pub target: u64,
+    /// Where a call goes while its return address is pushed: host code, and RIP.
+    target: u64,
+    target_rip: u64,
     /// The block that was left by [`resume`].
     block: *mut Block,
     /// The panic that host code must not be unwound for.
@@ -25,13 +26,14 @@ pub struct Native {
 
 impl Default for Native {
     fn default() -> Self {
-        Native { flags: 0, target: 0, block: std::ptr::null_mut(), panic: None }
+        Native { flags: 0, target: 0, target_rip: 0, block: std::ptr::null_mut(), panic: None }
     }
 }
 
 /// Offset of the flags in a CPU.
 pub const FLAGS: usize = offset_of!(Cpu, native) + offset_of!(Native, flags);
-/// Offset of the target of a call in a CPU.
+/// Offsets of the target of a call in a CPU.
+pub const TARGET_RIP: usize = offset_of!(Cpu, native) + offset_of!(Native, target_rip);
 pub const TARGET: usize = offset_of!(Cpu, native) + offset_of!(Native, target);
 
 /// What host code returns besides the numbers of [`Stop`].
@@ -61,7 +63,9 @@ impl Native {
 impl Cpu {
     /// Runs host code from `body` on, which belongs to a block that has been paid for, until it ends or stops.
     #[inline(never)]
-    pub(crate) fn run_native(&mut self, trampoline: Trampoline, body: *const u8) -> Exec<*mut Block> {
+    pub(crate) fn run_native(&mut self, body: *const u8) -> Exec<*mut Block> {
+        let Some(translator) = &self.translator else { unreachable!("host code without a translator") };
+        let trampoline = translator.trampoline();
         self.native.load(self.flags);
         // SAFETY: `body` is the start of a live block's host code, which keeps to the rules of this module.
         let status = unsafe { trampoline(self, body) };

@@ -1,12 +1,11 @@
 //! Where guest registers are while host code runs.
 //!
 //! Twelve general registers live in host registers of the same number, so that instructions with implicit operands keep their encoding;
-//! only RSP moves to R12, because the host needs its own stack. RBP and R12 to R15 stay in the CPU's register file.
+//! only RSP moves to R12, because the host needs its own stack. RBP and R12 to R15 stay in the CPU's register file; the host's RBP is the
+//! address of the CPU.
 
 use iced_x86::Register;
 
-/// The CPU.
-pub const CPU: Register = Register::RBP;
 /// Scratch registers: nothing in them outlives an instruction.
 pub const SCRATCH: [Register; 3] = [Register::R13, Register::R14, Register::R15];
 /// Host register of the guest's RSP.
@@ -86,6 +85,6 @@ mod tests {
 
     #[test]
     fn the_scratch_registers_hold_no_guest_register() {
-        assert!(PINNED.iter().all(|(_, host)| !SCRATCH.contains(host) && *host != CPU && *host != Register::RSP));
+        assert!(PINNED.iter().all(|(_, host)| !SCRATCH.contains(host) && *host != Register::RBP && *host != Register::RSP));
     }
 }

@@ -25,7 +25,7 @@ const SAVED: [AsmRegister64; 6] = [rbx, rbp, r12, r13, r14, r15];
 /// Writes the shared code to an empty arena. `None` if it does not fit.
 pub fn write(arena: &mut Arena) -> Emit<Option<Stubs>> {
     let mut a = CodeAssembler::new(64)?;
-    let [mut enter, mut again, mut boundary, mut leave] = [(); 4].map(|()| a.create_label());
+    let [mut enter, mut again, mut stopped, mut boundary, mut leave] = [(); 5].map(|()| a.create_label());
 
     // The trampoline: cpu in RDI, code in RSI. Behind it the stack is aligned to 16 bytes.
     a.set_label(&mut enter)?;
@@ -47,11 +47,14 @@ pub fn write(arena: &mut Arena) -> Emit<Option<Stubs>> {
     a.sub(rsp, 8)?;
     a.mov(rax, resume as *const () as u64)?;
     a.call(rax)?;
-    a.add(rsp, 16)?;
+    a.add(rsp, 8)?;
     a.test(eax, eax)?;
-    a.jne(leave)?;
+    a.jne(stopped)?;
     load(&mut a)?;
-    a.jmp(qword_ptr(rsp - 8))?;
+    a.ret()?;
+    a.set_label(&mut stopped)?;
+    a.add(rsp, 8)?;
+    a.jmp(leave)?;
 
     // Back to the dispatcher before a block.
     a.set_label(&mut boundary)?;
