@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import threading
 
 from softkvm.host.clock import VirtualClock
@@ -61,8 +62,12 @@ class HostBlock(mmap.mmap):
     """Host memory for guest RAM, without an engine."""
 
     address: int
+    fd: int
 
     def __new__(cls, size: int) -> HostBlock:
-        block = super().__new__(cls, -1, size)
+        fd = os.memfd_create("guest")
+        os.ftruncate(fd, size)
+        block = super().__new__(cls, fd, size)
+        block.fd = fd
         block.address = ctypes.addressof(ctypes.c_char.from_buffer(block))
         return block

@@ -40,7 +40,7 @@ class Clock:
         self._base_ns = raw - self._cycles_to_ns(self.tsc())
         self._boot_offset = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - raw
         self._lock = threading.Lock()
-        self._armed: set[HrTimer] = set()
+        self._armed: dict[HrTimer, None] = {}  # in the order of arming, so that equal expiries have an order too
         self.first_expiry: int | None = None
         """When the earliest armed timer expires, in `monotonic_ns()` time; None if no timer is armed."""
 
@@ -95,7 +95,8 @@ class Clock:
         with self._lock:
             due = sorted((timer for timer in self._armed if timer.expiry <= now), key=HrTimer.by_expiry)
             sequences = [timer.sequence for timer in due]
-            self._armed.difference_update(due)
+            for timer in due:
+                del self._armed[timer]
             self._update_first()
         for timer, sequence in zip(due, sequences, strict=True):
             self._expire(timer, sequence, now)
@@ -120,14 +121,15 @@ class Clock:
         with self._lock:
             timer.sequence += 1
             if timer in self._armed:
-                self._armed.remove(timer)
+                del self._armed[timer]
                 self._update_first()
 
     def _insert(self, timer: HrTimer, expires_ns: int) -> bool:
         """Arm with the lock held; True if the first expiry came nearer."""
         before = self.first_expiry
         timer.expiry = expires_ns
-        self._armed.add(timer)
+        self._armed.pop(timer, None)
+        self._armed[timer] = None
         if before is None or expires_ns <= before:
             self.first_expiry = expires_ns
         else:
@@ -183,7 +185,7 @@ class HrTimer:
 
 
 class VirtualClock(Clock):
-    """A clock that stands still until it is told to `advance()`: for tests and repeatable runs."""
+    """A clock that stands still until it is told to go on: for tests, which `advance()` it, and repeatable runs, whose guests do."""
 
     def __init__(self, tsc_khz: int = 2_000_000, start_ns: int = NSEC_PER_SEC, realtime_ns: int = 1_700_000_000 * NSEC_PER_SEC) -> None:
         """Begin at `start_ns` after boot, where CLOCK_REALTIME is `realtime_ns`; the TSC runs at `tsc_khz` kHz since boot."""
@@ -200,6 +202,14 @@ class VirtualClock(Clock):
     def realtime_ns(self) -> int:
         """Virtual CLOCK_REALTIME in ns since 1970."""
         return self._now + self._realtime_offset
+
+    def set_tsc(self, tsc: int) -> None:
+        """The TSC has gone on to `tsc`; timers wait for `run_expired()`."""
+        self._now = self.tsc_to_ns(tsc)
+
+    def skip_to(self, ns: int) -> None:
+        """Nothing happens until the time `ns`, if that is to come; timers wait for `run_expired()`."""
+        self._now = max(self._now, ns)
 
     def advance(self, ns: int) -> None:
         """Let `ns` pass, stopping at every timer on the way."""

@@ -8,6 +8,7 @@ does in Linux, so coming back costs nothing; it goes when another one needs a co
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 from softkvm import silicon
 from softkvm.host import rseq, trace
+from softkvm.host.schedstat import run_delay_ns
 from softkvm.host.task import Task, current
 
 SLICE_NS = 3_000_000
@@ -48,6 +50,22 @@ class Guest(Protocol):
 
     def set_need_resched(self) -> None:
         """Make its thread call `Scheduler.schedule()` soon; called by any thread."""
+
+
+class Wakeup(Protocol):
+    """What a thread sleeps on until another one wakes it: `threading.Event`, or who keeps a place in its stead."""
+
+    def is_set(self) -> bool:
+        """Whether it was woken since `clear()`."""
+
+    def clear(self) -> None:
+        """Forget wake-ups so far."""
+
+    def set(self) -> None:
+        """Wake the thread."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Sleep until it is woken or `timeout` seconds are over; whether it was woken."""
 
 
 class Entity:
@@ -85,6 +103,10 @@ class Scheduler:
         self._waiting: list[Entity] = []
         self._entities: WeakKeyDictionary[Guest, Entity] = WeakKeyDictionary()
         self._min_vruntime = 0
+
+    def wakeup(self, guest: Guest) -> Wakeup:
+        """What the thread of a new guest sleeps on."""
+        return threading.Event()
 
     # --- For the guests' threads ----------------------------------------------------------------------------------------------------
 
@@ -124,6 +146,14 @@ class Scheduler:
             self._waiting.append(entity)
             self._leave(entity, "R")
         self._wait(entity)
+
+    def spin(self, guest: Guest) -> None:
+        """The guest waits for another one in a loop, which may want our processor (`kvm_vcpu_on_spin()`)."""
+        os.sched_yield()
+
+    def run_delay(self) -> int:
+        """How long the calling thread has been runnable and not run, in ns since it started."""
+        return run_delay_ns()
 
     def runtime(self, guest: Guest) -> int:
         """Nanoseconds that count for a guest when the next one is chosen."""

@@ -3,9 +3,11 @@
 `System` is /dev/kvm, `Vm` and `Vcpu` are the files that its ioctls return; `ioctl.dispatch()` is the binary door to the same methods.
 `Model` names the silicon underneath, `Parameters` are the module parameters, and `allocate_memory()` gives RAM that memslots can name by
 its address. `Process` is who opens /dev/kvm: filters, audit log and tracer are upon it. `TscStatus` is what is to be seen of a VM's clocks.
+`Turns` is a host whose runs repeat.
 """
 
 from softkvm.host.process import Process
+from softkvm.host.turns import Turns
 from softkvm.kvm.ioctl import dispatch
 from softkvm.kvm.kvmclock import TimeInfo
 from softkvm.kvm.params import Parameters
@@ -23,6 +25,7 @@ __all__ = [
     "System",
     "TimeInfo",
     "TscStatus",
+    "Turns",
     "Vcpu",
     "VcpuTscStatus",
     "Vm",

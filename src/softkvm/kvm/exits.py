@@ -7,7 +7,6 @@ to run the guest again, 0 to leave for user space, or -errno.
 from __future__ import annotations
 
 import errno
-import os
 from typing import TYPE_CHECKING
 
 from softkvm.host import entry, nmi, trace
@@ -124,9 +123,10 @@ def handle_nop(vcpu: Vcpu) -> int:
 
 
 def handle_pause(vcpu: Vcpu) -> int:
-    """A loop of PAUSE: whoever the guest waits for may want our processor (`kvm_vcpu_on_spin()`)."""
-    os.sched_yield()
-    return skip(vcpu)
+    """A loop of PAUSE: whoever the guest waits for may want our processor."""
+    result = skip(vcpu)
+    vcpu.vm.scheduler.spin(vcpu)
+    return result
 
 
 def handle_ud(vcpu: Vcpu) -> int:

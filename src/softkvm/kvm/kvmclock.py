@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from softkvm.host.clock import NSEC_PER_SEC
-from softkvm.host.schedstat import run_delay_ns
 from softkvm.kvm import request
 from softkvm.uapi.kvm import KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_CLOCK_TSC_STABLE, ClockData
 
@@ -249,7 +248,7 @@ class PvClock:
         """Add the time that this thread waited for a CPU to the steal time record; called in the vCPU's thread."""
         if not self.steal_msr & MSR_ENABLED:
             return
-        delay = run_delay_ns()
+        delay = self._vcpu.vm.scheduler.run_delay()
         stolen = 0 if self._run_delay_ns is None else max(delay - self._run_delay_ns, 0)
         memory, gpa = self._vcpu.vm.memory, self.steal_msr & ~(MSR_ENABLED | STEAL_RESERVED)
         try:

@@ -13,6 +13,7 @@ from softkvm import silicon
 from softkvm.host.clock import Clock
 from softkvm.host.process import Process
 from softkvm.host.sched import Scheduler
+from softkvm.host.turns import Turns
 from softkvm.kvm import capabilities, cpuid, mce, msr
 from softkvm.kvm.ioctl import KvmFile, ioctl, returns_array, returns_msr_values, returns_u64, takes_msr_indices, value, zero
 from softkvm.kvm.params import Parameters
@@ -36,16 +37,18 @@ class System(KvmFile):
         parameters: Parameters | None = None,
         process: Process | None = None,
         cores: int | None = None,
+        turns: Turns | None = None,
     ) -> None:
         """KVM on cores of `model`, of Intel's Cascade Lake if none is given, loaded with `parameters`.
 
         `process` is who opened it, a new one if none is given. `cores` is how many cores the host has, for all VMs of this System; as many
-        as they want if none is given.
+        as they want if none is given. `turns` is the host's processor if its VMs have it by turns, in virtual time.
         """
         super().__init__(process if process is not None else Process())
         self.model = model if model is not None else silicon.Model(DEFAULT_MODEL)
         self.parameters = parameters if parameters is not None else Parameters()
-        self.scheduler = Scheduler(self.model, cores)
+        self.turns = turns
+        self.scheduler = Scheduler(self.model, cores) if turns is None else turns
 
     @ioctl(uapi.KVM_GET_API_VERSION, zero)
     def get_api_version(self) -> int:
@@ -95,7 +98,9 @@ class System(KvmFile):
 
     @ioctl(uapi.KVM_CREATE_VM, value)
     def create_vm(self, type: int = 0, clock: Clock | None = None) -> Vm:
-        """KVM_CREATE_VM; OSError(EINVAL) for a type but 0. `clock` is the VM's time, the real one if none is given."""
+        """KVM_CREATE_VM; OSError(EINVAL) for a type but 0. `clock` is the VM's time, the host's if none is given."""
         if type:
             raise OSError(errno.EINVAL, "x86 has one type of VM")
-        return Vm(self, clock if clock is not None else Clock())
+        if clock is None:
+            clock = Clock() if self.turns is None else self.turns.clock
+        return Vm(self, clock)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from softkvm.host import mm, trace
 from softkvm.host.sched import Cpu
 from softkvm.host.task import Task, current
-from softkvm.kvm import cpuid, exits, fpu, mce, msr, regs, reset, run
+from softkvm.kvm import cpuid, exits, fpu, mce, msr, regs, reset, run, virtual_time
 from softkvm.kvm.ioctl import (
     fields,
     ioctl,
@@ -75,6 +75,8 @@ class Vcpu(VcpuCore):
             if vcpu_id != vm.boot_cpu_id:
                 self.mp_state = uapi.KVM_MP_STATE_UNINITIALIZED
         setup_controls(self)
+        if vm.turns is not None:
+            virtual_time.prepare(self, vm.turns)
         reset.reset(self, init=False)
         self._update_cr4_mask()
 

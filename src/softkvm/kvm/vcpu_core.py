@@ -18,7 +18,7 @@ from softkvm import silicon
 from softkvm.host import static_call
 from softkvm.host.sched import Cpu
 from softkvm.host.task import TIF_NEED_RESCHED, TIF_SIGPENDING, Task
-from softkvm.kvm import events, watch
+from softkvm.kvm import events, virtual_time, watch
 from softkvm.kvm.ioctl import KvmFile
 from softkvm.kvm.request import REQ_NMI, REQ_TRIPLE_FAULT
 from softkvm.kvm.vendor import INTERCEPTS
@@ -93,7 +93,7 @@ class VcpuCore(KvmFile):
         self.requests = 0
         self._nmis_queued = 0
         self._request_lock = threading.Lock()
-        self.wakeup = threading.Event()
+        self.wakeup = self.vm.scheduler.wakeup(self)
         self.blocked = False
         self.task: Task | None = None
         self._signalled = False
@@ -208,7 +208,9 @@ class VcpuCore(KvmFile):
         self.control.tlb_control = 1
         self.flush_requested = True
         self._on_core = OnCore(cpu.core, cpu.core.counters(), self._on_core.counters())
-        self._enter_by(partial(cpu.core.enter, self._hardware, self.vm.mmu.npt))
+        core_enter = partial(cpu.core.enter, self._hardware, self.vm.mmu.npt)
+        turns = self.vm.turns
+        self._enter_by(core_enter if turns is None else partial(virtual_time.enter, self, turns, core_enter))
         self.armed = _NOT_ARMED
         self.has_run, self.cpu_index = True, cpu.index
         self.cpu = cpu

@@ -28,6 +28,7 @@ from softkvm.kvm.tsc import VmTsc
 from softkvm.kvm.tsc_status import TscStatus
 from softkvm.kvm.vcpu import Vcpu
 from softkvm.kvm.vendor import Vendor
+from softkvm.kvm.virtual_time import ExitTrace
 from softkvm.uapi import kvm as uapi
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Vm(KvmFile):
         self.vm_id = self.fd
         self.model = system.model
         self.parameters = system.parameters
-        self.scheduler = system.scheduler
+        self.scheduler, self.turns = system.scheduler, system.turns
         self.vendor = _VENDORS[self.model.vendor]
         self.clock = clock
         self.lock = threading.RLock()
@@ -68,6 +69,7 @@ class Vm(KvmFile):
         self.eventfds = EventFds(self)
         self.coalesced = Coalesced(self)
         self.timekeeper = Timekeeper(self.vcpus)
+        self.exit_trace = ExitTrace()
         self.exception_payload = False
         self.exit_on_emulation_failure = False
         self.triple_fault_event = False

@@ -2,7 +2,8 @@
 
 from softkvm.vmm.config import SerialBackend
 from softkvm.vmm.errors import ConfigError, StateError
-from softkvm.vmm.machine import Machine, RunState, Stats, Status
+from softkvm.vmm.machine import Machine, RunState, Status
+from softkvm.vmm.stats import Stats
 from softkvm.vmm.stop import Stop, StopReason
 
 __all__ = ["ConfigError", "Machine", "RunState", "SerialBackend", "StateError", "Stats", "Status", "Stop", "StopReason"]

@@ -21,6 +21,7 @@ DEFAULT_CPU = "cascadelake"
 SMALLEST_MEMORY = 4 * MIB
 LARGEST_MEMORY = layout.RAM_BELOW_4G.size + layout.RAM_ABOVE_4G.size
 MOST_CPUS = 64
+LARGEST_SEED = (1 << 64) - 1
 
 _PAGE = 4096
 _UNITS = {"": MIB, "K": KIB, "M": MIB, "G": GIB, "T": 1024 * GIB}
@@ -42,6 +43,8 @@ class Config:
     cpus: int
     parameters: kvm.Parameters
     serial: Mapping[int, SerialBackend] = field(default_factory=dict)
+    seed: int | None = None
+    """Of a deterministic machine."""
 
 
 def check(
@@ -53,12 +56,15 @@ def check(
     cpus: int,
     serial: Mapping[int, SerialBackend] | None,
     kvm_parameters: Iterable[str] = (),
+    seed: int | None = None,
 ) -> Config:
     """The configuration for the arguments of `Machine`; ConfigError names the first mistake."""
     if kernel is None:
         raise ConfigError("an initrd was given without a kernel" if initrd is not None else "no kernel was given")
     if not 1 <= cpus <= MOST_CPUS:
         raise ConfigError(f"a machine has 1 to {MOST_CPUS} CPUs, not {cpus}")
+    if seed is not None and not 0 <= seed <= LARGEST_SEED:
+        raise ConfigError(f"the seed of a deterministic machine is a number from 0 to {LARGEST_SEED}, not {seed}")
     ports = dict(serial or {})
     for port in ports:
         if port not in range(len(layout.SERIAL_PORTS)):
@@ -74,6 +80,7 @@ def check(
         cpus=cpus,
         parameters=parse_parameters(kvm_parameters),
         serial=ports,
+        seed=seed,
     )
 
 

@@ -1,7 +1,8 @@
 """The vCPU threads: one per vCPU, parked until the machine runs, together again before a run ends.
 
 A vCPU leaves KVM_RUN for a pause as Linux 6.1 `Documentation/virt/kvm/api.rst` prescribes: `immediate_exit` closes the race with a vCPU
-that is about to enter, and a signal (`Vcpu.kick`) gets out the one that is inside.
+that is about to enter, and a signal (`Vcpu.kick`) gets out the one that is inside. In a machine whose runs repeat the threads take turns:
+what one does, in KVM_RUN and out of it, it does while the others wait.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 from softkvm.uapi import kvm as uapi
 
@@ -47,11 +49,24 @@ class Actions(Protocol):
         ...
 
 
+class Turns(Protocol):
+    """The part of `kvm.Turns` that the threads need."""
+
+    def begin(self) -> None:
+        """All vCPUs are about to run."""
+        ...
+
+    def taking(self, guest: Any, /) -> AbstractContextManager[None]:
+        """In the block, which begins in its turn, the calling thread runs a vCPU."""
+        ...
+
+
 class Crew:
     """Runs all vCPUs between `resume()` and `pause()`."""
 
-    def __init__(self, vcpus: Sequence[Vcpu], actions: Sequence[Actions]) -> None:
-        """`actions[n]` goes with `vcpus[n]`."""
+    def __init__(self, vcpus: Sequence[Vcpu], actions: Sequence[Actions], turns: Turns | None = None) -> None:
+        """`actions[n]` goes with `vcpus[n]`; with `turns` one runs at a time."""
+        self._turns = turns
         self._vcpus = vcpus
         self._actions = actions
         self._condition = threading.Condition()
@@ -75,6 +90,8 @@ class Crew:
             for vcpu in self._vcpus:
                 vcpu.kvm_run.immediate_exit = 0
             self._running = True
+            if self._turns is not None:
+                self._turns.begin()
             self._turn += 1
             self._busy = len(self._vcpus)
             if not self._threads:
@@ -118,7 +135,8 @@ class Crew:
         turn = 1
         while not self._closed:
             try:
-                self._run_guest(vcpu, actions)
+                with nullcontext() if self._turns is None else self._turns.taking(vcpu):
+                    self._run_guest(vcpu, actions)
             except BaseException as error:  # carried to the thread that waits for the end of the run, which raises it again
                 actions.failed(error)
             with self._condition:

@@ -11,7 +11,6 @@ import errno
 import re
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -21,7 +20,7 @@ from types import TracebackType
 import msgspec
 
 from softkvm import kvm
-from softkvm.host.clock import Clock
+from softkvm.host.clock import NSEC_PER_SEC, Clock, VirtualClock
 from softkvm.uapi import kvm as uapi
 from softkvm.vmm import config, cpuid, layout
 from softkvm.vmm.board import Board, Chassis
@@ -32,33 +31,17 @@ from softkvm.vmm.config import Config, SerialBackend
 from softkvm.vmm.console import DEFAULT_LIMIT, Console
 from softkvm.vmm.crew import Crew
 from softkvm.vmm.errors import ConfigError
-from softkvm.vmm.exits import REASON_NAMES, ExitHandler
+from softkvm.vmm.exits import ExitHandler
 from softkvm.vmm.gil import short_switch_interval
 from softkvm.vmm.irq import default_routing
 from softkvm.vmm.memory import GuestMemory, split
+from softkvm.vmm.stats import Repetition, Stats, collect
 from softkvm.vmm.stop import Stop, StopReason
 
 CONSOLE_PORT = 0
 _AFTER_A_PANIC = frozenset({StopReason.RESET, StopReason.TRIPLE_FAULT})
 
 Text = str | bytes | re.Pattern[str] | re.Pattern[bytes]
-
-
-class Stats(msgspec.Struct, frozen=True):
-    """Counters of a machine since it was made, summed over its vCPUs."""
-
-    seconds: float
-    """Wall time inside `run()`."""
-    instructions: int
-    """Instructions that the guest has retired."""
-    engine: dict[str, int]
-    """What else the silicon counts: blocks of code, TLB, page walks."""
-    exits: dict[str, int]
-    """VM exits by the vendor's name of the reason, most frequent first."""
-    user_exits: dict[str, int]
-    """Returns of KVM_RUN by exit reason, most frequent first."""
-    vcpu: dict[str, int]
-    """KVM's own counters, by the names of its statistics."""
 
 
 class RunState(enum.Enum):
@@ -109,6 +92,7 @@ class Machine:
         test_device: bool = False,
         process: kvm.Process | None = None,
         cores: int | None = None,
+        deterministic: int | None = None,
     ) -> None:
         """Build the machine and load the kernel; nothing runs yet.
 
@@ -118,9 +102,13 @@ class Machine:
         the console are kept; `clock` is the time that guest and devices live by, the host's if none is given; `test_device` adds the
         registers of `devices/test_device.py`; `kvm_parameters` are KVM's module parameters, such as `nrips=0`; `process` is who calls
         KVM (ioctl filters, audit log, tracer), a new one if none is given; `cores` is how many the host has for all vCPUs together, as
-        many as they want if none is given. ConfigError for anything that cannot be.
+        many as they want if none is given. `deterministic` is a seed: the vCPUs then run by turns in virtual time, and every run with the
+        same seed and input is the same (`kvm.Turns`), as long as input comes between runs or from a listener of `serial`. ConfigError for
+        anything that cannot be.
         """
-        settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial, kvm_parameters)
+        settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial, kvm_parameters, deterministic)
+        if deterministic is not None and (clock is not None or cores is not None):
+            raise ConfigError("a deterministic machine has a clock and a processor of its own")
         self.process = process if process is not None else kvm.Process()
         self._console = Console(output_limit)
         self._settings = settings
@@ -135,12 +123,17 @@ class Machine:
         self._seconds = 0.0
         self._closed = False
         with ExitStack() as resources:
-            system = _open_kvm(settings, self.process, cores)
-            self._build(system, settings, resources, clock if clock is not None else Clock(), test_device)
+            if settings.seed is not None:
+                clock = VirtualClock()
+            elif clock is None:
+                clock = Clock()
+            system = _open_kvm(settings, self.process, cores, clock)
+            self._turns, self._started_ns = system.turns, clock.monotonic_ns()
+            self._build(system, settings, resources, clock, test_device)
             self._resources = resources.pop_all()
 
     def _build(self, system: kvm.System, settings: Config, resources: ExitStack, clock: Clock, test_device: bool) -> None:
-        guest = _allocate(settings.memory)
+        self._memory = guest = _allocate(settings.memory)
         resources.callback(guest.close)
         image = read_image(settings.kernel, guest.low_end)
         image.load(guest, settings.initrd, settings.command_line, settings.cpus)
@@ -156,7 +149,7 @@ class Machine:
         self._handlers = [
             ExitHandler(vcpu, self._board, partial(self._end, index), partial(self._fail, index)) for index, vcpu in enumerate(self._vcpus)
         ]
-        self._crew = Crew(self._vcpus, self._handlers)
+        self._crew = Crew(self._vcpus, self._handlers, self._turns)
         resources.callback(self._crew.close)
 
     def _make_board(self, settings: Config, vm: kvm.Vm, clock: Clock) -> Board:
@@ -304,15 +297,13 @@ class Machine:
         return self.output.decode(errors="replace")
 
     def stats(self) -> Stats:
-        """The counters now."""
-        engine, exits, user_exits, vcpus = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-        for handler, vcpu in zip(self._handlers, self._vcpus, strict=True):
-            engine.update(vcpu.engine_counters())
-            exits.update(vcpu.exits_by_reason())
-            user_exits.update({REASON_NAMES[reason]: count for reason, count in handler.counts.items() if count})
-            vcpus.update(vcpu.stats)
-        instructions = engine.pop("instructions", 0)
-        return Stats(self._seconds, instructions, dict(engine), dict(exits.most_common()), dict(user_exits.most_common()), dict(vcpus))
+        """The counters now, and of a deterministic machine the marks of its run."""
+        stats = collect(self._seconds, self._vcpus, self._handlers)
+        if self._turns is None:
+            return stats
+        passed = (self._turns.clock.monotonic_ns() - self._started_ns) / NSEC_PER_SEC
+        marks = Repetition(self._turns.seed, stats.instructions, passed, self._vm.exit_trace.digest(), self._memory.digest())
+        return msgspec.structs.replace(stats, repetition=marks)
 
     def tsc_status(self) -> kvm.TscStatus:
         """TSC offsets, master clock and kvmclock now."""
@@ -346,12 +337,14 @@ def _discard(data: bytes) -> None:
     """The listener of a serial port that nobody listens to."""
 
 
-def _open_kvm(settings: Config, process: kvm.Process, cores: int | None) -> kvm.System:
+def _open_kvm(settings: Config, process: kvm.Process, cores: int | None, clock: Clock) -> kvm.System:
+    virtual = clock if isinstance(clock, VirtualClock) and settings.seed is not None else None
     try:
-        model = kvm.Model(settings.cpu, dict(settings.features))
+        model = kvm.Model(settings.cpu, dict(settings.features), None if virtual is None else virtual.tsc_khz)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return kvm.System(model, settings.parameters, process, cores)
+    turns = None if virtual is None or settings.seed is None else kvm.Turns(model, virtual, settings.seed)
+    return kvm.System(model, settings.parameters, process, cores, turns)
 
 
 def _allocate(size: int) -> GuestMemory:

@@ -5,6 +5,9 @@ RAM lies below 3 GB and, what does not fit there, from 4 GB on (`layout.py`). Ev
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import NamedTuple, Protocol
@@ -12,9 +15,17 @@ from typing import NamedTuple, Protocol
 from softkvm.uapi.kvm import UserspaceMemoryRegion
 from softkvm.vmm.layout import RAM_ABOVE_4G, RAM_BELOW_4G
 
+_PAGE = 4096
+_ZEROES = bytes(_PAGE)
+
 
 class HostMemory(Protocol):
     """A block of page-aligned host memory."""
+
+    @property
+    def fd(self) -> int:
+        """The memory file behind it."""
+        ...
 
     @property
     def address(self) -> int:
@@ -84,9 +95,33 @@ class GuestMemory:
         """Store bytes at a guest-physical address; IndexError if that is not RAM."""
         self.view(address, len(data))[:] = data
 
+    def digest(self) -> str:
+        """A hash of all RAM. Pages of zeroes count as untouched ones, which are not looked at: that would make the host provide them."""
+        found = hashlib.blake2b(digest_size=16)
+        for block in self.blocks:
+            for start, end in _used(block.host.fd, len(block.view)):
+                for offset in range(start, end, _PAGE):
+                    if (page := bytes(block.view[offset : offset + _PAGE])) != _ZEROES:
+                        found.update((block.base + offset).to_bytes(8, "little") + page)
+        return found.hexdigest()
+
     def close(self) -> None:
         """Give the views back, so that the host memory can go; a view that somebody else still holds keeps its block alive."""
         for block in self.blocks:
             with suppress(BufferError):
                 block.view.release()
         self.blocks.clear()
+
+
+def _used(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """The parts of a memory file that the host has provided pages for: start and end."""
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # ENXIO: no more data
+                raise
+            return
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, min(end, size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from softkvm.kvm import emulate, events, exits, hypercall, pio
+from softkvm.kvm import emulate, events, exits, hypercall, pio, virtual_time
 from softkvm.kvm.vendor import Handler
 from softkvm.uapi.svm import EXIT_NAMES, ExitCode
 
@@ -20,7 +20,7 @@ _GPR_MASK = 15
 """EXITINFO1 of a MOV to or from CRn with decode assists: the general register (APM vol. 2, 15.8.1)."""
 
 exit_memory_fault = ExitCode.NPF
-exit_names = EXIT_NAMES | emulate.EXIT_NAMES
+exit_names = EXIT_NAMES | emulate.EXIT_NAMES | virtual_time.EXIT_NAMES
 
 
 def next_rip(vcpu: Vcpu) -> int | None:
@@ -59,6 +59,7 @@ def _cr8_read(vcpu: Vcpu) -> int:
 
 handlers: dict[int, Handler] = {
     **emulate.handlers,
+    **virtual_time.handlers,
     ExitCode.READ_CR0 + 8: _cr8_read,
     ExitCode.WRITE_CR0 + 4: _cr4_write,
     ExitCode.WRITE_CR0 + 8: _cr8_write,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from softkvm.kvm import emulate, events, exits, hypercall, pio
+from softkvm.kvm import emulate, events, exits, hypercall, pio, virtual_time
 from softkvm.kvm.vendor import Handler
 from softkvm.uapi.vmx import ENTRY_FAILURE, EXIT_NAMES, ExitReason
 
@@ -20,7 +20,7 @@ _MOV_TO_CR, _MOV_FROM_CR = 0, 1
 _EPT_WRITE = 1 << 1
 
 exit_memory_fault = ExitReason.EPT_VIOLATION
-exit_names = EXIT_NAMES | emulate.EXIT_NAMES
+exit_names = EXIT_NAMES | emulate.EXIT_NAMES | virtual_time.EXIT_NAMES
 
 
 def next_rip(vcpu: Vcpu) -> int | None:
@@ -62,6 +62,7 @@ def _cr_access(vcpu: Vcpu) -> int:
 
 handlers: dict[int, Handler] = {
     **emulate.handlers,
+    **virtual_time.handlers,
     ExitReason.EXCEPTION_NMI: _exception_or_nmi,
     ExitReason.EXTERNAL_INTERRUPT: exits.handle_interrupt,
     ExitReason.TRIPLE_FAULT: exits.handle_triple_fault,
