@@ -4,6 +4,7 @@ use std::alloc::{alloc_zeroed, Layout};
 use std::sync::Arc;
 use std::time::Instant;
 
+use softkvm_engine::jit::Tier;
 use softkvm_engine::memory::nested::NestedPageTable;
 use softkvm_engine::memory::region::Region;
 use softkvm_engine::model::Model;
@@ -37,6 +38,12 @@ fn state() -> State {
 }
 
 fn run(name: &str, code: &[u8]) {
+    let [interpreter, translator] = [Tier::Interpreter, Tier::Auto].map(|tier| measure(name, code, tier));
+    println!("{name:12} {interpreter:7.0} MIPS interpreted, {translator:7.0} translated");
+}
+
+/// Millions of instructions per second.
+fn measure(name: &str, code: &[u8], tier: Tier) -> f64 {
     let ram = Arc::new(Region::new(RAM).unwrap());
     // SAFETY: the tables and the code lie inside the region.
     unsafe {
@@ -50,7 +57,7 @@ fn run(name: &str, code: &[u8]) {
     }
     let npt = Arc::new(NestedPageTable::default());
     npt.map(0, RAM as u64, &ram, 0, 7).unwrap();
-    let mut core = Core::new(Arc::new(Model::new("cascadelake", &[]).unwrap()), 0);
+    let mut core = Core::new(Arc::new(Model::new("cascadelake", &[]).unwrap().with_tier(tier)), 0);
     // SAFETY: zeroes are a valid block; it lives until the process ends.
     let block = unsafe { &mut *alloc_zeroed(Layout::new::<Block>()).cast::<Block>() };
     block.state = state();
@@ -63,8 +70,7 @@ fn run(name: &str, code: &[u8]) {
         assert_eq!(reason, 1, "{name}: unexpected exit {reason} at {:#x}", block.state.rip);
         done += block.exit.instructions;
     }
-    let seconds = start.elapsed().as_secs_f64();
-    println!("{name:12} {:7.0} MIPS", done as f64 / seconds / 1e6);
+    done as f64 / start.elapsed().as_secs_f64() / 1e6
 }
 
 fn main() {

@@ -79,6 +79,7 @@ def cli() -> None:
 @click.option("-c", "--cpus", type=int, default=1, metavar="N", help="CPUs of the guest, 1 to 64.")
 @click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=_complete_cpu)
 @click.option("--cores", type=click.IntRange(min=1), metavar="N", help="Cores of the host under all CPUs.  [default: as many as they want]")
+@click.option("--tier", type=click.Choice(["interpreter", "translator", "auto"]), default="auto", help="How guest code runs: `auto` translates hot code.")
 @click.option("--kvm", multiple=True, metavar="NAME=VALUE", help="Module parameter of KVM, such as nrips=0.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this wall time, with exit status 124.")
 @click.option("--stats", is_flag=False, flag_value="table", type=click.Choice(["table", "json"]), help="Print counters at the end.")
@@ -100,6 +101,7 @@ def run(
     cpus: int,
     cpu: str,
     cores: int | None,
+    tier: str,
     kvm: tuple[str, ...],
     timeout: float | None,
     stats: StatsFormat | None,
@@ -134,6 +136,7 @@ def run(
         cpus=cpus,
         cpu=cpu,
         cores=cores,
+        tier=tier,
         kvm=kvm,
         timeout=timeout,
         stats=stats,

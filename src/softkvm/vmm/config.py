@@ -17,6 +17,7 @@ SerialBackend = Callable[[bytes], object]
 
 DEFAULT_MEMORY = "512M"
 DEFAULT_CPU = "cascadelake"
+DEFAULT_TIER = "auto"
 
 SMALLEST_MEMORY = 4 * MIB
 LARGEST_MEMORY = layout.RAM_BELOW_4G.size + layout.RAM_ABOVE_4G.size
@@ -44,6 +45,7 @@ class Config:
     parameters: kvm.Parameters
     serial: Mapping[int, SerialBackend] = field(default_factory=dict)
     seed: int | None = None
+    tier: str = DEFAULT_TIER
     """Of a deterministic machine."""
 
 
@@ -57,6 +59,7 @@ def check(
     serial: Mapping[int, SerialBackend] | None,
     kvm_parameters: Iterable[str] = (),
     seed: int | None = None,
+    tier: str = DEFAULT_TIER,
 ) -> Config:
     """The configuration for the arguments of `Machine`; ConfigError names the first mistake."""
     if kernel is None:
@@ -81,6 +84,7 @@ def check(
         parameters=parse_parameters(kvm_parameters),
         serial=ports,
         seed=seed,
+        tier=tier,
     )
 
 

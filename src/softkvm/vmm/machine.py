@@ -93,6 +93,7 @@ class Machine:
         process: kvm.Process | None = None,
         cores: int | None = None,
         deterministic: int | None = None,
+        tier: str = config.DEFAULT_TIER,
     ) -> None:
         """Build the machine and load the kernel; nothing runs yet.
 
@@ -103,10 +104,11 @@ class Machine:
         registers of `devices/test_device.py`; `kvm_parameters` are KVM's module parameters, such as `nrips=0`; `process` is who calls
         KVM (ioctl filters, audit log, tracer), a new one if none is given; `cores` is how many the host has for all vCPUs together, as
         many as they want if none is given. `deterministic` is a seed: the vCPUs then run by turns in virtual time, and every run with the
-        same seed and input is the same (`kvm.Turns`), as long as input comes between runs or from a listener of `serial`. ConfigError for
-        anything that cannot be.
+        same seed and input is the same (`kvm.Turns`), as long as input comes between runs or from a listener of `serial`. `tier` is how
+        guest code runs: by the `interpreter`, as host code of the `translator`, or as host code where it is hot (`auto`); what the guest
+        sees is the same. ConfigError for anything that cannot be.
         """
-        settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial, kvm_parameters, deterministic)
+        settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial, kvm_parameters, deterministic, tier)
         if deterministic is not None and (clock is not None or cores is not None):
             raise ConfigError("a deterministic machine has a clock and a processor of its own")
         self.process = process if process is not None else kvm.Process()
@@ -340,7 +342,7 @@ def _discard(data: bytes) -> None:
 def _open_kvm(settings: Config, process: kvm.Process, cores: int | None, clock: Clock) -> kvm.System:
     virtual = clock if isinstance(clock, VirtualClock) and settings.seed is not None else None
     try:
-        model = kvm.Model(settings.cpu, dict(settings.features), None if virtual is None else virtual.tsc_khz)
+        model = kvm.Model(settings.cpu, dict(settings.features), None if virtual is None else virtual.tsc_khz, settings.tier)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     turns = None if virtual is None or settings.seed is None else kvm.Turns(model, virtual, settings.seed)
