@@ -146,6 +146,9 @@ class Core:
     def kick(self) -> None:
         self.kicked = True
 
+    def displaced(self) -> int:
+        return -1
+
     def set_timer(self, tsc: int) -> None:
         self.timer = tsc
 

@@ -1,8 +1,13 @@
 """The three sources of guest input."""
 
+import os
+import threading
+from contextlib import closing
+
 import pytest
 
-from softkvm.cli.inputs import CommandInput, ConsolePipe, Keyboard
+from softkvm.cli.inputs import CommandInput, ConsolePipe, Keyboard, Prompt
+from softkvm.cli.streams import Surrender
 
 
 def test_keyboard_sends_all_but_its_own_keys(capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,3 +50,38 @@ def test_command_input_gives_one_block_for_each_request() -> None:
     source.request()
     source.feed(b"")
     assert sent == [b"4\ndata", b"0\n"]
+
+
+def test_a_prompt_gives_full_pieces_however_they_are_written() -> None:
+    sent: list[bytes] = []
+    reading, writing = os.pipe()
+    with closing(Surrender()) as surrender:
+        source = CommandInput(reading, sent.append)
+        prompt = Prompt(source, surrender)
+        prompt.serve()
+        assert sent == [], "nobody asked"
+        source.request()
+        thread = threading.Thread(target=prompt.serve)
+        thread.start()
+        for _ in range(source.piece_size):
+            os.write(writing, b"x")
+        thread.join()
+        os.write(writing, b"end")
+        os.close(writing)
+        for _ in range(2):
+            source.request()
+            prompt.serve()
+    os.close(reading)
+    assert sent == [b"%d\n" % source.piece_size + b"x" * source.piece_size, b"3\nend", b"0\n"]
+
+
+def test_a_prompt_gives_up_when_told() -> None:
+    sent: list[bytes] = []
+    reading, writing = os.pipe()
+    with closing(Surrender()) as surrender:
+        source = ConsolePipe(reading, sent.append, is_ready=True)
+        surrender.throw()
+        Prompt(source, surrender).serve()
+    os.close(reading)
+    os.close(writing)
+    assert sent == []

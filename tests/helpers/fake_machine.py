@@ -36,6 +36,10 @@ class FakeMachine:
         self.timeout: float | None = None
         type(self).made.append(self)
 
+    @classmethod
+    def restore(cls, path: str, serial: Mapping[int, SerialBackend], **configuration: Any) -> FakeMachine:
+        return cls(restored=path, serial=serial, **configuration)
+
     def __enter__(self) -> FakeMachine:
         return self
 

@@ -86,6 +86,13 @@ class FakeMemory:
             raise OSError(errno.EFAULT, "no memory there")
 
 
+class FakeScheduler:
+    """Whoever tells how long a thread has waited for a processor."""
+
+    def run_delay(self) -> int:
+        return 0
+
+
 class FakeVm:
     """A VM; `vcpus` are added by `FakeVcpu`."""
 
@@ -95,15 +102,21 @@ class FakeVm:
         self.model = FakeModel(vendor)
         self.memory = FakeMemory()
         self.boot_cpu_id = 0
+        self.reserved_ioapic_pins = 0
         self.vcpus: list[FakeVcpu] = []
         self.pio_bus, self.mmio_bus = IoBus(self.lock), IoBus(self.lock)
         self.routing = Routing(self)
         self.irqchip: Irqchip | None = None
         self.tsc = VmTsc(self.clock, self.model.vendor)
         self.kvmclock = VmClock(self)
+        self.scheduler = FakeScheduler()
         if irqchip:
             self.irqchip = Irqchip(self)
         self.pit = Pit(self, speaker=True) if pit else None
+
+    @property
+    def irqchip_in_kernel(self) -> bool:
+        return self.irqchip is not None
 
     @property
     def chips(self) -> Irqchip:
@@ -124,6 +137,7 @@ class FakeVcpu:
         self.apic_base = 0xFEE0_0800
         self.mp_state = 0
         self.userspace_irq = -1
+        self.pending_ioapic_eoi = 0
         self.has_run = False
         self.mmap_area = memoryview(bytearray(12288))
         self.requests = 0

@@ -168,8 +168,8 @@ def test_system_time_is_not_negative_after_set_clock_to_zero() -> None:
 
 def test_steal_time(monkeypatch: pytest.MonkeyPatch) -> None:
     delays = iter([1000, 1500, 1800])
-    monkeypatch.setattr(kvmclock, "run_delay_ns", lambda: next(delays))
     vcpu = FakeVcpu(FakeVm())
+    monkeypatch.setattr(vcpu.vm.scheduler, "run_delay", lambda: next(delays))
     with pytest.raises(MsrError):
         msr.set(vcpu, uapi.MSR_KVM_STEAL_TIME, PAGE | 3, False)
     msr.set(vcpu, uapi.MSR_KVM_STEAL_TIME, PAGE | 1, False)

@@ -185,6 +185,7 @@ class Vm:
     def __init__(self, kvm: FakeKvm) -> None:
         self._kvm = kvm
         self.calls: list[str] = []
+        self.capabilities: set[int] = set()
         self.slots: list[uapi.UserspaceMemoryRegion] = []
         self.routes: list[uapi.IrqRoutingEntry] = []
         self.levels: list[tuple[int, int]] = []
@@ -202,6 +203,9 @@ class Vm:
 
     def set_tss_addr(self, address: int) -> None:
         self.calls.append("tss")
+
+    def enable_cap(self, cap: uapi.EnableCap) -> None:
+        self.capabilities.add(cap.cap)
 
     def create_irqchip(self) -> None:
         self.calls.append("irqchip")
@@ -233,7 +237,7 @@ class FakeKvm:
         self.vm = Vm(self)
         self.memory_error: OSError | None = None
 
-    def Model(self, name: str, features: dict[str, bool]) -> Any:
+    def Model(self, name: str, features: dict[str, bool], tsc_khz: int | None) -> Any:
         if name not in ("cascadelake", "epyc"):
             raise ValueError(f"there is no CPU model {name}; there are cascadelake, epyc")
         return SimpleNamespace(name=name, features=features)
@@ -241,8 +245,9 @@ class FakeKvm:
     def Process(self) -> None:
         """Nobody watches."""
 
-    def System(self, model: Any, parameters: Any, process: None, cores: int | None) -> Any:
+    def System(self, model: Any, parameters: Any, process: None, cores: int | None, turns: None) -> Any:
         return SimpleNamespace(
+            turns=turns,
             create_vm=lambda clock: self.vm,
             check_extension=lambda capability: 1,
             get_supported_cpuid=lambda: [uapi.CpuidEntry2(function=1)],

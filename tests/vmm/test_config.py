@@ -21,6 +21,7 @@ GOOD: dict[str, Any] = {
     "cpus": 1,
     "serial": None,
     "kvm_parameters": (),
+    "deterministic": None,
 }
 
 

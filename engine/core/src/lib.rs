@@ -13,6 +13,7 @@ pub mod jit;
 pub mod memory;
 pub mod model;
 pub mod paging;
+pub mod pmu;
 pub mod state;
 pub mod uop;
 pub mod virt;

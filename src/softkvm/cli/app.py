@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import click
 import msgspec
@@ -15,6 +15,8 @@ from softkvm.cli.options import RunOptions, StatsFormat
 
 _WITH_SELFTEST = frozenset({"selftest", "memory", "cpu", "timeout", "stats"})
 """Parameters of `softkvm run` that mean something to the self-test's guest."""
+_HARDWARE = frozenset({"kernel", "initrd", "append", "memory", "cpus", "cpu", "kvm", "deterministic"})
+"""Those that say what to build and boot."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,6 +82,7 @@ def cli() -> None:
 @click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=_complete_cpu)
 @click.option("--cores", type=click.IntRange(min=1), metavar="N", help="Cores of the host under all CPUs.  [default: as many as they want]")
 @click.option("--tier", type=click.Choice(["interpreter", "translator", "auto"]), default="auto", help="How guest code runs: `auto` translates hot code.")
+@click.option("--deterministic", type=click.IntRange(0, (1 << 64) - 1), metavar="SEED", help="Run the same way each time: see below.")
 @click.option("--kvm", multiple=True, metavar="NAME=VALUE", help="Module parameter of KVM, such as nrips=0.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this wall time, with exit status 124.")
 @click.option("--stats", is_flag=False, flag_value="table", type=click.Choice(["table", "json"]), help="Print counters at the end.")
@@ -89,6 +92,7 @@ def cli() -> None:
 @click.option("--audit", metavar="FILE", help="Append a JSON line for every KVM call to FILE.")
 @click.option("--ioctl-filter", metavar="FILE", help="Allow only the KVM calls that FILE (JSON) does.")
 @click.option("--name", metavar="NAME", help="What `softkvm list` and others call this VM.  [default: the process id]")
+@click.option("--restore", metavar="FILE", help="Go on from a snapshot (`softkvm snapshot`) in place of a boot.")
 @click.option("--selftest", is_flag=True, help="Check this installation with a small built-in guest.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- CMD...]")
 @click.pass_context
@@ -102,6 +106,7 @@ def run(
     cpu: str,
     cores: int | None,
     tier: str,
+    deterministic: int | None,
     kvm: tuple[str, ...],
     timeout: float | None,
     stats: StatsFormat | None,
@@ -111,6 +116,7 @@ def run(
     audit: str | None,
     ioctl_filter: str | None,
     name: str | None,
+    restore: str | None,
     selftest: bool,
     command: tuple[str, ...],
 ) -> int:
@@ -118,6 +124,10 @@ def run(
 
     With CMD, run that command in the guest instead: its input, output and exit status are passed through. Other exit statuses: 255 the
     guest panicked or triple-faulted, 124 time-out, 125 softkvm's own error, 130 Ctrl-C, 159 killed by the ioctl filter.
+
+    With --deterministic, time is virtual, random numbers come from SEED, and so does the order in which the CPUs take turns: the same
+    command line with the same input and SEED repeats the run to the last instruction, and --stats tells by which marks. The input of a
+    command or a piped shell is read when the guest asks for it; what is typed on a terminal is not repeatable.
     """
     if "help" in trace:
         return _list_events()
@@ -126,8 +136,10 @@ def run(
     if selftest:
         from softkvm.cli import selftest as tester
 
-        _refuse_with_selftest(context)
+        _refuse(context, context.params.keys() - _WITH_SELFTEST, "`--selftest` boots its own guest, so it excludes {}")
         return tester.run(memory, cpu, timeout, stats)
+    if restore is not None:
+        _refuse(context, _HARDWARE, "a snapshot has its own machine, so `--restore` excludes {}")
     options = RunOptions(
         kernel=kernel,
         initrd=initrd,
@@ -137,6 +149,7 @@ def run(
         cpu=cpu,
         cores=cores,
         tier=tier,
+        deterministic=deterministic,
         kvm=kvm,
         timeout=timeout,
         stats=stats,
@@ -147,6 +160,7 @@ def run(
         audit=audit,
         ioctl_filter=ioctl_filter,
         name=name,
+        restore=restore,
     )
     return runner.run(options)
 
@@ -158,10 +172,10 @@ def _list_events() -> int:
     return status.SUCCESS
 
 
-def _refuse_with_selftest(context: click.Context) -> None:
+def _refuse(context: click.Context, excluded: Set[str], sentence: str) -> None:
     for name in context.params:
-        if name not in _WITH_SELFTEST and context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
-            raise CliError(f"`--selftest` boots its own guest, so it excludes {name}")
+        if name in excluded and context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise CliError(sentence.format(name))
 
 
 @cli.command("list", short_help="List running VMs.")
@@ -189,6 +203,20 @@ def resume(name: str | None) -> int:
     from softkvm.cli import vms
 
     return vms.give("cont", name)
+
+
+@cli.command(short_help="Save a running VM to a file.")
+@click.argument("name")
+@click.argument("file")
+@click.option("--json", is_flag=True, help="Print one JSON object.")
+def snapshot(name: str, file: str, json: bool) -> int:
+    """Write the state of the VM NAME and its memory to FILE, from which `softkvm run --restore FILE` goes on, here or elsewhere.
+
+    The VM stands still meanwhile, and then runs on. When it goes on from FILE its clocks are right, as after a suspend.
+    """
+    from softkvm.cli import vms
+
+    return vms.snapshot(name, file, json)
 
 
 @cli.command(short_help="Show a running VM's clocks.")

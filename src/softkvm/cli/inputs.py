@@ -6,11 +6,14 @@ empty piece is the end of the input.
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 from collections.abc import Callable
 from typing import Protocol
 
 from softkvm.cli import command, terminal
+from softkvm.cli.streams import Surrender
 
 _CONSOLE_PIECE = 4096
 _END_OF_TRANSMISSION = b"\x04"
@@ -104,3 +107,32 @@ class CommandInput:
     def feed(self, data: bytes) -> None:
         self._requested = False
         self._send(command.frame(data))
+
+
+class Prompt:
+    """Feeds an input on the guest's own thread at the moment at which the guest asks for it: at the same point of each run.
+
+    The guest stands still meanwhile. Pieces are full, up to the last one, however their writer divides them.
+    """
+
+    def __init__(self, source: CommandInput | ConsolePipe, surrender: Surrender) -> None:
+        """`surrender` ends a wait for a writer."""
+        self._source = source
+        self._surrender = surrender
+
+    def serve(self) -> None:
+        """Hand over what the guest can take now."""
+        while self._source.wanted() and (piece := self._read()) is not None:
+            self._source.feed(piece)
+
+    def _read(self) -> bytes | None:
+        descriptor, piece = self._source.descriptor, b""
+        while len(piece) < self._source.piece_size:
+            ready, _, _ = select.select([descriptor, self._surrender.fileno()], [], [])
+            if self._surrender.fileno() in ready:
+                return None
+            data = os.read(descriptor, self._source.piece_size - len(piece))
+            if not data:
+                break
+            piece += data
+        return piece

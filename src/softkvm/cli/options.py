@@ -32,12 +32,18 @@ class RunOptions:
     audit: str | None = None
     ioctl_filter: str | None = None
     name: str | None = None
+    restore: str | None = None
+    deterministic: int | None = None
 
     def check(self) -> None:
         """Raise CliError, one sentence, for options that contradict each other."""
         if self.command and self.initrd is not None:
             raise CliError("a command runs in softkvm's own initramfs, so `-i` and `-- CMD` exclude each other")
+        if self.command and self.restore is not None:
+            raise CliError("a snapshot goes on with what it was doing, so `--restore` and `-- CMD` exclude each other")
         if self.timeout is not None and self.timeout <= 0:
             raise CliError(f"the time-out must be more than 0 seconds, not {self.timeout:g}")
+        if self.deterministic is not None and self.cores is not None:
+            raise CliError("`--deterministic` runs the vCPUs by turns, so `--cores` has no meaning beside it")
         if self.trace_file is not None and not self.trace:
             raise CliError("`--trace-file` says where events go, and `--trace` which; one without the other has no meaning")

@@ -45,7 +45,13 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
     _console(on_stdout).print(drawn)
 
 
-_GROUPS = {"engine": "the silicon", "exits": "VM exits", "user_exits": "of them to the VMM", "vcpu": "KVM"}
+_GROUPS = {
+    "engine": "the silicon",
+    "exits": "VM exits",
+    "user_exits": "of them to the VMM",
+    "vcpu": "KVM",
+    "repetition": "the same in every run",
+}
 """Headings for the groups of counters in `vmm.Stats`."""
 
 
@@ -61,7 +67,7 @@ def print_stats(stats: msgspec.Struct, style: StatsFormat) -> None:
     drawn = Table("counter", title="Counters", title_justify="left", box=box.SIMPLE_HEAD)
     drawn.add_column("value", justify="right")
     for name, value in values.items():
-        if not isinstance(value, dict):
+        if value is not None and not isinstance(value, dict):
             drawn.add_row(name, _number(value))
     for name, group in values.items():
         if isinstance(group, dict) and group:
@@ -72,7 +78,9 @@ def print_stats(stats: msgspec.Struct, style: StatsFormat) -> None:
     _console().print(drawn)
 
 
-def _number(value: float) -> str:
+def _number(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
     return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 
 import msgspec
@@ -15,13 +15,13 @@ from softkvm.cli import guest, output, report, session, status, terminal
 from softkvm.cli.command import CONTROL_PORT, STDERR_PORT, STDOUT_PORT, ControlLine
 from softkvm.cli.ending import Ending
 from softkvm.cli.errors import CliError
-from softkvm.cli.inputs import CommandInput, ConsolePipe, Input, Keyboard
+from softkvm.cli.inputs import CommandInput, ConsolePipe, Input, Keyboard, Prompt
 from softkvm.cli.options import RunOptions
 from softkvm.cli.streams import Capture, ConsoleTail, DescriptorSink, Sink, Surrender
 from softkvm.cli.watch import watched
 from softkvm.host.process import Process
 from softkvm.host.seccomp import Killed
-from softkvm.vmm import ConfigError, Machine, SerialBackend, StopReason
+from softkvm.vmm import ConfigError, Machine, SerialBackend, StateError, StopReason
 from softkvm.vmm.monitor import Monitor, commands
 
 _CONSOLE_PORT = 0
@@ -49,7 +49,7 @@ def run(options: RunOptions) -> int:
     """Boot the guest that `options` describe and return the exit status; raises CliError and ConfigError before the guest starts."""
     options.check()
     with output.progress() as progress:
-        image = _prepare(options, progress)
+        image = _prepare(options, progress) if options.restore is None else None
     with watched(options) as process:
         try:
             return _Run(options, image, process).run()
@@ -81,7 +81,8 @@ def _report_bug(error: Exception) -> None:
 class _Run:
     """One run: the wiring between the guest's serial lines and our streams, and what is reported at the end."""
 
-    def __init__(self, options: RunOptions, image: guest.Guest, process: Process) -> None:
+    def __init__(self, options: RunOptions, image: guest.Guest | None, process: Process) -> None:
+        """`image` is what to boot; None for a snapshot."""
         self._options = options
         self._process = process
         self._image = image
@@ -93,6 +94,7 @@ class _Run:
         self._output_lost = False
         self._machine: Machine | None = None
         self._input: Input | None = None
+        self._prompt: Prompt | None = None
 
     def run(self) -> int:
         """Run the machine to its end; the exit status."""
@@ -101,26 +103,36 @@ class _Run:
         with ExitStack() as resources:
             resources.enter_context(closing(self._doorbell))
             resources.enter_context(closing(self._surrender))
+            monitor = self._make_monitor(resources)
             machine = resources.enter_context(self._make_machine(attended))
-            resources.enter_context(self._make_monitor(machine))
+            if monitor is not None:
+                commands.offer(monitor, machine)
+                resources.enter_context(monitor)
             self._machine = machine
             self._input = self._make_input(machine, attended)
-            output.say(f"{_processors(options)}, {options.memory} of memory; {self._image.title}")
+            if options.deterministic is not None and not isinstance(self._input, Keyboard):
+                self._prompt = Prompt(self._input, self._surrender)
+                self._prompt.serve()
+            output.say(self._title())
             if attended:
                 output.say(terminal.HELP)
             started = time.monotonic()
             with terminal.raw(_STDIN) if attended else nullcontext():
-                stop, signal = session.run(machine, self._input, self._doorbell, options.timeout, self._surrender.throw)
+                source = self._input if self._prompt is None else None
+                stop, signal = session.run(machine, source, self._doorbell, options.timeout, self._surrender.throw)
             seconds = time.monotonic() - started
             return self._finish(machine, Ending(stop, signal, self._output_lost, self._command_status), seconds)
+
+    def _title(self) -> str:
+        options = self._options
+        if self._image is None:
+            return f"going on from {options.restore}"
+        return f"{_processors(options)}, {options.memory} of memory; {self._image.title}"
 
     # Wiring
 
     def _make_machine(self, attended: bool) -> Machine:
         options = self._options
-        parameters = [terminal.environment()] if attended else [_UNATTENDED]
-        parameters += ["quiet"] if options.command else []
-        parameters += [options.append] if options.append else []
         control = ControlLine(self._console_is_read, self._command_wants_input, self._command_ended)
         serial: dict[int, SerialBackend] = {
             _CONSOLE_PORT: self._tail,
@@ -129,10 +141,13 @@ class _Run:
             CONTROL_PORT: control.write,
         }
         try:
+            if options.restore is not None:
+                return Machine.restore(options.restore, serial, process=self._process, cores=options.cores)
+            assert self._image is not None, "what is not restored is booted"
             return Machine(
                 kernel=self._image.kernel,
                 initrd=self._image.initrd,
-                append=" ".join(parameters),
+                append=self._command_line(attended),
                 memory=options.memory,
                 cpu=options.cpu,
                 cpus=options.cpus,
@@ -141,43 +156,57 @@ class _Run:
                 kvm_parameters=options.kvm,
                 serial=serial,
                 process=self._process,
+                deterministic=options.deterministic,
             )
-        except ConfigError as error:
+        except (ConfigError, StateError) as error:
             raise CliError(str(error)) from error
 
-    def _make_monitor(self, machine: Machine) -> AbstractContextManager[object]:
-        """The control socket. A run whose name nobody chose does without one where there is no place for it."""
+    def _command_line(self, attended: bool) -> str:
+        options = self._options
+        parameters = [terminal.environment()] if attended else [_UNATTENDED]
+        parameters += ["quiet"] if options.command else []
+        parameters += [options.append] if options.append else []
+        return " ".join(parameters)
+
+    def _make_monitor(self, resources: ExitStack) -> Monitor | None:
+        """The control socket, before there is a machine. A run whose name nobody chose does without one where there is no place for it."""
         try:
             monitor = Monitor(self._options.name or str(os.getpid()), _report_bug)
         except ConfigError as error:
             if self._options.name is not None:
                 raise CliError(str(error)) from error
             output.say(f"no control socket: {error}")
-            return nullcontext()
-        commands.offer(monitor, machine)
+            return None
+        resources.callback(monitor.close)
         return monitor
 
     def _sink(self, port: int, descriptor: int) -> Sink:
         return self._captures[port] if self._options.json else DescriptorSink(descriptor, self._surrender, self._lose_output)
 
-    def _make_input(self, machine: Machine, attended: bool) -> Input:
+    def _make_input(self, machine: Machine, attended: bool) -> CommandInput | Keyboard | ConsolePipe:
         if self._options.command:
             return CommandInput(_STDIN, lambda data: machine.send(data, STDOUT_PORT))
         if attended:
             return Keyboard(_STDIN, machine.send, self._quit)
-        return ConsolePipe(_STDIN, machine.send, is_ready=not self._image.announces_shell)
+        return ConsolePipe(_STDIN, machine.send, is_ready=self._image is None or not self._image.announces_shell)
 
     # What the guest tells us, on the vCPU's thread
 
     def _console_is_read(self) -> None:
         if isinstance(self._input, ConsolePipe):
             self._input.ready()
-            self._doorbell.ring()
+            self._input_is_wanted()
 
     def _command_wants_input(self) -> None:
         if isinstance(self._input, CommandInput):
             self._input.request()
+            self._input_is_wanted()
+
+    def _input_is_wanted(self) -> None:
+        if self._prompt is None:
             self._doorbell.ring()
+        else:
+            self._prompt.serve()
 
     def _command_ended(self, command_status: int) -> None:
         self._command_status = command_status

@@ -1,9 +1,9 @@
 """A host with one processor, which its guests have by turns: who runs when follows from a seed alone.
 
 In place of the fair queue of `sched.py` for runs that repeat. A turn ends after a number of retired instructions that the seed decides,
-when the guest halts, or when it spins in a loop of PAUSE; the next guest in the order of their creation that can run has the next one. When
-none can, virtual time jumps to the first timer. Everything that threads of guests do, in guest mode and out of it, they do in their turn, so
-the order of all accesses to memory, devices and clocks is one and the same in each run.
+when the guest halts, or when it spins in a loop of PAUSE; the next guest in the order of their creation that can run has the next one.
+When none can, virtual time jumps to the first timer. Everything that threads of guests do, in guest mode and out of it, they do in their
+turn, so the order of all accesses to memory, devices and clocks is one and the same in each run.
 
 A VMM takes part by `begin()` and `taking()`.
 """
@@ -21,7 +21,7 @@ from softkvm.host.clock import VirtualClock
 from softkvm.host.sched import Guest, Scheduler
 from softkvm.host.task import current
 
-TURN = 20_000, 120_000
+TURN = 20_000, 200_000
 """Shortest and longest turn in instructions: some tens to some hundreds of microseconds."""
 _U64 = (1 << 64) - 1
 

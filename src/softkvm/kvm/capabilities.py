@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from softkvm.kvm import mce
+from softkvm.kvm import dirty_ring, mce
 from softkvm.kvm.memslots import USER_MEM_SLOTS
 from softkvm.uapi import kvm as uapi
 from softkvm.uapi import series
@@ -61,6 +61,11 @@ _PRESENT = (
     uapi.KVM_CAP_X86_TRIPLE_FAULT_EVENT,
     uapi.KVM_CAP_TSC_CONTROL,
     uapi.KVM_CAP_VCPU_ATTRIBUTES,
+    uapi.KVM_CAP_SYS_ATTRIBUTES,
+    uapi.KVM_CAP_SPLIT_IRQCHIP,
+    uapi.KVM_CAP_X86_MSR_FILTER,
+    uapi.KVM_CAP_SET_GUEST_DEBUG,
+    uapi.KVM_CAP_X86_ROBUST_SINGLESTEP,
     series.KVM_CAP_TSC_OFFSET,
 )
 
@@ -77,6 +82,21 @@ _VALUES = {
     uapi.KVM_CAP_XSAVE2: _XSAVE_SIZE,
     uapi.KVM_CAP_X2APIC_API: X2APIC_API,
     uapi.KVM_CAP_MCE: mce.MAX_BANKS,
+    uapi.KVM_CAP_X86_USER_SPACE_MSR: uapi.KVM_MSR_EXIT_REASON_INVAL | uapi.KVM_MSR_EXIT_REASON_UNKNOWN | uapi.KVM_MSR_EXIT_REASON_FILTER,
+    uapi.KVM_CAP_X86_DISABLE_EXITS: uapi.KVM_X86_DISABLE_EXITS_HLT
+    | uapi.KVM_X86_DISABLE_EXITS_PAUSE
+    | uapi.KVM_X86_DISABLE_EXITS_CSTATE
+    | uapi.KVM_X86_DISABLE_EXITS_MWAIT,
+    uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | uapi.KVM_DIRTY_LOG_INITIALLY_SET,
+    uapi.KVM_CAP_DIRTY_LOG_RING: dirty_ring.MAX_SIZE,
+    uapi.KVM_CAP_DIRTY_LOG_RING_ACQ_REL: dirty_ring.MAX_SIZE,
+    uapi.KVM_CAP_SET_GUEST_DEBUG2: uapi.KVM_GUESTDBG_ENABLE
+    | uapi.KVM_GUESTDBG_SINGLESTEP
+    | uapi.KVM_GUESTDBG_USE_SW_BP
+    | uapi.KVM_GUESTDBG_USE_HW_BP
+    | uapi.KVM_GUESTDBG_INJECT_DB
+    | uapi.KVM_GUESTDBG_INJECT_BP
+    | uapi.KVM_GUESTDBG_BLOCKIRQ,
 }
 
 

@@ -37,6 +37,8 @@ EMULTYPE_PF = 1 << 6
 
 FORCED_EMULATION_PREFIX = b"\x0f\x0bkvm"
 """`ud2; .ascii "kvm"`."""
+_PREFIXES, _REX = b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf2\xf3", bytes(range(0x40, 0x50))
+_INT, _SHORT_FORMS = 0xCD, {events.BP: b"\xcc", events.OF: b"\xce"}
 _U32 = 0xFFFF_FFFF
 _CS_DB = 1 << 14
 _RFLAGS_VM = 1 << 17
@@ -71,13 +73,24 @@ def _skip(vcpu: Vcpu) -> int:
     if length is None:
         _say_once_that_skipping_failed()
         return handle_emulation_failure(vcpu, EMULTYPE_SKIP)
-    exits.step_over(vcpu, vcpu.state.rip + length)
-    return 1
+    return exits.step_over(vcpu, vcpu.state.rip + length)
 
 
 def instruction_length(vcpu: Vcpu) -> int | None:
     """Bytes of the instruction at RIP, which is decoded and nothing else; None if it cannot be read or is none."""
     return vcpu.model.instruction_length(ops.fetch(vcpu), _code_bits(vcpu))
+
+
+def soft_event_length(vcpu: Vcpu, vector: int) -> int | None:
+    """EMULTYPE_SKIP_SOFT_INT: the length of the instruction at RIP if it raises `vector` by itself (INT3, INTO, INT n), else None."""
+    length = instruction_length(vcpu)
+    if length is None:
+        return None
+    code = ops.fetch(vcpu)[:length]
+    body = code.lstrip(_PREFIXES)
+    if regs.is_64_bit_mode(vcpu):
+        body = body.lstrip(_REX)
+    return length if body == _SHORT_FORMS.get(vector) or body == bytes((_INT, vector)) else None
 
 
 @cache

@@ -12,6 +12,7 @@ from softkvm.host import trace
 from softkvm.kvm.irqchip import irq
 from softkvm.kvm.request import REQ_EVENT, REQ_TRIPLE_FAULT
 from softkvm.silicon.control import Intercept
+from softkvm.uapi.kvm import KVM_GUESTDBG_BLOCKIRQ as _BLOCKIRQ
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu import Vcpu
@@ -58,6 +59,7 @@ class EventQueue:
         "nmi_injected",
         "nmi_pending",
         "payload",
+        "soft_return",
         "vector",
     )
 
@@ -78,6 +80,9 @@ class EventQueue:
         self.nmi_injected = False
         self.nmi_pending = 0
         self.instruction_length = 0
+        """VMX: of the instruction of a soft event."""
+        self.soft_return: tuple[int, int] | None = None
+        """SVM: where the instruction of a soft event that KVM has injected begins and ends."""
 
     def clear_exception(self) -> None:
         """Drop the queued exception."""
@@ -147,6 +152,9 @@ def inject_pending(vcpu: Vcpu, user_window: bool) -> None:
     if free and queue.exception_pending:
         _inject_new_exception(vcpu, queue)
         free = False
+    if vcpu.guest_debug & _BLOCKIRQ:
+        vcpu.set_windows(0)
+        return
     windows = 0
     if queue.nmi_pending:
         if free and nmi_allowed(vcpu):
@@ -187,29 +195,30 @@ def _give(vcpu: Vcpu, event: int) -> None:
 
 
 def _inject_new_exception(vcpu: Vcpu, queue: EventQueue) -> None:
-    state = vcpu.state
+    state, own = vcpu.state, vcpu.debug_registers
     if queue.vector not in _NO_RF:
         state.rflags |= RFLAGS_RF
     if queue.payload is not None:
         if queue.vector == PF:
             state.cr2 = queue.payload
         elif queue.vector == DB:
-            state.dr6 = state.dr6 & ~0xF | queue.payload
+            own.dr6 = own.dr6 & ~0xF | queue.payload
         queue.payload = None
     if queue.vector == DB:
-        state.dr7 &= ~DR7_GD
+        own.dr7 &= ~DR7_GD
     queue.exception_pending, queue.exception_injected = False, True
     _inject_exception(vcpu, queue, reinjected=False)
 
 
 def _inject_exception(vcpu: Vcpu, queue: EventQueue, reinjected: bool) -> None:
     soft = queue.vector in (BP, OF)
-    event = EVENT_VALID | (_TYPE_SOFT_EXCEPTION if soft else _TYPE_EXCEPTION) | queue.vector
-    control = vcpu.control
+    if soft and not vcpu.vendor.prepare_soft_event(vcpu, queue.vector):
+        queue.clear_exception()  # the guest executes the instruction again
+        return
+    event = EVENT_VALID | (vcpu.vendor.soft_exception_type if soft else _TYPE_EXCEPTION) | queue.vector
     if queue.has_error:
         event |= _HAS_ERROR
-        control.event_error = queue.error_code
-    control.event_instruction_length = queue.instruction_length if soft else 0
+        vcpu.control.event_error = queue.error_code
     _give(vcpu, event)
     if trace.kvm_inj_exception.enabled:
         trace.kvm_inj_exception(queue.vector, queue.has_error, queue.error_code, reinjected)
@@ -217,7 +226,9 @@ def _inject_exception(vcpu: Vcpu, queue: EventQueue, reinjected: bool) -> None:
 
 def _inject_interrupt(vcpu: Vcpu, queue: EventQueue, reinjected: bool) -> None:
     soft = queue.interrupt_soft
-    vcpu.control.event_instruction_length = queue.instruction_length if soft else 0
+    if soft and not vcpu.vendor.prepare_soft_event(vcpu, queue.interrupt_nr):
+        queue.interrupt_injected = False
+        return
     _give(vcpu, EVENT_VALID | (_TYPE_SOFT_INTERRUPT if soft else _TYPE_INTERRUPT) | queue.interrupt_nr)
     if trace.kvm_inj_virq.enabled:
         trace.kvm_inj_virq(queue.interrupt_nr, soft, reinjected)
@@ -230,20 +241,27 @@ def complete(vcpu: Vcpu) -> None:
     """
     queue, control = vcpu.events, vcpu.control
     queue.at_silicon = queue.nmi_injected = queue.exception_injected = queue.interrupt_injected = False
-    if control.event & EVENT_VALID:
-        event, error_code, length = control.event, control.event_error, control.event_instruction_length
-        control.event = 0
-    else:
-        event, error_code, length = vcpu.exit.vectoring, vcpu.exit.vectoring_error, vcpu.exit.instruction_length
-    if event & EVENT_VALID:
-        _requeue(vcpu, queue, event, error_code, length)
+    entered = not control.event & EVENT_VALID
+    event, error_code = (vcpu.exit.vectoring, vcpu.exit.vectoring_error) if entered else (control.event, control.event_error)
+    control.event = 0
+    if not event & EVENT_VALID:
+        queue.soft_return = None
+        return
+    if _is_soft(event):
+        vcpu.vendor.soft_event_cut_short(vcpu, entered)
+    _requeue(vcpu, queue, event, error_code)
 
 
-def _requeue(vcpu: Vcpu, queue: EventQueue, event: int, error_code: int, instruction_length: int) -> None:
+def _is_soft(event: int) -> bool:
+    """Whether an instruction asked for the event: INT n, or INT3 and INTO, which on SVM have the type of exceptions."""
+    kind = event & _TYPE_MASK
+    return kind in (_TYPE_SOFT_INTERRUPT, _TYPE_SOFT_EXCEPTION) or (kind == _TYPE_EXCEPTION and event & 0xFF in (BP, OF))
+
+
+def _requeue(vcpu: Vcpu, queue: EventQueue, event: int, error_code: int) -> None:
     """Inject the event again at the next entry, unless an exception has come up that goes first."""
     vcpu.make_request(REQ_EVENT)
     vector, kind = event & 0xFF, event & _TYPE_MASK
-    queue.instruction_length = instruction_length
     if kind == _TYPE_NMI:
         queue.nmi_injected = True
         vcpu.state.interruptibility &= ~BLOCKED_BY_NMI  # the injection sets it again

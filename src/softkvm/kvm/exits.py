@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from softkvm.host import entry, nmi, trace
 from softkvm.host.task import current
-from softkvm.kvm import cpuid, emulate, events, msr, regs
+from softkvm.kvm import cpuid, emulate, events, guest_debug, msr, msr_filter, regs
 from softkvm.kvm.mmu import Fault
 from softkvm.kvm.request import REQ_EVENT
 from softkvm.uapi import kvm as uapi
@@ -32,25 +32,28 @@ def skip(vcpu: Vcpu) -> int:
     rip = vcpu.next_rip(vcpu)
     if rip is None:
         return emulate.emulate_instruction(vcpu, emulate.EMULTYPE_SKIP)
-    step_over(vcpu, rip)
-    return 1
+    return step_over(vcpu, rip)
 
 
-def step_over(vcpu: Vcpu, rip: int) -> None:
-    """Retire the instruction, which ends at `rip`: shadow and RF cleared, single-step trap queued."""
+def step_over(vcpu: Vcpu, rip: int) -> int:
+    """Retire the instruction, which ends at `rip`: shadow and RF cleared, single-step trap queued.
+
+    This is the one place where KVM retires an instruction in the guest's place (`kvm_skip_emulated_instruction()`).
+    """
     state = vcpu.state
     if rip & _U32 < _INSTRUCTION_BYTES and not regs.is_64_bit_mode(vcpu):
         rip &= _U32  # IP wraps at 4 GB
     state.rip = rip
     vcpu.instructions_skipped += 1
+    if state.interruptibility & _SHADOW:
+        state.interruptibility &= ~_SHADOW
+        vcpu.make_request(REQ_EVENT)
     rflags = state.rflags
     if rflags & _TF_OR_RF:
         state.rflags = rflags & ~events.RFLAGS_RF
         if rflags & events.RFLAGS_TF:
-            events.queue_exception(vcpu, events.DB, payload=events.DR6_BS)
-    if state.interruptibility & _SHADOW:
-        state.interruptibility &= ~_SHADOW
-        vcpu.make_request(REQ_EVENT)
+            return guest_debug.single_step(vcpu)
+    return 1
 
 
 def handle_cpuid(vcpu: Vcpu) -> int:
@@ -76,12 +79,11 @@ def handle_rdmsr(vcpu: Vcpu) -> int:
     gpr = vcpu.gpr
     index = gpr[1] & _U32
     try:
-        value = msr.get(vcpu, index, False)
-    except msr.MsrError:
+        value = vcpu.msr_get(vcpu, index, False)
+    except msr.MsrError as error:
         if trace.kvm_msr.enabled:
             trace.kvm_msr(False, index, 0, True)
-        events.inject_gp(vcpu)
-        return 1
+        return msr_filter.refuse(vcpu, error, None)
     if trace.kvm_msr.enabled:
         trace.kvm_msr(False, index, value, False)
     gpr[0], gpr[2] = value & _U32, value >> 32
@@ -92,29 +94,26 @@ def handle_wrmsr(vcpu: Vcpu) -> int:
     """WRMSR; #GP for what the guest may not write."""
     gpr = vcpu.gpr
     index, value = gpr[1] & _U32, (gpr[2] & _U32) << 32 | gpr[0] & _U32
-    failed = False
+    refused: msr.MsrError | None = None
     try:
-        msr.set(vcpu, index, value, False)
-    except msr.MsrError:
-        failed = True
+        vcpu.msr_set(vcpu, index, value, False)
+    except msr.MsrError as error:
+        refused = error
     if trace.kvm_msr.enabled:
-        trace.kvm_msr(True, index, value, failed)
-    if failed:
-        events.inject_gp(vcpu)
-        return 1
+        trace.kvm_msr(True, index, value, refused is not None)
+    if refused is not None:
+        return msr_filter.refuse(vcpu, refused, value)
     return skip(vcpu)
 
 
 def handle_halt(vcpu: Vcpu) -> int:
     """HLT: wait in the kernel if the local APIC is there, else tell user space."""
     result = skip(vcpu)
-    if result <= 0:
-        return result
     vcpu.stats["halt_exits"] += 1
     if vcpu.lapic is not None:
         vcpu.mp_state = uapi.KVM_MP_STATE_HALTED
-        return 1
-    return vcpu.exit_to_user(uapi.KVM_EXIT_HLT)
+        return result
+    return result if result <= 0 else vcpu.exit_to_user(uapi.KVM_EXIT_HLT)
 
 
 def handle_nop(vcpu: Vcpu) -> int:

@@ -115,8 +115,8 @@ class KvmFile:
         self.fd = process.install(self)
 
     def __init_subclass__(cls) -> None:
-        own = (member.operation for member in vars(cls).values() if hasattr(member, "operation"))
-        cls.operations = {**cls.operations, **dict(own)}
+        members = (member for base in reversed(cls.__mro__) for member in vars(base).values())
+        cls.operations = dict(member.operation for member in members if hasattr(member, "operation"))
 
     # --- The other system calls -----------------------------------------------------------------------------------------------------
 

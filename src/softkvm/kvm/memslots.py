@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 from bisect import bisect_right
+from collections.abc import Callable
 
 from softkvm.uapi.kvm import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, UserspaceMemoryRegion
 
@@ -20,7 +21,7 @@ USER_ADDRESS_LIMIT = (1 << 47) - PAGE_SIZE
 class Slot:
     """One slot: immutable but for its flags and dirty bitmap."""
 
-    __slots__ = ("dirty", "flags", "gpa", "hva", "id", "size")
+    __slots__ = ("dirty", "flags", "gpa", "hva", "id", "push", "size")
 
     def __init__(self, region: UserspaceMemoryRegion) -> None:
         self.id = region.slot
@@ -29,6 +30,8 @@ class Slot:
         self.size = region.memory_size
         self.hva = region.userspace_addr
         self.dirty: bytearray | None = bytearray(self.bitmap_size) if region.flags & KVM_MEM_LOG_DIRTY_PAGES else None
+        self.push: Callable[[int, int], None] | None = None
+        """With dirty rings: where (slot, page) of a logged write goes in place of the bitmap."""
 
     @property
     def bitmap_size(self) -> int:
@@ -47,9 +50,21 @@ class Slot:
 
     def mark_dirty(self, gpa: int, size: int = 1) -> None:
         """Log the pages of a write."""
-        if self.dirty is not None:
-            for page in range((gpa - self.gpa) >> PAGE_SHIFT, ((gpa + size - 1 - self.gpa) >> PAGE_SHIFT) + 1):
+        if self.dirty is None:
+            return
+        for page in range((gpa - self.gpa) >> PAGE_SHIFT, ((gpa + size - 1 - self.gpa) >> PAGE_SHIFT) + 1):
+            if self.push is not None:
+                self.push(self.id, page)
+            else:
                 self.dirty[page >> 3] |= 1 << (page & 7)
+
+    def mark_all_dirty(self) -> None:
+        """KVM_DIRTY_LOG_INITIALLY_SET."""
+        if self.dirty is not None:
+            pages = self.size // PAGE_SIZE
+            self.dirty[: pages // 8] = b"\xff" * (pages // 8)
+            if pages % 8:
+                self.dirty[pages // 8] = (1 << pages % 8) - 1
 
 
 class Memslots:

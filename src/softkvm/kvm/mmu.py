@@ -7,6 +7,7 @@ Answers to Linux 6.1 `arch/x86/kvm/mmu/mmu.c` (`direct_page_fault()`), `mmu/tdp_
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from enum import Enum
 from threading import RLock
 
@@ -14,7 +15,7 @@ from softkvm import silicon
 from softkvm.host import mm
 from softkvm.kvm.memslots import PAGE_SIZE, Memslots, Slot
 from softkvm.silicon import RIGHT_R, RIGHT_W, RIGHT_X
-from softkvm.uapi.kvm import UserspaceMemoryRegion
+from softkvm.uapi.kvm import KVM_DIRTY_LOG_INITIALLY_SET, UserspaceMemoryRegion
 
 LARGE_PAGE = 2 << 20
 
@@ -35,6 +36,12 @@ class Mmu:
         self._lock = lock
         self.slots = Memslots(max_gpa)
         self.npt = silicon.NestedPageTable()
+        self.manual_protect = 0
+        """KVM_DIRTY_LOG_*: user space protects pages itself, by KVM_CLEAR_DIRTY_LOG."""
+        self.ring_size = 0
+        """Bytes of each vCPU's dirty ring; 0 = slots have bitmaps."""
+        self.push_dirty: Callable[[int, int], None] | None = None
+        """Takes (slot, page) of a write when there are rings."""
 
     def set_region(self, region: UserspaceMemoryRegion) -> None:
         """KVM_SET_USER_MEMORY_REGION; OSError as `Memslots.check()`."""
@@ -42,23 +49,17 @@ class Mmu:
             old, new = self.slots.check(region)
             if old is new:
                 return
+            if new is not None:
+                new.push = self.push_dirty if self.ring_size else None
+                if self.manual_protect & KVM_DIRTY_LOG_INITIALLY_SET and (old is None or old.dirty is None):
+                    new.mark_all_dirty()
             self.slots.install(old, new)
             if old is not None:
                 self.npt.unmap(old.gpa, old.size)
 
-    def get_dirty_log(self, slot_id: int) -> bytes:
-        """The slot's dirty bitmap, which starts anew; OSError EINVAL for an impossible id, ENOENT if there is no log."""
-        if slot_id >> 16 or slot_id & 0xFFFF >= 32764:
-            raise OSError(errno.EINVAL, "no such slot")
-        with self._lock:
-            slot = self.slots.get(slot_id)
-            if slot is None or slot.dirty is None:
-                raise OSError(errno.ENOENT, "the slot does not log dirty pages")
-            bitmap = bytes(slot.dirty)
-            slot.dirty[:] = bytes(len(bitmap))
-            if any(bitmap):
-                self.npt.protect(slot.gpa, slot.size, RIGHT_R | RIGHT_X)
-        return bitmap
+    def write_protect(self, gpa: int, size: int) -> None:
+        """Make the next write to each of these pages fault, so that it is logged; the lock is held."""
+        self.npt.protect(gpa, size, RIGHT_R | RIGHT_X)
 
     def fault(self, gpa: int, write: bool) -> Fault:
         """Resolve a guest access that the nested page tables refused."""

@@ -12,6 +12,7 @@ from softkvm.kvm import mce
 from softkvm.kvm import msr_index as n
 from softkvm.kvm.msr_index import IA32_APIC_BASE as IA32_APIC_BASE
 from softkvm.kvm.msr_kinds import MsrError as MsrError
+from softkvm.kvm.msr_kinds import UnknownMsr
 from softkvm.kvm.msr_table import HANDLERS
 from softkvm.uapi import kvm as uapi
 
@@ -42,7 +43,7 @@ def get(vcpu: Vcpu, index: int, host_initiated: bool) -> int:
     """Read an MSR; MsrError if it does not exist or may not be read."""
     handler = HANDLERS.get(index)
     if handler is None:
-        raise MsrError(index)
+        raise UnknownMsr(index)
     return handler.get(vcpu, index, host_initiated)
 
 
@@ -50,7 +51,7 @@ def set(vcpu: Vcpu, index: int, value: int, host_initiated: bool) -> None:
     """Write an MSR; MsrError if it does not exist, may not be written, or refuses the value."""
     handler = HANDLERS.get(index)
     if handler is None:
-        raise MsrError(index)
+        raise UnknownMsr(index)
     handler.set(vcpu, index, value, host_initiated)
 
 

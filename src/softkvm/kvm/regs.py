@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Any
 
-from softkvm.kvm import cpuid, events
+from softkvm.kvm import cpuid, events, guest_debug
 from softkvm.kvm.cpuid import Feature
 from softkvm.kvm.request import REQ_EVENT, REQ_TLB_FLUSH, REQ_TRIPLE_FAULT
 from softkvm.silicon.control import Segment as HardwareSegment
@@ -71,6 +71,12 @@ def is_64_bit_mode(vcpu: Vcpu) -> bool:
     return bool(state.efer & EFER_LMA and state.segments[CS].access_rights & 1 << 13)
 
 
+def linear_rip(vcpu: Vcpu) -> int:
+    """`kvm_get_linear_rip()`."""
+    state = vcpu.state
+    return int(state.rip) if is_64_bit_mode(vcpu) else state.segments[CS].base + state.rip & 0xFFFF_FFFF
+
+
 def cpl(vcpu: Vcpu) -> int:
     """Current privilege level: SS.DPL, 0 in real mode."""
     state = vcpu.state
@@ -80,7 +86,7 @@ def cpl(vcpu: Vcpu) -> int:
 def get_regs(vcpu: Vcpu) -> uapi.Regs:
     """KVM_GET_REGS."""
     state = vcpu.state
-    return uapi.Regs(rip=state.rip, rflags=state.rflags, **dict(zip(_GENERAL, state.gpr, strict=True)))
+    return uapi.Regs(rip=state.rip, rflags=guest_debug.visible_rflags(vcpu), **dict(zip(_GENERAL, state.gpr, strict=True)))
 
 
 def set_regs(vcpu: Vcpu, regs: uapi.Regs) -> None:
@@ -89,7 +95,7 @@ def set_regs(vcpu: Vcpu, regs: uapi.Regs) -> None:
     for index, name in enumerate(_GENERAL):
         state.gpr[index] = getattr(regs, name)
     state.rip = regs.rip
-    state.rflags = regs.rflags | RFLAGS_FIXED
+    guest_debug.set_rflags(vcpu, regs.rflags)
     vcpu.events.exception_pending = False
     vcpu.make_request(REQ_EVENT)
 
@@ -232,8 +238,9 @@ def control_registers_changed(vcpu: Vcpu) -> None:
 
 def get_debugregs(vcpu: Vcpu) -> uapi.Debugregs:
     """KVM_GET_DEBUGREGS."""
-    debugregs = uapi.Debugregs(dr6=vcpu.state.dr6, dr7=vcpu.state.dr7)
-    debugregs.db[:] = vcpu.state.dr[:]
+    own = vcpu.debug_registers
+    debugregs = uapi.Debugregs(dr6=own.dr6, dr7=own.dr7)
+    debugregs.db[:] = list(own.dr)
     return debugregs
 
 
@@ -241,9 +248,10 @@ def set_debugregs(vcpu: Vcpu, debugregs: uapi.Debugregs) -> None:
     """KVM_SET_DEBUGREGS; OSError(EINVAL) for flags, and for DR6 and DR7 above 32 bits."""
     if debugregs.flags or debugregs.dr6 >> 32 or debugregs.dr7 >> 32:
         raise OSError(errno.EINVAL, "bad debug registers")
-    vcpu.state.dr[:] = debugregs.db[:]
-    vcpu.state.dr6 = debugregs.dr6 | events.DR6_FIXED
-    vcpu.state.dr7 = debugregs.dr7 | 1 << 10
+    own = vcpu.debug_registers
+    own.dr[:] = debugregs.db[:]
+    own.dr6 = debugregs.dr6 | events.DR6_FIXED
+    own.dr7 = debugregs.dr7 | 1 << 10
 
 
 def get_vcpu_events(vcpu: Vcpu) -> uapi.VcpuEvents:

@@ -42,8 +42,9 @@ def reset(vcpu: Vcpu, init: bool) -> None:
     state.rip, state.rflags = 0xFFF0, regs.RFLAGS_FIXED
     state.cr0 = 0x10 | kept_cr0
     state.cr2 = state.cr3 = state.cr4 = state.cr8 = state.efer = 0
-    state.dr[:] = [0] * 4
-    state.dr6, state.dr7 = 0xFFFF_0FF0, 0x400
+    own = vcpu.debug_registers
+    own.dr[:] = [0] * 4
+    own.dr6, own.dr7 = 0xFFFF_0FF0, 0x400
     state.pending_debug = state.interruptibility = state.activity = 0
     state.debugctl = 0
     if not init:

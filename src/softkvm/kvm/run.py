@@ -14,9 +14,19 @@ from typing import TYPE_CHECKING
 
 from softkvm.host import entry, trace
 from softkvm.host.task import Task
-from softkvm.kvm import emulate, events, kvmclock, regs, reset
+from softkvm.kvm import emulate, events, kvmclock, msr_bitmap, regs, reset
 from softkvm.kvm.irqchip import irq
-from softkvm.kvm.request import REQ_CLOCK, REQ_EVENT, REQ_NMI, REQ_TLB_FLUSH, REQ_TRIPLE_FAULT
+from softkvm.kvm.request import (
+    REQ_CLOCK,
+    REQ_DIRTY_RING_FULL,
+    REQ_EVENT,
+    REQ_EXIT,
+    REQ_IOAPIC_EOI_EXIT,
+    REQ_MSR_FILTER,
+    REQ_NMI,
+    REQ_TLB_FLUSH,
+    REQ_TRIPLE_FAULT,
+)
 from softkvm.kvm.vcpu_core import IN_GUEST_MODE, OUTSIDE_GUEST_MODE
 from softkvm.silicon import EMULATE_FIRST, EMULATE_ONE
 from softkvm.uapi import kvm as uapi
@@ -184,10 +194,11 @@ def _cancel_injection(vcpu: Vcpu) -> None:
 
 def _service_requests(vcpu: Vcpu) -> int:
     """Do what other threads and KVM itself have asked for before this entry."""
-    if vcpu.requests & REQ_TRIPLE_FAULT:
-        vcpu.set_triple_fault(False)
-        return vcpu.exit_to_user(uapi.KVM_EXIT_SHUTDOWN)
+    if vcpu.requests & REQ_EXIT and (exit_reason := _exit_request(vcpu)) is not None:
+        return vcpu.exit_to_user(exit_reason)
     requests = vcpu.take_requests()
+    if requests & REQ_MSR_FILTER:
+        msr_bitmap.filter_changed(vcpu)
     if requests & REQ_CLOCK:
         kvmclock.service(vcpu, requests)
     if requests & REQ_TLB_FLUSH:
@@ -201,6 +212,22 @@ def _service_requests(vcpu: Vcpu) -> int:
             return 1
         events.inject_pending(vcpu, _wants_window(vcpu))
     return 1
+
+
+def _exit_request(vcpu: Vcpu) -> int | None:
+    """The exit to user space that a request asks for, which is then done; the other requests wait."""
+    if vcpu.requests & REQ_TRIPLE_FAULT:
+        vcpu.clear_request(REQ_TRIPLE_FAULT)
+        return uapi.KVM_EXIT_SHUTDOWN
+    if vcpu.requests & REQ_IOAPIC_EOI_EXIT:
+        vcpu.clear_request(REQ_IOAPIC_EOI_EXIT)
+        vcpu.kvm_run.eoi.vector = vcpu.pending_ioapic_eoi
+        return uapi.KVM_EXIT_IOAPIC_EOI
+    ring = vcpu.dirty_ring
+    if ring is not None and ring.soft_full:  # and stays so until user space has reset some of it
+        return uapi.KVM_EXIT_DIRTY_RING_FULL
+    vcpu.clear_request(REQ_DIRTY_RING_FULL)
+    return None
 
 
 def _process_nmi(vcpu: Vcpu) -> None:

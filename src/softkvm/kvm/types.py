@@ -51,6 +51,13 @@ class GuestMemory(Protocol):
         """Store `data` at `gpa`."""
 
 
+class Scheduler(Protocol):
+    """Who gives the vCPUs' threads a processor."""
+
+    def run_delay(self) -> int:
+        """How long the calling thread has been runnable and not run, in ns."""
+
+
 class Vm(Protocol):
     """The virtual machine around a device."""
 
@@ -63,6 +70,10 @@ class Vm(Protocol):
         """Time of this VM."""
 
     @property
+    def scheduler(self) -> Scheduler:
+        """Who gives its vCPUs' threads a processor."""
+
+    @property
     def lock(self) -> RLock:
         """The VM's slots and interrupt lock."""
 
@@ -73,6 +84,14 @@ class Vm(Protocol):
     @property
     def irqchip(self) -> Irqchip | None:
         """PIC and IOAPIC, if they are in KVM."""
+
+    @property
+    def irqchip_in_kernel(self) -> bool:
+        """Whether vCPUs have their local APIC in KVM."""
+
+    @property
+    def reserved_ioapic_pins(self) -> int:
+        """GSIs below are pins of an IOAPIC in user space."""
 
     @property
     def pit(self) -> Pit | None:
@@ -113,6 +132,7 @@ class Vcpu(Protocol):
     apic_base: int
     mp_state: int
     userspace_irq: int
+    pending_ioapic_eoi: int
 
     @property
     def vcpu_id(self) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from softkvm.host import mm, trace
 from softkvm.host.sched import Cpu
 from softkvm.host.task import Task, current
-from softkvm.kvm import cpuid, exits, fpu, mce, msr, regs, reset, run, virtual_time
+from softkvm.kvm import cpuid, exits, fpu, guest_debug, mce, msr, msr_filter, regs, reset, run, virtual_time
 from softkvm.kvm.ioctl import (
     fields,
     ioctl,
@@ -98,6 +98,9 @@ class Vcpu(VcpuCore):
         """A hook was turned on or off."""
         super().update_static_calls()
         self.ioctl_run = _traced_run if trace.kvm_userspace_exit.enabled else run.ioctl_run
+        open_filter = self.vm.msr_filter.is_open
+        self.msr_get = msr.get if open_filter else msr_filter.filtered_get
+        self.msr_set = msr.set if open_filter else msr_filter.filtered_set
         self.handlers = self.vendor.handlers
         if trace.kvm_cpuid.enabled:
             traced: dict[Handler, Handler] = {exits.handle_cpuid: exits.trace_cpuid}
@@ -184,6 +187,11 @@ class Vcpu(VcpuCore):
     def set_debugregs(self, value: uapi.Debugregs) -> None:
         """KVM_SET_DEBUGREGS; OSError(EINVAL)."""
         regs.set_debugregs(self, value)
+
+    @ioctl(uapi.KVM_SET_GUEST_DEBUG, takes(uapi.GuestDebug))
+    def set_guest_debug(self, request: uapi.GuestDebug) -> None:
+        """KVM_SET_GUEST_DEBUG; OSError(EBUSY) for an exception to inject while another one waits."""
+        guest_debug.set_guest_debug(self, request)
 
     @ioctl(uapi.KVM_GET_VCPU_EVENTS, encode=returns)
     def get_vcpu_events(self) -> uapi.VcpuEvents:

@@ -15,13 +15,16 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
 
 from softkvm import silicon
-from softkvm.host import static_call
+from softkvm.host import balance, static_call
 from softkvm.host.sched import Cpu
 from softkvm.host.task import TIF_NEED_RESCHED, TIF_SIGPENDING, Task
 from softkvm.kvm import events, virtual_time, watch
+from softkvm.kvm.dirty_ring import DirtyRing
+from softkvm.kvm.guest_debug import DebugRegisters
 from softkvm.kvm.ioctl import KvmFile
 from softkvm.kvm.request import REQ_NMI, REQ_TRIPLE_FAULT
 from softkvm.kvm.vendor import INTERCEPTS
+from softkvm.silicon.control import State
 from softkvm.uapi import kvm as uapi
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ MMAP_SIZE = 3 * 4096
 NO_INTERRUPT = -1
 OUTSIDE_GUEST_MODE, IN_GUEST_MODE = 0, 1
 _NOT_ARMED = -1
+_RING_OFFSET = uapi.KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE
 
 
 class OnCore(NamedTuple):
@@ -77,6 +81,8 @@ class VcpuCore(KvmFile):
         vmcb = silicon.Vmcb()
         self._hardware = vmcb.hardware
         self.block = vmcb.view
+        self.msrs_passed_through: set[tuple[int, bool]] = set()
+        """(index, write) of the MSRs that KVM lets the guest use by itself, as far as no filter is in the way."""
         self.control, self.exit, self.state, self.gpr = vmcb.control, vmcb.exit, vmcb.state, vmcb.gpr
         self.accesses = self.block.access
         self._mapping = mmap.mmap(-1, MMAP_SIZE)
@@ -85,7 +91,14 @@ class VcpuCore(KvmFile):
         self.mmap_words = self.mmap_area.cast("Q")
         self.kvm_run = uapi.Run.from_buffer(self._mapping)
         self.pio_data = self.mmap_area[4096:8192]
+        self.dirty_ring = DirtyRing(self, self.vm.mmu.ring_size) if self.vm.mmu.ring_size else None
+        self.intercepts = INTERCEPTS
+        """`Control.intercepts` without the windows."""
         self.windows = 0
+        self.guest_debug = 0
+        """KVM_GUESTDBG_*, 0 without a debugger in user space."""
+        self.debug_registers: State | DebugRegisters = self.state
+        """The guest's own: the silicon's, unless a debugger has those."""
 
     def _init_concurrency(self) -> None:
         """What other threads touch, and what belongs to the run loop."""
@@ -113,6 +126,8 @@ class VcpuCore(KvmFile):
         self.flush_requested = False
         self.events = events.EventQueue()
         self.userspace_irq = NO_INTERRUPT
+        self.pending_ioapic_eoi = 0
+        """Vector whose end user space's IOAPIC is to hear of."""
         self.complete_userspace_io: Callable[[Self], int] | None = None
         self.pending_io: tuple[int, ...] = ()
         """What `complete_userspace_io` must know of its exit: RIP there, and what it likes."""
@@ -154,6 +169,11 @@ class VcpuCore(KvmFile):
             requests, self.requests = self.requests, 0
         return requests
 
+    def clear_request(self, request: int) -> None:
+        """Forget a request."""
+        with self._request_lock:
+            self.requests &= ~request
+
     def set_triple_fault(self, pending: bool) -> None:
         """Raise or withdraw a triple fault."""
         with self._request_lock:
@@ -164,10 +184,12 @@ class VcpuCore(KvmFile):
         self.wakeup.set()
 
     def kick_guest(self) -> None:
-        """Leave guest mode, if in it (`kvm_vcpu_kick()`); KVM_RUN goes on."""
+        """Leave guest mode, if in it (`kvm_vcpu_kick()`); KVM_RUN goes on. The caller does not keep the processor from the vCPU."""
         cpu = self.cpu
         if self.mode and cpu is not None:
             cpu.core.kick()
+            if (processor := cpu.core.displaced()) >= 0:
+                balance.step_aside(processor)
 
     def kick(self) -> None:
         """Send the vCPU's thread a signal: the KVM_RUN in progress, or the next one, fails with EINTR and KVM_EXIT_INTR."""
@@ -262,9 +284,12 @@ class VcpuCore(KvmFile):
 
     def _mmap(self, length: int, offset: int) -> memoryview:
         """The shared pages; OSError(EINVAL) for what is not within them."""
-        if length <= 0 or offset < 0 or offset % mmap.PAGESIZE or offset + length > MMAP_SIZE:
+        area, start = self.mmap_area, 0
+        if self.dirty_ring is not None and offset >= _RING_OFFSET:
+            area, start = self.dirty_ring.area, _RING_OFFSET
+        if length <= 0 or offset < 0 or offset % mmap.PAGESIZE or offset - start + length > len(area):
             raise OSError(errno.EINVAL, "no such range of the vCPU's pages")
-        return self.mmap_area[offset : offset + length]
+        return area[offset - start : offset - start + length]
 
     def exits_by_reason(self) -> dict[str, int]:
         """VM exits so far, by the vendor's names."""
@@ -299,7 +324,7 @@ class VcpuCore(KvmFile):
         """Which interrupt and NMI windows (bits of `Control.intercepts`) to exit at."""
         if windows != self.windows:
             self.windows = windows
-            self.control.intercepts = INTERCEPTS | windows
+            self.control.intercepts = self.intercepts | windows
 
     def exit_to_user(self, reason: int, finish: Callable[[Self], int] | None = None) -> int:
         """Leave KVM_RUN with an exit reason; `finish` runs at the start of the next KVM_RUN, its result is that of an exit handler."""

@@ -181,6 +181,7 @@ class Control(LittleEndianStructure):
         ("random", _u64),  # virtual time: where the generator behind RDRAND and RDSEED stands, moved on by the run
         ("tsc_rate", _u32),  # virtual time: cycles of the host's TSC per retired instruction; 0 is the real time
         ("_reserved1", _u32),
+        ("next_rip", _u64),  # AMD silicon with NRIP save: where an injected software interrupt, INT3 or INTO returns to
     ]
 
 

@@ -31,21 +31,31 @@ _FEATURE = re.compile(r"[+-][a-z0-9][a-z0-9_.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Config:
-    """A machine that can be built."""
+class Hardware:
+    """What a machine is made of, whatever runs on it."""
 
-    kernel: Path
-    initrd: bytes | None
-    command_line: bytes
     memory: int
     """Bytes of RAM, whole pages."""
     cpu: str
     features: Mapping[str, bool]
     cpus: int
     parameters: kvm.Parameters
+
+    @property
+    def cpu_name(self) -> str:
+        """The model with the features that were switched, as `parse_cpu()` takes it."""
+        return ",".join([self.cpu, *(f"{'+' if on else '-'}{name}" for name, on in self.features.items())])
+
+
+@dataclass(frozen=True)
+class Config(Hardware):
+    """A machine that can be booted."""
+
+    kernel: Path
+    initrd: bytes | None
+    command_line: bytes
     serial: Mapping[int, SerialBackend] = field(default_factory=dict)
     seed: int | None = None
-    tier: str = DEFAULT_TIER
     """Of a deterministic machine."""
 
 
@@ -58,20 +68,16 @@ def check(
     cpus: int,
     serial: Mapping[int, SerialBackend] | None,
     kvm_parameters: Iterable[str] = (),
-    seed: int | None = None,
-    tier: str = DEFAULT_TIER,
+    deterministic: int | None = None,
 ) -> Config:
     """The configuration for the arguments of `Machine`; ConfigError names the first mistake."""
     if kernel is None:
         raise ConfigError("an initrd was given without a kernel" if initrd is not None else "no kernel was given")
     if not 1 <= cpus <= MOST_CPUS:
         raise ConfigError(f"a machine has 1 to {MOST_CPUS} CPUs, not {cpus}")
-    if seed is not None and not 0 <= seed <= LARGEST_SEED:
-        raise ConfigError(f"the seed of a deterministic machine is a number from 0 to {LARGEST_SEED}, not {seed}")
-    ports = dict(serial or {})
-    for port in ports:
-        if port not in range(len(layout.SERIAL_PORTS)):
-            raise ConfigError(f"there is no serial port {port}; the machine has ports 0 to {len(layout.SERIAL_PORTS) - 1}")
+    if deterministic is not None and not 0 <= deterministic <= LARGEST_SEED:
+        raise ConfigError(f"the seed of a deterministic machine is a number from 0 to {LARGEST_SEED}, not {deterministic}")
+    ports = check_serial(serial)
     name, features = parse_cpu(cpu)
     return Config(
         kernel=Path(kernel),
@@ -83,9 +89,17 @@ def check(
         cpus=cpus,
         parameters=parse_parameters(kvm_parameters),
         serial=ports,
-        seed=seed,
-        tier=tier,
+        seed=deterministic,
     )
+
+
+def check_serial(serial: Mapping[int, SerialBackend] | None) -> Mapping[int, SerialBackend]:
+    """The listeners of the serial ports that there are."""
+    ports = dict(serial or {})
+    for port in ports:
+        if port not in range(len(layout.SERIAL_PORTS)):
+            raise ConfigError(f"there is no serial port {port}; the machine has ports 0 to {len(layout.SERIAL_PORTS) - 1}")
+    return ports
 
 
 def parse_memory(memory: str | int) -> int:

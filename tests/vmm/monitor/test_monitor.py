@@ -45,6 +45,9 @@ class Machine:
     def resume(self) -> None:
         self.state = RunState.RUNNING
 
+    def save(self, path: str | Path) -> int:
+        return Path(path).write_bytes(b"snapshot")
+
     def tsc_status(self) -> kvm.TscStatus:
         raise CommandError("a machine without a clock")
 
@@ -117,6 +120,15 @@ def test_commands_answer(vm: Connection) -> None:
     assert vm.execute("add", {"left": 4}) == 5
     assert vm.execute("add", Sum(4, 3)) == 7
     assert vm.pid == os.getpid()
+
+
+def test_save_wants_an_absolute_path(vm: Connection, tmp_path: Path) -> None:
+    path = str(tmp_path / "file")
+    assert vm.execute("save", commands.SaveArguments(path)) == {"path": path, "size": 8}
+    assert Path(path).read_bytes() == b"snapshot"
+    for bad in ("file", "", f"{path}\0"):
+        with pytest.raises(MonitorError, match="must be absolute"):
+            vm.execute("save", {"path": bad})
 
 
 @pytest.mark.parametrize(

@@ -23,17 +23,31 @@ impl Cpu {
     /// Runs the guest until something must leave it; the reason is in `exit`. The budget goes on from the last run, so that clocks are
     /// looked at however often the guest exits.
     pub fn run(&mut self) {
+        loop {
+            let outcome = if self.pending & pending::WATCHED != 0 { self.run_watched() } else { self.run_unwatched() };
+            if outcome.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Runs the guest as long as there is nothing to watch.
+    fn run_unwatched(&mut self) -> Exec {
         let mut previous = ptr::null_mut();
-        while let Ok(block) = self.step(previous) {
-            previous = block;
+        loop {
+            previous = match self.step(previous) {
+                Ok(block) => block,
+                Err(Stop::Leave) => return Ok(()),
+                Err(stop) => return Err(stop),
+            };
         }
     }
 
     /// Runs one block, or what comes before it. `previous` is the block that led to RIP; null stands for anything else. Returns what is
-    /// `previous` for the next step. `Err` means that `exit` holds a VM exit.
+    /// `previous` for the next step. `Err` means that `exit` holds a VM exit, or with `Stop::Leave` that somebody watches from now on.
     #[inline(always)]
     fn step(&mut self, previous: *mut Block) -> Exec<*mut Block> {
-        if (self.signal.pending() | self.pending != 0 || self.budget <= 0) && self.boundary()? {
+        if (self.signal.pending() | self.pending != 0 || self.budget <= 0) && self.boundary_unwatched()? {
             self.single()?;
             return Ok(ptr::null_mut());
         }
@@ -46,10 +60,20 @@ impl Cpu {
         }
     }
 
+    /// [`Cpu::boundary`], unless the other dispatcher must take over.
+    #[cold]
+    #[inline(never)]
+    fn boundary_unwatched(&mut self) -> Exec<bool> {
+        if self.pending & pending::WATCHED != 0 {
+            return Err(Stop::Leave);
+        }
+        self.boundary()
+    }
+
     /// Work between blocks that is rare. Returns true when exactly one instruction may run before the next look.
     #[cold]
     #[inline(never)]
-    fn boundary(&mut self) -> Exec<bool> {
+    pub(super) fn boundary(&mut self) -> Exec<bool> {
         let signals = self.signal.pending();
         if signals & attention::SHOOT_DOWN != 0 {
             self.shoot_down();
@@ -190,7 +214,7 @@ impl Cpu {
 
     /// The block at RIP, to which `previous` led.
     #[inline(always)]
-    fn successor(&mut self, previous: *mut Block) -> Exec<*mut Block> {
+    pub(super) fn successor(&mut self, previous: *mut Block) -> Exec<*mut Block> {
         // SAFETY: null or a block that `execute` just ran, and only `find_block` frees blocks.
         if let Some(previous) = unsafe { previous.as_ref() } {
             if let Some(block) = previous.successor(self.rip(), self.jump_context) {
@@ -256,7 +280,7 @@ impl Cpu {
 
     /// Runs a block to its end. Returns it if it ended with a branch or fell through, and null if anything else happened.
     #[inline(always)]
-    fn execute(&mut self, block: *mut Block) -> Exec<*mut Block> {
+    pub(super) fn execute(&mut self, block: *mut Block) -> Exec<*mut Block> {
         // SAFETY: blocks are freed by `collect` only, which no handler calls; the last micro-op of a block always stops.
         let (first, instructions) = unsafe { ((*block).uops.as_ptr(), (*block).instructions) };
         self.budget -= i64::from(instructions);
@@ -317,7 +341,7 @@ impl Cpu {
     }
 
     /// Acts on a stop at a boundary where RIP is exact. What retires no instruction uses up the budget all the same.
-    fn stopped(&mut self, stop: Stop) -> Exec {
+    pub(super) fn stopped(&mut self, stop: Stop) -> Exec {
         self.budget -= 1;
         self.budget_start -= 1;
         match stop {
@@ -331,7 +355,7 @@ impl Cpu {
 
     /// Runs one instruction, and what comes with its end: shadows and RF end, single-step traps are noted, and a hypervisor that asked for
     /// one instruction gets control.
-    fn single(&mut self) -> Exec {
+    pub(super) fn single(&mut self) -> Exec {
         let hits = self.instruction_breakpoints();
         if hits != 0 {
             self.fault = Fault { vector: vector::DB, error: None, payload: hits };
@@ -343,9 +367,9 @@ impl Cpu {
         let stepping = self.rflags & rflags::TF != 0;
         self.state.interruptibility &= !SHADOWS;
         self.pending &= !pending::SHADOW;
-        let stop = match self.next_block() {
+        let (stop, branched) = match self.next_block() {
             Ok(block) => self.execute_one(block),
-            Err(stop) => stop,
+            Err(stop) => (stop, false),
         };
         match stop {
             Stop::Exit | Stop::Retry | Stop::Again | Stop::Fault => {
@@ -362,7 +386,7 @@ impl Cpu {
         if stop == Stop::Retry {
             return Ok(());
         }
-        if stepping && stop != Stop::Fault && !self.step_settled {
+        if stepping && stop != Stop::Fault && !self.step_settled && self.step_traps(branched) {
             self.trap(dr6::BS);
         }
         self.step_settled = false;
@@ -386,23 +410,24 @@ impl Cpu {
         Err(self.exit(code::EMULATED, 0))
     }
 
-    /// Runs exactly the first instruction of a block and moves RIP.
-    fn execute_one(&mut self, block: *mut Block) -> Stop {
+    /// Runs exactly the first instruction of a block and moves RIP; tells also whether it was a taken branch.
+    fn execute_one(&mut self, block: *mut Block) -> (Stop, bool) {
         // SAFETY: as in `execute`; a block has at least one micro-op.
         let (uop, handler) = unsafe { (*(*block).uops.as_ptr(), *(*block).reference.as_ptr()) };
         self.blocks_run += 1;
+        let first = self.rip();
         self.budget -= 1;
         let stop = handler(self, &uop).err().unwrap_or(Stop::Leave);
         match stop {
-            Stop::Next => return stop,
+            Stop::Next => return (stop, self.note_branch(block, first)),
             Stop::Leave => {
                 self.regs[slot::RIP as usize] = self.rip_at(uop.next_offset());
-                return stop;
+                return (stop, false);
             }
             Stop::Exit => self.complete_exit(&uop),
             Stop::Fault | Stop::Again | Stop::Retry | Stop::Slow => {}
         }
         self.budget += 1;
-        stop
+        (stop, false)
     }
 }

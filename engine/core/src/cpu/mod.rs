@@ -9,6 +9,7 @@ pub mod mode;
 pub mod signal;
 pub mod stack;
 pub mod switch;
+pub mod watch;
 
 use std::sync::Arc;
 
@@ -25,6 +26,7 @@ use crate::model::Model;
 use crate::paging::tlb::{self, Tlb};
 use crate::paging::walk::Context;
 use crate::paging::{canonical, unused_bits, Privilege};
+use crate::pmu::Pmu;
 use crate::state::{cr0, interruptibility, rflags, seg, Segment, State};
 use crate::uop::{slot, Exec, RegOffset, Stop, Uop, RIP_STRIDE};
 use crate::virt::control::{self, Access, Control, Exit};
@@ -48,6 +50,8 @@ pub mod pending {
     pub const BUDGET: u32 = 64;
     /// DR7 turns a breakpoint on: run one instruction at a time.
     pub const BREAKPOINTS: u32 = 128;
+    /// Counters count, or branches are recorded: the dispatcher of `watch` runs.
+    pub const WATCHED: u32 = 256;
 }
 
 /// How wide code, addresses and RIP are by default.
@@ -107,6 +111,7 @@ pub struct Cpu {
     pub signal: Arc<Signal>,
     pub clock: Clock,
     pub model: Arc<Model>,
+    pub pmu: Box<Pmu>,
     /// Completed device accesses of an emulated instruction, and how many of them it has used.
     pub accesses: Vec<Access>,
     pub access_next: usize,
@@ -164,6 +169,7 @@ impl Cpu {
             nested_generation: 0,
             signal: Arc::default(),
             clock,
+            pmu: Pmu::new(&model),
             model,
             accesses: Vec::new(),
             access_next: 0,

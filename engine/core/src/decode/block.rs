@@ -8,6 +8,7 @@ use crate::cpu::{CodeSize, Cpu};
 use crate::exec;
 use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
 use crate::model::Model;
+use crate::pmu::branch::Kind;
 use crate::uop::{Exec, Handler, Uop};
 
 /// Most instructions of a block.
@@ -47,6 +48,10 @@ pub struct Block {
     pub uops: Box<[Uop]>,
     pub instructions: u32,
     pub valid: bool,
+    /// The branch that its last instruction is.
+    pub branch: Kind,
+    /// Distance of its last instruction from the first byte.
+    pub last: u16,
     /// The first two blocks that ran behind this one.
     pub links: [Link; 2],
     /// Where host code of other blocks enters this one, and where the dispatcher does; null without a translation.
@@ -70,6 +75,8 @@ impl Block {
             uops: Box::default(),
             instructions: 0,
             valid: true,
+            branch: Kind::None,
+            last: 0,
             links: [Link::NONE; 2],
             entry: std::ptr::null(),
             body: std::ptr::null(),
@@ -90,6 +97,9 @@ impl Block {
             uop.run = exec::fast::handler(insn, uop, instructions.get(n + 1), dead[n]).unwrap_or(uop.run);
         }
         self.instructions = instructions.len() as u32;
+        if let Some(last) = instructions.last() {
+            (self.branch, self.last) = (Kind::of(last), last.ip() as u16);
+        }
         self.length = instructions.iter().map(|insn| insn.len() as u32).sum();
         uops.push(fall_through(self.length));
         self.uops = uops.into();

@@ -99,6 +99,8 @@ pub struct Control {
     /// Virtual time: cycles of the host's TSC per retired instruction; zero is the real time.
     pub tsc_rate: u32,
     reserved1: u32,
+    /// AMD silicon that saves the next RIP: where an injected software interrupt, INT3 or INTO returns to (APM vol. 2, 15.20).
+    pub next_rip: u64,
 }
 
 impl Control {

@@ -10,7 +10,7 @@ use crate::model::Model;
 use crate::paging::walk::{probe, Context};
 use crate::paging::{canonical, unused_bits, AccessKind, Privilege};
 use crate::state::{activity, cr0, cr4, efer, rflags, rights, seg, State};
-use crate::virt::control::{intercept, Block, ACCESS_MAX};
+use crate::virt::control::{intercept, perf, Block, ACCESS_MAX};
 use crate::virt::exits::code;
 
 /// Kinds of access for [`Core::translate`].
@@ -25,7 +25,7 @@ const EVENT_HAS_ERROR: u32 = 1 << 11;
 
 /// One physical CPU.
 pub struct Core {
-    cpu: Box<Cpu>,
+    pub(crate) cpu: Box<Cpu>,
     index: u32,
 }
 
@@ -71,7 +71,7 @@ impl Core {
         cpu.bitmaps = block;
         cpu.access_next = 0;
         let start = cpu.instructions();
-        if state_is_valid(&cpu.state, &cpu.model) {
+        if state_is_valid(&cpu.state, &cpu.model) && global_control_is_valid(cpu) {
             self.attach(npt);
             self.load();
             self.run();
@@ -144,6 +144,10 @@ impl Core {
             cpu.control.instruction_budget = cpu.control.instruction_budget.saturating_add(instructions);
         }
         cpu.shorten_budget();
+        if cpu.control.perf_controls & perf::LOAD_GUEST != 0 {
+            cpu.pmu.load_global_control(cpu.control.guest_perf_global_ctrl);
+        }
+        cpu.begin_watch();
     }
 
     /// Delivers the injected event, then runs.
@@ -165,6 +169,11 @@ impl Core {
     fn unload(&mut self) {
         let cpu = &mut *self.cpu;
         cpu.signal.set_running(false);
+        cpu.end_watch();
+        cpu.pmu.leave_guest();
+        if cpu.control.perf_controls & perf::LOAD_HOST != 0 {
+            cpu.pmu.load_global_control(cpu.control.host_perf_global_ctrl);
+        }
         cpu.state.gpr.copy_from_slice(&cpu.regs[..16]);
         cpu.state.rip = cpu.rip();
         cpu.state.rflags = cpu.rflags();
@@ -202,6 +211,7 @@ impl Core {
             ("tlb_fills", cpu.tlb.fills),
             ("tlb_flushes", cpu.tlb.flushes),
             ("page_walks", cpu.walks),
+            ("branches_lost", self.branches_lost()),
         ]
     }
 }
@@ -211,6 +221,13 @@ impl Drop for Core {
         let cpu = &mut *self.cpu;
         cpu.code.clear(&cpu.npt.code);
     }
+}
+
+/// Whether the silicon's GLOBAL_CTRL takes the values that entry and exit load (SDM vol. 3, 27.2.2 and 27.3.1.1).
+fn global_control_is_valid(cpu: &Cpu) -> bool {
+    let control = &cpu.control;
+    let loads = [(perf::LOAD_GUEST, control.guest_perf_global_ctrl), (perf::LOAD_HOST, control.host_perf_global_ctrl)];
+    loads.iter().all(|(bit, value)| control.perf_controls & bit == 0 || cpu.pmu.global_control_allowed(*value))
 }
 
 fn entry_work(cpu: &Cpu) -> u32 {

@@ -22,6 +22,8 @@ pub mod code {
     /// SVM adds the vector.
     pub const EXCEPTION: Code = both(0, 0x40);
     pub const EXTERNAL_INTERRUPT: Code = both(1, 0x60);
+    /// On Intel silicon an exit as by an exception.
+    pub const NMI: Code = both(0, 0x61);
     pub const TRIPLE_FAULT: Code = both(2, 0x7f);
     pub const INTERRUPT_WINDOW: Code = both(7, 0x64);
     pub const NMI_WINDOW: Code = both(8, 0x74);
@@ -86,6 +88,17 @@ impl Cpu {
     #[cold]
     pub fn exit_external_interrupt(&mut self) -> Stop {
         self.exit(code::EXTERNAL_INTERRUPT, 0)
+    }
+
+    /// An NMI of the host arrived.
+    #[cold]
+    pub fn exit_nmi(&mut self) -> Stop {
+        const NMI: u32 = 2 | 2 << 8 | 1 << 31;
+        let stop = self.exit(code::NMI, 0);
+        if !self.model.is_amd() {
+            self.exit.interruption = NMI;
+        }
+        stop
     }
 
     /// A guest-physical access that the nested page table does not allow (SDM vol. 3, table 28-7; APM vol. 2, 15.25.6).

@@ -8,6 +8,7 @@ pub mod guest;
 pub mod host;
 pub mod system;
 pub mod vector;
+pub mod watched;
 
 use std::sync::Arc;
 

@@ -235,8 +235,12 @@ class LapicCore:
         if trace.kvm_eoi.enabled:
             trace.kvm_eoi(self.apic_id, vector)
         irqchip = self.vcpu.vm.irqchip
-        if irqchip is not None and irqchip.ioapic.handled_vectors & bit:
-            irqchip.ioapic.eoi(vector, bool(self.tmr & bit))
+        if irqchip is not None:
+            if irqchip.ioapic.handled_vectors & bit:
+                irqchip.ioapic.eoi(vector, bool(self.tmr & bit))
+        elif self.vcpu.vm.routing.user_ioapic_handles(vector):
+            self.vcpu.pending_ioapic_eoi = vector
+            self.vcpu.make_request(request.REQ_IOAPIC_EOI_EXIT)
         if self.irr:
             self.vcpu.make_request(request.REQ_EVENT)
 

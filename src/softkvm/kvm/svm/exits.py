@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from softkvm.kvm import emulate, events, exits, hypercall, pio, virtual_time
+from softkvm.kvm import emulate, events, exits, guest_debug, hypercall, pio, virtual_time
 from softkvm.kvm.vendor import Handler
 from softkvm.uapi.svm import EXIT_NAMES, ExitCode
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from softkvm.kvm.vcpu import Vcpu
 
 _NPF_WRITE = 1 << 1
+_DR_WRITE = 0x10
 _GPR_MASK = 15
 """EXITINFO1 of a MOV to or from CRn with decode assists: the general register (APM vol. 2, 15.8.1)."""
 
@@ -57,6 +58,15 @@ def _cr8_read(vcpu: Vcpu) -> int:
     return exits.read_cr8(vcpu, vcpu.exit.qualification & _GPR_MASK)
 
 
+def _db(vcpu: Vcpu) -> int:
+    return guest_debug.handle_db(vcpu, vcpu.state.dr6)
+
+
+def _dr_access(vcpu: Vcpu) -> int:
+    code = vcpu.exit.reason - ExitCode.READ_DR0
+    return guest_debug.handle_dr(vcpu, code & 7, vcpu.exit.qualification & _GPR_MASK, bool(code & _DR_WRITE))
+
+
 handlers: dict[int, Handler] = {
     **emulate.handlers,
     **virtual_time.handlers,
@@ -86,4 +96,9 @@ handlers: dict[int, Handler] = {
 }
 handlers.update(dict.fromkeys(range(ExitCode.EXCP_BASE, ExitCode.EXCP_BASE + 32), exits.handle_exception))
 handlers[ExitCode.EXCP_BASE + events.UD] = emulate.handle_ud
+handlers[ExitCode.EXCP_BASE + events.DB] = _db
+handlers[ExitCode.EXCP_BASE + events.BP] = guest_debug.handle_bp
+handlers.update(
+    dict.fromkeys((*range(ExitCode.READ_DR0, ExitCode.READ_DR0 + 8), *range(ExitCode.WRITE_DR0, ExitCode.WRITE_DR0 + 8)), _dr_access)
+)
 handlers.update(dict.fromkeys(range(ExitCode.VMLOAD, ExitCode.SKINIT + 1), exits.handle_ud))

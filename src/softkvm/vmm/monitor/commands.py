@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
 from softkvm import kvm
-from softkvm.vmm.machine import Status
 from softkvm.vmm.monitor.server import Monitor
-from softkvm.vmm.monitor.wire import Descriptors, NoArguments
+from softkvm.vmm.monitor.wire import CommandError, Descriptors, NoArguments
+from softkvm.vmm.status import Status
 
 
 class Machine(Protocol):
@@ -28,6 +29,9 @@ class Machine(Protocol):
 
     def resume(self) -> None:
         """Take back `pause()`."""
+
+    def save(self, path: str | Path) -> int:
+        """Write a snapshot."""
 
     def tsc_status(self) -> kvm.TscStatus:
         """Its clocks."""
@@ -48,8 +52,23 @@ class Answer(msgspec.Struct, frozen=True):
     """Seconds since the machine could be reached."""
 
 
+class SaveArguments(msgspec.Struct, forbid_unknown_fields=True):
+    """Of the command save."""
+
+    path: str
+    """An absolute path: the VMM's working directory is nobody else's business."""
+
+
+class Saved(msgspec.Struct, frozen=True):
+    """The answer to save."""
+
+    path: str
+    size: int
+    """Bytes."""
+
+
 def offer(monitor: Monitor, machine: Machine) -> None:
-    """Register query-status, query-tsc, stop and cont."""
+    """Register query-status, query-tsc, save, stop and cont."""
     since = time.monotonic()
 
     @monitor.command("query-status")
@@ -61,6 +80,12 @@ def offer(monitor: Monitor, machine: Machine) -> None:
     @monitor.command("query-tsc")
     def query_tsc(arguments: NoArguments, descriptors: Descriptors) -> kvm.TscStatus:
         return machine.tsc_status()
+
+    @monitor.command("save", SaveArguments)
+    def save(arguments: SaveArguments, descriptors: Descriptors) -> Saved:
+        if not os.path.isabs(arguments.path) or "\0" in arguments.path:
+            raise CommandError("the path of a snapshot must be absolute")
+        return Saved(arguments.path, machine.save(arguments.path))
 
     @monitor.command("stop")
     def stop(arguments: NoArguments, descriptors: Descriptors) -> None:
