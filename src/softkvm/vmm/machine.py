@@ -52,8 +52,8 @@ class _Surroundings:
     process: kvm.Process
     cores: int | None
     seed: int | None = None
-    tier: str = config.DEFAULT_TIER
     """Of a deterministic machine, whose clock is a virtual one."""
+    tier: str = config.DEFAULT_TIER
 
 
 class _Failure(Exception):

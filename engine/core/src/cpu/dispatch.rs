@@ -278,17 +278,24 @@ impl Cpu {
         Ok(self.fetch_address(next)? as u64 == second)
     }
 
-    /// Runs a block to its end. Returns it if it ended with a branch or fell through, and null if anything else happened.
+    /// Runs a block, and as host code those that follow it. Returns the last one if it ended with a branch or fell through, and null if
+    /// anything else happened.
     #[inline(always)]
-    pub(super) fn execute(&mut self, block: *mut Block) -> Exec<*mut Block> {
+    fn execute(&mut self, block: *mut Block) -> Exec<*mut Block> {
+        match self.translation(block) {
+            Some(body) => self.run_native(block, body),
+            None => self.interpret(block),
+        }
+    }
+
+    /// Runs a block to its end in the interpreter; the result is that of `execute`.
+    #[inline(always)]
+    pub(super) fn interpret(&mut self, block: *mut Block) -> Exec<*mut Block> {
         // SAFETY: blocks are freed by `collect` only, which no handler calls; the last micro-op of a block always stops.
         let (first, instructions) = unsafe { ((*block).uops.as_ptr(), (*block).instructions) };
         self.budget -= i64::from(instructions);
         self.blocks_run += 1;
         self.at = first;
-        if let Some(body) = self.translation(block) {
-            return self.run_native(body);
-        }
         loop {
             // SAFETY: as above; a block that dies while it runs keeps its micro-ops, which then stop at once.
             let uop = unsafe { &*self.at };

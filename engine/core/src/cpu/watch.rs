@@ -92,7 +92,7 @@ impl Cpu {
         // SAFETY: blocks are freed by `collect` only, which neither this nor `execute` calls.
         let kind = unsafe { (*block).branch };
         let first = self.rip();
-        let done = self.execute(block)?;
+        let done = self.interpret(block)?;
         if kind != Kind::None && !done.is_null() && self.pmu.watched & watch::BRANCHES != 0 {
             self.branch_done(block, first);
         }

@@ -61,11 +61,14 @@ impl Native {
 }
 
 impl Cpu {
-    /// Runs host code from `body` on, which belongs to a block that has been paid for, until it ends or stops.
+    /// Runs the host code of `block`, and of the blocks that it leads to, until one of them stops.
     #[inline(never)]
-    pub(crate) fn run_native(&mut self, body: *const u8) -> Exec<*mut Block> {
+    pub(crate) fn run_native(&mut self, block: *mut Block, body: *const u8) -> Exec<*mut Block> {
         let Some(translator) = &self.translator else { unreachable!("host code without a translator") };
         let trampoline = translator.trampoline();
+        // SAFETY: the dispatcher has just looked the block up.
+        self.budget -= i64::from(unsafe { (*block).instructions });
+        self.blocks_run += 1;
         self.native.load(self.flags);
         // SAFETY: `body` is the start of a live block's host code, which keeps to the rules of this module.
         let status = unsafe { trampoline(self, body) };
