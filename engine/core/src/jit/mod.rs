@@ -35,7 +35,7 @@ use stubs::Stubs;
 /// Bytes of host code that a core may have.
 const ARENA_SIZE: usize = 64 << 20;
 /// Runs of a block before [`Tier::Auto`] translates it.
-const HOT: u32 = 64;
+const HOT: u32 = 500;
 
 /// Which code runs as host code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
