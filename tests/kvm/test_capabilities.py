@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from softkvm import kvm, silicon
+from softkvm.host.clock import VirtualClock
 from softkvm.kvm import Vm, capabilities
 from softkvm.uapi import kvm as uapi
 
@@ -21,7 +23,15 @@ from softkvm.uapi import kvm as uapi
     ],
 )
 def test_values(cap: int, expected: int) -> None:
-    assert capabilities.check(cap) == expected
+    assert capabilities.check(cap, True) == expected
+
+
+@pytest.mark.parametrize("scaling", [True, False])
+def test_control_of_the_tsc_is_the_silicons(scaling: bool) -> None:
+    system = kvm.System(silicon.Model("epyc", {"tsc-scale": scaling}))
+    with system.create_vm(clock=VirtualClock()) as vm:
+        for cap in (uapi.KVM_CAP_TSC_CONTROL, uapi.KVM_CAP_VM_TSC_CONTROL):
+            assert system.check_extension(cap) == vm.check_extension(cap) == scaling
 
 
 def test_x2apic_api_is_two_switches(vm: Vm) -> None:

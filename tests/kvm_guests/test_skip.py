@@ -67,7 +67,7 @@ INSTRUCTIONS = [
     Instruction("invd", b"\x0f\x08", {}),
     Instruction("monitor", b"\x0f\x01\xc8", {"rax": DATA}, prefixes=UNPREFIXED),
     Instruction("mwait", b"\x0f\x01\xc9", {}, prefixes=UNPREFIXED),
-    Instruction("rdpmc", b"\x0f\x33", None, {}),
+    Instruction("rdpmc", b"\x0f\x33", {"rdx": 1}, {"rcx": 64}, check=after(rdx=0)),
     Instruction("xsetbv", b"\x0f\x01\xd1", {"rax": 3}, {"rax": 2}, prefixes=UNPREFIXED, check=lambda guest: guest.vcpu.state.xcr0 == 3),
     Instruction("xsetbv of XCR1", b"\x0f\x01\xd1", None, {"rax": 3, "rcx": 1}, prefixes=UNPREFIXED),
     Instruction("vmcall", b"\x0f\x01\xc1", {"rax": 99}, prefixes=UNPREFIXED, vendor="intel", check=no_such_call),

@@ -10,6 +10,7 @@ use common::guest::OwnedBlock;
 use softkvm_engine::memory::nested::{right, NestedPageTable};
 use softkvm_engine::memory::region::Region;
 use softkvm_engine::model::Model;
+use softkvm_engine::pmu::log::Filter;
 use softkvm_engine::state::{cr0, cr4, efer, rights, seg, Segment, State};
 use softkvm_engine::virt::control::intercept;
 use softkvm_engine::virt::entry::Core;
@@ -110,6 +111,32 @@ fn identity_tables(ram: &Region, state: &State) {
     }
 }
 
+/// Programs the performance monitoring unit, or lets the guest do it: small indices, registers that exist, counters close to overflow.
+fn watch(core: &mut Core, block: &mut Block, random: &mut Random) {
+    for _ in 0..4 {
+        let index = match random.below(4) {
+            0 => random.below(0x2000) as u32,
+            1 => [0x1d9, 0x1c8, 0x1c9, 0x345, 0x834, 0x49][random.below(6) as usize],
+            2 => [0xc1, 0x186, 0x309, 0x38c, 0x4c1][random.below(5) as usize] + random.below(8) as u32,
+            _ => 0xc001_0000 + random.below(2) as u32 * 0x200 + random.below(14) as u32,
+        };
+        let value = match random.below(4) {
+            0 => random.next(),
+            1 => random.below(64).wrapping_neg() & 0xffff_ffff_ffff,
+            2 => 0x53_0000 | random.next() & 0xffff,
+            _ => random.next() & 0x7_0000_7fff,
+        };
+        // A refusal is as good as a change.
+        let _refused = core.pmu_write(index, value).is_err() || core.pmu_read(index).is_err();
+    }
+    block.state.debugctl = random.next() & 0x1803;
+    block.control.perf_controls = random.below(4) as u32;
+    block.control.guest_perf_global_ctrl = random.next() & 0x7_0000_000f;
+    if random.chance(8) {
+        core.branch_log_start(random.below(2000) as usize, Filter { rings: random.next() as u8, low: 0, high: random.next() });
+    }
+}
+
 fn run_case(seed: u64) {
     let mut random = Random(seed | 1);
     let name = if random.chance(2) { "cascadelake" } else { "epyc" };
@@ -141,8 +168,12 @@ fn run_case(seed: u64) {
             block.control.event_error = random.next() as u32;
             block.control.event_instruction_length = random.below(16) as u32;
         }
+        if random.chance(2) {
+            watch(&mut core, block, &mut random);
+        }
         // SAFETY: the block is ours and nobody else uses it.
         let reason = unsafe { core.enter(block, &npt) };
+        core.branch_log_read();
         // Skip or wander, as a careless hypervisor would.
         block.state.rip = match random.below(3) {
             0 => block.state.rip.wrapping_add(block.exit.instruction_length.into()),

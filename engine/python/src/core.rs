@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyLookupError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use softkvm_engine::cpu::signal::Signal;
+use softkvm_engine::paging::walk::WalkError;
 use softkvm_engine::pmu::log::Filter;
 use softkvm_engine::pmu::registers::Refused;
 use softkvm_engine::virt::entry::Core as Silicon;
@@ -100,13 +101,19 @@ impl Core {
     }
 
     /// Guest-physical address of `gva` in the address space of `block`, or None where the guest would fault; nothing changes.
-    /// `access` is the sum of 1 read, 2 write, 4 execute, 8 user mode. Waits while the core runs.
-    fn translate(&self, py: Python<'_>, block: &ControlBlock, npt: &NestedPageTable, gva: u64, access: u32) -> Option<u64> {
-        py.detach(|| {
+    /// `access` is the sum of 1 read, 2 write, 4 execute, 8 user mode. Waits while the core runs. Raises LookupError, with the
+    /// guest-physical address, for a table of the guest's that `npt` does not map.
+    fn translate(&self, py: Python<'_>, block: &ControlBlock, npt: &NestedPageTable, gva: u64, access: u32) -> PyResult<Option<u64>> {
+        let found = py.detach(|| {
             // SAFETY: the block is valid as long as `block`, and its state is plain data.
             let state = unsafe { (&raw const (*block.as_ptr()).state).read_volatile() };
             self.lock().translate(&state, &npt.table, gva, access)
-        })
+        });
+        match found {
+            Ok(gpa) => Ok(Some(gpa)),
+            Err(WalkError::Guest(_)) => Ok(None),
+            Err(WalkError::Nested { gpa, .. }) => Err(PyLookupError::new_err(gpa)),
+        }
     }
 
     /// Reads an MSR of the core's PMU, LBR stack or LVTPC as the host does; ValueError if there is none of this number. Waits while the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence, Set
+from pathlib import Path
 
 import click
 import msgspec
@@ -12,6 +13,7 @@ from click.shell_completion import CompletionItem
 from softkvm.cli import output, status
 from softkvm.cli.errors import CliError
 from softkvm.cli.options import RunOptions, StatsFormat
+from softkvm.cli.vmi import vmi
 
 _WITH_SELFTEST = frozenset({"selftest", "memory", "cpu", "timeout", "stats"})
 """Parameters of `softkvm run` that mean something to the self-test's guest."""
@@ -84,6 +86,9 @@ def cli() -> None:
 @click.option("--tier", type=click.Choice(["interpreter", "translator", "auto"]), default="auto", help="How guest code runs: `auto` translates hot code.")
 @click.option("--deterministic", type=click.IntRange(0, (1 << 64) - 1), metavar="SEED", help="Run the same way each time: see below.")
 @click.option("--kvm", multiple=True, metavar="NAME=VALUE", help="Module parameter of KVM, such as nrips=0.")
+@click.option(
+    "--with", "extras", multiple=True, metavar="PACKAGE|./FILE", help="Give the guest a Debian package, or a program as /root/FILE."
+)
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this wall time, with exit status 124.")
 @click.option("--stats", is_flag=False, flag_value="table", type=click.Choice(["table", "json"]), help="Print counters at the end.")
 @click.option("--json", is_flag=True, help="Print one JSON object about the run in place of the guest's output.")
@@ -91,6 +96,7 @@ def cli() -> None:
 @click.option("--trace-file", metavar="FILE", help="Where events go.  [default: standard error]")
 @click.option("--audit", metavar="FILE", help="Append a JSON line for every KVM call to FILE.")
 @click.option("--ioctl-filter", metavar="FILE", help="Allow only the KVM calls that FILE (JSON) does.")
+@click.option("--introspection", metavar="SOCKET[,OPTION=VALUE...]", help="Let the KVMI tool that listens there look inside: see below.")
 @click.option("--name", metavar="NAME", help="What `softkvm list` and others call this VM.  [default: the process id]")
 @click.option("--restore", metavar="FILE", help="Go on from a snapshot (`softkvm snapshot`) in place of a boot.")
 @click.option("--selftest", is_flag=True, help="Check this installation with a small built-in guest.")
@@ -108,6 +114,7 @@ def run(
     tier: str,
     deterministic: int | None,
     kvm: tuple[str, ...],
+    extras: tuple[str, ...],
     timeout: float | None,
     stats: StatsFormat | None,
     json: bool,
@@ -115,6 +122,7 @@ def run(
     trace_file: str | None,
     audit: str | None,
     ioctl_filter: str | None,
+    introspection: str | None,
     name: str | None,
     restore: str | None,
     selftest: bool,
@@ -128,6 +136,10 @@ def run(
     With --deterministic, time is virtual, random numbers come from SEED, and so does the order in which the CPUs take turns: the same
     command line with the same input and SEED repeats the run to the last instruction, and --stats tells by which marks. The input of a
     command or a piped shell is read when the guest asks for it; what is typed on a terminal is not repeatable.
+
+    With --introspection, the guest is open to a security tool that speaks KVMI (libkvmi, LibVMI, HVMI or `softkvm vmi`): the tool listens
+    on SOCKET, a path or vsock:CID:PORT, softkvm connects, and again when the tool has left. Options: dialect=v9, libkvmi or v12 (default:
+    by the tool's first message), key=SECRET which the tool must know, reply-timeout=S for its answers, reconnect=S between attempts.
     """
     if "help" in trace:
         return _list_events()
@@ -155,10 +167,12 @@ def run(
         stats=stats,
         json=json,
         command=command,
+        extras=extras,
         trace=trace,
         trace_file=trace_file,
         audit=audit,
         ioctl_filter=ioctl_filter,
+        introspection=introspection,
         name=name,
         restore=restore,
     )
@@ -232,6 +246,9 @@ def tsc(name: str | None, json: bool) -> int:
     return clocks.show(name, json)
 
 
+cli.add_command(vmi)
+
+
 @cli.command(short_help="Check what softkvm needs.")
 @click.option("--json", is_flag=True, help="Print a JSON list.")
 def doctor(json: bool) -> int:
@@ -245,6 +262,26 @@ def doctor(json: bool) -> int:
         rows = [(finding.requirement, finding.state.value, finding.found, finding.remedy) for finding in findings]
         output.table("softkvm doctor", ("requirement", "state", "found", "remedy"), rows, on_stdout=True)
     return int(any(finding.state is checks.State.MISSING for finding in findings))
+
+
+@cli.group(short_help="Work with logs of KVM calls.")
+def audit() -> None:
+    """Work with the logs that `softkvm run --audit FILE` writes."""
+
+
+@audit.command(short_help="Make the calls of a log again.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=_complete_cpu)
+@click.option("--kvm", multiple=True, metavar="NAME=VALUE", help="Module parameter of KVM, such as nrips=0.")
+@click.option("--json", is_flag=True, help="Print a JSON object.")
+def replay(file: Path, cpu: str, kvm: tuple[str, ...], json: bool) -> int:
+    """Make the calls that FILE has recorded on a new KVM, and tell which of them give another result (exit status 1).
+
+    The guest does not run: its memory is not in the log.
+    """
+    from softkvm.cli import replay as runner
+
+    return runner.run(file, cpu, kvm, json)
 
 
 @cli.command(short_help="Print the version.")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
+from uuid import uuid4
 
 import msgspec
 
@@ -22,6 +23,7 @@ from softkvm.cli.watch import watched
 from softkvm.host.process import Process
 from softkvm.host.seccomp import Killed
 from softkvm.vmm import ConfigError, Machine, SerialBackend, StateError, StopReason
+from softkvm.vmm.introspection_peer import Peer, PeerOptions
 from softkvm.vmm.monitor import Monitor, commands
 
 _CONSOLE_PORT = 0
@@ -66,7 +68,7 @@ def _prepare(options: RunOptions, progress: Callable[[str], None]) -> guest.Gues
         raise CliError(f"there is no kernel {kernel}; give a bzImage file or one of {', '.join(guest.KERNELS)}")
     if initrd is not None and not initrd.is_file():
         raise CliError(f"there is no initial RAM disk {initrd}")
-    return guest.prepare(kernel, initrd, options.command, progress)
+    return guest.prepare(kernel, initrd, options.command, options.extras, progress)
 
 
 def _processors(options: RunOptions) -> str:
@@ -108,6 +110,7 @@ class _Run:
             if monitor is not None:
                 commands.offer(monitor, machine)
                 resources.enter_context(monitor)
+            self._open_to_tool(machine, resources)
             self._machine = machine
             self._input = self._make_input(machine, attended)
             if options.deterministic is not None and not isinstance(self._input, Keyboard):
@@ -167,6 +170,18 @@ class _Run:
         parameters += ["quiet"] if options.command else []
         parameters += [options.append] if options.append else []
         return " ".join(parameters)
+
+    def _open_to_tool(self, machine: Machine, resources: ExitStack) -> None:
+        """`--introspection`."""
+        if self._options.introspection is None:
+            return
+        try:
+            options = PeerOptions.parse(self._options.introspection)
+        except ConfigError as error:
+            raise CliError(str(error)) from error
+        peer = Peer(machine.introspection, options, self._options.name or f"softkvm-{os.getpid()}", uuid4(), machine.max_gpa)
+        resources.callback(peer.close)
+        peer.start()
 
     def _make_monitor(self, resources: ExitStack) -> Monitor | None:
         """The control socket, before there is a machine. A run whose name nobody chose does without one where there is no place for it."""

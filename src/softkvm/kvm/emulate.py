@@ -22,7 +22,7 @@ from softkvm.host import trace
 from softkvm.kvm import emulate_string, events, exits, regs
 from softkvm.kvm import emulator_ops as ops
 from softkvm.kvm.mmu import Fault
-from softkvm.silicon import EMULATE_FIRST, EXIT_ACCESS, EXIT_EMULATED
+from softkvm.silicon import EMULATE_FIRST, EXIT_ACCESS, EXIT_BREAKPOINT, EXIT_EMULATED, EXIT_MONITOR_TRAP_AMD
 from softkvm.uapi import kvm as uapi
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def after_exit(vcpu: Vcpu, reason: int) -> None:
 def stop(vcpu: Vcpu) -> None:
     """Forget the instruction."""
     vcpu.half_done = False
-    vcpu.control.emulate = 0
+    vcpu.control.emulate = vcpu.control.waiver_count = 0
 
 
 def handle_emulated(vcpu: Vcpu) -> int:
@@ -233,4 +233,4 @@ def _prepare_emulation_failure_exit(vcpu: Vcpu) -> int:
 
 handlers = {EXIT_ACCESS: handle_access, EXIT_EMULATED: handle_emulated}
 """The silicon's private exits, the same for both vendors."""
-EXIT_NAMES = {EXIT_ACCESS: "ACCESS", EXIT_EMULATED: "EMULATED"}
+EXIT_NAMES = {EXIT_ACCESS: "ACCESS", EXIT_EMULATED: "EMULATED", EXIT_BREAKPOINT: "HIDDEN_BREAKPOINT", EXIT_MONITOR_TRAP_AMD: "MONITOR_TRAP"}

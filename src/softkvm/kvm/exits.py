@@ -10,9 +10,11 @@ import errno
 from typing import TYPE_CHECKING
 
 from softkvm.host import entry, nmi, trace
+from softkvm.host.perf.interrupt import interrupted
 from softkvm.host.task import current
-from softkvm.kvm import cpuid, emulate, events, guest_debug, msr, msr_filter, regs
+from softkvm.kvm import cpuid, cr, emulate, events, guest_debug, msr, msr_filter, regs
 from softkvm.kvm.mmu import Fault
+from softkvm.kvm.pmu.registers import GuestRegisters
 from softkvm.kvm.request import REQ_EVENT
 from softkvm.uapi import kvm as uapi
 
@@ -45,6 +47,8 @@ def step_over(vcpu: Vcpu, rip: int) -> int:
         rip &= _U32  # IP wraps at 4 GB
     state.rip = rip
     vcpu.instructions_skipped += 1
+    if vcpu.retired is not None:
+        vcpu.retired()
     if state.interruptibility & _SHADOW:
         state.interruptibility &= ~_SHADOW
         vcpu.make_request(REQ_EVENT)
@@ -134,10 +138,15 @@ def handle_ud(vcpu: Vcpu) -> int:
     return 1
 
 
-def handle_gp(vcpu: Vcpu) -> int:
-    """An instruction that the guest may not use: RDPMC, as there is no PMU yet."""
-    events.inject_gp(vcpu)
-    return 1
+def handle_rdpmc(vcpu: Vcpu) -> int:
+    """RDPMC, if there is such a counter; silicon has checked CPL and CR4.PCE."""
+    gpr = vcpu.gpr
+    value = vcpu.pmu.rdpmc(gpr[1] & _U32)
+    if value is None:
+        events.inject_gp(vcpu)
+        return 1
+    gpr[0], gpr[2] = value & _U32, value >> 32
+    return skip(vcpu)
 
 
 def handle_interrupt(vcpu: Vcpu) -> int:
@@ -149,7 +158,9 @@ def handle_interrupt(vcpu: Vcpu) -> int:
 
 def handle_nmi(vcpu: Vcpu) -> int:
     """A host NMI ended guest mode, and the host handles it now (`vmx_do_nmi_irqoff()`; on AMD silicon the STGI lets it in)."""
-    nmi.do_nmi(current())
+    if vcpu.cpu is not None:
+        with interrupted(vcpu.cpu.perf, GuestRegisters(vcpu)):
+            nmi.do_nmi(current())
     return 1
 
 
@@ -175,16 +186,21 @@ def handle_triple_fault(vcpu: Vcpu) -> int:
 
 
 def handle_xsetbv(vcpu: Vcpu) -> int:
-    """XSETBV, with all the checks of the instruction: silicon makes the first two itself."""
+    """XSETBV."""
+    return skip(vcpu) if execute_xsetbv(vcpu) else 1
+
+
+def execute_xsetbv(vcpu: Vcpu) -> bool:
+    """XSETBV with all the checks of the instruction: silicon makes the first two itself. False if the guest gets an exception."""
     gpr = vcpu.gpr
     value = (gpr[2] & _U32) << 32 | gpr[0] & _U32
     if not vcpu.state.cr4 & regs.CR4_OSXSAVE:
         events.inject_ud(vcpu)
-        return 1
+        return False
     if regs.cpl(vcpu) or not set_xcr(vcpu, gpr[1] & _U32, value):
         events.inject_gp(vcpu)
-        return 1
-    return skip(vcpu)
+        return False
+    return True
 
 
 def set_xcr(vcpu: Vcpu, index: int, value: int) -> bool:
@@ -207,20 +223,9 @@ def set_xcr(vcpu: Vcpu, index: int, value: int) -> bool:
 
 def write_cr4(vcpu: Vcpu, value: int) -> int:
     """MOV to CR4 that touches a bit of the host's mask; #GP for what `kvm_set_cr4()` refuses."""
-    state = vcpu.state
-    old = state.cr4
-    long_mode = state.efer & regs.EFER_LMA
-    refused = (
-        value & regs.cr4_reserved(vcpu)
-        or (long_mode and not value & regs.CR4_PAE)
-        or (long_mode and (value ^ old) & regs.CR4_LA57)
-        or (value & ~old & regs.CR4_PCIDE and (not long_mode or state.cr3 & 0xFFF))
-    )
-    if refused:
+    if cr.refuses(vcpu, 4, value) or not cr.load(vcpu, 4, value):
         events.inject_gp(vcpu)
         return 1
-    state.cr4 = value
-    regs.control_registers_changed(vcpu)
     return skip(vcpu)
 
 

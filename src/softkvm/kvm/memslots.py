@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from softkvm.uapi.kvm import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, UserspaceMemoryRegion
 
@@ -78,6 +78,10 @@ class Memslots:
         self._max_gpa = max_gpa
         self._by_id: dict[int, Slot] = {}
         self._sorted: tuple[list[int], list[Slot]] = ([], [])
+
+    def __iter__(self) -> Iterator[Slot]:
+        """The slots in order of their addresses."""
+        return iter(self._sorted[1])
 
     def find(self, gpa: int) -> Slot | None:
         """The slot that holds `gpa`."""

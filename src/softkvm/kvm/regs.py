@@ -230,8 +230,8 @@ def _set_common(vcpu: Vcpu, sregs: uapi.Sregs | uapi.Sregs2) -> None:
 
 
 def control_registers_changed(vcpu: Vcpu) -> None:
-    """KVM wrote CR0, CR3, CR4 or EFER: the CR4 shadow, what CPUID shows of CR4, and the TLB follow."""
-    vcpu.control.cr4_shadow = vcpu.state.cr4
+    """KVM wrote CR0, CR3, CR4 or EFER: the shadows, what CPUID shows of CR4, and the TLB follow."""
+    vcpu.control.cr0_shadow, vcpu.control.cr4_shadow = vcpu.state.cr0, vcpu.state.cr4
     cpuid.update_runtime(vcpu)
     vcpu.make_request(REQ_TLB_FLUSH)
 

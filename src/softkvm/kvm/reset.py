@@ -49,6 +49,8 @@ def reset(vcpu: Vcpu, init: bool) -> None:
     state.debugctl = 0
     if not init:
         _power_up(vcpu)
+        vcpu.pmu.reset()
+        vcpu.lbr.release()
     regs.control_registers_changed(vcpu)
     vcpu.make_request(REQ_EVENT)
 

@@ -21,9 +21,13 @@ from softkvm.kvm.request import (
     REQ_DIRTY_RING_FULL,
     REQ_EVENT,
     REQ_EXIT,
+    REQ_INTROSPECTION,
     REQ_IOAPIC_EOI_EXIT,
     REQ_MSR_FILTER,
     REQ_NMI,
+    REQ_PERF,
+    REQ_PMI,
+    REQ_PMU,
     REQ_TLB_FLUSH,
     REQ_TRIPLE_FAULT,
 )
@@ -58,6 +62,8 @@ def ioctl_run(vcpu: Vcpu, task: Task) -> int:
     finally:
         _save_to_user(vcpu)
         vcpu.detach()
+        if vcpu.introspection is not None:
+            vcpu.introspection.run_jobs()
         if saved is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, saved)
 
@@ -197,6 +203,10 @@ def _service_requests(vcpu: Vcpu) -> int:
     if vcpu.requests & REQ_EXIT and (exit_reason := _exit_request(vcpu)) is not None:
         return vcpu.exit_to_user(exit_reason)
     requests = vcpu.take_requests()
+    if requests & REQ_INTROSPECTION and vcpu.introspection is not None:
+        if requests != REQ_INTROSPECTION:
+            vcpu.make_request(requests & ~REQ_INTROSPECTION)  # what the tool sees and does comes before
+        return vcpu.introspection.service()
     if requests & REQ_MSR_FILTER:
         msr_bitmap.filter_changed(vcpu)
     if requests & REQ_CLOCK:
@@ -204,14 +214,25 @@ def _service_requests(vcpu: Vcpu) -> int:
     if requests & REQ_TLB_FLUSH:
         vcpu.control.tlb_control = 1
         vcpu.flush_requested = True
+    if requests & REQ_PERF:
+        requests |= _service_perf(vcpu, requests)
     if requests & REQ_NMI:
         _process_nmi(vcpu)
     if requests & (REQ_EVENT | REQ_NMI):
         reset.accept_events(vcpu)
-        if vcpu.mp_state != RUNNABLE:
+        if vcpu.mp_state != RUNNABLE or (vcpu.introspection is not None and vcpu.introspection.singlestep):
             return 1
         events.inject_pending(vcpu, _wants_window(vcpu))
     return 1
+
+
+def _service_perf(vcpu: Vcpu, requests: int) -> int:
+    """The virtual PMU's requests; what its interrupt asks for is served with them."""
+    if requests & REQ_PMU:
+        vcpu.pmu.handle_event()
+    if requests & REQ_PMI:
+        vcpu.pmu.deliver_pmi()
+    return vcpu.take_requests()
 
 
 def _exit_request(vcpu: Vcpu) -> int | None:
@@ -258,6 +279,9 @@ def _ready_for_injection(vcpu: Vcpu) -> bool:
 
 def block(vcpu: Vcpu, task: Task) -> int:
     """A vCPU that is halted or waits for a SIPI: sleep until there is an event for it, or work for its thread."""
+    if vcpu.requests & REQ_INTROSPECTION and vcpu.introspection is not None:
+        vcpu.clear_request(REQ_INTROSPECTION)
+        return vcpu.introspection.service()
     if not runnable(vcpu):
         _wait(vcpu, task)
         if not runnable(vcpu):
@@ -279,7 +303,7 @@ def _wait(vcpu: Vcpu, task: Task) -> None:
         while True:
             wakeup.clear()
             entry.interrupt(task, clock.run_expired)
-            if runnable(vcpu) or task.flags & _WORK:
+            if runnable(vcpu) or task.flags & _WORK or (vcpu.requests & REQ_INTROSPECTION and vcpu.mp_state != UNINITIALIZED):
                 break
             vcpu.vm.scheduler.sleep(vcpu)
             expiry = clock.first_expiry

@@ -15,7 +15,7 @@ from softkvm.host.clock import Clock
 from softkvm.host.process import Process
 from softkvm.host.sched import Scheduler
 from softkvm.host.turns import Turns
-from softkvm.kvm import capabilities, cpuid, fpu, mce, msr
+from softkvm.kvm import capabilities, cpuid, fpu, mce, msr, tsc
 from softkvm.kvm.ioctl import KvmFile, ioctl, returns_array, returns_msr_values, returns_u64, takes, takes_msr_indices, value, zero
 from softkvm.kvm.params import Parameters
 from softkvm.kvm.vcpu_core import MMAP_SIZE
@@ -59,7 +59,7 @@ class System(KvmFile):
     @ioctl(uapi.KVM_CHECK_EXTENSION, value)
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION: 0 if the capability is absent."""
-        return capabilities.check(cap)
+        return capabilities.check(cap, tsc.has_control(self.model, self.parameters))
 
     @ioctl(uapi.KVM_GET_VCPU_MMAP_SIZE, zero)
     def get_vcpu_mmap_size(self) -> int:

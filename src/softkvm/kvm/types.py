@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from softkvm.kvm.irqchip.pit import Pit
     from softkvm.kvm.irqchip.routing import Routing
     from softkvm.kvm.kvmclock import PvClock, VmClock
+    from softkvm.kvm.lbr import GuestLbr
     from softkvm.kvm.msr import MsrState
+    from softkvm.kvm.pmu.vpmu import VirtualPmu
     from softkvm.kvm.tsc import VcpuTsc, VmTsc
-    from softkvm.silicon.control import Control, State
+    from softkvm.silicon.control import Control, ControlBlock, State
 
 
 class Model(Protocol):
@@ -122,6 +124,10 @@ class Vm(Protocol):
         """The silicon."""
 
     @property
+    def perf_capabilities(self) -> int:
+        """PERF_CAPABILITIES of new vCPUs."""
+
+    @property
     def boot_cpu_id(self) -> int:
         """The vCPU id of the bootstrap processor."""
 
@@ -175,6 +181,18 @@ class Vcpu(Protocol):
         """Offset and rate of the TSC."""
 
     @property
+    def pmu(self) -> VirtualPmu:
+        """Performance counters."""
+
+    @property
+    def lbr(self) -> GuestLbr:
+        """Last branch records."""
+
+    @property
+    def block(self) -> ControlBlock:
+        """What KVM and the silicon share."""
+
+    @property
     def pvclock(self) -> PvClock:
         """Shared clock pages and steal time."""
 
@@ -190,6 +208,9 @@ class Vcpu(Protocol):
 
     def wake(self) -> None:
         """End a HLT block."""
+
+    def set_tsc_catchup(self, on: bool) -> None:
+        """Whether the TSC must be looked after at every exit."""
 
     def kick_guest(self) -> None:
         """Leave guest mode soon, to look at requests."""

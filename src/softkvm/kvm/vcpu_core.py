@@ -18,13 +18,14 @@ from softkvm import silicon
 from softkvm.host import balance, static_call
 from softkvm.host.sched import Cpu
 from softkvm.host.task import TIF_NEED_RESCHED, TIF_SIGPENDING, Task
-from softkvm.kvm import events, virtual_time, watch
+from softkvm.kvm import events, tsc, virtual_time, watch
 from softkvm.kvm.dirty_ring import DirtyRing
 from softkvm.kvm.guest_debug import DebugRegisters
 from softkvm.kvm.ioctl import KvmFile
+from softkvm.kvm.mmu import Fault
 from softkvm.kvm.request import REQ_NMI, REQ_TRIPLE_FAULT
 from softkvm.kvm.vendor import INTERCEPTS
-from softkvm.silicon.control import State
+from softkvm.silicon.control import Intercept, State
 from softkvm.uapi import kvm as uapi
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class VcpuCore(KvmFile):
         self.intercepts = INTERCEPTS
         """`Control.intercepts` without the windows."""
         self.windows = 0
+        self.hardware_view = memoryview(vmcb.hardware)
         self.guest_debug = 0
         """KVM_GUESTDBG_*, 0 without a debugger in user space."""
         self.debug_registers: State | DebugRegisters = self.state
@@ -119,7 +121,9 @@ class VcpuCore(KvmFile):
         """Whether the vCPU has been on a core, after which its CPUID and feature MSRs are fixed."""
         self._on_core = OnCore(None, {}, {})
         self._enter_lock = threading.Lock()
+        self._tsc_catchup = False
         self._core_enter: Callable[[], int] = self._not_loaded
+        self._guard: Callable[[Callable[[], int]], int] | None = None
         self.enter: Callable[[], int] = self._not_loaded
         """Runs the guest until it exits: the core itself, or `kvm/watch.py` around it."""
         self.armed: int | None = _NOT_ARMED
@@ -137,6 +141,8 @@ class VcpuCore(KvmFile):
         """KVM's own counters, by the names of the kernel's binary statistics (`halt_exits`, `signal_exits`, ...)."""
         self.instructions_skipped = 0
         """Instructions that KVM has retired in the guest's place; the silicon counts those that it has executed itself."""
+        self.retired: Callable[[], None] | None = None
+        """Called for each of them while a counter of the guest wants to know."""
         self.exit_counts = dict.fromkeys(self.handlers, 0)
         """VM exits by the vendor's exit reason."""
 
@@ -261,6 +267,22 @@ class VcpuCore(KvmFile):
         if task is not None:
             task.set_flag(TIF_NEED_RESCHED)
 
+    def call(self, function: Callable[[], object]) -> bool:
+        """Run `function` here, if this thread has the vCPU or nobody does."""
+        if not self.ioctl_lock.acquire(blocking=False):
+            return False
+        try:
+            function()
+        finally:
+            self.ioctl_lock.release()
+        return True
+
+    def interrupt_guest(self, function: Callable[[], None]) -> None:
+        """Let the thread that is in KVM_RUN call `function` before it next enters the guest."""
+        task = self.task
+        if task is not None:
+            task.add_work(function)
+
     def schedule(self) -> None:
         """Let others have the core; returns when the vCPU is on one again."""
         self.vm.scheduler.schedule(self)
@@ -271,7 +293,23 @@ class VcpuCore(KvmFile):
             self._choose_enter()
 
     def _choose_enter(self) -> None:
-        self.enter = partial(watch.enter, self, self._core_enter) if watch.wanted() else self._core_enter
+        enter = self._core_enter
+        if self._tsc_catchup:
+            enter = partial(tsc.enter_catching_up, self, enter)
+        if self._guard is not None:
+            enter = partial(self._guard, enter)
+        self.enter = partial(watch.enter, self, enter) if watch.wanted() else enter
+
+    def set_tsc_catchup(self, on: bool) -> None:
+        """Whether the TSC must be looked after at every exit."""
+        self._tsc_catchup = on
+        self.update_static_calls()
+
+    def guard_entry(self, guard: Callable[[Callable[[], int]], int] | None) -> None:
+        """Let `guard` look at something right before each entry, which it then makes; None for nothing to look at."""
+        with self._enter_lock:
+            self._guard = guard
+            self._choose_enter()
 
     def update_static_calls(self) -> None:
         """A hook was turned on or off: the next entry takes the way that it wants."""
@@ -326,6 +364,11 @@ class VcpuCore(KvmFile):
             self.windows = windows
             self.control.intercepts = self.intercepts | windows
 
+    def set_intercept(self, intercept: Intercept, wanted: bool) -> None:
+        """Exit for one more condition, or no longer."""
+        self.intercepts = self.intercepts | 1 << intercept if wanted else self.intercepts & ~(1 << intercept)
+        self.control.intercepts = self.intercepts | self.windows
+
     def exit_to_user(self, reason: int, finish: Callable[[Self], int] | None = None) -> int:
         """Leave KVM_RUN with an exit reason; `finish` runs at the start of the next KVM_RUN, its result is that of an exit handler."""
         self.kvm_run.exit_reason = reason
@@ -342,4 +385,10 @@ class VcpuCore(KvmFile):
         """Guest-virtual to guest-physical as the guest's paging has it now, on the loaded core; `access` as for `Core.translate`."""
         if self.cpu is None:
             return self._not_loaded()
-        return self.cpu.core.translate(self._hardware, self.vm.mmu.npt, gva, access)
+        mmu = self.vm.mmu
+        while True:
+            try:
+                return self.cpu.core.translate(self._hardware, mmu.npt, gva, access)
+            except LookupError as missing:  # the guest has not walked its table there yet
+                if mmu.fault(missing.args[0], False) is not Fault.FIXED:
+                    return None

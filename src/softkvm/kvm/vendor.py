@@ -11,6 +11,7 @@ from softkvm.silicon.control import Intercept
 from softkvm.uapi.kvm import KVM_X86_DISABLE_EXITS_HLT, KVM_X86_DISABLE_EXITS_MWAIT, KVM_X86_DISABLE_EXITS_PAUSE
 
 if TYPE_CHECKING:
+    from softkvm.kvm.pmu.vpmu import VirtualPmu
     from softkvm.kvm.vcpu import Vcpu
 
 Handler = Callable[["Vcpu"], int]
@@ -60,6 +61,13 @@ class Vendor(Protocol):
     @property
     def handlers(self) -> Mapping[int, Handler]:
         """Exit reason -> handler: 1 = run on, 0 = to user space, negative = -errno."""
+
+    @property
+    def pmu_instructions(self) -> int:
+        """Code of the PMU event that counts retired instructions."""
+
+    def refresh_pmu(self, vcpu: Vcpu, pmu: VirtualPmu) -> None:
+        """Give the guest the counters that its CPUID says."""
 
     def handle_unknown(self, vcpu: Vcpu, reason: int) -> int:
         """Handle an exit that is in no table."""

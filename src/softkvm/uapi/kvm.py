@@ -370,6 +370,17 @@ class DirtyLog(Structure):
 
 
 @layout
+class PmuEventFilter(Structure):
+    """Header of an array of events (u64: bits 35:32 and 15:0 of the event select) that a VM may, or may not, count."""
+
+    action: U32
+    nevents: U32
+    fixed_counter_bitmap: U32
+    flags: U32
+    pad: Annotated[Array[c_uint32], c_uint32 * 4]
+
+
+@layout
 class ClearDirtyLog(Structure):
     """KVM_CLEAR_DIRTY_LOG: pages of a slot and the user address of a bitmap, one bit per page from `first_page` on."""
 
@@ -865,6 +876,9 @@ KVM_GET_FPU = _ior(0x8C, Fpu)
 KVM_SET_FPU = _iow(0x8D, Fpu)
 KVM_GET_LAPIC = _ior(0x8E, LapicState)
 KVM_SET_LAPIC = _iow(0x8F, LapicState)
+KVM_SET_PMU_EVENT_FILTER = _iow(0xB2, PmuEventFilter)
+KVM_PMU_EVENT_ALLOW, KVM_PMU_EVENT_DENY = 0, 1
+KVM_PMU_CAP_DISABLE = 1 << 0
 KVM_SET_CPUID2 = _iow(0x90, Cpuid2)
 KVM_GET_CPUID2 = _iowr(0x91, Cpuid2)
 KVM_GET_MP_STATE = _ior(0x98, MpState)

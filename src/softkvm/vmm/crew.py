@@ -130,6 +130,12 @@ class Crew:
                 return
             actions.handle()
 
+    def parks(self, timeout: float) -> bool:
+        """Tell all vCPUs to park; whether they have done so within `timeout` seconds."""
+        self.halt()
+        with self._condition:
+            return self._condition.wait_for(lambda: self._busy == 0, timeout)
+
     def close(self) -> None:
         """Park all vCPUs and end their threads; nothing happens the second time."""
         self.pause()

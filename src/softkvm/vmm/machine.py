@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -29,6 +30,7 @@ from softkvm.vmm.crew import Crew
 from softkvm.vmm.errors import ConfigError, StateError
 from softkvm.vmm.exits import ExitHandler
 from softkvm.vmm.gil import short_switch_interval
+from softkvm.vmm.introspection import Introspection
 from softkvm.vmm.memory import split
 from softkvm.vmm.origin import KernelOrigin, Origin, SnapshotOrigin
 from softkvm.vmm.snapshot import Parts, SnapshotFile
@@ -37,6 +39,8 @@ from softkvm.vmm.status import RunState, Status
 from softkvm.vmm.stop import Stop, StopReason
 
 CONSOLE_PORT = 0
+_TOOLS_PATIENCE = 1.0
+"""Seconds."""
 _AFTER_A_PANIC = frozenset({StopReason.RESET, StopReason.TRIPLE_FAULT})
 
 Text = str | bytes | re.Pattern[str] | re.Pattern[bytes]
@@ -172,6 +176,9 @@ class Machine:
             ExitHandler(vcpu, self._board, partial(self._end, index), partial(self._fail, index)) for index, vcpu in enumerate(self._vcpus)
         ]
         self._crew = Crew(self._vcpus, self._handlers, self._turns)
+        self.introspection = Introspection(vm)
+        """The tool that looks into the guest, if there is one."""
+        resources.callback(self.introspection.end)
         resources.callback(self._crew.close)
         self._parts = Parts(system, vm, self._vcpus, self._board, around.clock)
         with self._board.lock:
@@ -204,7 +211,9 @@ class Machine:
                 raise RuntimeError("the machine is closed")
             if self._final is None:
                 stop = self._run(until, timeout)
-                self._final = stop if stop.reason.final else None
+                if stop.reason.final:
+                    self._final = stop
+                    self.introspection.end()
                 return stop
             return self._final
         finally:
@@ -239,7 +248,7 @@ class Machine:
             finally:
                 with self._gate:
                     self._inside_run = False
-                    self._crew.pause()
+                    self._park()
                 self._seconds += time.monotonic() - started
 
     def pause(self) -> None:
@@ -249,7 +258,13 @@ class Machine:
         """
         with self._gate:
             self._paused = True
-            self._crew.pause()
+            self._park()
+
+    def _park(self) -> None:
+        """Park all vCPUs. A tool that keeps one of them waiting longer than it takes to answer is un-hooked."""
+        if not self._crew.parks(_TOOLS_PATIENCE):
+            self.introspection.end()
+        self._crew.pause()
 
     def resume(self) -> None:
         """Take back `pause()`; a guest with kvmclock is told that it was stopped, so that its watchdogs stay quiet."""
@@ -278,7 +293,8 @@ class Machine:
                 raise StateError("the guest has ended, so there is nothing to save")
             if self._turns is not None:
                 raise StateError("a deterministic machine lives in a time of its own, which a snapshot could not go on with")
-            self._crew.pause()
+        with self.introspection.suspended(), self._gate:
+            self._park()
             try:
                 self._crew.settle()
                 with self._board.lock:
@@ -308,6 +324,27 @@ class Machine:
                 self._outcome = outcome
                 self._crew.halt()
                 self._ended.set()
+
+    # Introspection
+
+    @property
+    def max_gpa(self) -> int:
+        """The highest guest-physical address with RAM."""
+        return self._memory.blocks[-1].end - 1
+
+    def introspect(self) -> socket.socket:
+        """Hook an introspection tool of this process: its end of a socket pair, on which KVM speaks KVMI (v9), every command allowed.
+
+        OSError(EEXIST) if a tool is hooked already. The tool leaves by closing the socket.
+        """
+        return self.introspection.connect()
+
+    def introspect_direct(self, handler: kvm.IntrospectionHandler) -> kvm.DirectChannel:
+        """Hook a tool of this process without a socket: events are calls of `handler` on the vCPU's thread, commands calls of a method.
+
+        OSError(EEXIST) if a tool is hooked already.
+        """
+        return self.introspection.hook_directly(handler)
 
     # Console and counters
 

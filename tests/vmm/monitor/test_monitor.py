@@ -30,11 +30,22 @@ class Sum(msgspec.Struct, forbid_unknown_fields=True):
     right: int = 1
 
 
+class FakeIntrospection:
+    """Takes sockets."""
+
+    def __init__(self) -> None:
+        self.hooked: list[tuple[int, str]] = []
+
+    def hook(self, peer: socket.socket, dialect: str = "v9") -> None:
+        self.hooked.append((peer.fileno(), dialect))
+
+
 class Machine:
     """Has what the standard commands want."""
 
     def __init__(self) -> None:
         self.state = RunState.RUNNING
+        self.introspection = FakeIntrospection()
 
     def status(self) -> Status:
         return Status(self.state, "epyc,-pcid", 4, 64 << 20)
@@ -136,7 +147,7 @@ def test_save_wants_an_absolute_path(vm: Connection, tmp_path: Path) -> None:
     [
         ("refuse", {}, "refused refuse: not today"),
         ("open", {}, "/nowhere/at/all: No such file or directory"),
-        ("nothing", {}, "there is no command 'nothing'; there are add, break, cont, open, query-"),
+        ("nothing", {}, "there is no command 'nothing'; there are add, break, cont, introspect, open, query-"),
         ("stop", {"now": True}, "not a command: Object contains unknown field `now`"),
         ("add", {}, "missing required field `left`"),
         ("add", {"left": "4"}, "Expected `int`, got `str`"),

@@ -8,6 +8,8 @@ use super::{pending, Cpu};
 use crate::decode::block::{self, Block};
 use crate::fault::{vector, Fault};
 use crate::memory::PAGE_OFFSET;
+use crate::paging::walk::probe;
+use crate::paging::{AccessKind, Privilege};
 use crate::state::{interruptibility, rflags};
 use crate::uop::{slot, Exec, Stop, Uop};
 use crate::virt::control::{emulate, intercept};
@@ -257,7 +259,7 @@ impl Cpu {
     #[inline(never)]
     fn find_block(&mut self, rip: u64) -> Exec<*mut Block> {
         self.code.collect(&self.npt.code);
-        let la = self.segment_address(crate::state::seg::CS, rip, 1, crate::paging::AccessKind::Fetch)?;
+        let la = self.segment_address(crate::state::seg::CS, rip, 1, AccessKind::Fetch)?;
         let host = self.fetch_address(la)? as u64;
         let block = match self.code.find(host, self.code_size) {
             Some(block) if self.second_page_matches(block, la)? => block,
@@ -266,7 +268,10 @@ impl Cpu {
                 self.code.insert(block)
             }
         };
-        self.code.remember(rip, self.jump_context, block);
+        // What only a waiver allows to be fetched is not found again without one.
+        if self.waivers.is_empty() {
+            self.code.remember(rip, self.jump_context, block);
+        }
         Ok(block)
     }
 
@@ -358,6 +363,17 @@ impl Cpu {
         }
     }
 
+    /// The instruction at RIP, the first of its block, may have a hidden breakpoint: another guest-physical address than that of the
+    /// breakpoint can lead to the same memory.
+    pub(crate) fn meet_breakpoint(&mut self) -> Exec {
+        let la = self.segment_address(crate::state::seg::CS, self.rip(), 1, AccessKind::Fetch)?;
+        let found = probe(&self.paging, &self.npt.tree(), la, Privilege::SupervisorAc, AccessKind::Read);
+        match found {
+            Ok(mapping) if self.npt.breakpoints.contains(mapping.gpa) => Err(self.exit_breakpoint(mapping.gpa, la)),
+            _ => Ok(()),
+        }
+    }
+
     // ---- one instruction at a time --------------------------------------------------------------------------------------------------
 
     /// Runs one instruction, and what comes with its end: shadows and RF end, single-step traps are noted, and a hypervisor that asked for
@@ -411,16 +427,28 @@ impl Cpu {
     fn end_emulation(&mut self) -> Exec {
         self.pending &= !pending::EMULATE;
         self.accesses.clear();
+        self.end_waivers();
         if std::mem::take(&mut self.control.emulate) == emulate::FIRST {
             return Ok(());
         }
         Err(self.exit(code::EMULATED, 0))
     }
 
+    /// What was waived is in force again.
+    pub fn end_waivers(&mut self) {
+        self.waivers.clear();
+        self.control.waiver_count = 0;
+    }
+
     /// Runs exactly the first instruction of a block and moves RIP; tells also whether it was a taken branch.
     fn execute_one(&mut self, block: *mut Block) -> (Stop, bool) {
         // SAFETY: as in `execute`; a block has at least one micro-op.
-        let (uop, handler) = unsafe { (*(*block).uops.as_ptr(), *(*block).reference.as_ptr()) };
+        let (uop, handler, breakpoint) = unsafe { (*(*block).uops.as_ptr(), *(*block).reference.as_ptr(), (*block).breakpoint) };
+        if breakpoint && self.pending & pending::EMULATE == 0 {
+            if let Err(stop) = self.meet_breakpoint() {
+                return (stop, false);
+            }
+        }
         self.blocks_run += 1;
         let first = self.rip();
         self.budget -= 1;

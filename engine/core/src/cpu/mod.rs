@@ -22,6 +22,7 @@ use crate::flags::Flags;
 use crate::jit::native::Native;
 use crate::jit::Translator;
 use crate::memory::nested::NestedPageTable;
+use crate::memory::waivers::Waivers;
 use crate::model::Model;
 use crate::paging::tlb::{self, Tlb};
 use crate::paging::walk::Context;
@@ -115,6 +116,8 @@ pub struct Cpu {
     /// Completed device accesses of an emulated instruction, and how many of them it has used.
     pub accesses: Vec<Access>,
     pub access_next: usize,
+    /// Rights that the first instruction has beyond those of `npt`.
+    pub waivers: Waivers,
     /// Permission bitmaps of the hypervisor, of the block that the CPU runs on; null outside a run.
     pub(crate) bitmaps: *const control::Block,
     /// The event whose delivery is under way, in the format of exit interruption information; zero when there is none.
@@ -173,6 +176,7 @@ impl Cpu {
             model,
             accesses: Vec::new(),
             access_next: 0,
+            waivers: Waivers::default(),
             bitmaps: std::ptr::null(),
             vectoring: 0,
             vectoring_error: 0,

@@ -7,10 +7,10 @@ use crate::cpu::signal::Signal;
 use crate::cpu::{pending, Cpu};
 use crate::memory::nested::NestedPageTable;
 use crate::model::Model;
-use crate::paging::walk::{probe, Context};
+use crate::paging::walk::{probe, Context, WalkError};
 use crate::paging::{canonical, unused_bits, AccessKind, Privilege};
 use crate::state::{activity, cr0, cr4, efer, rflags, rights, seg, State};
-use crate::virt::control::{intercept, perf, Block, ACCESS_MAX};
+use crate::virt::control::{intercept, perf, Block, ACCESS_MAX, WAIVER_MAX};
 use crate::virt::exits::code;
 
 /// Kinds of access for [`Core::translate`].
@@ -67,6 +67,11 @@ impl Core {
             cpu.accesses.clear();
             let count = (cpu.control.access_count as usize).min(ACCESS_MAX);
             cpu.accesses.extend_from_slice(&(&(*block).access)[..count]);
+            let count = (cpu.control.waiver_count as usize).min(WAIVER_MAX);
+            cpu.waivers.set(&(&(*block).waivers)[..count]);
+        }
+        if cpu.control.emulate == 0 && cpu.control.event & EVENT_VALID == 0 {
+            cpu.end_waivers();
         }
         cpu.bitmaps = block;
         cpu.access_next = 0;
@@ -90,6 +95,7 @@ impl Core {
             (*block).control.event = cpu.control.event;
             (*block).control.tlb_control = cpu.control.tlb_control;
             (*block).control.emulate = cpu.control.emulate;
+            (*block).control.waiver_count = cpu.control.waiver_count;
             (*block).control.random = cpu.control.random;
         }
         cpu.exit.reason
@@ -162,6 +168,9 @@ impl Core {
             if cpu.deliver_event(event, error, cpu.control.event_instruction_length).is_err() {
                 return;
             }
+            if cpu.control.emulate == 0 {
+                cpu.end_waivers();
+            }
         }
         cpu.run();
     }
@@ -180,11 +189,11 @@ impl Core {
         cpu.state.activity = if cpu.pending & pending::HALTED != 0 { activity::HLT } else { activity::ACTIVE };
     }
 
-    /// Guest-physical address of `la` for an observer: nothing changes in the guest. `None` where the guest would fault.
-    pub fn translate(&self, state: &State, npt: &NestedPageTable, la: u64, access: u32) -> Option<u64> {
+    /// Guest-physical address of `la` for an observer: nothing changes in the guest.
+    pub fn translate(&self, state: &State, npt: &NestedPageTable, la: u64, access: u32) -> Result<u64, WalkError> {
         let context = Context::new(state, self.cpu.model.physical_bits());
         if context.efer & efer::LMA != 0 && !canonical(la, unused_bits(context.cr4)) {
-            return None;
+            return Err(WalkError::Guest(0));
         }
         let kind = match access {
             bits if bits & access::WRITE != 0 => AccessKind::Write,
@@ -192,7 +201,7 @@ impl Core {
             _ => AccessKind::Read,
         };
         let privilege = if access & access::USER != 0 { Privilege::User } else { Privilege::SupervisorAc };
-        probe(&context, &npt.tree(), la, privilege, kind).ok().map(|mapping| mapping.gpa)
+        probe(&context, &npt.tree(), la, privilege, kind).map(|mapping| mapping.gpa)
     }
 
     /// Everything that the core counts, by name.

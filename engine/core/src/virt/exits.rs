@@ -66,6 +66,8 @@ pub mod code {
     pub const ACCESS: Code = both(0x10001, 0x10001);
     /// The instruction budget is used up.
     pub const BUDGET: Code = both(0x10002, 0x10002);
+    /// The next instruction has a hidden breakpoint.
+    pub const BREAKPOINT: Code = both(0x10006, 0x10006);
 }
 
 impl Cpu {
@@ -128,9 +130,17 @@ impl Cpu {
 
     /// An emulated instruction needs a device access that the hypervisor has not made yet.
     #[cold]
-    pub fn exit_access(&mut self, access: Access) -> Stop {
+    pub fn exit_access(&mut self, access: Access, la: u64) -> Stop {
         let stop = self.exit(code::ACCESS, 0);
-        self.exit.access = access;
+        (self.exit.access, self.exit.gpa, self.exit.gla) = (access, access.gpa, la);
+        stop
+    }
+
+    /// The instruction at linear address `la` has a hidden breakpoint.
+    #[cold]
+    pub fn exit_breakpoint(&mut self, gpa: u64, la: u64) -> Stop {
+        let stop = self.exit(code::BREAKPOINT, 0);
+        (self.exit.gpa, self.exit.gla) = (gpa, la);
         stop
     }
 

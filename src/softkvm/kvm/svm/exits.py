@@ -76,7 +76,7 @@ handlers: dict[int, Handler] = {
     ExitCode.INTR: exits.handle_interrupt,
     ExitCode.NMI: exits.handle_nmi,
     ExitCode.VINTR: exits.handle_interrupt_window,
-    ExitCode.RDPMC: exits.handle_gp,
+    ExitCode.RDPMC: exits.handle_rdpmc,
     ExitCode.CPUID: exits.handle_cpuid,
     ExitCode.IRET: exits.handle_nmi_window,
     ExitCode.INVD: exits.handle_nop,

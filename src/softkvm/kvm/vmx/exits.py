@@ -82,7 +82,7 @@ handlers: dict[int, Handler] = {
     ExitReason.CPUID: exits.handle_cpuid,
     ExitReason.HLT: exits.handle_halt,
     ExitReason.INVD: exits.handle_nop,
-    ExitReason.RDPMC: exits.handle_gp,
+    ExitReason.RDPMC: exits.handle_rdpmc,
     ExitReason.VMCALL: hypercall.handle_hypercall,
     ExitReason.CR_ACCESS: _cr_access,
     ExitReason.DR_ACCESS: _dr_access,
