@@ -97,9 +97,9 @@ impl Translation {
         if reads & ALL_FLAGS != 0 || partial && place.seen_behind {
             self.out.need_flags()?;
         }
-        self.with_operands(insn, memory.is_some())?;
+        let result = self.with_operands(insn, memory.is_some())?;
         if modifies != 0 {
-            self.out.new_flags(rule, place.seen_behind)?;
+            self.out.new_flags(rule, result, place.seen_behind)?;
         }
         if memory.is_some() {
             self.out.rejoin()?;
@@ -107,8 +107,9 @@ impl Translation {
         Ok(())
     }
 
-    /// Emits `insn` with its operands replaced: registers by where they live, memory by the address in R14.
-    fn with_operands(&mut self, insn: &Instruction, in_memory_too: bool) -> Emit {
+    /// Emits `insn` with its operands replaced: registers by where they live, memory by the address in R14. Returns the host register with
+    /// the result, if that is a register; for products in RDX:RAX the low half.
+    fn with_operands(&mut self, insn: &Instruction, in_memory_too: bool) -> Emit<Register> {
         let mut free = if in_memory_too { [SCRATCH[0], SCRATCH[2]] } else { [SCRATCH[0], SCRATCH[1]] }.into_iter();
         let mut changed = *insn;
         let mut stores = Vec::new();
@@ -134,7 +135,10 @@ impl Translation {
             }
         }
         self.out.add(changed)?;
-        stores.into_iter().try_for_each(|(full, place)| self.out.asm.mov(in_memory(full), r64(place)))
+        for (full, place) in stores {
+            self.out.asm.mov(in_memory(full), r64(place))?;
+        }
+        Ok(if changed.op_count() == 1 { accumulator(width(insn)) } else { changed.op0_register() })
     }
 
     fn writes(&mut self, insn: &Instruction, operand: u32) -> bool {
@@ -349,6 +353,25 @@ impl Translation {
         let released = if insn.op_count() > 0 { i32::from(insn.immediate16()) } else { 0 };
         self.move_stack(8 + released)?;
         self.out.go()
+    }
+}
+
+/// Bytes of the only operand.
+fn width(insn: &Instruction) -> usize {
+    if insn.op0_kind() == OpKind::Register {
+        insn.op0_register().size()
+    } else {
+        insn.memory_size().size()
+    }
+}
+
+/// The part of RAX with `bytes` bytes.
+fn accumulator(bytes: usize) -> Register {
+    match bytes {
+        1 => Register::AL,
+        2 => Register::AX,
+        4 => Register::EAX,
+        _ => Register::RAX,
     }
 }
 

@@ -7,7 +7,7 @@ use std::mem::offset_of;
 
 use iced_x86::code_asm::registers::get_gpr64;
 use iced_x86::code_asm::*;
-use iced_x86::{ConditionCode, IcedError, Instruction, Register};
+use iced_x86::{Code, ConditionCode, IcedError, Instruction, Register};
 
 use super::native::{FLAGS, TARGET, TARGET_RIP};
 use super::registers;
@@ -44,13 +44,12 @@ pub enum Overflow {
 
 /// How the guest's flags come from the host's.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Rule {
-    pub overflow: Overflow,
-    pub clear_half_carry: bool,
-}
-
-impl Rule {
-    pub const EXACT: Rule = Rule { overflow: Overflow::Host, clear_half_carry: false };
+pub enum Rule {
+    Exact,
+    /// Shifts: AF is clear, and OF as it says.
+    Shift(Overflow),
+    /// Multiplications: CF and OF are the host's, the others those of the low half of the product.
+    Product,
 }
 
 /// Code at the end that is rarely run.
@@ -76,6 +75,17 @@ pub struct Emitter {
 /// The 64-bit register `register`.
 pub fn r64(register: Register) -> AsmRegister64 {
     get_gpr64(register).unwrap_or_else(|| unreachable!("{register:?} is not a 64-bit register"))
+}
+
+/// TEST of a register with itself.
+fn test_with_itself(register: Register) -> Emit<Instruction> {
+    let code = match register.size() {
+        8 => Code::Test_rm64_r64,
+        4 => Code::Test_rm32_r32,
+        2 => Code::Test_rm16_r16,
+        _ => Code::Test_rm8_r8,
+    };
+    Instruction::with2(code, register, register)
 }
 
 /// A field of the CPU.
@@ -116,16 +126,17 @@ impl Emitter {
     /// Keeps the guest's flags in memory, from where the interpreter takes them.
     pub fn save_flags(&mut self) -> Emit {
         if self.host_flags && !self.saved_flags {
-            self.store_flags(Rule::EXACT)?;
+            self.store_flags(Overflow::Host, false)?;
         }
         Ok(())
     }
 
-    fn store_flags(&mut self, rule: Rule) -> Emit {
+    /// Stores the guest's flags, which are the host's but for OF, and AF where it has to be clear.
+    fn store_flags(&mut self, overflow: Overflow, clear_half_carry: bool) -> Emit {
         let a = &mut self.asm;
         a.mov(r13, rax)?;
         a.lahf()?;
-        match rule.overflow {
+        match overflow {
             Overflow::Host => a.seto(al)?,
             Overflow::Clear => a.mov(al, 0)?,
             Overflow::CarryFromSign => {
@@ -135,13 +146,30 @@ impl Emitter {
                 a.and(al, 1)?;
             }
         }
-        if rule.clear_half_carry {
+        if clear_half_carry {
             a.and(ah, 0xefu32 as i32)?;
         }
         a.mov(word_ptr(rbp + FLAGS as i32), ax)?;
-        a.mov(rax, r13)?;
+        self.keep_stored_flags(r13)
+    }
+
+    /// Stores the flags of a multiplication with the low half `product`.
+    fn store_product_flags(&mut self, product: Register) -> Emit {
+        let low = if product.full_register() == Register::RAX { registers::resized(Register::R14, product) } else { product };
+        let a = &mut self.asm;
+        a.mov(r14, rax)?;
+        a.seto(al)?;
+        a.add_instruction(test_with_itself(low)?)?;
+        a.lahf()?;
+        a.or(ah, al)?;
+        self.keep_stored_flags(r14)
+    }
+
+    /// Ends a sequence that has made the flags' stored form in AX: puts it in its place, and RAX back from `rax_copy`.
+    fn keep_stored_flags(&mut self, rax_copy: AsmRegister64) -> Emit {
+        self.asm.mov(word_ptr(rbp + FLAGS as i32), ax)?;
+        self.asm.mov(rax, rax_copy)?;
         self.saved_flags = true;
-        self.host_flags &= rule == Rule::EXACT;
         Ok(())
     }
 
@@ -172,14 +200,15 @@ impl Emitter {
         Ok(())
     }
 
-    /// An instruction has left the guest's flags in the host's, as `rule` tells.
-    pub fn new_flags(&mut self, rule: Rule, live: bool) -> Emit {
-        self.host_flags = live;
+    /// An instruction has left the guest's flags in the host's, as `rule` tells; `result` is its first register.
+    pub fn new_flags(&mut self, rule: Rule, result: Register, live: bool) -> Emit {
+        self.host_flags = live && rule == Rule::Exact;
         self.saved_flags = false;
-        if live && rule != Rule::EXACT {
-            self.store_flags(rule)?;
+        match rule {
+            Rule::Shift(overflow) if live => self.store_flags(overflow, true),
+            Rule::Product if live => self.store_product_flags(result),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     // ---- memory ---------------------------------------------------------------------------------------------------------------------

@@ -85,28 +85,28 @@ fn same(insn: &Instruction, live: u64, host: Host) -> Option<Rule> {
     let unseen = live & ARITHMETIC == 0;
     match insn.mnemonic() {
         Mov | Movzx | Movsx | Movsxd | Cbw | Cwde | Cdqe | Cwd | Cdq | Cqo | Not | Bswap if insn.mnemonic() != Bswap || wide(insn) => {
-            Some(Rule::EXACT)
+            Some(Rule::Exact)
         }
-        Xchg | Xadd | Add | Or | Adc | Sbb | And | Sub | Xor | Cmp | Test | Inc | Dec | Neg => Some(Rule::EXACT),
-        Cmpxchg if in_memory(insn) => Some(Rule::EXACT),
+        Xchg | Xadd | Add | Or | Adc | Sbb | And | Sub | Xor | Cmp | Test | Inc | Dec | Neg => Some(Rule::Exact),
+        Cmpxchg if in_memory(insn) => Some(Rule::Exact),
         Shl | Sal | Shr | Sar => shift(insn, unseen),
-        Rol | Ror => (unseen && counted(insn) || count(insn) == Some(1)).then_some(Rule::EXACT),
-        Rcl | Rcr => (count(insn) == Some(1)).then_some(Rule::EXACT),
-        Shld | Shrd => (unseen && wide(insn)).then_some(Rule::EXACT),
-        Imul | Mul => unseen.then_some(Rule::EXACT),
-        Popcnt => host.popcnt.then_some(Rule::EXACT),
-        Movbe => host.movbe.then_some(Rule::EXACT),
-        Shlx | Shrx | Sarx | Rorx => host.bmi2.then_some(Rule::EXACT),
-        Bt => (unseen && !in_memory(insn)).then_some(Rule::EXACT),
-        Movnti => Some(Rule::EXACT),
-        _ if insn.condition_code() != ConditionCode::None && insn.flow_control() == FlowControl::Next => Some(Rule::EXACT),
+        Rol | Ror => (unseen && counted(insn) || count(insn) == Some(1)).then_some(Rule::Exact),
+        Rcl | Rcr => (count(insn) == Some(1)).then_some(Rule::Exact),
+        Shld | Shrd => (unseen && wide(insn)).then_some(Rule::Exact),
+        Imul | Mul => Some(Rule::Product),
+        Popcnt => host.popcnt.then_some(Rule::Exact),
+        Movbe => host.movbe.then_some(Rule::Exact),
+        Shlx | Shrx | Sarx | Rorx => host.bmi2.then_some(Rule::Exact),
+        Bt | Bts | Btr | Btc => (insn.op1_kind() == OpKind::Immediate8 || !in_memory(insn)).then_some(Rule::Exact),
+        Movnti => Some(Rule::Exact),
+        _ if insn.condition_code() != ConditionCode::None && insn.flow_control() == FlowControl::Next => Some(Rule::Exact),
         _ => None,
     }
 }
 
 fn shift(insn: &Instruction, unseen: bool) -> Option<Rule> {
     if unseen {
-        return Some(Rule::EXACT);
+        return Some(Rule::Exact);
     }
     let bits = 8 * size(insn) as u32;
     let overflow = match (count(insn)?, insn.mnemonic()) {
@@ -116,7 +116,7 @@ fn shift(insn: &Instruction, unseen: bool) -> Option<Rule> {
         (_, Mnemonic::Shr | Mnemonic::Sar) => Overflow::Clear,
         _ => Overflow::CarryFromSign,
     };
-    Some(Rule { overflow, clear_half_carry: true })
+    Some(Rule::Shift(overflow))
 }
 
 /// Bytes of the first operand.
