@@ -101,7 +101,7 @@ impl Translator {
 
     /// Translates `block`. No host code may be running: a full arena forgets all.
     fn translate(&mut self, block: &mut Block, code: &mut CodeCache, model: &Model) {
-        if block.key.size != CodeSize::Bits64 || block.second_page.is_some() {
+        if block.key.size != CodeSize::Bits64 || block.second_page.is_some() || block.breakpoint {
             return;
         }
         let mut bytes = vec![0; block.length as usize];
