@@ -10,7 +10,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -176,6 +176,11 @@ class Machine:
             debug_exit=lambda status: self._end(self._crew.current(), StopReason.EXIT, f"the guest exited with status {status}", status),
         )
         return Board(chassis, vm.irq_line, around.clock, split(settings.memory), settings.cpus, sinks)
+
+    @property
+    def vcpus(self) -> Sequence[kvm.Vcpu]:
+        """The vCPUs, for those who watch them from outside."""
+        return self._vcpus
 
     # Running
 
