@@ -73,6 +73,16 @@ def _complete_cpu(ctx: click.Context, parameter: click.Parameter, incomplete: st
     return [CompletionItem(name) for name in silicon.model_names() if name.startswith(incomplete)]
 
 
+def _complete_vm(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from softkvm.vmm import ConfigError
+    from softkvm.vmm.monitor import running
+
+    try:
+        return [CompletionItem(name) for name in running() if name.startswith(incomplete)]
+    except ConfigError:  # there is no place for sockets, and so no VM to name; the command itself will say so
+        return []
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110})
 def cli() -> None:
     """KVM without the hardware: unmodified guests on a software CPU."""
@@ -205,7 +215,7 @@ def list_(json: bool) -> int:
 
 
 @cli.command(short_help="Stop a VM's CPUs.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=_complete_vm)
 def pause(name: str | None) -> int:
     """Stop the CPUs of the VM NAME, or of the only one that runs, until `softkvm resume`."""
     from softkvm.cli import vms
@@ -214,7 +224,7 @@ def pause(name: str | None) -> int:
 
 
 @cli.command(short_help="Let a paused VM run on.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=_complete_vm)
 def resume(name: str | None) -> int:
     """Let the VM NAME, or the only one that runs, go on after `softkvm pause`."""
     from softkvm.cli import vms
@@ -223,7 +233,7 @@ def resume(name: str | None) -> int:
 
 
 @cli.command(short_help="Save a running VM to a file.")
-@click.argument("name")
+@click.argument("name", shell_complete=_complete_vm)
 @click.argument("file")
 @click.option("--json", is_flag=True, help="Print one JSON object.")
 def snapshot(name: str, file: str, json: bool) -> int:
@@ -237,7 +247,7 @@ def snapshot(name: str, file: str, json: bool) -> int:
 
 
 @cli.command(short_help="Show a running VM's clocks.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=_complete_vm)
 @click.option("--json", is_flag=True, help="Print one JSON object.")
 def tsc(name: str | None, json: bool) -> int:
     """Show the time of the VM NAME, or of the only one that runs: TSC offsets, scaling and generations, master clock and kvmclock.
