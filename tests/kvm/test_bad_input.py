@@ -97,6 +97,7 @@ STRUCTURES: dict[tuple[str, str], tuple[int, int]] = {
     ("vm", "KVM_IRQFD"): (errno.EINVAL, errno.EINVAL),
     ("vm", "KVM_IOEVENTFD"): (errno.EINVAL, errno.EINVAL),
     ("vm", "KVM_SIGNAL_MSI"): (errno.EINVAL, errno.EINVAL),
+    ("vm", "KVM_SET_PMU_EVENT_FILTER"): (errno.E2BIG, errno.E2BIG),
     ("vm", "KVM_SET_CLOCK"): (errno.EINVAL, errno.EINVAL),
     ("vm", "KVM_GET_CLOCK"): (OK, OK),
     ("vm", "KVM_CREATE_PIT2"): (errno.ENOENT, OK),

@@ -92,6 +92,12 @@ class Memslots:
             return slots[index]
         return None
 
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """First address and end of each slot, ascending."""
+        starts, slots = self._sorted
+        return [(start, slot.end) for start, slot in zip(starts, slots, strict=True)]
+
     def get(self, slot_id: int) -> Slot | None:
         """The slot with that id."""
         return self._by_id.get(slot_id)

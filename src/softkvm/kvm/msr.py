@@ -75,6 +75,7 @@ _SAVED = (
     n.IA32_PAT,
     n.TSC_AUX,
     n.IA32_SPEC_CTRL,
+    n.IA32_PKRS,
     uapi.MSR_KVM_WALL_CLOCK,
     uapi.MSR_KVM_SYSTEM_TIME,
     uapi.MSR_KVM_WALL_CLOCK_NEW,

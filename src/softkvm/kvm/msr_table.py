@@ -264,6 +264,7 @@ HANDLERS: dict[int, Handler] = {
     n.IA32_SYSENTER_EIP: sysenter_pointer("sysenter_eip"),
     n.IA32_SPEC_CTRL: resident("spec_ctrl", spec_ctrl, (cpuid.SPEC_CTRL, cpuid.AMD_IBRS, cpuid.AMD_STIBP, cpuid.AMD_SSBD)),
     n.IA32_PRED_CMD: Handler(unreadable, _set_pred_cmd),
+    n.IA32_PKRS: resident("pkrs", lambda _vcpu, _index, value, _host: not value >> 32, (cpuid.PKS,)),
     n.IA32_XSS: resident("xss", lambda _vcpu, _index, value, _host: value == 0, (cpuid.XSAVES,)),
     n.IA32_FEATURE_CONTROL: of_intel(stored(lockable)),
     n.IA32_MISC_ENABLE: Handler(lambda vcpu, index, _host: vcpu.msrs.values[index], _set_misc_enable),

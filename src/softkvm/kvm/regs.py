@@ -33,6 +33,7 @@ CR4_SMXE = 1 << 14
 CR4_PCIDE = 1 << 17
 CR4_OSXSAVE = 1 << 18
 CR4_PKE = 1 << 22
+CR4_PKS = 1 << 24
 EFER_LME = 1 << 8
 EFER_LMA = 1 << 10
 RFLAGS_FIXED = 1 << 1
@@ -47,6 +48,7 @@ _CR4_FEATURES = (
     (1 << 20, Feature(7, 0, 1, 7)),  # SMEP
     (1 << 21, Feature(7, 0, 1, 20)),  # SMAP
     (CR4_PKE, Feature(7, 0, 2, 3)),
+    (CR4_PKS, Feature(7, 0, 2, 31)),
 )
 """CR4 bits that need a feature of CPUID."""
 

@@ -162,6 +162,11 @@ class VcpuCore(KvmFile):
         elif self.mode:
             self.kick_guest()
 
+    def note_request(self, request: int) -> None:
+        """As `make_request()` in the vCPU's own thread, which will look by itself: nobody is kicked."""
+        with self._request_lock:
+            self.requests |= request
+
     def queue_nmi(self) -> None:
         """An NMI has arrived (`kvm_inject_nmi()`): they are counted, as two may wait."""
         with self._request_lock:
