@@ -105,7 +105,7 @@ def cli() -> None:
 @click.option("--stats", is_flag=False, flag_value="table", type=click.Choice(["table", "json"]), help="Print counters at the end.")
 @click.option("--json", is_flag=True, help="Print one JSON object about the run in place of the guest's output.")
 @click.option("--trace", multiple=True, metavar="PATTERN|help", help="Record events, such as kvm_exit or 'kvm_*', as ftrace does.")
-@click.option("--trace-file", metavar="FILE", help="Where events go.  [default: standard error]")
+@click.option("--trace-file", metavar="FILE", help="Where events go; *.dat for trace-cmd.  [default: standard error]")
 @click.option("--audit", metavar="FILE", help="Append a JSON line for every KVM call to FILE.")
 @click.option("--ioctl-filter", metavar="FILE", help="Allow only the KVM calls that FILE (JSON) does.")
 @click.option("--introspection", metavar="SOCKET[,OPTION=VALUE...]", help="Let the KVMI tool that listens there look inside: see below.")
