@@ -12,7 +12,7 @@ use softkvm_engine::memory::region::Region;
 use softkvm_engine::model::Model;
 use softkvm_engine::pmu::log::Filter;
 use softkvm_engine::state::{cr0, cr4, efer, rights, seg, Segment, State};
-use softkvm_engine::virt::control::intercept;
+use softkvm_engine::virt::control::{intercept, Block};
 use softkvm_engine::virt::entry::Core;
 
 const RAM: usize = 4 << 20;

@@ -145,7 +145,7 @@ def nmi_allowed(vcpu: Vcpu) -> bool:
 def inject_pending(vcpu: Vcpu, user_window: bool) -> None:
     """Give the silicon the most urgent event, and ask for windows for those that must wait.
 
-    Order: what was cut short, then a new exception, NMI, interrupt. `user_window`: user space wants to know when interrupts are possible.
+    Order: what was cut short, then a new exception, SMI, NMI, interrupt. `user_window`: user space wants to know when it can inject one.
     """
     queue = vcpu.events
     free = not _reinject(vcpu, queue)
@@ -155,6 +155,11 @@ def inject_pending(vcpu: Vcpu, user_window: bool) -> None:
     if vcpu.guest_debug & _BLOCKIRQ:
         vcpu.set_windows(0)
         return
+    if vcpu.smm.pending:
+        if not free:
+            vcpu.exit_soon()
+        elif vcpu.enter_smm():
+            free = False
     windows = 0
     if queue.nmi_pending:
         if free and nmi_allowed(vcpu):
@@ -244,6 +249,8 @@ def complete(vcpu: Vcpu) -> None:
     entered = not control.event & EVENT_VALID
     event, error_code = (vcpu.exit.vectoring, vcpu.exit.vectoring_error) if entered else (control.event, control.event_error)
     control.event = 0
+    if vcpu.smm.pending:
+        vcpu.make_request(REQ_EVENT)
     if not event & EVENT_VALID:
         queue.soft_return = None
         return

@@ -89,6 +89,7 @@ _SAVED = (
     n.IA32_MCG_STATUS,
     n.IA32_MCG_CTL,
     n.SMI_COUNT,
+    n.IA32_SMBASE,
     n.PLATFORM_INFO,
     n.MISC_FEATURES_ENABLES,
     n.POWER_CTL,

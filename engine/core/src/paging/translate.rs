@@ -431,6 +431,9 @@ impl Cpu {
             walk(&self.paging, &tree, &self.waivers, la, privilege, kind).map(|mapping| (mapping, tree.lookup(mapping.gpa)))
         };
         self.walks += 1;
+        if self.pending & pending::WATCHED != 0 {
+            self.pmu.walk(kind, found.is_ok());
+        }
         found.map_err(|error| match error {
             WalkError::Guest(code) => self.raise_page_fault(la, code),
             WalkError::Nested { gpa, write } => {
