@@ -59,11 +59,12 @@ differential: $(ENVIRONMENT) ## Compare 5 million generated instructions with th
 	    cargo test -p softkvm-engine --release --quiet --test differential
 	$(BIN)/python docs/differential.py $(LEDGER)
 
-bench: $(ENGINE) ## Compare with QEMU's TCG (boot), measure exits and what a second vCPU brings
+bench: $(ENGINE) ## Compare with QEMU's TCG (boot), measure exits, what a second vCPU brings, and what it costs to be watched
 	$(BIN)/python -m benchmarks.boot $(ARGS)
 	$(BIN)/python -m benchmarks.exits
 	$(BIN)/python -m benchmarks.entry
 	$(BIN)/python -m benchmarks.smp
+	$(BIN)/python -m benchmarks.watch
 	$(BIN)/python -m benchmarks.introspection
 
 conformance: $(ENGINE) ## Run kvm-unit-tests from the built checkout that KVM_UNIT_TESTS names, and write docs/conformance.md
