@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from softkvm import silicon
 from softkvm.host.clock import VirtualClock
@@ -358,5 +358,5 @@ class Exclusion(RuleBasedStateMachine):
             self.host.vm.close()
 
 
-TestExclusion = Exclusion.TestCase
-TestExclusion.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+def test_no_guest_reads_records_of_another_or_of_the_host() -> None:
+    run_state_machine_as_test(Exclusion, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
