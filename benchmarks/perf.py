@@ -1,7 +1,8 @@
 """What performance monitoring costs: a guest program without it, with last branch records on, and under `perf record -b`.
 
 `python -m benchmarks.perf` runs one program in the default guest, each way in one boot, and compares its times by the guest's own clock.
-The first line, with everything off, is the yardstick; what the PMU costs the engine while it is off, `benchmarks/mips.rs` tells of two builds.
+The first line, with everything off, is the yardstick. What the PMU costs the engine while it is off, `benchmarks/mips.rs` tells of two
+builds.
 """
 
 from __future__ import annotations

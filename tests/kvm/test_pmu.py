@@ -154,9 +154,7 @@ def test_rdpmc_of_no_counter(vcpu: Vcpu, index: int) -> None:
 @pytest.mark.parametrize(
     ("action", "events", "counts"), [(None, [], True), (0, [0xC4], True), (0, [0xC5], False), (1, [0xC4], False), (1, [0xC5], True)]
 )
-def test_the_filter_decides_when_a_counter_is_programmed(
-    host: Host, vcpu: Vcpu, action: int | None, events: list[int], counts: bool
-) -> None:
+def test_the_filter_decides(host: Host, vcpu: Vcpu, action: int | None, events: list[int], counts: bool) -> None:
     if action is not None:
         host.vm.set_pmu_event_filter(uapi.PmuEventFilter(action=action, nevents=len(events)), events)
     msr.set(vcpu, EVENTSEL0, BRANCHES, False)
