@@ -23,7 +23,7 @@ export PIP_QUIET := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help boot build test test-fast lint format bench conformance differential selftest readme-screen clean prerequisites
+.PHONY: help boot build test test-fast lint format bench conformance differential insn-tables selftest readme-screen clean prerequisites
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,10 +54,13 @@ format: $(ENVIRONMENT) ## Format Python and Rust sources
 	$(BIN)/ruff format
 	cargo fmt --all
 
-differential: $(ENVIRONMENT) ## Compare 5 million generated instructions with the host's CPU and write docs/differential.md
+differential: $(ENVIRONMENT) ## Compare 5 million generated instructions with the host's CPU, in code of 64, 32 and 16 bits, and write docs/differential.md
 	SOFTKVM_DIFFERENTIAL_CASES=$(CASES) SOFTKVM_DIFFERENTIAL_SEED=$(SEED) SOFTKVM_DIFFERENTIAL_LEDGER=$(LEDGER) \
 	    cargo test -p softkvm-engine --release --quiet --test differential
 	$(BIN)/python docs/differential.py $(LEDGER)
+
+insn-tables: ## Write tests/insn/user*.ins from what the host's CPU does
+	SOFTKVM_INSN_WRITE=$(abspath tests/insn) cargo test -p softkvm-engine --release --quiet --test insn instructions_of_a_process
 
 bench: $(ENGINE) ## Compare with QEMU's TCG (boot), measure exits and what a second vCPU brings
 	$(BIN)/python -m benchmarks.boot $(ARGS)

@@ -201,6 +201,17 @@ fn info_tells_cycles_and_mispredictions() {
 }
 
 #[test]
+fn a_loop_to_itself_is_recorded_turn_by_turn() {
+    // mov ecx, 100; loop .; hlt
+    let mut machine = recording();
+    machine.load(&[0xb9, 100, 0, 0, 0, 0xe2, 0xfe, 0xf4]);
+    log_branches(&mut machine);
+    assert_eq!(enter(&mut machine), EXIT_HLT);
+    assert_eq!(logged(&mut machine), [(Kind::Loop, CODE + 5, CODE + 5); 99]);
+    assert_eq!(machine.cpu.pmu.lbr.info, [5; ENTRIES]);
+}
+
+#[test]
 fn legacy_code_has_short_addresses() {
     let mut machine = Machine::with_size(CodeSize::Bits16);
     machine.cpu.clock.tick = u64::MAX;

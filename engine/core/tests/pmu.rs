@@ -418,3 +418,32 @@ fn amd_counts_for_the_guest_or_the_host() {
         assert_eq!((enter(&mut amd), get(&amd, PERF_CTL + 1)), (0x78, expected), "{bits:#x}");
     }
 }
+
+#[test]
+fn a_loop_to_itself_counts_every_turn() {
+    // mov ecx, 1000; loop .; hlt
+    let code = [0xb9, 0xe8, 3, 0, 0, 0xe2, 0xfe, 0xf4];
+    assert_eq!(counts(&code, [INSTRUCTIONS, 0x01c4, 0x20c4, CYCLES]), [1001, 1000, 999, 1001 + 4000 + 2 * 16]);
+    for (after, event) in [(2, INSTRUCTIONS), (65, INSTRUCTIONS), (500, INSTRUCTIONS), (500, BRANCHES)] {
+        let mut machine = overflowing(&code, event, after);
+        assert_eq!(enter(&mut machine), EXIT_NMI);
+        let turns = if event == INSTRUCTIONS { after - 1 } else { after };
+        assert_eq!(machine.cpu.gpr(gpr::RCX), 1000 - turns, "{event:#x} {after}");
+    }
+}
+
+#[test]
+fn page_walks_count_by_access() {
+    // Loads from two pages, a store to a third, and again: the second round finds everything in the TLB.
+    let once = [0x8b, 0x04, 0x25, 0, 0, 0x11, 0, 0x8b, 0x04, 0x25, 0, 0x10, 0x11, 0, 0x89, 0x04, 0x25, 0, 0x20, 0x11, 0];
+    let code = [&once[..], &once, &[0xf4]].concat();
+    assert_eq!(counts(&code, [0x0e08, 0x0108, 0x0e49, 0x0e85]), [2, 2, 1, 1]);
+    let mut machine = intel();
+    machine.unmap(0x11_1000);
+    machine.poke(HANDLERS + 16 * u64::from(vector::PF), &[0xf4]);
+    machine.load(&code);
+    count(&mut machine, 0, 0x0108 | OS);
+    count(&mut machine, 1, 0x0e08 | OS);
+    assert_eq!(enter(&mut machine), EXIT_HLT);
+    assert_eq!(get(&machine, index::PMC), get(&machine, index::PMC + 1) + 1);
+}

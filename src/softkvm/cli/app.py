@@ -20,7 +20,7 @@ from softkvm.cli.vmi import vmi
 
 _WITH_SELFTEST = frozenset({"selftest", "memory", "cpu", "timeout", "stats"})
 """Parameters of `softkvm run` that mean something to the self-test's guest."""
-_HARDWARE = frozenset({"kernel", "initrd", "append", "memory", "cpus", "cpu", "kvm", "deterministic"})
+_HARDWARE = frozenset({"kernel", "initrd", "append", "memory", "cpus", "cpu", "kvm", "deterministic", "tsc_khz"})
 """Those that say what to build and boot."""
 
 
@@ -101,6 +101,7 @@ def cli() -> None:
 @click.option("--introspection", metavar="SOCKET[,OPTION=VALUE...]", help="Let the KVMI tool that listens there look inside: see below.")
 @click.option("--name", metavar="NAME", help="What `softkvm list` and others call this VM.  [default: the process id]")
 @click.option("--restore", metavar="FILE", help="Go on from a snapshot (`softkvm snapshot`) in place of a boot.")
+@click.option("--tsc-khz", type=int, metavar="KHZ", help="Rate of the guest's TSC.  [default: the host's]", show_default=False)
 @click.option("--selftest", is_flag=True, help="Check this installation with a small built-in guest.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- CMD...]")
 @click.pass_context
@@ -126,6 +127,7 @@ def run(
     introspection: str | None,
     name: str | None,
     restore: str | None,
+    tsc_khz: int | None,
     selftest: bool,
     command: tuple[str, ...],
 ) -> int:
@@ -175,6 +177,7 @@ def run(
         introspection=introspection,
         name=name,
         restore=restore,
+        tsc_khz=tsc_khz,
     )
     return runner.run(options)
 

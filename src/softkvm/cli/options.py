@@ -33,6 +33,7 @@ class RunOptions:
     ioctl_filter: str | None = None
     name: str | None = None
     restore: str | None = None
+    tsc_khz: int | None = None
     deterministic: int | None = None
     introspection: str | None = None
 

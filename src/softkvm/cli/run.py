@@ -179,6 +179,7 @@ class _Run:
                 serial=serial,
                 process=self._process,
                 deterministic=options.deterministic,
+                tsc_khz=options.tsc_khz,
             )
         except (ConfigError, StateError) as error:
             raise CliError(str(error)) from error

@@ -32,10 +32,10 @@ class Fault(Enum):
 class Mmu:
     """Guest-physical memory of one VM."""
 
-    def __init__(self, lock: RLock, max_gpa: int) -> None:
-        """No memory yet; `lock` is the VM's slots lock, `max_gpa` the first address that the guest cannot have."""
+    def __init__(self, lock: RLock, max_gpa: int, address_space: int = 0) -> None:
+        """No memory yet; `lock` is the VM's slots lock, `max_gpa` the first address that no guest has. Address space 1 is SMM's."""
         self._lock = lock
-        self.slots = Memslots(max_gpa)
+        self.slots = Memslots(max_gpa, address_space)
         self.npt = silicon.NestedPageTable()
         self.track = PageTrack()
         self.manual_protect = 0

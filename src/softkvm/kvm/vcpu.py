@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from softkvm.host import mm, trace
 from softkvm.host.sched import Cpu
 from softkvm.host.task import Task, current
-from softkvm.kvm import cpuid, cr, exits, fpu, guest_debug, mce, msr, msr_filter, regs, reset, run, virtual_time
+from softkvm.kvm import cpuid, cr, exits, fpu, guest_debug, mce, msr, msr_filter, regs, reset, run, smm, virtual_time
 from softkvm.kvm.introspection import exits as introspected_exits
 from softkvm.kvm.ioctl import (
     fields,
@@ -36,7 +36,7 @@ from softkvm.kvm.irqchip.lapic import Lapic
 from softkvm.kvm.kvmclock import MSR_ENABLED, PvClock
 from softkvm.kvm.lbr import GuestLbr
 from softkvm.kvm.pmu.vpmu import VirtualPmu
-from softkvm.kvm.request import REQ_EVENT, REQ_GLOBAL_CLOCK_UPDATE, REQ_STEAL_UPDATE
+from softkvm.kvm.request import REQ_EVENT, REQ_GLOBAL_CLOCK_UPDATE, REQ_SMI, REQ_STEAL_UPDATE
 from softkvm.kvm.tsc import VcpuTsc
 from softkvm.kvm.vcpu_core import NO_INTERRUPT, VcpuCore
 from softkvm.kvm.vendor import Handler, setup_controls
@@ -172,6 +172,15 @@ class Vcpu(VcpuCore):
     def nmi(self) -> None:
         """KVM_NMI: queue a non-maskable interrupt."""
         self.queue_nmi()
+
+    @ioctl(uapi.KVM_SMI)
+    def smi(self) -> None:
+        """KVM_SMI: queue a system management interrupt."""
+        self.make_request(REQ_SMI)
+
+    def enter_smm(self) -> bool:
+        """Enter system management mode for an SMI that waits; False in it."""
+        return smm.inject(self)
 
     @ioctl(uapi.KVM_SET_SIGNAL_MASK, takes_signal_set)
     def set_signal_mask(self, signals: Iterable[int] | None) -> None:
@@ -408,6 +417,9 @@ class Vcpu(VcpuCore):
         state = value.mp_state
         if state > uapi.KVM_MP_STATE_SIPI_RECEIVED or (self.lapic is None and state != uapi.KVM_MP_STATE_RUNNABLE):
             raise OSError(errno.EINVAL, "bad multiprocessing state")
+        waits = state in (uapi.KVM_MP_STATE_INIT_RECEIVED, uapi.KVM_MP_STATE_SIPI_RECEIVED)
+        if waits and (self.smm.active or self.smm.pending):
+            raise OSError(errno.EINVAL, "a vCPU with an SMI does not wait for a SIPI")
         if state == uapi.KVM_MP_STATE_SIPI_RECEIVED and self.lapic is not None:
             self.mp_state, self.lapic.sipi_vector = uapi.KVM_MP_STATE_INIT_RECEIVED, self.lapic.sipi_vector or 0
         else:

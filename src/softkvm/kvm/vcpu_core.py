@@ -24,11 +24,13 @@ from softkvm.kvm.guest_debug import DebugRegisters
 from softkvm.kvm.ioctl import KvmFile
 from softkvm.kvm.mmu import Fault
 from softkvm.kvm.request import REQ_NMI, REQ_TRIPLE_FAULT
+from softkvm.kvm.smm import SmmState
 from softkvm.kvm.vendor import INTERCEPTS
 from softkvm.silicon.control import Intercept, State
 from softkvm.uapi import kvm as uapi
 
 if TYPE_CHECKING:
+    from softkvm.kvm.mmu import Mmu
     from softkvm.kvm.vm import Vm
 
 MMAP_SIZE = 3 * 4096
@@ -96,6 +98,9 @@ class VcpuCore(KvmFile):
         self.intercepts = INTERCEPTS
         """`Control.intercepts` without the windows."""
         self.windows = 0
+        self.mmu = self.vm.mmu
+        """The memory that the vCPU sees: the guest's, or in system management mode the other address space."""
+        self.smm = SmmState()
         self.hardware_view = memoryview(vmcb.hardware)
         self.guest_debug = 0
         """KVM_GUESTDBG_*, 0 without a debugger in user space."""
@@ -156,6 +161,11 @@ class VcpuCore(KvmFile):
             self.wakeup.set()
         elif self.mode:
             self.kick_guest()
+
+    def note_request(self, request: int) -> None:
+        """As `make_request()` in the vCPU's own thread, which will look by itself: nobody is kicked."""
+        with self._request_lock:
+            self.requests |= request
 
     def queue_nmi(self) -> None:
         """An NMI has arrived (`kvm_inject_nmi()`): they are counted, as two may wait."""
@@ -236,12 +246,21 @@ class VcpuCore(KvmFile):
         self.control.tlb_control = 1
         self.flush_requested = True
         self._on_core = OnCore(cpu.core, cpu.core.counters(), self._on_core.counters())
-        core_enter = partial(cpu.core.enter, self._hardware, self.vm.mmu.npt)
-        turns = self.vm.turns
-        self._enter_by(core_enter if turns is None else partial(virtual_time.enter, self, turns, core_enter))
+        self._enter_core(cpu)
         self.armed = _NOT_ARMED
         self.has_run, self.cpu_index = True, cpu.index
         self.cpu = cpu
+
+    def _enter_core(self, cpu: Cpu) -> None:
+        core_enter = partial(cpu.core.enter, self._hardware, self.mmu.npt)
+        turns = self.vm.turns
+        self._enter_by(core_enter if turns is None else partial(virtual_time.enter, self, turns, core_enter))
+
+    def use_memory(self, mmu: Mmu) -> None:
+        """Enter the guest with this memory from now on."""
+        self.mmu = mmu
+        if self.cpu is not None:
+            self._enter_core(self.cpu)
 
     def sched_out(self) -> None:
         """On no core any more."""
@@ -358,6 +377,19 @@ class VcpuCore(KvmFile):
             self.cpu.core.set_timer(0)
         self.armed = _NOT_ARMED
 
+    def exit_soon(self) -> None:
+        """Let the next stay in the guest end at once, behind what is injected (`kvm_vcpu_kick()` of itself)."""
+        if self.cpu is not None:
+            self.cpu.core.kick()
+
+    def intercept_ud(self, wanted: bool) -> None:
+        """Exit for #UD because KVM has an instruction to emulate, or only if the module parameter wants it."""
+        bit = 1 << events.UD
+        if wanted or self.vm.parameters.force_emulation_prefix:
+            self.control.exception_bitmap |= bit
+        else:
+            self.control.exception_bitmap &= ~bit
+
     def set_windows(self, windows: int) -> None:
         """Which interrupt and NMI windows (bits of `Control.intercepts`) to exit at."""
         if windows != self.windows:
@@ -385,7 +417,7 @@ class VcpuCore(KvmFile):
         """Guest-virtual to guest-physical as the guest's paging has it now, on the loaded core; `access` as for `Core.translate`."""
         if self.cpu is None:
             return self._not_loaded()
-        mmu = self.vm.mmu
+        mmu = self.mmu
         while True:
             try:
                 return self.cpu.core.translate(self._hardware, mmu.npt, gva, access)

@@ -47,8 +47,8 @@ is not retired, REP counts once, what the hypervisor skips it adds itself. Each 
 at. RDPMC and RDMSR tell what was before them; a WRMSR that starts a counter counts, one that stops it does not. Core cycles and reference
 cycles are the same clock: 1 per retired instruction, 4 more for LOOPcc, 16 more for a mispredicted branch. It stands still outside the
 guest and in HLT, and depends on nothing of the host, so every run of the same code counts the same. Branch events are exact;
-mispredictions come from a stated predictor (`engine/core/src/pmu/predictor.rs`). There is no cache, so leaf 0Ah says that the LLC events
-do not exist. `EVENTS` lists what counts; any other event counts nothing. With CMASK n, at most one event happens in a cycle: 1 counts as
+mispredictions come from a stated predictor (`engine/core/src/pmu/predictor.rs`). Page walks are those that the engine makes, whose TLB
+is larger than a processor's. There is no cache, so leaf 0Ah says that the LLC events do not exist. `EVENTS` lists what counts; any other event counts nothing. With CMASK n, at most one event happens in a cycle: 1 counts as
 0 does, more never counts, INV counts the other cycles.
 
 **Branch log.** `Core.branch_log_start(capacity, rings, low, high)` makes the core write every taken transfer of control in the guest to a
@@ -139,9 +139,17 @@ EVENTS: Final = {
         0x02C5: "near calls mispredicted",
         0x04C5: "branches mispredicted",
         0x20C5: "near branches taken and mispredicted",
+        0x0108: "page walks for loads",
+        0x0E08: "page walks for loads that find a page",
+        0x0149: "page walks for stores",
+        0x0E49: "page walks for stores that find a page",
+        0x0185: "page walks for instructions",
+        0x0E85: "page walks for instructions that find a page",
     },
     "AuthenticAMD": {
+        0x0045: "page walks for data that find a page",
         0x0076: "core cycles",
+        0x0085: "page walks for instructions that find a page",
         0x00C0: "instructions retired",
         0x00C2: "branches retired, taken or not",
         0x00C3: "branches mispredicted",

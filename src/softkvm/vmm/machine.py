@@ -6,7 +6,6 @@ methods that stand for its ioctls (Linux 6.1 `Documentation/virt/kvm/api.rst`).
 
 from __future__ import annotations
 
-import errno
 import re
 import socket
 import threading
@@ -57,6 +56,8 @@ class _Surroundings:
     cores: int | None
     seed: int | None = None
     """Of a deterministic machine, whose clock is a virtual one."""
+    tsc_khz: int | None = None
+    """Rate of the vCPUs' TSCs."""
 
 
 class _Failure(Exception):
@@ -88,6 +89,7 @@ class Machine:
         process: kvm.Process | None = None,
         cores: int | None = None,
         deterministic: int | None = None,
+        tsc_khz: int | None = None,
     ) -> None:
         """Build the machine and load the kernel; nothing runs yet.
 
@@ -97,17 +99,17 @@ class Machine:
         the console are kept; `clock` is the time that guest and devices live by, the host's if none is given; `test_device` adds the
         registers of `devices/test_device.py`; `kvm_parameters` are KVM's module parameters, such as `nrips=0`; `process` is who calls
         KVM (ioctl filters, audit log, tracer), a new one if none is given; `cores` is how many the host has for all vCPUs together, as
-        many as they want if none is given. `deterministic` is a seed: the vCPUs then run by turns in virtual time, and every run with the
-        same seed and input is the same (`kvm.Turns`), as long as input comes between runs or from a listener of `serial`. ConfigError for
-        anything that cannot be.
+        many as they want if none is given; `tsc_khz` is the rate of the guest's TSCs, the host's if none is given. `deterministic` is a
+        seed: the vCPUs then run by turns in virtual time, and every run with the same seed and input is the same (`kvm.Turns`), as long as
+        input comes between runs or from a listener of `serial`. ConfigError for anything that cannot be.
         """
-        settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial, kvm_parameters, deterministic)
+        settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial, kvm_parameters, deterministic, tsc_khz)
         if deterministic is not None and (clock is not None or cores is not None):
             raise ConfigError("a deterministic machine has a clock and a processor of its own")
         if clock is None:
             clock = Clock() if deterministic is None else VirtualClock()
         process = process if process is not None else kvm.Process()
-        around = _Surroundings(settings.serial, output_limit, clock, process, cores, deterministic)
+        around = _Surroundings(settings.serial, output_limit, clock, process, cores, deterministic, tsc_khz)
         self._set_up(settings, KernelOrigin(settings), around, test_device)
 
     @classmethod
@@ -161,7 +163,7 @@ class Machine:
         resources.callback(guest.close)
         origin.load(guest)
         self._vm = vm = resources.enter_context(system.create_vm(clock=around.clock))
-        assembly.set_up_vm(vm, guest)
+        assembly.set_up_vm(vm, guest, around.tsc_khz)
         self._vcpus: list[kvm.Vcpu] = []
         for index in range(settings.cpus):
             self._vcpus.append(assembly.make_vcpu(system, vm, index, settings))
@@ -273,7 +275,7 @@ class Machine:
         with self._gate:
             if self._paused:
                 for vcpu in self._vcpus:
-                    _tell_of_pause(vcpu)
+                    assembly.tell_of_pause(vcpu)
                 self._paused = False
                 if self._inside_run:
                     self._crew.resume()
@@ -407,14 +409,6 @@ class Machine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
-
-
-def _tell_of_pause(vcpu: kvm.Vcpu) -> None:
-    try:
-        vcpu.kvmclock_ctrl()
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # it has no kvmclock
-            raise
 
 
 def _discard(data: bytes) -> None:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 from softkvm.cli import guest
@@ -70,7 +71,8 @@ def live_guest(files: Mapping[str, bytes], *, boot: bool = True, **options: Any)
     """Debian's cloud kernel with busybox, and `files` by path; at the shell unless `boot` is false."""
     image = guest.prepare("cloud")
     assert isinstance(image.initrd, bytes)
-    entries = [cpio.file(path, data, 0o755) for path, data in files.items()]
+    folders = sorted({str(folder) for path in files for folder in PurePosixPath(path).parents if str(folder) not in "/bin"})
+    entries = [cpio.directory(folder) for folder in folders] + [cpio.file(path, data, 0o755) for path, data in files.items()]
     initrd = image.initrd + cpio.archive(entries) if entries else image.initrd
     with Machine(kernel=image.kernel, initrd=initrd, **options) as machine:
         if boot:

@@ -70,7 +70,7 @@ impl Cpu {
         if self.pmu.cpl != self.cpl() {
             self.enter_level();
         }
-        if self.instructions().wrapping_add(LONGEST) >= self.pmu.check_at {
+        if self.overflow_is_near() {
             alone |= self.approach_overflow()?;
         }
         if alone {
@@ -91,12 +91,25 @@ impl Cpu {
     fn execute_watched(&mut self, block: *mut Block) -> Exec<*mut Block> {
         // SAFETY: blocks are freed by `collect` only, which neither this nor `execute` calls.
         let kind = unsafe { (*block).branch };
-        let first = self.rip();
+        if kind == Kind::Loop && self.overflow_is_near() {
+            self.single()?; // or it might turn too often
+            return Ok(ptr::null_mut());
+        }
+        let (first, before) = (self.rip(), self.instructions());
         let done = self.execute(block)?;
         if kind != Kind::None && !done.is_null() && self.pmu.watched & watch::BRANCHES != 0 {
+            if kind == Kind::Loop {
+                self.earlier_turns(block, first, before);
+            }
             self.branch_done(block, first);
         }
         Ok(done)
+    }
+
+    /// Whether a counter may overflow before the next block ends.
+    #[inline(always)]
+    fn overflow_is_near(&self) -> bool {
+        self.instructions().wrapping_add(LONGEST) >= self.pmu.check_at
     }
 
     /// The privilege level has changed: from here on others count.
@@ -131,6 +144,19 @@ impl Cpu {
 
     // ---- branches -------------------------------------------------------------------------------------------------------------------
 
+    /// The turns that a LOOP to itself made in one go, but for the last one; `before` is the instruction count where they began.
+    #[inline(never)]
+    fn earlier_turns(&mut self, block: *const Block, at: u64, before: u64) {
+        // SAFETY: as in `execute_watched`.
+        let (instructions, length) = unsafe { ((*block).instructions, (*block).length) };
+        let turns = self.instructions().wrapping_sub(before).wrapping_sub(instructions.into());
+        let (cpl, next) = (self.pmu.cpl, at.wrapping_add(length.into()));
+        for behind in (1..=turns).rev() {
+            let mispredicted = self.pmu.retire(Kind::Loop, cpl, at, next, at, true);
+            self.record(&Transfer { kind: Kind::Loop, from: at, to: at, mispredicted, before: cpl, after: cpl, vector: 0 }, behind);
+        }
+    }
+
     /// [`Cpu::branch_done`] for an instruction that ran alone.
     #[inline(never)]
     pub(super) fn note_branch(&mut self, block: *const Block, first: u64) -> bool {
@@ -152,7 +178,7 @@ impl Cpu {
             let mispredicted = self.pmu.retire(kind, before, from, next, to, taken);
             // What an INT instruction leads to has been recorded at the delivery.
             if taken && kind != Kind::SoftwareInterrupt {
-                self.record(&Transfer { kind, from, to, mispredicted, before, after: self.cpl(), vector: 0 });
+                self.record(&Transfer { kind, from, to, mispredicted, before, after: self.cpl(), vector: 0 }, 0);
             }
         }
         taken
@@ -166,14 +192,14 @@ impl Cpu {
             self.pmu.retire(kind, before, from, from, transfer.to, true);
             self.pmu.check_at = self.pmu.check_at.saturating_sub(1);
         }
-        self.record(&transfer);
+        self.record(&transfer, 0);
     }
 
-    /// Records a transfer that took place.
+    /// Records a transfer that took place; `behind` instructions have retired since.
     #[inline(always)]
-    fn record(&mut self, transfer: &Transfer) {
+    fn record(&mut self, transfer: &Transfer, behind: u64) {
         if self.pmu.recording {
-            let now = self.instructions();
+            let now = self.instructions().wrapping_sub(behind);
             self.pmu.record(transfer, now);
         }
         if self.pmu.log.is_some() {

@@ -4,6 +4,7 @@
 
 use super::branch::Kind;
 use super::tally::{outcome, Totals};
+use crate::paging::AccessKind;
 
 /// Fields of an event select register that both vendors have.
 pub mod select {
@@ -47,6 +48,10 @@ pub enum Event {
     Stalls,
     /// Transfers of control: a set of kinds and a set of outcomes.
     Transfers(u32, u8),
+    /// Page walks for an access of this kind, and whether only those count that find a page.
+    Walks(AccessKind, bool),
+    /// Page walks for data.
+    DataWalks,
 }
 
 /// What a counter adds up.
@@ -82,6 +87,8 @@ impl Measure {
             Event::Cycles => totals.cycles(),
             Event::Stalls => totals.stalls,
             Event::Transfers(kinds, outcomes) => totals.transfers(kinds, outcomes),
+            Event::Walks(kind, completed) => totals.walks[kind as usize][usize::from(!completed)],
+            Event::DataWalks => totals.walks[AccessKind::Read as usize][0].wrapping_add(totals.walks[AccessKind::Write as usize][0]),
         };
         if self.inverted {
             totals.cycles().wrapping_sub(count)
@@ -100,9 +107,9 @@ impl Measure {
         self.inverted || matches!(self.event, Event::Instructions | Event::Cycles)
     }
 
-    /// Whether it depends on anything but instructions.
+    /// Whether it depends on branches.
     pub fn follows_branches(&self) -> bool {
-        self.inverted || !matches!(self.event, Event::Instructions | Event::Nothing)
+        self.inverted || matches!(self.event, Event::Cycles | Event::Stalls | Event::Transfers(..))
     }
 }
 
@@ -130,6 +137,12 @@ fn intel_event(select: u64) -> Event {
         0x01c5 => Event::Transfers(CONDITIONAL, MISPREDICTED),
         0x02c5 => Event::Transfers(CALLS, MISPREDICTED),
         0x20c5 => Event::Transfers(NEAR, MISPREDICTED & TAKEN),
+        0x0108 => Event::Walks(AccessKind::Read, false),
+        0x0e08 => Event::Walks(AccessKind::Read, true),
+        0x0149 => Event::Walks(AccessKind::Write, false),
+        0x0e49 => Event::Walks(AccessKind::Write, true),
+        0x0185 => Event::Walks(AccessKind::Fetch, false),
+        0x0e85 => Event::Walks(AccessKind::Fetch, true),
         _ => Event::Nothing,
     }
 }
@@ -137,7 +150,9 @@ fn intel_event(select: u64) -> Event {
 /// Bits 35:32 are the event's upper ones.
 fn amd_event(select: u64) -> Event {
     match select & 0xff | (select >> 32 & 0xf) << 8 {
+        0x45 => Event::DataWalks,
         0x76 => Event::Cycles,
+        0x85 => Event::Walks(AccessKind::Fetch, true),
         0xc0 => Event::Instructions,
         0xc2 => Event::Transfers(NEAR | FAR, ANY),
         0xc3 => Event::Transfers(NEAR, MISPREDICTED),

@@ -18,6 +18,7 @@ pub mod registers;
 pub mod tally;
 
 use crate::model::{Feature, Model};
+use crate::paging::AccessKind;
 use branch::Kind;
 use counter::Counter;
 use lbr::{Lbr, Transfer};
@@ -236,6 +237,13 @@ impl Pmu {
             self.check_at = self.check_at.saturating_sub(stalled);
         }
         wrong
+    }
+
+    /// Notes a page walk.
+    #[cold]
+    pub fn walk(&mut self, kind: AccessKind, found: bool) {
+        self.tally.add_walk(self.cpl, kind, found);
+        self.check_at = self.check_at.saturating_sub(1);
     }
 
     /// Records a transfer that took place in the LBR stack, when the core's instruction count is `now`.

@@ -1,6 +1,7 @@
 //! What happened on a core while it was watched, by privilege: the totals that every counter is derived from.
 
 use super::branch::{Kind, KINDS};
+use crate::paging::AccessKind;
 
 /// Core cycles that a mispredicted branch costs beyond its own.
 pub const MISPREDICTED: u64 = 16;
@@ -23,6 +24,8 @@ pub struct Totals {
     /// How often the core began to stall.
     pub stalls: u64,
     pub transfers: [[u64; outcome::COUNT]; KINDS],
+    /// Page walks by kind of access: those that found a page, and all.
+    pub walks: [[u64; 2]; 3],
 }
 
 impl Totals {
@@ -58,7 +61,14 @@ impl Tally {
         stalled
     }
 
-    /// Core cycles at every privilege level.
+    /// Adds a page walk of code at privilege level `cpl`.
+    pub fn add_walk(&mut self, cpl: u8, kind: AccessKind, found: bool) {
+        let [completed, all] = &mut self.0[usize::from(cpl != 0)].walks[kind as usize];
+        *completed += u64::from(found);
+        *all += 1;
+    }
+
+    /// Core cycles of stalls at every privilege level.
     #[inline]
     pub fn stalled(&self) -> u64 {
         self.0[0].stalled.wrapping_add(self.0[1].stalled)

@@ -67,6 +67,10 @@ class VcpuIntrospection:
         """Have a command done; Broken if too many wait."""
         if self._jobs.qsize() >= MAX_JOBS:
             raise Broken(f"more than {MAX_JOBS} commands wait for vCPU {self.index}")
+        self.must_do(job)
+
+    def must_do(self, job: Job) -> None:
+        """Have something done behind all that waits."""
         self._jobs.put(job)
         if self.waiting is None:
             self.vcpu.make_request(REQ_INTROSPECTION)
@@ -138,7 +142,10 @@ class VcpuIntrospection:
             return due
 
     def ask(self, event: Event, data: Structure | None = None) -> Reply:
-        """Send an event and wait for the answer, doing the tool's commands meanwhile; CONTINUE with the tool's own value if it is lost."""
+        """Send an event and wait for the answer, doing the tool's commands meanwhile; CONTINUE as if nobody had asked if it is lost.
+
+        A paused vCPU waits as long as its tool likes; the answer to anything else is due.
+        """
         session = self.session
         channel = session.channel
         if channel is None:
@@ -148,7 +155,9 @@ class VcpuIntrospection:
         try:
             reply = channel.deliver(self, event, self.awaited, data)
             while reply is None and session.channel is channel:
-                self._do_next_job(event, deadline)
+                if self._jobs.empty():
+                    channel.wait(self, deadline)
+                self.run_jobs()
                 reply = self.reply
         except Broken as error:
             session.lose(channel, str(error))
@@ -167,12 +176,12 @@ class VcpuIntrospection:
     def _default(data: Structure | None) -> Reply:
         return Reply(Action.CONTINUE, getattr(data, "new_value", 0))
 
-    def _do_next_job(self, event: Event, deadline: float | None) -> None:
-        """A paused vCPU waits as long as its tool likes; the answer to anything else is due."""
+    def wait_for_job(self, deadline: float | None) -> None:
+        """Do the next job that somebody posts; Broken behind the deadline, by which the answer to an event was due."""
         try:
             job = self._jobs.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
         except queue.Empty:
-            raise Broken(f"no answer to a {event.name} event of vCPU {self.index} in time") from None
+            raise Broken(f"no answer to an event of vCPU {self.index} in time") from None
         job()
 
     def _apply_registers(self) -> None:
