@@ -69,6 +69,7 @@ bench: $(ENGINE) ## Compare with QEMU's TCG (boot), measure exits, what a second
 	$(BIN)/python -m benchmarks.smp
 	$(BIN)/python -m benchmarks.watch
 	$(BIN)/python -m benchmarks.introspection
+	$(BIN)/python -m benchmarks.perf
 
 conformance: $(ENGINE) ## Run kvm-unit-tests from the built checkout that KVM_UNIT_TESTS names, and write docs/conformance.md
 	$(BIN)/python docs/conformance.py $(ARGS)
