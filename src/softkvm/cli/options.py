@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from softkvm.cli.errors import CliError
-from softkvm.vmm import ConfigError
-from softkvm.vmm.introspection_peer import PeerOptions
+
+if TYPE_CHECKING:
+    from softkvm.vmm.introspection_peer import PeerOptions
 
 StatsFormat = Literal["table", "json"]
 
@@ -41,8 +42,13 @@ class RunOptions:
 
     def peer(self) -> PeerOptions | None:
         """`--introspection`; CliError, one sentence."""
+        if self.introspection is None:
+            return None
+        from softkvm.vmm import ConfigError
+        from softkvm.vmm.introspection_peer import PeerOptions
+
         try:
-            return None if self.introspection is None else PeerOptions.parse(self.introspection)
+            return PeerOptions.parse(self.introspection)
         except ConfigError as error:
             raise CliError(str(error)) from error
 
