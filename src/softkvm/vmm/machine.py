@@ -250,9 +250,9 @@ class Machine:
 
     def _park(self) -> None:
         """Park all vCPUs. A tool that keeps one of them waiting longer than it takes to answer is un-hooked."""
-        if not self._crew.parks(_TOOLS_PATIENCE):
-            self.introspection.end()
-        self._crew.pause()
+        while not self._crew.parks(_TOOLS_PATIENCE):
+            if self.introspection.holds_a_vcpu:
+                self.introspection.end()
 
     def resume(self) -> None:
         """Take back `pause()`; a guest with kvmclock is told that it was stopped, so that its watchdogs stay quiet."""
