@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +22,7 @@ from softkvm import kvm
 from softkvm.host.clock import NSEC_PER_SEC, Clock, VirtualClock
 from softkvm.vmm import assembly, config, layout, snapshot
 from softkvm.vmm.board import Board, Chassis
-from softkvm.vmm.config import Hardware, SerialBackend
+from softkvm.vmm.config import Hardware, SerialBackend, Surroundings
 from softkvm.vmm.console import DEFAULT_LIMIT, Console
 from softkvm.vmm.crew import Crew
 from softkvm.vmm.errors import ConfigError, StateError
@@ -43,22 +42,6 @@ _TOOLS_PATIENCE = 1.0
 _AFTER_A_PANIC = frozenset({StopReason.RESET, StopReason.TRIPLE_FAULT})
 
 Text = str | bytes | re.Pattern[str] | re.Pattern[bytes]
-
-
-@dataclass(frozen=True)
-class _Surroundings:
-    """What a machine uses of the process that it is in."""
-
-    serial: Mapping[int, SerialBackend]
-    output_limit: int
-    clock: Clock
-    process: kvm.Process
-    cores: int | None
-    seed: int | None = None
-    """Of a deterministic machine, whose clock is a virtual one."""
-    tsc_khz: int | None = None
-    """Rate of the vCPUs' TSCs."""
-    tier: str = config.DEFAULT_TIER
 
 
 class _Failure(Exception):
@@ -112,7 +95,7 @@ class Machine:
         if clock is None:
             clock = Clock() if deterministic is None else VirtualClock()
         process = process if process is not None else kvm.Process()
-        around = _Surroundings(settings.serial, output_limit, clock, process, cores, deterministic, tsc_khz, tier)
+        around = Surroundings(settings.serial, output_limit, clock, process, cores, deterministic, tsc_khz, tier)
         self._set_up(settings, KernelOrigin(settings), around, test_device)
 
     @classmethod
@@ -135,11 +118,11 @@ class Machine:
             machine = cls.__new__(cls)
             clock = clock if clock is not None else Clock()
             process = process if process is not None else kvm.Process()
-            around = _Surroundings(config.check_serial(serial), output_limit, clock, process, cores)
+            around = Surroundings(config.check_serial(serial), output_limit, clock, process, cores)
             machine._set_up(saved.state.hardware.check(), SnapshotOrigin(saved), around, "test" in saved.state.devices)
             return machine
 
-    def _set_up(self, settings: Hardware, origin: Origin, around: _Surroundings, test_device: bool) -> None:
+    def _set_up(self, settings: Hardware, origin: Origin, around: Surroundings, test_device: bool) -> None:
         self.process = around.process
         self._console = Console(around.output_limit)
         self._settings = settings
@@ -160,7 +143,7 @@ class Machine:
             self._resources = resources.pop_all()
 
     def _build(
-        self, system: kvm.System, settings: Hardware, origin: Origin, around: _Surroundings, resources: ExitStack, test_device: bool
+        self, system: kvm.System, settings: Hardware, origin: Origin, around: Surroundings, resources: ExitStack, test_device: bool
     ) -> None:
         self._memory = guest = assembly.allocate(settings.memory)
         resources.callback(guest.close)
@@ -186,7 +169,7 @@ class Machine:
         with self._board.lock:
             origin.start(self._parts)
 
-    def _make_board(self, settings: Hardware, around: _Surroundings, vm: kvm.Vm) -> Board:
+    def _make_board(self, settings: Hardware, around: Surroundings, vm: kvm.Vm) -> Board:
         sinks: list[SerialBackend] = [around.serial.get(port, _discard) for port in range(len(layout.SERIAL_PORTS))]
         sinks[CONSOLE_PORT] = partial(self._print, sinks[CONSOLE_PORT])
         chassis = Chassis(
@@ -269,19 +252,23 @@ class Machine:
 
     def _park(self) -> None:
         """Park all vCPUs. A tool that keeps one of them waiting longer than it takes to answer is un-hooked."""
-        if not self._crew.parks(_TOOLS_PATIENCE):
-            self.introspection.end()
-        self._crew.pause()
+        while not self._crew.parks(_TOOLS_PATIENCE):
+            if self.introspection.holds_a_vcpu:
+                self.introspection.end()
 
     def resume(self) -> None:
         """Take back `pause()`; a guest with kvmclock is told that it was stopped, so that its watchdogs stay quiet."""
         with self._gate:
             if self._paused:
-                for vcpu in self._vcpus:
-                    assembly.tell_of_pause(vcpu)
                 self._paused = False
-                if self._inside_run:
-                    self._crew.resume()
+                self._let_go()
+
+    def _let_go(self) -> None:
+        """Let the vCPUs go on where they were parked within a run."""
+        for vcpu in self._vcpus:
+            assembly.tell_of_pause(vcpu)
+        if self._inside_run and not self._paused:
+            self._crew.resume()
 
     def status(self) -> Status:
         """What the machine is and does now."""
@@ -308,8 +295,7 @@ class Machine:
                     state = snapshot.save(self._settings, self._parts)
                 return snapshot.write(Path(path), state, self._memory)
             finally:
-                if self._inside_run and not self._paused:
-                    self._crew.resume()
+                self._let_go()
 
     def stop(self) -> None:
         """End the run in progress, or the next one if there is none, with INTERRUPTED; callable from any thread."""
