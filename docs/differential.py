@@ -21,16 +21,18 @@ def section(ledger: str, today: datetime.date) -> str:
     for line in ledger.splitlines():
         kind, *fields = line.split("\t")
         rows.setdefault(kind, []).append(fields)
-    [[compared, seed, seconds, unexplained]] = rows["run"]
+    [[compared, seed, seconds, unexplained, tiers]] = rows["run"]
     faults = sum(int(count) for _, count in rows["vector"])
     lines = [
         "## Instructions compared with the host's CPU",
         "",
         f"**{int(compared):,} comparisons, {unexplained} unexplained differences** ({faults:,} faulting), {today}, {seconds} s, two cores.",
+        f"In {int(tiers):,} cases the engine's two tiers, reference handlers and blocks of fast ones, were compared with each other too.",
         f"Repeat with `make differential CASES={compared} SEED={seed}`.",
         "",
-        "Each comparison runs one generated instruction at CPL 3 of 64-bit mode on the engine and on the host, and compares",
-        "general registers, RIP, RFLAGS, x87, XMM and YMM registers, MXCSR, memory, and the exception with its error code and address.",
+        "Each comparison runs one generated instruction at CPL 3 on the engine and on the host, in 64-bit mode or in a code segment of 32",
+        "or 16 bits, and compares general registers, RIP, RFLAGS, x87, XMM and YMM registers, MXCSR, memory, and the exception with its",
+        "error code and address.",
         "",
         "| family | forms | comparisons | faulting |",
         "|---|--:|--:|--:|",
@@ -45,6 +47,17 @@ def section(ledger: str, today: datetime.date) -> str:
         "Opcode forms that are not compared here:",
         "",
         *(f"- {count}: {LEFT[reason]}" for reason, count in rows["left"]),
+        "",
+        "## Ledger",
+        "",
+        "Comparisons of each instruction in code of 64, 32 and 16 bits, and how many of them faulted.",
+        "",
+        "| instruction | family | 64 bits | 32 bits | 16 bits | faulting |",
+        "|---|---|--:|--:|--:|--:|",
+        *(
+            f"| {name} | {family} | {' | '.join(f'{int(count):,}' for count in counts)} |"
+            for family, name, *counts in sorted(rows["instruction"], key=lambda row: (row[1], row[0]))
+        ),
         "",
     ]
     return "\n".join(lines)

@@ -8,12 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from softkvm import kvm
 from softkvm.host.clock import KHZ_NSEC
 from softkvm.testing import VmFactory
 from softkvm.vmm import Machine, StopReason
-from softkvm.vmm.snapshot import SnapshotFile
+from softkvm.vmm.memory import GuestMemory
+from softkvm.vmm.snapshot import SnapshotFile, write
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -62,6 +65,32 @@ def test_clocks_of_four_vcpus_go_on_in_a_second_machine(vm_factory: VmFactory, t
             assert vcpu.matched
             assert vcpu.hv_clock is not None
             assert vcpu.hv_clock.flags & 1, "and may trust kvm-clock"
+
+
+def test_a_day_on_the_shelf_alarms_no_watchdog(vm_factory: VmFactory, tmp_path: Path) -> None:
+    day, path = 86_400 * 10**9, tmp_path / "snapshot"
+    with vm_factory(cpu="cascadelake", cpus=2) as first:
+        assert first.run(until="# ", timeout=200).reason is StopReason.UNTIL
+        first.save(path)
+    age_by(path, day)
+    with Machine.restore(path) as second:
+        uptime = second.tsc_status().kvmclock // 10**9
+        second.send("sleep 5; cat /proc/uptime; dmesg | grep -ciE 'unstable|lockup|stall|hung'; echo en''d\n")
+        assert second.run(until="end", timeout=100).reason is StopReason.UNTIL
+        *_, answer, complaints, _ = second.text.replace("\r", "").splitlines()
+        assert complaints == "0", second.text
+        assert float(answer.split()[0]) >= uptime >= day // 10**9
+
+
+def age_by(path: Path, ns: int) -> None:
+    """Make a snapshot older than it is."""
+    with SnapshotFile(path) as file:
+        state = file.state
+        memory = GuestMemory(state.hardware.memory, kvm.allocate_memory)
+        file.load(memory)
+    clock = msgspec.structs.replace(state.clock, realtime=state.clock.realtime - ns)
+    write(path, msgspec.structs.replace(state, clock=clock), memory)
+    memory.close()
 
 
 def test_snapshot_and_restore_at_the_command_line(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from softkvm.kvm.lbr import GuestLbr
 from softkvm.kvm.msr import MsrState
 from softkvm.kvm.pmu.vpmu import VirtualPmu
 from softkvm.kvm.request import REQ_NMI
+from softkvm.kvm.smm import SmmState
 from softkvm.kvm.tsc import VcpuTsc, VmTsc
 from softkvm.silicon.control import ControlBlock
 from softkvm.uapi.kvm import CpuidEntry2
@@ -146,6 +147,7 @@ class FakeVcpu:
         self.mp_state = 0
         self.userspace_irq = -1
         self.pending_ioapic_eoi = 0
+        self.smm = SmmState()
         self.has_run = False
         self.mmap_area = memoryview(bytearray(12288))
         self.requests = 0

@@ -18,7 +18,6 @@ from softkvm import silicon
 from softkvm.kvm import System, Vcpu, Vm, dispatch
 from softkvm.kvm.ioctl import Argument, KvmFile
 from softkvm.uapi import kvm as uapi
-from softkvm.uapi import series
 from tests.kvm.conftest import ready
 
 OK = 0
@@ -44,12 +43,11 @@ PLAUSIBLE = {
 }
 
 
-def known_names() -> dict[int, str]:
-    names = {value: name for name, value in vars(uapi).items() if name.startswith("KVM_") and isinstance(value, int)}
-    return names | {series.KVM_GET_TSC_OFFSET: "KVM_GET_TSC_OFFSET", series.KVM_SET_TSC_OFFSET: "KVM_SET_TSC_OFFSET"}
-
-
-NAMES = known_names()
+NAMES = {
+    (kind, number): f"KVM_{operation.method.__name__.upper()}"
+    for kind, file in FILES.items()
+    for number, operation in file.operations.items()
+}
 ALL = [(kind, number) for kind, file in FILES.items() for number in sorted(file.operations)]
 
 VALUES = {
@@ -70,7 +68,10 @@ IGNORED = {
     ("vm", "KVM_CREATE_IRQCHIP"): (errno.EINVAL, errno.EEXIST),
     ("vm", "KVM_RESET_DIRTY_RINGS"): (errno.EINVAL, errno.EINVAL),
     ("vm", "KVM_GET_TSC_KHZ"): (OK, OK),
+    ("vm", "KVM_INTROSPECTION_UNHOOK"): (OK, OK),
+    ("vm", "KVM_INTROSPECTION_PREUNHOOK"): (errno.EFAULT, errno.EFAULT),
     ("vcpu", "KVM_NMI"): (OK, OK),
+    ("vcpu", "KVM_SMI"): (OK, OK),
     ("vcpu", "KVM_GET_TSC_KHZ"): (OK, OK),
     ("vcpu", "KVM_KVMCLOCK_CTRL"): (errno.EINVAL, errno.EINVAL),
 }
@@ -96,6 +97,7 @@ STRUCTURES: dict[tuple[str, str], tuple[int, int]] = {
     ("vm", "KVM_IRQFD"): (errno.EINVAL, errno.EINVAL),
     ("vm", "KVM_IOEVENTFD"): (errno.EINVAL, errno.EINVAL),
     ("vm", "KVM_SIGNAL_MSI"): (errno.EINVAL, errno.EINVAL),
+    ("vm", "KVM_SET_PMU_EVENT_FILTER"): (errno.E2BIG, errno.E2BIG),
     ("vm", "KVM_SET_CLOCK"): (errno.EINVAL, errno.EINVAL),
     ("vm", "KVM_GET_CLOCK"): (OK, OK),
     ("vm", "KVM_CREATE_PIT2"): (errno.ENOENT, OK),
@@ -105,6 +107,9 @@ STRUCTURES: dict[tuple[str, str], tuple[int, int]] = {
     ("vm", "KVM_SET_IRQCHIP"): (errno.ENXIO, errno.EINVAL),
     ("vm", "KVM_ENABLE_CAP"): (errno.EINVAL, errno.EINVAL),
     ("vm", "KVM_X86_SET_MSR_FILTER"): (errno.EINVAL, errno.EINVAL),
+    ("vm", "KVM_INTROSPECTION_HOOK"): (errno.EINVAL, errno.EINVAL),
+    ("vm", "KVM_INTROSPECTION_COMMAND"): (errno.EINVAL, errno.EINVAL),
+    ("vm", "KVM_INTROSPECTION_EVENT"): (errno.EINVAL, errno.EINVAL),
     ("vcpu", "KVM_INTERRUPT"): (errno.EINVAL, errno.EINVAL),
     ("vcpu", "KVM_SET_SIGNAL_MASK"): (errno.EFAULT, errno.EFAULT),
     ("vcpu", "KVM_SET_MP_STATE"): (errno.EINVAL, errno.EINVAL),
@@ -217,18 +222,18 @@ def of_ones(number: int) -> memoryview:
 
 def test_the_tables_are_complete() -> None:
     tables = {*VALUES, *IGNORED, *STRUCTURES}
-    assert {(kind, NAMES[number]) for kind, number in ALL} == tables
+    assert {(kind, NAMES[kind, number]) for kind, number in ALL} == tables
     assert len(tables) == len(VALUES) + len(IGNORED) + len(STRUCTURES)
 
 
 def cases(table: dict[tuple[str, str], object]) -> list[object]:
-    return [pytest.param(kind, number, id=f"{kind} {NAMES[number]}") for kind, number in ALL if (kind, NAMES[number]) in table]
+    return [pytest.param(kind, number, id=f"{kind} {NAMES[kind, number]}") for kind, number in ALL if (kind, NAMES[kind, number]) in table]
 
 
 @pytest.mark.parametrize(("kind", "number"), cases(dict(VALUES)))
 def test_numbers_out_of_range(files: dict[str, KvmFile], kind: str, number: int) -> None:
     before = fingerprint(files)
-    assert outcome(files[kind], number, (1 << 64) - 1) == VALUES[kind, NAMES[number]]
+    assert outcome(files[kind], number, (1 << 64) - 1) == VALUES[kind, NAMES[kind, number]]
     assert fingerprint(files) == before
 
 
@@ -237,15 +242,15 @@ def test_numbers_out_of_range(files: dict[str, KvmFile], kind: str, number: int)
 def test_arguments_that_nobody_looks_at(files: dict[str, KvmFile], kind: str, number: int, garbage: int) -> None:
     before = fingerprint(files)
     chips = files["vcpu"].lapic is not None  # type: ignore[attr-defined]
-    assert outcome(files[kind], number, garbage) == IGNORED[kind, NAMES[number]][chips]
-    if NAMES[number] != "KVM_NMI":
+    assert outcome(files[kind], number, garbage) == IGNORED[kind, NAMES[kind, number]][chips]
+    if NAMES[kind, number] not in ("KVM_NMI", "KVM_SMI"):
         assert fingerprint(files) == before
 
 
 @pytest.mark.parametrize(("kind", "number"), cases(dict(STRUCTURES)))
 def test_structures_that_are_not_there_or_too_short(files: dict[str, KvmFile], kind: str, number: int) -> None:
     before = fingerprint(files)
-    key = (kind, NAMES[number])
+    key = (kind, NAMES[kind, number])
     chips = files["vcpu"].lapic is not None  # type: ignore[attr-defined]
     expected = STATE_FIRST[key][chips] if key in STATE_FIRST else errno.EFAULT
     size = size_of(number)
@@ -263,12 +268,12 @@ def test_structures_of_ones(files: dict[str, KvmFile], kind: str, number: int) -
     before = fingerprint(files)
     chips = files["vcpu"].lapic is not None  # type: ignore[attr-defined]
     result = outcome(files[kind], number, of_ones(number))
-    assert result == STRUCTURES[kind, NAMES[number]][chips]
+    assert result == STRUCTURES[kind, NAMES[kind, number]][chips]
     if result != OK:
         assert fingerprint(files) == before
 
 
-@pytest.mark.parametrize(("kind", "number"), [pytest.param(*one, id=f"{one[0]} {NAMES[one[1]]}") for one in ALL])
+@pytest.mark.parametrize(("kind", "number"), [pytest.param(*one, id=f"{one[0]} {NAMES[one]}") for one in ALL])
 def test_numbers_of_another_size_do_not_exist(files: dict[str, KvmFile], kind: str, number: int) -> None:
     """Dispatch is on the whole number: an old or a future layout is another ioctl."""
     file = files[kind]
@@ -277,12 +282,12 @@ def test_numbers_of_another_size_do_not_exist(files: dict[str, KvmFile], kind: s
             assert outcome(file, other, of_ones(number)) == file.unknown_ioctl
 
 
-@pytest.mark.parametrize(("kind", "number"), [pytest.param(*one, id=f"{one[0]} {NAMES[one[1]]}") for one in ALL if one[0] != "system"])
+@pytest.mark.parametrize(("kind", "number"), [pytest.param(*one, id=f"{one[0]} {NAMES[one]}") for one in ALL if one[0] != "system"])
 def test_closed_files_take_nothing(files: dict[str, KvmFile], kind: str, number: int) -> None:
     vm = files["vm"]
     assert isinstance(vm, Vm)
     vm.close()
-    argument: Argument = memoryview(bytearray(size_of(number))) if (kind, NAMES[number]) in STRUCTURES else 0
+    argument: Argument = memoryview(bytearray(size_of(number))) if (kind, NAMES[kind, number]) in STRUCTURES else 0
     assert outcome(files[kind], number, argument) == errno.EBADF
 
 

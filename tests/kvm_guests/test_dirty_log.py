@@ -182,7 +182,7 @@ def test_bad_capabilities(boot: Boot, cap: int, value: int, error: int) -> None:
         (0, 0, 63, errno.EINVAL),
         (0, PAGES + 64, 0, errno.EINVAL),
         (0, 64, PAGES, errno.EINVAL),
-        (1 << 16, 0, 64, errno.EINVAL),
+        (2 << 16, 0, 64, errno.EINVAL),
         (7, 0, 64, errno.ENOENT),
         (0, 0, 64, errno.EFAULT),
     ],

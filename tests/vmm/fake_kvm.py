@@ -185,6 +185,7 @@ class Vm:
     def __init__(self, kvm: FakeKvm) -> None:
         self._kvm = kvm
         self.calls: list[str] = []
+        self.tsc_khz = 2_000_000
         self.capabilities: set[int] = set()
         self.slots: list[uapi.UserspaceMemoryRegion] = []
         self.routes: list[uapi.IrqRoutingEntry] = []
@@ -206,6 +207,17 @@ class Vm:
 
     def enable_cap(self, cap: uapi.EnableCap) -> None:
         self.capabilities.add(cap.cap)
+
+    def get_tsc_khz(self) -> int:
+        return self.tsc_khz
+
+    def set_tsc_khz(self, khz: int) -> None:
+        if khz > 10_000_000:
+            raise OSError(errno.EINVAL, "TSC frequency out of range")
+        self.tsc_khz = khz
+
+    def check_extension(self, cap: int) -> int:
+        return 0
 
     def create_irqchip(self) -> None:
         self.calls.append("irqchip")

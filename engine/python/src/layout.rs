@@ -43,6 +43,6 @@ pub fn control_layout() -> Fields {
     fields!(out, "Fpu", Fpu, fcw fsw ftw fop fip fdp mxcsr pkru st vector mask);
     fields!(out, "State", State, gpr rip rflags segments gdtr idtr cr0 cr2 cr3 cr4 cr8 xcr0 xss efer star lstar cstar fmask
         kernel_gs_base sysenter_cs sysenter_esp sysenter_eip tsc_aux pat debugctl spec_ctrl dr dr6 dr7 pending_debug interruptibility
-        activity pdpte fpu);
+        activity pdpte fpu pkrs);
     out
 }

@@ -1,4 +1,4 @@
-"""`softkvm audit replay`, an audit log made again: every call that a VMM made of KVM, on a new KVM, with what came back compared to what the log says.
+"""`softkvm audit replay`: every call that a VMM made of KVM, made again on a new KVM, with the results compared to those of the log.
 
 What a log does not have is guest memory, so KVM_RUN is left out, and so is what maps, reads or waits. User addresses are those of memory
 that the replay makes for them: a slot's as large as the slot, any other a few pages of zeros. Eventfds are new ones.

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
+from typing import Protocol
 from uuid import uuid4
 
 import msgspec
@@ -23,7 +24,7 @@ from softkvm.cli.watch import watched
 from softkvm.host.process import Process
 from softkvm.host.seccomp import Killed
 from softkvm.vmm import ConfigError, Machine, SerialBackend, StateError, StopReason
-from softkvm.vmm.introspection_peer import Peer, PeerOptions
+from softkvm.vmm.introspection_peer import Peer
 from softkvm.vmm.monitor import Monitor, commands
 
 _CONSOLE_PORT = 0
@@ -47,14 +48,27 @@ class Outcome(msgspec.Struct, frozen=True):
     stats: object
 
 
-def run(options: RunOptions) -> int:
+class Observer(Protocol):
+    """Whoever watches a run from outside the guest."""
+
+    def attach(self, machine: Machine) -> None:
+        """There is a machine, which does not run yet."""
+
+    def begin(self) -> None:
+        """The guest's command starts, or without one the guest; on a vCPU's thread."""
+
+    def end(self, machine: Machine) -> None:
+        """The guest has ended."""
+
+
+def run(options: RunOptions, observer: Observer | None = None) -> int:
     """Boot the guest that `options` describe and return the exit status; raises CliError and ConfigError before the guest starts."""
     options.check()
     with output.progress() as progress:
         image = _prepare(options, progress) if options.restore is None else None
     with watched(options) as process:
         try:
-            return _Run(options, image, process).run()
+            return _Run(options, image, process, observer).run()
         except Killed as error:
             output.say(f"the VMM was killed: {error}")
             return status.KILLED
@@ -83,10 +97,12 @@ def _report_bug(error: Exception) -> None:
 class _Run:
     """One run: the wiring between the guest's serial lines and our streams, and what is reported at the end."""
 
-    def __init__(self, options: RunOptions, image: guest.Guest | None, process: Process) -> None:
+    def __init__(self, options: RunOptions, image: guest.Guest | None, process: Process, observer: Observer | None) -> None:
         """`image` is what to boot; None for a snapshot."""
         self._options = options
         self._process = process
+        self._observer = observer
+        self._begun = False
         self._image = image
         self._doorbell = session.Doorbell()
         self._surrender = Surrender()
@@ -112,6 +128,10 @@ class _Run:
                 resources.enter_context(monitor)
             self._open_to_tool(machine, resources)
             self._machine = machine
+            if self._observer is not None:
+                self._observer.attach(machine)
+                if not options.command:
+                    self._begin()
             self._input = self._make_input(machine, attended)
             if options.deterministic is not None and not isinstance(self._input, Keyboard):
                 self._prompt = Prompt(self._input, self._surrender)
@@ -159,6 +179,7 @@ class _Run:
                 serial=serial,
                 process=self._process,
                 deterministic=options.deterministic,
+                tsc_khz=options.tsc_khz,
             )
         except (ConfigError, StateError) as error:
             raise CliError(str(error)) from error
@@ -172,12 +193,9 @@ class _Run:
 
     def _open_to_tool(self, machine: Machine, resources: ExitStack) -> None:
         """`--introspection`."""
-        if self._options.introspection is None:
+        options = self._options.peer()
+        if options is None:
             return
-        try:
-            options = PeerOptions.parse(self._options.introspection)
-        except ConfigError as error:
-            raise CliError(str(error)) from error
         peer = Peer(machine.introspection, options, self._options.name or f"softkvm-{os.getpid()}", uuid4(), machine.max_gpa)
         resources.callback(peer.close)
         peer.start()
@@ -211,7 +229,13 @@ class _Run:
             self._input.ready()
             self._input_is_wanted()
 
+    def _begin(self) -> None:
+        if self._observer is not None and not self._begun:
+            self._begun = True
+            self._observer.begin()
+
     def _command_wants_input(self) -> None:
+        self._begin()
         if isinstance(self._input, CommandInput):
             self._input.request()
             self._input_is_wanted()
@@ -243,8 +267,10 @@ class _Run:
     def _finish(self, machine: Machine, ending: Ending, seconds: float) -> int:
         options = self._options
         code = ending.exit_status(bool(options.command))
+        if self._observer is not None:
+            self._observer.end(machine)
         self._explain(machine, ending, code)
-        if options.json:
+        if options.json and self._observer is None:
             sys.stdout.write(msgspec.json.encode(self._outcome(machine, ending, code, seconds)).decode() + "\n")
         if options.stats is not None:
             output.print_stats(machine.stats(), options.stats)

@@ -1,7 +1,7 @@
 """Which CPUID bits of the silicon KVM lets a guest have: the tables behind KVM_GET_SUPPORTED_CPUID.
 
 Answers to `kvm_set_cpu_caps()` and `__do_cpuid_func()` of Linux 6.1 `arch/x86/kvm/cpuid.c`. A bit is missing here either because it is a
-host matter (thermal, power, monitoring, debug store) or because no part of this KVM virtualises it yet (VMX, SVM, SGX, SMM, PT).
+host matter (thermal, power, monitoring, debug store) or because no part of this KVM virtualises it yet (VMX, SVM, SGX, PT).
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ _FEATURES_EDX = _bits((0, 9), (11, 17), 19, (23, 27), 28)
 
 _LEAF7_EBX = _bits(0, (3, 11), 13, 14, (16, 21), 23, 24, (26, 31))  # without SGX, CQM, RDT, PT
 _LEAF7_EBX_KVM = _bits(1)  # TSC_ADJUST
-_LEAF7_ECX = _bits(1, 2, 3, 6, (8, 12), 14, 16, 22, 25, 27, 28)
-# VBMI UMIP PKU VBMI2 GFNI VAES VPCLMULQDQ VNNI BITALG VPOPCNTDQ LA57 RDPID CLDEMOTE MOVDIRI MOVDIR64B
+_LEAF7_ECX = _bits(1, 2, 3, 6, (8, 12), 14, 16, 22, 25, 27, 28, 31)
+# VBMI UMIP PKU VBMI2 GFNI VAES VPCLMULQDQ VNNI BITALG VPOPCNTDQ LA57 RDPID CLDEMOTE MOVDIRI MOVDIR64B PKS
 _LEAF7_EDX = _bits(2, 3, 4, 8, 10, 14, 16, 23, 26, 27, 31)
 # 4VNNIW 4FMAPS FSRM VP2INTERSECT MD_CLEAR SERIALIZE TSXLDTRK FP16 SPEC_CTRL STIBP SSBD
 _LEAF7_EDX_KVM = _bits(29)  # ARCH_CAPABILITIES is emulated for every silicon

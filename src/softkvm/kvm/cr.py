@@ -91,7 +91,7 @@ def _load_pdptes(vcpu: Vcpu) -> bool:
         return True
     address = state.cr3 & 0xFFFF_FFE0
     try:
-        entries = struct.unpack("<4Q", vcpu.vm.memory.read(address, 32))
+        entries = struct.unpack("<4Q", vcpu.mmu.read(address, 32))
     except OSError:
         return False
     reserved = _PDPTE_RESERVED | ~((1 << vcpu.cpuid.physical_address_bits) - 1) & -PAGE_SIZE

@@ -19,7 +19,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from softkvm.host import trace
-from softkvm.kvm import emulate_string, events, exits, regs
+from softkvm.kvm import emulate_string, events, exits, regs, smm
 from softkvm.kvm import emulator_ops as ops
 from softkvm.kvm.mmu import Fault
 from softkvm.silicon import EMULATE_FIRST, EXIT_ACCESS, EXIT_BREAKPOINT, EXIT_EMULATED, EXIT_MONITOR_TRAP_AMD
@@ -87,10 +87,14 @@ def soft_event_length(vcpu: Vcpu, vector: int) -> int | None:
     if length is None:
         return None
     code = ops.fetch(vcpu)[:length]
-    body = code.lstrip(_PREFIXES)
-    if regs.is_64_bit_mode(vcpu):
-        body = body.lstrip(_REX)
+    body = _opcode(vcpu, code)
     return length if body == _SHORT_FORMS.get(vector) or body == bytes((_INT, vector)) else None
+
+
+def _opcode(vcpu: Vcpu, code: bytes) -> bytes:
+    """An instruction's bytes without its prefixes."""
+    body = code.lstrip(_PREFIXES)
+    return body.lstrip(_REX) if regs.is_64_bit_mode(vcpu) else body
 
 
 @cache
@@ -111,8 +115,11 @@ def _code_bits(vcpu: Vcpu) -> int:
 
 
 def handle_ud(vcpu: Vcpu) -> int:
-    """An intercepted #UD: the forced emulation prefix, or the guest's own."""
-    if not ops.fetch(vcpu).startswith(FORCED_EMULATION_PREFIX):
+    """An intercepted #UD: RSM, the forced emulation prefix, or the guest's own."""
+    code = ops.fetch(vcpu)
+    if vcpu.smm.active and _opcode(vcpu, code).startswith(smm.RSM):
+        return smm.leave(vcpu)
+    if not code.startswith(FORCED_EMULATION_PREFIX):
         events.inject_ud(vcpu)
         return 1
     rip = vcpu.state.rip + len(FORCED_EMULATION_PREFIX)
@@ -150,7 +157,7 @@ def handle_access(vcpu: Vcpu) -> int:
     """Serve the access that the instruction waits for."""
     access = vcpu.exit.access
     gpa, size, write = access.gpa, access.size, access.write
-    fault = vcpu.vm.mmu.fault(gpa, bool(write))
+    fault = vcpu.mmu.fault(gpa, bool(write))
     if fault is Fault.FIXED:
         return 1
     if fault is Fault.UNMAPPED:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 DE, DB, NMI, BP, OF, UD, DF, TS, NP, SS, GP, PF, MC = 0, 1, 2, 3, 4, 6, 8, 10, 11, 12, 13, 14, 18
 
 EVENT_VALID = 1 << 31
-_HAS_ERROR = 1 << 11
-_TYPE_INTERRUPT, _TYPE_NMI, _TYPE_EXCEPTION, _TYPE_SOFT_INTERRUPT, _TYPE_SOFT_EXCEPTION = 0 << 8, 2 << 8, 3 << 8, 4 << 8, 6 << 8
-_TYPE_MASK = 7 << 8
+HAS_ERROR = 1 << 11
+_TYPE_INTERRUPT, TYPE_NMI, _TYPE_EXCEPTION, _TYPE_SOFT_INTERRUPT, _TYPE_SOFT_EXCEPTION = 0 << 8, 2 << 8, 3 << 8, 4 << 8, 6 << 8
+TYPE_MASK = 7 << 8
 INTERRUPT_WINDOW = 1 << Intercept.INTERRUPT_WINDOW
 NMI_WINDOW = 1 << Intercept.NMI_WINDOW
 WINDOWS = INTERRUPT_WINDOW | NMI_WINDOW
@@ -145,7 +145,7 @@ def nmi_allowed(vcpu: Vcpu) -> bool:
 def inject_pending(vcpu: Vcpu, user_window: bool) -> None:
     """Give the silicon the most urgent event, and ask for windows for those that must wait.
 
-    Order: what was cut short, then a new exception, NMI, interrupt. `user_window`: user space wants to know when interrupts are possible.
+    Order: what was cut short, then a new exception, SMI, NMI, interrupt. `user_window`: user space wants to know when it can inject one.
     """
     queue = vcpu.events
     free = not _reinject(vcpu, queue)
@@ -155,12 +155,17 @@ def inject_pending(vcpu: Vcpu, user_window: bool) -> None:
     if vcpu.guest_debug & _BLOCKIRQ:
         vcpu.set_windows(0)
         return
+    if vcpu.smm.pending:
+        if not free:
+            vcpu.exit_soon()
+        elif vcpu.enter_smm():
+            free = False
     windows = 0
     if queue.nmi_pending:
         if free and nmi_allowed(vcpu):
             queue.nmi_pending -= 1
             queue.nmi_injected = True
-            _give(vcpu, EVENT_VALID | _TYPE_NMI | NMI)
+            _give(vcpu, EVENT_VALID | TYPE_NMI | NMI)
             free = False
         if queue.nmi_pending:
             windows = NMI_WINDOW
@@ -181,7 +186,7 @@ def _reinject(vcpu: Vcpu, queue: EventQueue) -> bool:
     elif queue.exception_pending:
         return False
     elif queue.nmi_injected:
-        _give(vcpu, EVENT_VALID | _TYPE_NMI | NMI)
+        _give(vcpu, EVENT_VALID | TYPE_NMI | NMI)
     elif queue.interrupt_injected:
         _inject_interrupt(vcpu, queue, reinjected=True)
     else:
@@ -217,7 +222,7 @@ def _inject_exception(vcpu: Vcpu, queue: EventQueue, reinjected: bool) -> None:
         return
     event = EVENT_VALID | (vcpu.vendor.soft_exception_type if soft else _TYPE_EXCEPTION) | queue.vector
     if queue.has_error:
-        event |= _HAS_ERROR
+        event |= HAS_ERROR
         vcpu.control.event_error = queue.error_code
     _give(vcpu, event)
     if trace.kvm_inj_exception.enabled:
@@ -244,30 +249,32 @@ def complete(vcpu: Vcpu) -> None:
     entered = not control.event & EVENT_VALID
     event, error_code = (vcpu.exit.vectoring, vcpu.exit.vectoring_error) if entered else (control.event, control.event_error)
     control.event = 0
+    if vcpu.smm.pending:
+        vcpu.make_request(REQ_EVENT)
     if not event & EVENT_VALID:
         queue.soft_return = None
         return
-    if _is_soft(event):
+    if is_soft(event):
         vcpu.vendor.soft_event_cut_short(vcpu, entered)
     _requeue(vcpu, queue, event, error_code)
 
 
-def _is_soft(event: int) -> bool:
+def is_soft(event: int) -> bool:
     """Whether an instruction asked for the event: INT n, or INT3 and INTO, which on SVM have the type of exceptions."""
-    kind = event & _TYPE_MASK
+    kind = event & TYPE_MASK
     return kind in (_TYPE_SOFT_INTERRUPT, _TYPE_SOFT_EXCEPTION) or (kind == _TYPE_EXCEPTION and event & 0xFF in (BP, OF))
 
 
 def _requeue(vcpu: Vcpu, queue: EventQueue, event: int, error_code: int) -> None:
     """Inject the event again at the next entry, unless an exception has come up that goes first."""
     vcpu.make_request(REQ_EVENT)
-    vector, kind = event & 0xFF, event & _TYPE_MASK
-    if kind == _TYPE_NMI:
+    vector, kind = event & 0xFF, event & TYPE_MASK
+    if kind == TYPE_NMI:
         queue.nmi_injected = True
         vcpu.state.interruptibility &= ~BLOCKED_BY_NMI  # the injection sets it again
     elif kind in (_TYPE_EXCEPTION, _TYPE_SOFT_EXCEPTION):
         if not queue.exception_pending:
             queue.exception_injected, queue.vector, queue.payload = True, vector, None
-            queue.has_error, queue.error_code = bool(event & _HAS_ERROR), error_code
+            queue.has_error, queue.error_code = bool(event & HAS_ERROR), error_code
     else:
         queue.queue_interrupt(vector, kind == _TYPE_SOFT_INTERRUPT)

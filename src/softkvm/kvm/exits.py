@@ -251,7 +251,7 @@ def memory_fault(vcpu: Vcpu, gpa: int, write: bool) -> int:
     """EPT violation or nested page fault: RAM to map, or a device's address."""
     if trace.kvm_page_fault.enabled:
         trace.kvm_page_fault(vcpu.vcpu_id, vcpu.state.rip, gpa, int(write) << 1)
-    fault = vcpu.vm.mmu.fault(gpa, write)
+    fault = vcpu.mmu.fault(gpa, write)
     if fault is Fault.FIXED:
         return 1
     if fault is Fault.UNMAPPED:

@@ -73,9 +73,10 @@ class Memslots:
     Readers need no lock: `_sorted`, start addresses and slots, is one pair that is replaced and never changed.
     """
 
-    def __init__(self, max_gpa: int) -> None:
-        """No slots; addresses must be below `max_gpa` (MAXPHYADDR)."""
+    def __init__(self, max_gpa: int, address_space: int = 0) -> None:
+        """No slots; addresses must be below `max_gpa` (MAXPHYADDR). Slot ids have the number of the address space in bits 31..16."""
         self._max_gpa = max_gpa
+        self._address_space = address_space
         self._by_id: dict[int, Slot] = {}
         self._sorted: tuple[list[int], list[Slot]] = ([], [])
 
@@ -90,6 +91,12 @@ class Memslots:
         if index >= 0 and gpa < slots[index].end:
             return slots[index]
         return None
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """First address and end of each slot, ascending."""
+        starts, slots = self._sorted
+        return [(start, slot.end) for start, slot in zip(starts, slots, strict=True)]
 
     def get(self, slot_id: int) -> Slot | None:
         """The slot with that id."""
@@ -124,7 +131,7 @@ class Memslots:
             region.flags & ~(KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY)
             or (gpa | size | hva) % PAGE_SIZE
             or hva + size > USER_ADDRESS_LIMIT
-            or region.slot >> 16  # address spaces: there is no SMM
+            or region.slot >> 16 != self._address_space
             or region.slot & 0xFFFF >= USER_MEM_SLOTS
             or gpa + size > self._max_gpa
             or size // PAGE_SIZE > MAX_NR_PAGES
@@ -141,8 +148,8 @@ class Memslots:
     def install(self, old: Slot | None, new: Slot | None) -> None:
         """Make the change that `check()` allowed."""
         if old is not None:
-            del self._by_id[old.id]
+            del self._by_id[old.id & 0xFFFF]
         if new is not None:
-            self._by_id[new.id] = new
+            self._by_id[new.id & 0xFFFF] = new
         slots = sorted(self._by_id.values(), key=lambda slot: slot.gpa)
         self._sorted = ([slot.gpa for slot in slots], slots)

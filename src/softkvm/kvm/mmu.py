@@ -32,10 +32,10 @@ class Fault(Enum):
 class Mmu:
     """Guest-physical memory of one VM."""
 
-    def __init__(self, lock: RLock, max_gpa: int) -> None:
-        """No memory yet; `lock` is the VM's slots lock, `max_gpa` the first address that the guest cannot have."""
+    def __init__(self, lock: RLock, max_gpa: int, address_space: int = 0) -> None:
+        """No memory yet; `lock` is the VM's slots lock, `max_gpa` the first address that no guest has. Address space 1 is SMM's."""
         self._lock = lock
-        self.slots = Memslots(max_gpa)
+        self.slots = Memslots(max_gpa, address_space)
         self.npt = silicon.NestedPageTable()
         self.track = PageTrack()
         self.manual_protect = 0
@@ -140,6 +140,12 @@ class Mmu:
             count = min(size - len(data), slot.end - gpa - len(data))
             data += mm.copy_from_user(slot.hva + gpa + len(data) - slot.gpa, count)
         return data
+
+    def page(self, gfn: int) -> memoryview:
+        """A page of guest memory in place; OSError(EFAULT) where there is none."""
+        gpa = gfn << PAGE_SHIFT
+        slot = self._slot(gpa)
+        return mm.view(slot.hva + gpa - slot.gpa, PAGE_SIZE)
 
     def write(self, gpa: int, data: bytes) -> None:
         """`kvm_write_guest()`, logged as dirty; OSError(EFAULT) where there is no memory that may be written."""

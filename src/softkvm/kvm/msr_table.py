@@ -147,6 +147,16 @@ def _set_pred_cmd(vcpu: Vcpu, index: int, value: int, host: bool) -> None:
     require(not value & ~n.PRED_CMD_IBPB, index)
 
 
+def _get_smbase(vcpu: Vcpu, index: int, host: bool) -> int:
+    require(host, index)
+    return vcpu.smm.base
+
+
+def _set_smbase(vcpu: Vcpu, index: int, value: int, host: bool) -> None:
+    require(host, index)
+    vcpu.smm.base = value & 0xFFFF_FFFF
+
+
 def _set_hwcr(vcpu: Vcpu, index: int, value: int, _host: bool) -> None:
     value &= ~n.HWCR_IGNORED
     require(value in (0, n.HWCR_MC_STATUS_WRITE), index)
@@ -254,6 +264,7 @@ HANDLERS: dict[int, Handler] = {
     n.IA32_SYSENTER_EIP: sysenter_pointer("sysenter_eip"),
     n.IA32_SPEC_CTRL: resident("spec_ctrl", spec_ctrl, (cpuid.SPEC_CTRL, cpuid.AMD_IBRS, cpuid.AMD_STIBP, cpuid.AMD_SSBD)),
     n.IA32_PRED_CMD: Handler(unreadable, _set_pred_cmd),
+    n.IA32_PKRS: resident("pkrs", lambda _vcpu, _index, value, _host: not value >> 32, (cpuid.PKS,)),
     n.IA32_XSS: resident("xss", lambda _vcpu, _index, value, _host: value == 0, (cpuid.XSAVES,)),
     n.IA32_FEATURE_CONTROL: of_intel(stored(lockable)),
     n.IA32_MISC_ENABLE: Handler(lambda vcpu, index, _host: vcpu.msrs.values[index], _set_misc_enable),
@@ -263,6 +274,7 @@ HANDLERS: dict[int, Handler] = {
     n.MISC_FEATURES_ENABLES: stored(no_cpuid_fault),
     n.POWER_CTL: stored(),
     n.SMI_COUNT: stored(from_host),
+    n.IA32_SMBASE: Handler(_get_smbase, _set_smbase),
     n.IA32_PERF_STATUS: constant(_PERF_STATUS),
     n.EBC_FREQUENCY_ID: constant(_EBC_FREQUENCY),
     n.FSB_FREQ: constant(3),

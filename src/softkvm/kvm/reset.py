@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from softkvm.kvm import regs
 from softkvm.kvm.request import REQ_EVENT
+from softkvm.kvm.smm import DEFAULT_BASE
 from softkvm.silicon.control import SegmentRegister
 from softkvm.uapi.kvm import KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE
 
@@ -56,8 +57,9 @@ def reset(vcpu: Vcpu, init: bool) -> None:
 
 
 def _power_up(vcpu: Vcpu) -> None:
-    """What RESET clears and INIT does not: FPU, XCR0, system-call MSRs."""
+    """What RESET clears and INIT does not: FPU, XCR0, system-call MSRs, SMBASE."""
     state = vcpu.state
+    vcpu.smm.base = DEFAULT_BASE
     fpu = state.fpu
     memset(addressof(fpu), 0, sizeof(fpu))
     fpu.fcw, fpu.mxcsr = 0x37F, 0x1F80
@@ -71,6 +73,9 @@ def accept_events(vcpu: Vcpu) -> None:
     """Act on INIT and SIPI that the local APIC has received (`kvm_apic_accept_events()`); a SIPI counts only after an INIT."""
     lapic = vcpu.lapic
     if lapic is None:
+        return
+    if vcpu.smm.active:  # INIT waits for RSM; a SIPI would count in the wait for it only
+        lapic.sipi_vector = None
         return
     if lapic.pending_init:
         lapic.pending_init = False

@@ -28,10 +28,11 @@ from softkvm.kvm.request import (
     REQ_PERF,
     REQ_PMI,
     REQ_PMU,
+    REQ_SMI,
     REQ_TLB_FLUSH,
     REQ_TRIPLE_FAULT,
 )
-from softkvm.kvm.vcpu_core import IN_GUEST_MODE, OUTSIDE_GUEST_MODE
+from softkvm.kvm.vcpu_requests import IN_GUEST_MODE, OUTSIDE_GUEST_MODE
 from softkvm.silicon import EMULATE_FIRST, EMULATE_ONE
 from softkvm.uapi import kvm as uapi
 from softkvm.uapi.layout import offset_of
@@ -121,7 +122,7 @@ def _save_to_user(vcpu: Vcpu) -> None:
     area, lapic = vcpu.mmap_area, vcpu.lapic
     cr8 = vcpu.state.cr8 if lapic is None else lapic.cr8
     ready = vcpu.vm.irqchip is not None or _ready_for_injection(vcpu)
-    _save(area, _SAVED, ready, vcpu.state.rflags >> 9 & 1, 0, cr8, vcpu.apic_base)
+    _save(area, _SAVED, ready, vcpu.state.rflags >> 9 & 1, vcpu.smm.active, cr8, vcpu.apic_base)
     if valid := vcpu.mmap_words[_VALID_REGS]:
         _store_regs(vcpu, valid)
 
@@ -218,7 +219,9 @@ def _service_requests(vcpu: Vcpu) -> int:
         requests |= _service_perf(vcpu, requests)
     if requests & REQ_NMI:
         _process_nmi(vcpu)
-    if requests & (REQ_EVENT | REQ_NMI):
+    if requests & REQ_SMI:
+        vcpu.smm.pending = True
+    if requests & (REQ_EVENT | REQ_NMI | REQ_SMI):
         reset.accept_events(vcpu)
         if vcpu.mp_state != RUNNABLE or (vcpu.introspection is not None and vcpu.introspection.singlestep):
             return 1
@@ -327,6 +330,8 @@ def runnable(vcpu: Vcpu) -> bool:
         return True
     if vcpu.mp_state != HALTED:
         return False
+    if (vcpu.requests & REQ_SMI or vcpu.smm.pending) and not vcpu.smm.active:
+        return True
     queue = vcpu.events
     if queue.exception_pending or (lapic is not None and lapic.pv_unhalted):
         return True

@@ -99,7 +99,7 @@ def nested_ratio(l1_ratio: int, l2_ratio: int) -> int:
 def enter_catching_up(vcpu: VcpuCore, enter: Callable[[], int]) -> int:
     """A VM entry by `enter` of a vCPU whose TSC catches up: it does so before the next one. The exit reason."""
     reason = enter()
-    vcpu.make_request(request.REQ_CLOCK_UPDATE)
+    vcpu.note_request(request.REQ_CLOCK_UPDATE)
     return reason
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from softkvm.kvm.lbr import GuestLbr
     from softkvm.kvm.msr import MsrState
     from softkvm.kvm.pmu.vpmu import VirtualPmu
+    from softkvm.kvm.smm import SmmState
     from softkvm.kvm.tsc import VcpuTsc, VmTsc
     from softkvm.silicon.control import Control, ControlBlock, State
 
@@ -195,6 +196,10 @@ class Vcpu(Protocol):
     @property
     def pvclock(self) -> PvClock:
         """Shared clock pages and steal time."""
+
+    @property
+    def smm(self) -> SmmState:
+        """System management mode."""
 
     @property
     def model(self) -> Model:

@@ -1,7 +1,7 @@
-"""What runs of a vCPU: its control block, its shared mapping, the thread and the core under it, and how other threads reach it.
+"""What runs of a vCPU: its control block, its shared mapping, the thread and the core under it.
 
-Answers to Linux 6.1 `virt/kvm/kvm_main.c` (`vcpu_load()`, `kvm_vcpu_kick()`, `kvm_make_request()`, `kvm_vcpu_wake_up()`) and
-`Documentation/virt/kvm/vcpu-requests.rst`. `Vcpu` adds the parts that a guest sees, and the ioctls.
+Answers to Linux 6.1 `virt/kvm/kvm_main.c` (`vcpu_load()`, `vcpu_put()`). `VcpuRequests` is how other threads reach it, `Vcpu` adds the
+parts that a guest sees, and the ioctls.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
 
 from softkvm import silicon
-from softkvm.host import balance, static_call
+from softkvm.host import static_call
 from softkvm.host.sched import Cpu
 from softkvm.host.task import TIF_NEED_RESCHED, TIF_SIGPENDING, Task
 from softkvm.kvm import events, tsc, virtual_time, watch
 from softkvm.kvm.dirty_ring import DirtyRing
 from softkvm.kvm.guest_debug import DebugRegisters
-from softkvm.kvm.ioctl import KvmFile
 from softkvm.kvm.mmu import Fault
-from softkvm.kvm.request import REQ_NMI, REQ_TRIPLE_FAULT
+from softkvm.kvm.smm import SmmState
+from softkvm.kvm.vcpu_requests import OUTSIDE_GUEST_MODE, VcpuRequests
 from softkvm.kvm.vendor import INTERCEPTS
 from softkvm.silicon.control import Intercept, State
 from softkvm.uapi import kvm as uapi
 
 if TYPE_CHECKING:
+    from softkvm.kvm.mmu import Mmu
     from softkvm.kvm.vm import Vm
 
 MMAP_SIZE = 3 * 4096
 """kvm_run, PIO data, coalesced ring: one page each."""
 NO_INTERRUPT = -1
-OUTSIDE_GUEST_MODE, IN_GUEST_MODE = 0, 1
 _NOT_ARMED = -1
 _RING_OFFSET = uapi.KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE
 
@@ -54,7 +54,7 @@ class OnCore(NamedTuple):
         return {name: count - self.before[name] + self.brought.get(name, 0) for name, count in now.items()}
 
 
-class VcpuCore(KvmFile):
+class VcpuCore(VcpuRequests):
     """The running half of a vCPU. `kick()`, `kick_guest()`, `wake()` and `make_request()` are for any thread, the rest for its own."""
 
     unknown_ioctl = errno.EINVAL
@@ -96,6 +96,9 @@ class VcpuCore(KvmFile):
         self.intercepts = INTERCEPTS
         """`Control.intercepts` without the windows."""
         self.windows = 0
+        self.mmu = self.vm.mmu
+        """The memory that the vCPU sees: the guest's, or in system management mode the other address space."""
+        self.smm = SmmState()
         self.hardware_view = memoryview(vmcb.hardware)
         self.guest_debug = 0
         """KVM_GUESTDBG_*, 0 without a debugger in user space."""
@@ -103,18 +106,10 @@ class VcpuCore(KvmFile):
         """The guest's own: the silicon's, unless a debugger has those."""
 
     def _init_concurrency(self) -> None:
-        """What other threads touch, and what belongs to the run loop."""
-        self.mode = OUTSIDE_GUEST_MODE
-        self.requests = 0
-        self._nmis_queued = 0
-        self._request_lock = threading.Lock()
+        """What belongs to the run loop."""
+        self.init_requests()
         self.wakeup = self.vm.scheduler.wakeup(self)
-        self.blocked = False
-        self.task: Task | None = None
-        self._signalled = False
         self.signal_mask: frozenset[int] | None = None
-        self.cpu: Cpu | None = None
-        """The core that the vCPU is on."""
         self.cpu_index = 0
         """Number of the core that the vCPU is or was on."""
         self.has_run = False
@@ -146,69 +141,6 @@ class VcpuCore(KvmFile):
         self.exit_counts = dict.fromkeys(self.handlers, 0)
         """VM exits by the vendor's exit reason."""
 
-    # --- Other threads --------------------------------------------------------------------------------------------------------------
-
-    def make_request(self, request: int) -> None:
-        """Ask for the work of REQ_* before the next VM entry, and make the vCPU notice."""
-        with self._request_lock:
-            self.requests |= request
-        if self.blocked:
-            self.wakeup.set()
-        elif self.mode:
-            self.kick_guest()
-
-    def queue_nmi(self) -> None:
-        """An NMI has arrived (`kvm_inject_nmi()`): they are counted, as two may wait."""
-        with self._request_lock:
-            self._nmis_queued += 1
-        self.make_request(REQ_NMI)
-
-    def take_nmis(self) -> int:
-        """How many NMIs have arrived since the last call."""
-        with self._request_lock:
-            count, self._nmis_queued = self._nmis_queued, 0
-        return count
-
-    def take_requests(self) -> int:
-        """All requests, which are cleared."""
-        with self._request_lock:
-            requests, self.requests = self.requests, 0
-        return requests
-
-    def clear_request(self, request: int) -> None:
-        """Forget a request."""
-        with self._request_lock:
-            self.requests &= ~request
-
-    def set_triple_fault(self, pending: bool) -> None:
-        """Raise or withdraw a triple fault."""
-        with self._request_lock:
-            self.requests = self.requests | REQ_TRIPLE_FAULT if pending else self.requests & ~REQ_TRIPLE_FAULT
-
-    def wake(self) -> None:
-        """End a wait in HLT, so that the vCPU looks whether it can run."""
-        self.wakeup.set()
-
-    def kick_guest(self) -> None:
-        """Leave guest mode, if in it (`kvm_vcpu_kick()`); KVM_RUN goes on. The caller does not keep the processor from the vCPU."""
-        cpu = self.cpu
-        if self.mode and cpu is not None:
-            cpu.core.kick()
-            if (processor := cpu.core.displaced()) >= 0:
-                balance.step_aside(processor)
-
-    def kick(self) -> None:
-        """Send the vCPU's thread a signal: the KVM_RUN in progress, or the next one, fails with EINTR and KVM_EXIT_INTR."""
-        self._signalled = True
-        task = self.task
-        if task is not None:
-            task.set_flag(TIF_SIGPENDING)
-
-    def notice_flags(self) -> None:
-        """The thread's flags have changed: look at them soon."""
-        self.wakeup.set()
-        self.kick_guest()
-
     # --- The run loop's view --------------------------------------------------------------------------------------------------------
 
     def attach(self, task: Task) -> None:
@@ -236,12 +168,21 @@ class VcpuCore(KvmFile):
         self.control.tlb_control = 1
         self.flush_requested = True
         self._on_core = OnCore(cpu.core, cpu.core.counters(), self._on_core.counters())
-        core_enter = partial(cpu.core.enter, self._hardware, self.vm.mmu.npt)
-        turns = self.vm.turns
-        self._enter_by(core_enter if turns is None else partial(virtual_time.enter, self, turns, core_enter))
+        self._enter_core(cpu)
         self.armed = _NOT_ARMED
         self.has_run, self.cpu_index = True, cpu.index
         self.cpu = cpu
+
+    def _enter_core(self, cpu: Cpu) -> None:
+        core_enter = partial(cpu.core.enter, self._hardware, self.mmu.npt)
+        turns = self.vm.turns
+        self._enter_by(core_enter if turns is None else partial(virtual_time.enter, self, turns, core_enter))
+
+    def use_memory(self, mmu: Mmu) -> None:
+        """Enter the guest with this memory from now on."""
+        self.mmu = mmu
+        if self.cpu is not None:
+            self._enter_core(self.cpu)
 
     def sched_out(self) -> None:
         """On no core any more."""
@@ -358,6 +299,19 @@ class VcpuCore(KvmFile):
             self.cpu.core.set_timer(0)
         self.armed = _NOT_ARMED
 
+    def exit_soon(self) -> None:
+        """Let the next stay in the guest end at once, behind what is injected (`kvm_vcpu_kick()` of itself)."""
+        if self.cpu is not None:
+            self.cpu.core.kick()
+
+    def intercept_ud(self, wanted: bool) -> None:
+        """Exit for #UD because KVM has an instruction to emulate, or only if the module parameter wants it."""
+        bit = 1 << events.UD
+        if wanted or self.vm.parameters.force_emulation_prefix:
+            self.control.exception_bitmap |= bit
+        else:
+            self.control.exception_bitmap &= ~bit
+
     def set_windows(self, windows: int) -> None:
         """Which interrupt and NMI windows (bits of `Control.intercepts`) to exit at."""
         if windows != self.windows:
@@ -375,17 +329,11 @@ class VcpuCore(KvmFile):
         self.complete_userspace_io = finish
         return 0
 
-    def handle_signal_exit(self) -> None:
-        """A signal ends KVM_RUN."""
-        self._signalled = False
-        self.kvm_run.exit_reason = uapi.KVM_EXIT_INTR
-        self.stats["signal_exits"] += 1
-
     def translate_gva(self, gva: int, access: int) -> int | None:
         """Guest-virtual to guest-physical as the guest's paging has it now, on the loaded core; `access` as for `Core.translate`."""
         if self.cpu is None:
             return self._not_loaded()
-        mmu = self.vm.mmu
+        mmu = self.mmu
         while True:
             try:
                 return self.cpu.core.translate(self._hardware, mmu.npt, gva, access)

@@ -11,31 +11,28 @@ from contextlib import nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from softkvm.host import mm, task
+from softkvm.host import task
 from softkvm.host.clock import Clock
-from softkvm.kvm import capabilities, lbr, svm, tsc, tsc_status, vmx
+from softkvm.kvm import capabilities, svm, tsc, tsc_status, vmx
 from softkvm.kvm.coalesced import Coalesced
-from softkvm.kvm.dirty_log import VmDirtyLog
 from softkvm.kvm.eventfd import EventFds
 from softkvm.kvm.introspection.ioctls import IntrospectionIoctls
 from softkvm.kvm.iobus import IoBus
-from softkvm.kvm.ioctl import fields, ioctl, pointed_u64, returns, returns_first_u32, takes, takes_array, takes_pmu_event_filter, value
+from softkvm.kvm.ioctl import fields, ioctl, pointed_u64, returns, returns_first_u32, takes, takes_array, value
 from softkvm.kvm.irqchip import Irqchip
 from softkvm.kvm.irqchip.pit import Pit
 from softkvm.kvm.irqchip.routing import MAX_ROUTES, USERSPACE_SOURCE, Routing
 from softkvm.kvm.kvmclock import VmClock
 from softkvm.kvm.mmu import Mmu
-from softkvm.kvm.pmu.filter import EventFilter
-from softkvm.kvm.pmu.offer import supported_capabilities
 from softkvm.kvm.timekeeper import Timekeeper
 from softkvm.kvm.tsc import VmTsc
 from softkvm.kvm.tsc_status import TscStatus
 from softkvm.kvm.vcpu import Vcpu
 from softkvm.kvm.vendor import Vendor
 from softkvm.kvm.virtual_time import ExitTrace
+from softkvm.kvm.vm_memory import VmMemory
 from softkvm.kvm.vm_options import VmOptions
 from softkvm.uapi import kvm as uapi
-from softkvm.uapi import series
 
 if TYPE_CHECKING:
     from softkvm.kvm.system import System
@@ -45,7 +42,7 @@ _PAGE = 4096
 _MAXPHYADDR_LEAF = 0x8000_0008
 
 
-class Vm(VmDirtyLog, VmOptions, IntrospectionIoctls):
+class Vm(VmMemory, VmOptions, IntrospectionIoctls):
     """One virtual machine; a context manager that closes it."""
 
     unknown_ioctl = errno.ENOTTY
@@ -63,11 +60,13 @@ class Vm(VmDirtyLog, VmOptions, IntrospectionIoctls):
         self.clock = clock
         self.lock = threading.RLock()
         self._hook_lock = threading.Lock()
-        self.mmu = Mmu(self.lock, 1 << (self.model.cpuid(_MAXPHYADDR_LEAF, 0)[0] & 0xFF))
+        max_gpa = 1 << (self.model.cpuid(_MAXPHYADDR_LEAF, 0)[0] & 0xFF)
+        self.mmu, self.smm_mmu = Mmu(self.lock, max_gpa), Mmu(self.lock, max_gpa, address_space=1)
+        """Memory of the guest, and of a vCPU in system management mode."""
         self.memory = self.mmu
         self.vcpus: list[Vcpu] = []
         self.init_options()
-        self.mmu.push_dirty = self._push_dirty
+        self.mmu.push_dirty = self.smm_mmu.push_dirty = self._push_dirty
         self.boot_cpu_id = 0
         self.pio_bus, self.mmio_bus = IoBus(self.lock), IoBus(self.lock)
         self.routing = Routing(self)
@@ -79,13 +78,6 @@ class Vm(VmDirtyLog, VmOptions, IntrospectionIoctls):
         self.coalesced = Coalesced(self)
         self.timekeeper = Timekeeper(self.vcpus)
         self.exit_trace = ExitTrace()
-        self.exception_payload = False
-        self.exit_on_emulation_failure = False
-        self.triple_fault_event = False
-        self.enable_pmu = self.parameters.enable_pmu
-        self.pmu_event_filter: EventFilter | None = None
-        self.perf_capabilities = supported_capabilities(self.model) if self.enable_pmu and self.model.vendor == "intel" else 0
-        """PERF_CAPABILITIES of new vCPUs."""
         self.tss_addr = 0
         self.identity_map_addr = 0
         clock.on_earlier = self._timer_came_nearer
@@ -135,53 +127,7 @@ class Vm(VmDirtyLog, VmOptions, IntrospectionIoctls):
         """KVM_CHECK_EXTENSION: 0 if the capability is absent."""
         return capabilities.check(cap, self.tsc.scaling)
 
-    @ioctl(uapi.KVM_ENABLE_CAP, takes(uapi.EnableCap))
-    def enable_cap(self, cap: uapi.EnableCap) -> None:
-        """KVM_ENABLE_CAP; OSError(EINVAL) for flags, and for what cannot be enabled."""
-        if cap.flags:
-            raise OSError(errno.EINVAL, "bad flags")
-        if cap.cap == uapi.KVM_CAP_EXCEPTION_PAYLOAD:
-            self.exception_payload = bool(cap.args[0])
-        elif cap.cap == uapi.KVM_CAP_EXIT_ON_EMULATION_FAILURE and not cap.args[0] & ~1:
-            self.exit_on_emulation_failure = bool(cap.args[0])
-        elif cap.cap == uapi.KVM_CAP_X86_TRIPLE_FAULT_EVENT:
-            self.triple_fault_event = bool(cap.args[0])
-        elif cap.cap == uapi.KVM_CAP_PMU_CAPABILITY:
-            self._set_pmu_capability(cap.args[0])
-        elif cap.cap == series.KVM_CAP_X86_GUEST_LBR:
-            self._enable_guest_lbr(bool(cap.args[0]), cap.args[1])
-        elif cap.cap == uapi.KVM_CAP_X2APIC_API and not cap.args[0] & ~capabilities.X2APIC_API:
-            self.routing.x2apic_format |= bool(cap.args[0] & capabilities.X2APIC_API_USE_32BIT_IDS)
-            self.routing.x2apic_broadcast_quirk &= not cap.args[0] & capabilities.X2APIC_API_DISABLE_BROADCAST_QUIRK
-        else:
-            self.enable_option(cap.cap, cap.args[0])
-
-    def _set_pmu_capability(self, capability: int) -> None:
-        with self.lock:
-            if capability & ~uapi.KVM_PMU_CAP_DISABLE or self.vcpus or not self.parameters.enable_pmu:
-                raise OSError(errno.EINVAL, "no such PMU capability, or there are vCPUs")
-            if capability & uapi.KVM_PMU_CAP_DISABLE:
-                self.enable_pmu, self.perf_capabilities = False, 0
-
-    def _enable_guest_lbr(self, enable: bool, address: int) -> None:
-        """KVM_CAP_X86_GUEST_LBR: tell user space what the records are like, then give or take them."""
-        with self.lock:
-            mm.copy_to_user(address, bytes(lbr.stack_for(self.scheduler.perf.pmu.layout, self.vcpus, enable)))
-            for vcpu in self.vcpus:
-                with vcpu.ioctl_lock:
-                    lbr.enable_capability(vcpu, enable)
-
-    @ioctl(uapi.KVM_SET_PMU_EVENT_FILTER, takes_pmu_event_filter)
-    def set_pmu_event_filter(self, header: uapi.PmuEventFilter, events: list[int]) -> None:
-        """KVM_SET_PMU_EVENT_FILTER: counts from the next time that a counter is programmed; OSError EINVAL, E2BIG."""
-        self.pmu_event_filter = EventFilter.make(header, events)
-
     # --- Memory ---------------------------------------------------------------------------------------------------------------------
-
-    @ioctl(uapi.KVM_SET_USER_MEMORY_REGION, takes(uapi.UserspaceMemoryRegion))
-    def set_user_memory_region(self, region: uapi.UserspaceMemoryRegion) -> None:
-        """KVM_SET_USER_MEMORY_REGION; OSError EINVAL for a bad slot, EEXIST for an overlap."""
-        self.mmu.set_region(region)
 
     @ioctl(uapi.KVM_SET_TSS_ADDR, value)
     def set_tss_addr(self, address: int) -> None:

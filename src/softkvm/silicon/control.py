@@ -107,6 +107,7 @@ class State(LittleEndianStructure):
         ("activity", _u32),  # 0 active, 1 HLT, 2 shutdown, 3 wait for SIPI
         ("pdpte", _u64 * 4),
         ("fpu", Fpu),
+        ("pkrs", _u64),
     ]
 
 

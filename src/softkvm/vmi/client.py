@@ -84,6 +84,10 @@ class Client:
             elif incoming.sequence == sequence:
                 return self._session.result(request, incoming)
 
+    def post(self, request: Request[None]) -> None:
+        """Send a command and do not wait: whether it was done does not matter, or the vCPU does not run now."""
+        self._channel.send(self._session.encode(request)[1])
+
     def supports(self, command: Command) -> bool:
         """Whether the server knows a command and allows it."""
         if command not in self._supported:
@@ -109,7 +113,7 @@ class Client:
     @cached_property
     def memory(self) -> Memory:
         """The guest's physical memory."""
-        return remote.open_memory(self)
+        return self._channel.memory() or remote.open_memory(self)
 
     def write(self, address: int, data: bytes) -> None:
         """Write guest-physical memory."""

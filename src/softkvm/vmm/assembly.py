@@ -5,6 +5,8 @@ Source of truth for the order of ioctls: Linux 6.1 `Documentation/virt/kvm/api.r
 
 from __future__ import annotations
 
+import errno
+
 from softkvm import kvm
 from softkvm.host.clock import Clock, VirtualClock
 from softkvm.uapi import kvm as uapi
@@ -35,8 +37,10 @@ def allocate(size: int) -> GuestMemory:
         raise ConfigError(f"this host cannot provide {size // layout.MIB} MB of memory: {error.strerror}") from error
 
 
-def set_up_vm(vm: kvm.Vm, guest: GuestMemory) -> None:
-    """Memory, interrupt chips, PIT and routes."""
+def set_up_vm(vm: kvm.Vm, guest: GuestMemory, tsc_khz: int | None) -> None:
+    """Memory, interrupt chips, PIT and routes, and the rate of the TSCs; ConfigError if the silicon cannot run them at that rate."""
+    if tsc_khz is not None:
+        _set_tsc_khz(vm, tsc_khz)
     vm.set_identity_map_addr(layout.KVM_IDENTITY_MAP.base)
     vm.set_tss_addr(layout.KVM_TSS.base)
     for slot in guest.slots():
@@ -52,6 +56,16 @@ def _enabled(capability: int) -> uapi.EnableCap:
     cap = uapi.EnableCap(cap=capability)
     cap.args[0] = 1
     return cap
+
+
+def _set_tsc_khz(vm: kvm.Vm, khz: int) -> None:
+    host_khz = vm.get_tsc_khz()
+    try:
+        vm.set_tsc_khz(khz)
+    except OSError as error:
+        raise ConfigError(f"a TSC of {khz} kHz is too fast for this silicon, whose own runs at {host_khz} kHz") from error
+    if khz < host_khz and not vm.check_extension(uapi.KVM_CAP_VM_TSC_CONTROL):
+        raise ConfigError(f"without TSC scaling no TSC is slower than the host's {host_khz} kHz, and {khz} kHz were asked for")
 
 
 def forget_page(vm: kvm.Vm, guest: GuestMemory, address: int) -> None:
@@ -74,3 +88,12 @@ def make_vcpu(system: kvm.System, vm: kvm.Vm, index: int, settings: Hardware) ->
     boot_cpu.wire_lapic(lapic, boot_cpu=index == 0)
     vcpu.set_lapic(lapic)
     return vcpu
+
+
+def tell_of_pause(vcpu: kvm.Vcpu) -> None:
+    """A vCPU has stood still: a guest with kvmclock is told, so that its watchdogs stay quiet."""
+    try:
+        vcpu.kvmclock_ctrl()
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # it has no kvmclock
+            raise

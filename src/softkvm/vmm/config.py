@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from softkvm import kvm
+from softkvm.host.clock import Clock
 from softkvm.vmm import layout
 from softkvm.vmm.errors import ConfigError
 from softkvm.vmm.layout import GIB, KIB, MIB
@@ -21,6 +22,7 @@ DEFAULT_CPU = "cascadelake"
 SMALLEST_MEMORY = 4 * MIB
 LARGEST_MEMORY = layout.RAM_BELOW_4G.size + layout.RAM_ABOVE_4G.size
 MOST_CPUS = 64
+LARGEST_TSC_KHZ = (1 << 31) - 1
 LARGEST_SEED = (1 << 64) - 1
 
 _PAGE = 4096
@@ -56,6 +58,23 @@ class Config(Hardware):
     serial: Mapping[int, SerialBackend] = field(default_factory=dict)
     seed: int | None = None
     """Of a deterministic machine."""
+    tsc_khz: int | None = None
+    """Rate of the guest's TSC, None for the host's."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a machine uses of the process that it is in."""
+
+    serial: Mapping[int, SerialBackend]
+    output_limit: int
+    clock: Clock
+    process: kvm.Process
+    cores: int | None
+    seed: int | None = None
+    """Of a deterministic machine, whose clock is a virtual one."""
+    tsc_khz: int | None = None
+    """Rate of the vCPUs' TSCs."""
 
 
 def check(
@@ -68,6 +87,7 @@ def check(
     serial: Mapping[int, SerialBackend] | None,
     kvm_parameters: Iterable[str] = (),
     deterministic: int | None = None,
+    tsc_khz: int | None = None,
 ) -> Config:
     """The configuration for the arguments of `Machine`; ConfigError names the first mistake."""
     if kernel is None:
@@ -76,6 +96,8 @@ def check(
         raise ConfigError(f"a machine has 1 to {MOST_CPUS} CPUs, not {cpus}")
     if deterministic is not None and not 0 <= deterministic <= LARGEST_SEED:
         raise ConfigError(f"the seed of a deterministic machine is a number from 0 to {LARGEST_SEED}, not {deterministic}")
+    if tsc_khz is not None and not 1 <= tsc_khz <= LARGEST_TSC_KHZ:
+        raise ConfigError(f"a TSC runs at 1 to {LARGEST_TSC_KHZ} kHz, not {tsc_khz}")
     ports = check_serial(serial)
     name, features = parse_cpu(cpu)
     return Config(
@@ -89,6 +111,7 @@ def check(
         parameters=parse_parameters(kvm_parameters),
         serial=ports,
         seed=deterministic,
+        tsc_khz=tsc_khz,
     )
 
 

@@ -12,9 +12,10 @@ import os
 import select
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from softkvm.uapi import kvmi
 from softkvm.vmm.errors import ConfigError
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
 
 UNHOOK_TIMEOUT = 60.0
 """Seconds that a tool has to clean up before a snapshot (QEMU's `unhook_timeout`)."""
+_LEAVE_TIMEOUT, _LEAVE_STEPS = 2.0, 200
 AUTO = "auto"
 DIALECTS = (AUTO, *kvmi.DIALECTS)
 
+Hooked = TypeVar("Hooked")
 _log = logging.getLogger(__name__)
 
 
@@ -66,7 +69,7 @@ class Introspection:
                 raise BlockingIOError("the machine is being saved")
             self._forget_who_left()
             number = getattr(self._vm, "introspection_hook" + ("" if dialect == kvmi.V9.name else f"_{dialect}"))
-            number(kvmi.Hook(fd=peer.fileno()), allow_all=True)
+            self._wait_for_room(lambda: number(kvmi.Hook(fd=peer.fileno()), allow_all=True))
             if self.reply_timeout is not None:
                 self._vm.set_introspection_timeout(self.reply_timeout)
             self._watched = socket.socket(fileno=os.dup(peer.fileno()))  # peer.dup() would carry its time-out to KVM's end
@@ -76,13 +79,24 @@ class Introspection:
         if self._watched is not None and _has_left(self._watched, 0):
             self.end()
 
+    def _wait_for_room(self, hook: Callable[[], Hooked]) -> Hooked:
+        """Hook; while nobody is hooked, EEXIST only means that some vCPU has not yet noticed that the last tool has left."""
+        for _ in range(_LEAVE_STEPS):
+            try:
+                return hook()
+            except FileExistsError:
+                if self._watched is not None or self._direct:
+                    raise
+            time.sleep(_LEAVE_TIMEOUT / _LEAVE_STEPS)
+        return hook()
+
     def hook_directly(self, handler: kvm.IntrospectionHandler) -> kvm.DirectChannel:
         """Give the VM to a tool of this process that needs no socket; OSError(EEXIST) if there is a tool."""
         with self._lock:
             if self._suspended:
                 raise BlockingIOError("the machine is being saved")
             self._forget_who_left()
-            channel = self._vm.introspect(handler)
+            channel = self._wait_for_room(lambda: self._vm.introspect(handler))
             self._direct = True
             return channel
 
@@ -104,6 +118,11 @@ class Introspection:
             with self._lock:
                 if self._watched is watched:
                     self.end()
+
+    @property
+    def holds_a_vcpu(self) -> bool:
+        """Whether a vCPU waits for the tool."""
+        return self._vm.waits_for_tool()
 
     def end(self) -> None:
         """Un-hook at once; nothing happens if nobody is hooked."""

@@ -13,6 +13,7 @@ import logging
 import socket
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 from uuid import UUID
@@ -99,6 +100,7 @@ class Peer:
         self._options = options
         self._hello = _hello(options.dialect, name, uuid, max_gpa)
         self._closing = threading.Event()
+        self._current: socket.socket | None = None
         self._thread = threading.Thread(target=self._live, name="softkvm-introspection", daemon=True)
         introspection.reply_timeout = options.reply_timeout
 
@@ -109,6 +111,9 @@ class Peer:
     def close(self) -> None:
         """Un-hook, and stop to connect."""
         self._closing.set()
+        if self._current is not None:
+            with suppress(OSError):  # not connected, or closed
+                self._current.shutdown(socket.SHUT_RDWR)
         self._introspection.end()
         self._thread.join(2 * HANDSHAKE_TIMEOUT)
 
@@ -128,6 +133,9 @@ class Peer:
     def _serve_one(self) -> None:
         family, address = self._options.resolve()
         with socket.socket(family, socket.SOCK_STREAM) as peer:
+            self._current = peer
+            if self._closing.is_set():
+                return
             peer.settimeout(HANDSHAKE_TIMEOUT)
             peer.connect(address)
             self.shake_hands(peer)

@@ -46,7 +46,4 @@ class Model:
 class Registers:
     """A guest at an address."""
 
-    ip, user_mode, cr3, frame_pointer = 0x1000, False, 0, 0
-
-    def read(self, address: int, size: int) -> bytes | None:
-        return None
+    ip, user_mode, cr3, stack_pointer, frame_pointer = 0x1000, False, 0, 0, 0

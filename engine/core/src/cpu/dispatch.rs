@@ -376,6 +376,7 @@ impl Cpu {
         }
         let (traps, resume) = (self.state.pending_debug, self.rflags & rflags::RF);
         self.rflags &= !rflags::RF;
+        self.step_settled = false;
         let shadow = self.state.interruptibility & SHADOWS;
         let stepping = self.rflags & rflags::TF != 0;
         self.state.interruptibility &= !SHADOWS;
@@ -402,7 +403,6 @@ impl Cpu {
         if stepping && stop != Stop::Fault && !self.step_settled && self.step_traps(branched) {
             self.trap(dr6::BS);
         }
-        self.step_settled = false;
         if self.pending & pending::EMULATE != 0 {
             self.end_emulation()?;
         }

@@ -129,6 +129,7 @@ fn read_msr(cpu: &mut Cpu, index: u32) -> Exec<u64> {
         index::TSC_AUX if has_tsc_aux(cpu) => state.tsc_aux,
         index::SPEC_CTRL if spec_ctrl_bits(cpu) != 0 => state.spec_ctrl,
         index::XSS if cpu.model.has(Feature::Xsaves) => state.xss,
+        index::PKRS if cpu.model.has(Feature::Pks) => state.pkrs,
         _ => return cpu.read_pmu(index),
     };
     Ok(value)
@@ -156,6 +157,7 @@ fn write_msr(cpu: &mut Cpu, index: u32, value: u64) -> Exec {
         index::TSC_AUX => state.tsc_aux = value & 0xffff_ffff,
         index::SPEC_CTRL => state.spec_ctrl = value,
         index::XSS => state.xss = value,
+        index::PKRS => write_supervisor_keys(cpu, value),
         index::PRED_CMD => cpu.pmu.barrier(value),
         _ => return cpu.write_pmu(index, value),
     }
@@ -176,6 +178,7 @@ fn check_msr_value(cpu: &mut Cpu, index: u32, value: u64) -> Exec {
         index::SPEC_CTRL => spec_ctrl_bits(cpu) != 0 && value & !spec_ctrl_bits(cpu) == 0,
         index::PRED_CMD => (cpu.model.has(Feature::SpecCtrl) || cpu.model.has(Feature::AmdIbpb)) && value & !1 == 0,
         index::XSS => cpu.model.has(Feature::Xsaves) && value == 0,
+        index::PKRS => cpu.model.has(Feature::Pks) && value >> 32 == 0,
         _ => true,
     };
     if good {
@@ -222,6 +225,15 @@ fn write_efer(cpu: &mut Cpu, value: u64) {
         cpu.tlb.flush();
     }
     cpu.refresh();
+}
+
+fn write_supervisor_keys(cpu: &mut Cpu, value: u64) {
+    let changed = cpu.state.pkrs != value;
+    cpu.state.pkrs = value;
+    if changed && cpu.state.cr4 & cr4::PKS != 0 {
+        cpu.tlb.flush();
+        cpu.refresh();
+    }
 }
 
 fn write_base(cpu: &mut Cpu, segment: usize, base: u64) {

@@ -96,7 +96,7 @@ features! {
     }
     0x7 . 0 ECX {
         2 Umip "umip" yes, 3 Pku "pku" yes, 11 Avx512Vnni "avx512-vnni" no, 16 La57 "la57" yes, 22 Rdpid "rdpid" yes,
-        25 Cldemote "cldemote" yes, 27 Movdiri "movdiri" yes, 28 Movdir64b "movdir64b" yes,
+        25 Cldemote "cldemote" yes, 27 Movdiri "movdiri" yes, 28 Movdir64b "movdir64b" yes, 31 Pks "pks" yes,
     }
     0x7 . 0 EDX {
         4 Fsrm "fsrm" yes, 10 MdClear "md-clear" yes, 14 Serialize "serialize" yes, 26 SpecCtrl "spec-ctrl" yes, 27 Stibp "stibp" yes,
@@ -155,6 +155,7 @@ pub const NEEDS: &[(Feature, Feature)] = &[
     (Feature::Avx2, Feature::Avx),
     (Feature::Pku, Feature::Xsave),
     (Feature::Pku, Feature::Lm),
+    (Feature::Pks, Feature::Lm),
     (Feature::Fma, Feature::Avx),
     (Feature::F16c, Feature::Avx),
     (Feature::Avx512f, Feature::Avx2),

@@ -19,6 +19,7 @@ pub mod index {
     pub const DEBUGCTL: u32 = 0x1d9;
     pub const PAT: u32 = 0x277;
     pub const PERF_CAPABILITIES: u32 = 0x345;
+    pub const PKRS: u32 = 0x6e1;
     pub const XSS: u32 = 0xda0;
     pub const EFER: u32 = 0xc000_0080;
     pub const STAR: u32 = 0xc000_0081;

@@ -6,7 +6,7 @@ use super::walk::{walk, Mapping, WalkError};
 use super::{tlb, AccessKind, Privilege};
 use crate::cpu::{pending, Cpu};
 use crate::fault::vector;
-use crate::memory::nested::right;
+use crate::memory::nested::{right, Leaf};
 use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
 use crate::state::seg;
 use crate::uop::{flag, Exec, Uop};
@@ -170,6 +170,7 @@ impl Cpu {
                 return Ok(());
             }
         } else {
+            self.check_canonical(segment, la.wrapping_add(W::BYTES - 1))?;
             self.modified(segment, la)?;
             self.modified(segment, (la | PAGE_OFFSET).wrapping_add(1))?;
         }
@@ -206,8 +207,9 @@ impl Cpu {
             return Ok(());
         }
         let privilege = self.privilege();
-        self.target(segment, la, AccessKind::Write, privilege)?;
         let last = la.wrapping_add(bytes - 1);
+        self.check_canonical(segment, last)?;
+        self.target(segment, la, AccessKind::Write, privilege)?;
         if (la ^ last) & !PAGE_OFFSET != 0 {
             self.target(segment, last & !PAGE_OFFSET, AccessKind::Write, privilege)?;
         }
@@ -300,6 +302,7 @@ impl Cpu {
         let buffer = unsafe { core::slice::from_raw_parts_mut((&raw mut value).cast::<u8>(), bytes) };
         let first = bytes.min((PAGE_SIZE - (la & PAGE_OFFSET)) as usize);
         let (low, high) = buffer.split_at_mut(first);
+        self.check_canonical(segment, la.wrapping_add(bytes as u64 - 1))?;
         let low_target = self.target(segment, la, AccessKind::Read, privilege)?;
         if !high.is_empty() {
             let target = self.target(segment, la.wrapping_add(first as u64), AccessKind::Read, privilege)?;
@@ -324,6 +327,7 @@ impl Cpu {
         let buffer = unsafe { core::slice::from_raw_parts((&raw const value).cast::<u8>(), bytes) };
         let first = bytes.min((PAGE_SIZE - (la & PAGE_OFFSET)) as usize);
         let (low, high) = buffer.split_at(first);
+        self.check_canonical(segment, la.wrapping_add(bytes as u64 - 1))?;
         let low_target = self.target(segment, la, AccessKind::Write, privilege)?;
         if !high.is_empty() {
             let next = la.wrapping_add(first as u64);
@@ -384,6 +388,16 @@ impl Cpu {
         }
     }
 
+    /// Raises #SS or #GP for an address that is not canonical. An access that crosses a page asks for its last byte first: its whole
+    /// address range is checked before any of it is translated (SDM vol. 1, 3.3.7.1).
+    fn check_canonical(&mut self, segment: usize, la: u64) -> Exec {
+        if self.long_mode() && !self.canonical(la) {
+            let vector = if segment == seg::SS { vector::SS } else { vector::GP };
+            return Err(self.raise_error(vector, 0));
+        }
+        Ok(())
+    }
+
     /// Translates one page-bounded access, or raises what stands in its way.
     fn target(&mut self, segment: usize, la: u64, kind: AccessKind, privilege: Privilege) -> Exec<Target> {
         self.target_with(segment, la, kind, kind.right(), privilege)
@@ -392,12 +406,8 @@ impl Cpu {
     /// [`Cpu::target`] for an access that needs the rights `needed` in the nested page table: one that reads and writes is a write to the
     /// guest's tables, and both to the hypervisor's.
     fn target_with(&mut self, segment: usize, la: u64, kind: AccessKind, needed: u8, privilege: Privilege) -> Exec<Target> {
-        if self.long_mode() && !self.canonical(la) {
-            let vector = if segment == seg::SS { vector::SS } else { vector::GP };
-            return Err(self.raise_error(vector, 0));
-        }
-        let mapping = self.map(la, kind, privilege)?;
-        let found = self.npt.lookup(mapping.gpa);
+        self.check_canonical(segment, la)?;
+        let (mapping, found) = self.map(la, kind, privilege)?;
         let Some(leaf) = found.filter(|leaf| self.waivers.rights(leaf.rights, mapping.gpa) & needed == needed) else {
             // What a hypervisor waives rights for it answers page by page, before anything is done.
             let asks_first = found.is_some() && !self.waivers.is_empty();
@@ -414,8 +424,12 @@ impl Cpu {
         Ok(Target::Ram(host as *mut u8))
     }
 
-    fn map(&mut self, la: u64, kind: AccessKind, privilege: Privilege) -> Exec<Mapping> {
-        let found = walk(&self.paging, &self.npt.tree(), &self.waivers, la, privilege, kind);
+    /// The guest's mapping of `la`, and the hypervisor's of where that is.
+    fn map(&mut self, la: u64, kind: AccessKind, privilege: Privilege) -> Exec<(Mapping, Option<Leaf>)> {
+        let found = {
+            let tree = self.npt.tree();
+            walk(&self.paging, &tree, &self.waivers, la, privilege, kind).map(|mapping| (mapping, tree.lookup(mapping.gpa)))
+        };
         self.walks += 1;
         if self.pending & pending::WATCHED != 0 {
             self.pmu.walk(kind, found.is_ok());
@@ -434,7 +448,7 @@ impl Cpu {
         const BOTH: u8 = right::READ | right::WRITE;
         let allows = |kind| mapping.allows(&self.paging, privilege, kind);
         let checked = || self.npt.code.contains(host & !PAGE_OFFSET);
-        let watched = self.breakpoints.watch_page(la);
+        let watched = self.pending & pending::BREAKPOINTS != 0 && self.breakpoints.watch_page(la);
         let fill = tlb::Fill {
             la,
             host,

@@ -28,6 +28,7 @@ pub struct Context {
     pub efer: u64,
     pub pdpte: [u64; 4],
     pub pkru: u32,
+    pub pkrs: u32,
     /// Bits of a physical address that the CPU has.
     pub physical_bits: u32,
 }
@@ -42,6 +43,7 @@ impl Context {
             efer: state.efer,
             pdpte: state.pdpte,
             pkru: state.fpu.pkru,
+            pkrs: state.pkrs as u32,
             physical_bits,
         }
     }
@@ -89,12 +91,13 @@ impl Mapping {
         context.cr0 & cr0::PG == 0 || self.has_rights(context, privilege, kind) && !self.is_locked(context, privilege, kind)
     }
 
-    /// Whether PKRU denies access to a user page with this key (SDM vol. 3, 4.6.2).
+    /// Whether PKRU denies access to a user page with this key, or IA32_PKRS to a supervisor page (SDM vol. 3, 4.6.2).
     fn is_locked(&self, context: &Context, privilege: Privilege, kind: AccessKind) -> bool {
-        if context.cr4 & cr4::PKE == 0 || context.efer & efer::LMA == 0 || !self.user || kind == AccessKind::Fetch {
+        let (enable, rights) = if self.user { (cr4::PKE, context.pkru) } else { (cr4::PKS, context.pkrs) };
+        if context.cr4 & enable == 0 || context.efer & efer::LMA == 0 || kind == AccessKind::Fetch {
             return false;
         }
-        let bits = context.pkru >> (2 * self.key);
+        let bits = rights >> (2 * self.key);
         let protects_writes = privilege == Privilege::User || context.cr0 & cr0::WP != 0;
         bits & 1 != 0 || bits & 2 != 0 && kind == AccessKind::Write && protects_writes
     }

@@ -119,9 +119,10 @@ impl Core {
 
     fn load(&mut self) {
         let cpu = &mut *self.cpu;
-        let before = (cpu.paging.cr0, cpu.paging.cr3, cpu.paging.cr4, cpu.paging.efer, cpu.paging.pkru);
+        let paging = &cpu.paging;
+        let before = (paging.cr0, paging.cr3, paging.cr4, paging.efer, paging.pkru, paging.pkrs);
         let state = &cpu.state;
-        if cpu.control.tlb_control != 0 || before != (state.cr0, state.cr3, state.cr4, state.efer, state.fpu.pkru) {
+        if cpu.control.tlb_control != 0 || before != (state.cr0, state.cr3, state.cr4, state.efer, state.fpu.pkru, state.pkrs as u32) {
             cpu.tlb.flush();
             cpu.tlb.switch(cpu.pcid(), false);
             cpu.control.tlb_control = 0;

@@ -24,24 +24,24 @@ pub struct Encoded {
     pub offsets: ConstantOffsets,
 }
 
-/// An instruction of form `code` at `ip`; `None` when no attempt made one.
-pub fn encode(code: Code, ip: u64, random: &mut Random) -> Option<Encoded> {
+/// An instruction of form `code` at `ip` in code of `bits`; `None` when no attempt made one.
+pub fn encode(code: Code, bits: u32, ip: u64, random: &mut Random) -> Option<Encoded> {
     let form = code.op_code();
     (0..ATTEMPTS).find_map(|_| {
         let bytes = match form.encoding() {
-            EncodingKind::Legacy => legacy(form, random),
-            EncodingKind::VEX => vex(form, random),
+            EncodingKind::Legacy => legacy(form, bits, random),
+            EncodingKind::VEX => vex(form, bits, random),
             _ => return None,
         };
-        let encoded = decode(bytes, ip)?;
+        let encoded = decode(bytes, bits, ip)?;
         (encoded.insn.code() == code).then_some(encoded)
     })
 }
 
 /// The instruction at the start of `bytes`.
-pub fn decode(mut bytes: Vec<u8>, ip: u64) -> Option<Encoded> {
+pub fn decode(mut bytes: Vec<u8>, bits: u32, ip: u64) -> Option<Encoded> {
     bytes.truncate(15);
-    let mut decoder = Decoder::with_ip(64, &bytes, ip, DecoderOptions::NO_INVALID_CHECK);
+    let mut decoder = Decoder::with_ip(bits, &bytes, ip, DecoderOptions::NO_INVALID_CHECK);
     let insn = decoder.decode();
     if insn.is_invalid() {
         return None;
@@ -106,19 +106,23 @@ fn tail(bytes: &mut Vec<u8>, random: &mut Random) {
     bytes.extend(random.operand().to_le_bytes());
 }
 
-fn legacy(form: &OpCodeInfo, random: &mut Random) -> Vec<u8> {
+fn legacy(form: &OpCodeInfo, bits: u32, random: &mut Random) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(40);
     let memory = memory_operand(form) != Some(false);
     if form.can_use_lock_prefix() && memory && chance(random, 4) || chance(random, 200) {
         bytes.push(LOCK);
     }
     if chance(random, 24) {
-        bytes.push([0x26, 0x2e, 0x36, 0x3e, GS][random.below(5) as usize]);
+        // Outside of 64-bit mode GS is not usable in a process, so every case would fault, and CS is where the ways back differ.
+        let choices = if bits == 64 { 5 } else { 3 };
+        bytes.push([0x26, 0x36, 0x3e, 0x2e, GS][random.below(choices) as usize]);
     }
-    if form.address_size() == 32 || memory && chance(random, 16) {
+    let other_address_size = if bits == 32 { 16 } else { 32 };
+    if form.address_size() == other_address_size || memory && chance(random, 16) {
         bytes.push(ADDRESS_SIZE);
     }
-    if form.operand_size() == 16 || chance(random, 64) {
+    let other_operand_size = if bits == 16 { 32 } else { 16 };
+    if form.operand_size() == other_operand_size || chance(random, 64) {
         bytes.push(OPERAND_SIZE);
     }
     match form.mandatory_prefix() {
@@ -132,7 +136,9 @@ fn legacy(form: &OpCodeInfo, random: &mut Random) -> Vec<u8> {
     let rex = random.next() as u8 & 7;
     let wide =
         form.w() == 1 || form.operand_size() == 64 && form.default_op_size64() && chance(random, 4) || form.is_wig() && chance(random, 4);
-    if wide || form.operand_size() == 64 && !form.default_op_size64() {
+    if bits != 64 {
+        // No REX prefixes.
+    } else if wide || form.operand_size() == 64 && !form.default_op_size64() {
         bytes.push(REX | REX_W | rex);
     } else if chance(random, 2) {
         bytes.push(REX | rex);
@@ -160,7 +166,7 @@ fn opcode(bytes: &mut Vec<u8>, form: &OpCodeInfo, random: &mut Random) {
     bytes.push(value as u8);
 }
 
-fn vex(form: &OpCodeInfo, random: &mut Random) -> Vec<u8> {
+fn vex(form: &OpCodeInfo, bits: u32, random: &mut Random) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(40);
     if memory_operand(form) != Some(false) && chance(random, 16) {
         bytes.push(ADDRESS_SIZE);
@@ -177,13 +183,15 @@ fn vex(form: &OpCodeInfo, random: &mut Random) -> Vec<u8> {
         _ => 0,
     };
     let vvvv = if any(form, |kind| kind.ends_with("_vvvv")) { random.next() as u8 & 15 } else { 15 };
+    // Outside of 64-bit mode these bits are part of LES and LDS where they are clear.
+    let (vvvv, extension) = if bits == 64 { (vvvv, random.next() as u8 & 0xe0) } else { (vvvv | 8, 0xe0) };
     let long = if form.is_lig() { chance(random, 2) } else { form.l() != 0 };
     let wide = if form.is_wig() { chance(random, 2) } else { form.w() == 1 };
     let last = vvvv << 3 | u8::from(long) << 2 | prefix;
     if map == 1 && !wide && chance(random, 2) {
-        bytes.extend([0xc5, random.next() as u8 & 0x80 | last]);
+        bytes.extend([0xc5, extension & 0x80 | last]);
     } else {
-        bytes.extend([0xc4, random.next() as u8 & 0xe0 | map, u8::from(wide) << 7 | last]);
+        bytes.extend([0xc4, extension | map, u8::from(wide) << 7 | last]);
     }
     bytes.push(form.op_code() as u8);
     if has_modrm(form) {

@@ -1,6 +1,7 @@
 //! Which instructions are compared: every opcode form that iced knows, the model offers and the host has, less what would not come back.
 
-use iced_x86::{Code, CpuidFeature, Mnemonic, OpCodeInfo};
+use iced_x86::{Code, CpuidFeature, Mnemonic, OpCodeInfo, OpCodeOperandKind};
+use softkvm_engine::cpu::CodeSize;
 use softkvm_engine::model::features::TABLE;
 use softkvm_engine::model::Model;
 
@@ -19,10 +20,15 @@ pub enum Left {
     DescriptorTables,
 }
 
-/// The form of an instruction or the reason to leave it out; `None` for what is no 64-bit instruction.
-pub fn classify(code: Code, offers: &Offers) -> Option<Result<(), Left>> {
+/// The form of an instruction or the reason to leave it out; `None` for what is no instruction in code of `size`.
+pub fn classify(code: Code, size: CodeSize, offers: &Offers) -> Option<Result<(), Left>> {
     let form = code.op_code();
-    if !form.is_instruction() || !form.mode64() || form.fwait() || !form.intel_decoder64() || form.decoder_option() != 0 {
+    let exists = match size {
+        CodeSize::Bits64 => form.mode64() && form.intel_decoder64(),
+        CodeSize::Bits32 => form.mode32() && form.intel_decoder32(),
+        CodeSize::Bits16 => form.mode16() && form.intel_decoder16(),
+    };
+    if !form.is_instruction() || !exists || form.fwait() || form.decoder_option() != 0 {
         return None;
     }
     if let Some(reason) = left_out(code, form) {
@@ -50,14 +56,19 @@ fn left_out(code: Code, form: &OpCodeInfo) -> Option<Left> {
         Xrstor | Xrstor64 | Xrstors | Xrstors64 | Fxsave | Fxsave64 | Fxrstor | Fxrstor64 => Some(Left::HostProperty),
         Sgdt | Sidt | Sldt | Str | Smsw | Rdfsbase | Wrfsbase | Wrgsbase => Some(Left::HostProperty),
         Rdpkru | Wrpkru => Some(Left::HostProperty),
-        Lar | Lsl | Verr | Verw | Lfs | Lgs | Lss | Iret | Iretd | Iretq | Retf => Some(Left::DescriptorTables),
+        Lar | Lsl | Verr | Verw | Lfs | Lgs | Lss | Lds | Les | Iret | Iretd | Iretq | Retf => Some(Left::DescriptorTables),
         Jmp | Call if code.is_jmp_far() || code.is_jmp_far_indirect() || code.is_call_far() || code.is_call_far_indirect() => {
             Some(Left::DescriptorTables)
         }
         Mov if matches!(code, Code::Mov_Sreg_rm16 | Code::Mov_Sreg_r32m16 | Code::Mov_Sreg_r64m16) => Some(Left::DescriptorTables),
-        Pop if matches!(code, Code::Popw_FS | Code::Popq_FS | Code::Popw_GS | Code::Popq_GS) => Some(Left::DescriptorTables),
+        Pop if (0..form.op_count()).any(|n| is_segment_register(form.op_kind(n))) => Some(Left::DescriptorTables),
         _ => None,
     }
+}
+
+fn is_segment_register(kind: OpCodeOperandKind) -> bool {
+    use OpCodeOperandKind::*;
+    matches!(kind, es | cs | ss | ds | fs | gs)
 }
 
 /// The engine's name of a feature: empty for what every 64-bit CPU has, `None` for what the engine knows nothing of.

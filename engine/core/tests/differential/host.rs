@@ -2,13 +2,16 @@
 //!
 //! The stub is position-independent code in an arena in the low 2 GB, where 32-bit addresses reach the operands. It loads every register,
 //! runs the instruction and stores every register. Behind the instruction is a jump back; everywhere else around it are INT3s, which tell
-//! where a branch went. A fault arrives as a signal, whose handler notes it and resumes in the storing half of the stub.
+//! where a branch went. A fault arrives as a signal, whose handler notes it and resumes in the storing half of the stub. The way to the
+//! instruction and the one back are far jumps, because it may run in a code segment of 32 or 16 bits (`mode.rs`).
 
 use std::cell::Cell;
 
+use softkvm_engine::cpu::CodeSize;
 use softkvm_engine::state::rflags;
 
 use super::image::{Area, Fault, Image};
+use super::mode::{Mode, Place, USER_CODE};
 
 const PAGE: usize = 4096;
 /// Pages of the arena by purpose; those not named are guards.
@@ -19,6 +22,7 @@ const DATA_PAGE: usize = 4;
 const READ_ONLY_PAGE: usize = 7;
 const PAGES: usize = 9;
 const MAX_LENGTH: usize = 15;
+const LONGEST_JUMP: usize = 8;
 const INT3: u8 = 0xcc;
 
 /// Pages of operands that can be written.
@@ -27,6 +31,14 @@ pub const DATA_PAGES: usize = 2;
 pub const DATA_SIZE: usize = DATA_PAGES * PAGE;
 /// Where in its page the instruction is.
 pub const SLOT_OFFSET: usize = 0x400;
+/// Where its page and the operands are in the arena.
+pub const SLOT_PAGE_OFFSET: u64 = (SLOT_PAGE * PAGE) as u64;
+pub const DATA_OFFSET: u64 = (DATA_PAGE * PAGE) as u64;
+/// Where the page that can only be read is, from the operands.
+pub const READ_ONLY_OFFSET: u64 = ((READ_ONLY_PAGE - DATA_PAGE) * PAGE) as u64;
+/// Where arenas are: below 2 GB, the same in every run, and far from each other, because bit offsets reach far.
+const ARENA: u64 = 0x10_0000;
+const ARENA_DISTANCE: u64 = 0x1000_0000;
 
 #[repr(C, align(64))]
 struct Context {
@@ -38,7 +50,10 @@ struct Context {
     vector: u64,
     error: u64,
     address: u64,
-    padding: [u64; 9],
+    /// Operand of the jump to the instruction: its offset, and the selector of its code segment.
+    target: u64,
+    data_selector: u64,
+    padding: [u64; 7],
     area: Area,
 }
 
@@ -60,6 +75,9 @@ core::arch::global_asm!(
     "xrstor64 [rip + context + 256]",
     "push qword ptr [rip + context + 128]",
     "popfq",
+    "mov eax, [rip + context + 192]",
+    "mov ds, eax",
+    "mov es, eax",
     "mov rax, [rip + context]",
     "mov rcx, [rip + context + 8]",
     "mov rdx, [rip + context + 16]",
@@ -76,7 +94,7 @@ core::arch::global_asm!(
     "mov r13, [rip + context + 104]",
     "mov r14, [rip + context + 112]",
     "mov r15, [rip + context + 120]",
-    "jmp softkvm_oracle_stub + 0x2400",
+    "jmp fword ptr [rip + context + 184]",
     "softkvm_oracle_store:",
     "mov [rip + context], rax",
     "mov [rip + context + 8], rcx",
@@ -160,6 +178,7 @@ extern "C" fn on_signal(signal: libc::c_int, _info: *mut libc::siginfo_t, contex
         (*noted).address = registers[libc::REG_CR2 as usize] as u64;
         registers[libc::REG_RIP as usize] = resume as i64;
         registers[libc::REG_EFL as usize] &= !(rflags::TF as i64);
+        registers[libc::REG_CSGSFS as usize] = registers[libc::REG_CSGSFS as usize] & !0xffff | i64::from(USER_CODE);
     }
 }
 
@@ -204,18 +223,56 @@ pub struct Oracle {
     slot: *mut u8,
     store: u64,
     length: usize,
+    mode: Mode,
+}
+
+/// Contents of the page that can only be read.
+pub fn read_only() -> Vec<u8> {
+    (0..PAGE as u64).step_by(8).flat_map(|at| at.wrapping_mul(0x0102_0408_1020_4081).to_le_bytes()).collect()
+}
+
+/// Where the arena of an oracle with this number is.
+pub fn arena(number: u16) -> u64 {
+    ARENA + ARENA_DISTANCE * u64::from(number)
+}
+
+/// An entry of the LDT as modify_ldt(2) takes it.
+#[repr(C)]
+struct UserDescriptor {
+    entry: u32,
+    base: u32,
+    limit: u32,
+    flags: u32,
+}
+
+/// A 16-bit segment of 64 KB in the LDT of the process.
+fn describe(place: Place, code: bool) {
+    const WRITE: libc::c_long = 1;
+    const CODE: u32 = 2 << 1;
+    const USEABLE: u32 = 1 << 6;
+    let flags = USEABLE | if code { CODE } else { 0 };
+    let descriptor = UserDescriptor { entry: u32::from(place.selector >> 3), base: place.base as u32, limit: 0xffff, flags };
+    // SAFETY: the kernel copies the descriptor; nobody uses the entry before.
+    let result = unsafe { libc::syscall(libc::SYS_modify_ldt, WRITE, &raw const descriptor, size_of::<UserDescriptor>()) };
+    assert_eq!(result, 0, "the kernel gives this process no LDT");
 }
 
 impl Oracle {
-    pub fn new() -> Self {
+    /// An oracle for code of `size`; oracles that exist at the same time have different numbers.
+    pub fn new(size: CodeSize, number: u16) -> Self {
         install_handlers();
         let everything = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_32BIT;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+        let mode = Mode { size, arena: arena(number), number };
+        if size == CodeSize::Bits16 {
+            describe(mode.code(), true);
+            describe(mode.data(), false);
+        }
         let mut symbols = [0; 3];
         // SAFETY: a fresh mapping; the stub fits in its page and does not depend on where it is.
         unsafe {
-            let arena = libc::mmap(std::ptr::null_mut(), PAGES * PAGE, libc::PROT_NONE, flags, -1, 0);
-            assert_ne!(arena, libc::MAP_FAILED);
+            let arena = libc::mmap(mode.arena as *mut _, PAGES * PAGE, libc::PROT_NONE, flags, -1, 0);
+            assert_eq!(arena as u64, mode.arena, "the arena's place is taken");
             let arena = arena.cast::<u8>();
             let protect = |page: usize, count: usize, rights| {
                 assert_eq!(libc::mprotect(arena.add(page * PAGE).cast(), count * PAGE, rights), 0);
@@ -224,15 +281,13 @@ impl Oracle {
             let slot = shared_page(arena.add(SLOT_PAGE * PAGE));
             protect(DATA_PAGE, DATA_PAGES, libc::PROT_READ | libc::PROT_WRITE);
             protect(READ_ONLY_PAGE, 1, libc::PROT_READ | libc::PROT_WRITE);
-            for at in (0..PAGE).step_by(8) {
-                arena.add(READ_ONLY_PAGE * PAGE + at).cast::<u64>().write((at as u64).wrapping_mul(0x0102_0408_1020_4081));
-            }
+            arena.add(READ_ONLY_PAGE * PAGE).copy_from(read_only().as_ptr(), PAGE);
             protect(READ_ONLY_PAGE, 1, libc::PROT_READ);
             softkvm_oracle_symbols(&mut symbols);
             let [stub, store, end] = symbols;
             arena.copy_from(stub as *const u8, (end - stub) as usize);
             slot.write_bytes(INT3, PAGE);
-            Oracle { arena, slot, store: arena as u64 + store - stub, length: 0 }
+            Oracle { arena, slot, store: arena as u64 + store - stub, length: 0, mode }
         }
     }
 
@@ -241,19 +296,8 @@ impl Oracle {
         unsafe { self.arena.add(number * PAGE) }
     }
 
-    /// Linear address of the instruction.
-    pub fn slot(&self) -> u64 {
-        self.page(SLOT_PAGE) as u64 + SLOT_OFFSET as u64
-    }
-
-    /// Linear address of the operands.
-    pub fn data_address(&self) -> u64 {
-        self.page(DATA_PAGE) as u64
-    }
-
-    /// Linear address of operands that can only be read.
-    pub fn read_only_address(&self) -> u64 {
-        self.page(READ_ONLY_PAGE) as u64
+    pub fn mode(&self) -> Mode {
+        self.mode
     }
 
     /// The operands.
@@ -262,25 +306,44 @@ impl Oracle {
         unsafe { std::slice::from_raw_parts_mut(self.page(DATA_PAGE), DATA_SIZE) }
     }
 
-    /// Contents of the page that can only be read.
-    pub fn read_only(&self) -> &[u8] {
-        // SAFETY: mapped, and never written after `new`.
-        unsafe { std::slice::from_raw_parts(self.page(READ_ONLY_PAGE), PAGE) }
-    }
-
     /// Puts an instruction in place.
     pub fn load(&mut self, code: &[u8]) {
         assert!(code.len() <= MAX_LENGTH);
-        let back = (self.store as i64 - (self.slot() as i64 + code.len() as i64 + 5)) as i32;
+        let mut bytes = [INT3; MAX_LENGTH + LONGEST_JUMP];
+        let back = self.way_back(code.len());
+        bytes[..code.len()].copy_from_slice(code);
+        bytes[code.len()..code.len() + back.len()].copy_from_slice(&back);
         // SAFETY: inside the slot page.
-        unsafe {
-            let slot = self.slot.add(SLOT_OFFSET);
-            slot.write_bytes(INT3, MAX_LENGTH + 5);
-            slot.copy_from(code.as_ptr(), code.len());
-            slot.add(code.len()).write(0xe9);
-            slot.add(code.len() + 1).cast::<i32>().write_unaligned(back);
-        }
+        unsafe { self.slot.add(SLOT_OFFSET).copy_from(bytes.as_ptr(), bytes.len()) };
         self.length = code.len();
+    }
+
+    /// Whether a branch to `rip` is one that does not come back, or not as itself: to the branch, or into the jump behind it.
+    pub fn hides(&self, rip: u64) -> bool {
+        let start = self.mode.slot();
+        (start..start + (self.length + LONGEST_JUMP) as u64).contains(&rip) && rip != start + self.length as u64
+    }
+
+    /// Whether a page fault is at a page of the stub, which the host's CPU has and the guest's has not.
+    pub fn is_stub(&self, fault: &Fault) -> bool {
+        let stub = self.mode.arena..self.mode.arena + SLOT_PAGE_OFFSET;
+        fault.vector == PF as u8 && stub.contains(&fault.address)
+    }
+
+    /// A jump from behind an instruction of `length` bytes to the storing half of the stub.
+    fn way_back(&self, length: usize) -> Vec<u8> {
+        const OPERAND_SIZE: u8 = 0x66;
+        const JMP: u8 = 0xe9;
+        const JMP_FAR: u8 = 0xea;
+        let far = [&[JMP_FAR][..], &(self.store as u32).to_le_bytes(), &USER_CODE.to_le_bytes()].concat();
+        match self.mode.size {
+            CodeSize::Bits64 => {
+                let distance = self.store as i64 - (self.mode.slot() as i64 + length as i64 + 5);
+                [&[JMP][..], &(distance as i32).to_le_bytes()].concat()
+            }
+            CodeSize::Bits32 => far,
+            CodeSize::Bits16 => [&[OPERAND_SIZE][..], &far].concat(),
+        }
     }
 
     /// Runs the instruction with the registers of `image`, which become those behind it.
@@ -292,11 +355,13 @@ impl Oracle {
             (*context).rflags = image.rflags;
             (*context).area = image.area;
             (*context).faulted = 0;
+            (*context).target = self.mode.slot() | u64::from(self.mode.code().selector) << 32;
+            (*context).data_selector = self.mode.data().selector.into();
             RUNNING.set((context, self.store));
             let stub: extern "sysv64" fn() = std::mem::transmute(self.arena);
             stub();
             RUNNING.set((std::ptr::null_mut(), 0));
-            image.gpr = (*context).gpr;
+            image.gpr = (*context).gpr.map(|register| register & self.mode.mask());
             image.rflags = (*context).rflags;
             image.area = (*context).area;
             image.area.normalize();
@@ -306,13 +371,14 @@ impl Oracle {
 
     fn outcome(&self, context: &Context) -> (u64, Option<Fault>) {
         if context.faulted == 0 {
-            return (self.slot() + self.length as u64, None);
+            return (self.mode.slot() + self.length as u64, None);
         }
-        let fetch = context.vector == PF && context.error & ERROR_FETCH != 0 && context.address == context.rip;
+        let rip = self.mode.code().base + context.rip;
+        let fetch = context.vector == PF && context.error & ERROR_FETCH != 0 && context.address == rip;
         match context.vector {
             BP => (context.rip - 1, None),
             // POPF set TF, which traps behind the jump back.
-            DB if context.rip == self.store => (self.slot() + self.length as u64, None),
+            DB if context.rip == self.store => (self.mode.slot() + self.length as u64, None),
             _ if fetch => (context.rip, None),
             vector => {
                 let address = if vector == PF { context.address } else { 0 };

@@ -6,6 +6,14 @@ use std::fmt::Write;
 use super::explained::REASONS;
 use super::forms::Left;
 
+/// Counts of one mnemonic.
+#[derive(Clone, Copy, Default)]
+pub struct Counts {
+    /// Comparisons in code of 16, 32 and 64 bits.
+    pub by_size: [u64; 3],
+    pub faults: u64,
+}
+
 /// Counts of one family.
 #[derive(Default)]
 pub struct Family {
@@ -18,6 +26,9 @@ pub struct Family {
 #[derive(Default)]
 pub struct Ledger {
     pub families: BTreeMap<&'static str, Family>,
+    pub instructions: BTreeMap<(&'static str, String), Counts>,
+    /// Comparisons of the engine's tiers with each other.
+    pub tiers: u64,
     pub explained: BTreeMap<&'static str, (u64, BTreeSet<String>)>,
     pub vectors: BTreeMap<u8, u64>,
     pub left: BTreeMap<Left, BTreeSet<String>>,
@@ -37,6 +48,12 @@ impl Ledger {
             mine.forms.extend(family.forms);
             mine.compared += family.compared;
             mine.faults += family.faults;
+        }
+        self.tiers += other.tiers;
+        for (name, counts) in other.instructions {
+            let mine = self.instructions.entry(name).or_default();
+            mine.faults += counts.faults;
+            mine.by_size.iter_mut().zip(counts.by_size).for_each(|(mine, count)| *mine += count);
         }
         for (name, (count, who)) in other.explained {
             let mine = self.explained.entry(name).or_default();
@@ -58,7 +75,14 @@ impl Ledger {
     pub fn table(&self, seed: u64, seconds: f64) -> String {
         let mut text = String::new();
         let mut line = |fields: &[String]| writeln!(text, "{}", fields.join("\t")).expect("a string takes it");
-        line(&["run".into(), self.compared().to_string(), seed.to_string(), format!("{seconds:.0}"), self.unexplained_count.to_string()]);
+        line(&[
+            "run".into(),
+            self.compared().to_string(),
+            seed.to_string(),
+            format!("{seconds:.0}"),
+            self.unexplained_count.to_string(),
+            self.tiers.to_string(),
+        ]);
         for (name, family) in &self.families {
             line(&[
                 "family".into(),
@@ -67,6 +91,10 @@ impl Ledger {
                 family.compared.to_string(),
                 family.faults.to_string(),
             ]);
+        }
+        for ((family, name), counts) in &self.instructions {
+            let [bits16, bits32, bits64] = counts.by_size.map(|count| count.to_string());
+            line(&["instruction".into(), (*family).into(), name.clone(), bits64, bits32, bits16, counts.faults.to_string()]);
         }
         for (vector, count) in &self.vectors {
             line(&["vector".into(), vector.to_string(), count.to_string()]);

@@ -13,25 +13,30 @@ mod guest;
 mod host;
 mod image;
 mod ledger;
+mod mode;
 mod values;
 
 use std::time::Instant;
 
 use iced_x86::Code;
+use softkvm_engine::cpu::CodeSize;
 use softkvm_engine::model::Model;
+use softkvm_engine::state::rflags;
 
 use common::Random;
 use encode::Encoded;
 use explained::{explain, Case};
 use forms::{classify, family, Offers};
 use guest::{Guest, FLAGS};
-use host::Oracle;
+use host::{Oracle, SLOT_OFFSET};
 use image::Image;
 use ledger::Ledger;
 use values::{aim, Places, Values};
 
 const DEFAULT_CASES: u64 = 200_000;
 const THREADS: u64 = 2;
+/// How often the engine's own tiers are compared too.
+const TIERS_EVERY: u64 = 8;
 /// States that one encoding runs with.
 const STATES: u64 = 8;
 /// Unexplained differences that a thread describes in full.
@@ -58,10 +63,10 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(seed: u64) -> Self {
-        let mut oracle = Oracle::new();
-        let mut guest = Guest::new(model(), &oracle);
-        let places = Places::new(&oracle);
+    fn new(size: CodeSize, number: u16, seed: u64) -> Self {
+        let mut oracle = Oracle::new(size, number);
+        let mut guest = Guest::new(model(), oracle.mode());
+        let places = Places::new(oracle.mode());
         let mut random = Random::new(seed);
         oracle.data().iter_mut().for_each(|byte| *byte = random.next() as u8);
         guest.data().copy_from_slice(oracle.data());
@@ -70,7 +75,7 @@ impl Bench {
 
     /// Compares one encoding of `code` with several states.
     fn form(&mut self, code: Code) {
-        let Some(mut encoded) = encode::encode(code, self.places.slot, &mut self.random) else {
+        let Some(mut encoded) = encode::encode(code, self.places.mode.bits(), self.places.slot, &mut self.random) else {
             self.ledger.unreached.insert(format!("{code:?}"));
             return;
         };
@@ -87,14 +92,25 @@ impl Bench {
     fn compare(&mut self, encoded: &Encoded) {
         let before = self.image;
         let (mut host, mut engine) = (before, before);
-        self.oracle.run(&mut host);
+        if self.random.below(TIERS_EVERY) == 0 {
+            self.compare_tiers(encoded);
+        }
         self.guest.run(&mut engine);
+        let apart = engine.fault.map_or_else(|| self.oracle.hides(engine.rip), |fault| self.oracle.is_stub(&fault));
+        if apart {
+            return;
+        }
+        self.oracle.run(&mut host);
         host.rflags &= FLAGS;
         engine.rflags &= FLAGS;
         let code = encoded.insn.code();
         let counts = self.ledger.families.entry(family(code)).or_default();
         counts.forms.insert(code as usize);
         counts.compared += 1;
+        let key = (family(code), format!("{:?}", code.mnemonic()).to_lowercase());
+        let instruction = self.ledger.instructions.entry(key).or_default();
+        instruction.by_size[self.places.mode.size as usize] += 1;
+        instruction.faults += u64::from(host.fault.is_some());
         if let Some(fault) = host.fault {
             counts.faults += 1;
             *self.ledger.vectors.entry(fault.vector).or_default() += 1;
@@ -114,6 +130,30 @@ impl Bench {
         self.image = host;
     }
 
+    /// Compares the two ways in which the engine runs an instruction, as far as a block of more instructions allows.
+    fn compare_tiers(&mut self, encoded: &Encoded) {
+        let (mut reference, mut block) = (self.image, self.image);
+        self.guest.run(&mut reference);
+        let memory = self.guest.data().to_vec();
+        self.guest.data().copy_from_slice(self.oracle.data());
+        let (slot, rip) = (self.places.slot, reference.rip);
+        let gone = reference.fault.is_none() && (self.oracle.hides(rip) || rip.abs_diff(slot) > SLOT_OFFSET as u64);
+        if gone || reference.rflags & rflags::TF != 0 {
+            return;
+        }
+        self.guest.run_block(&mut block);
+        reference.rflags &= FLAGS;
+        block.rflags &= FLAGS;
+        let same = reference == block && memory == self.guest.data();
+        self.guest.data().copy_from_slice(self.oracle.data());
+        self.ledger.tiers += 1;
+        if !same {
+            let text = format!("{:02x?}: reference and block differ: {:?}", encoded.bytes, reference.differences(&block));
+            self.ledger.unexplained_count += 1;
+            self.ledger.unexplained.push(text);
+        }
+    }
+
     fn note(&mut self, case: &Case) {
         self.ledger.unexplained_count += 1;
         let name = format!("{:?} ", case.encoded.insn.code());
@@ -125,7 +165,8 @@ impl Bench {
         let fault = case.host.fault;
         let inputs = case.before.differences(&Image::default());
         let text = format!(
-            "{name}{:02x?}\n  differs (name, engine, host): {:?}\n  memory (place, engine, host): {memory:x?}\n  host fault {fault:x?}, before: {inputs:?}, flags {:#x}",
+            "{name}{:?} {:02x?}\n  differs (name, engine, host): {:?}\n  memory (place, engine, host): {memory:x?}\n  host fault {fault:x?}, before: {inputs:?}, flags {:#x}",
+            self.places.mode.size,
             case.encoded.bytes,
             case.engine.differences(case.host),
             case.before.rflags,
@@ -134,13 +175,13 @@ impl Bench {
     }
 }
 
-/// Runs `cases` comparisons over all forms.
-fn run(seed: u64, cases: u64, only: &str) -> Ledger {
+/// Runs `cases` comparisons over all forms of code of `size`, at places of their own.
+fn run(size: CodeSize, number: u16, seed: u64, cases: u64, only: &str) -> Ledger {
     let offers = Offers::new(model());
-    let mut bench = Bench::new(seed);
+    let mut bench = Bench::new(size, number, seed);
     let mut forms = Vec::new();
     for code in Code::values() {
-        match classify(code, &offers) {
+        match classify(code, size, &offers) {
             Some(Ok(())) if format!("{code:?}").contains(only) => forms.push(code),
             Some(Err(reason)) => {
                 bench.ledger.left.entry(reason).or_default().insert(format!("{code:?}"));
@@ -148,8 +189,7 @@ fn run(seed: u64, cases: u64, only: &str) -> Ledger {
             _ => {}
         }
     }
-    assert!(!forms.is_empty(), "no form is called {only}");
-    while bench.ledger.compared() < cases {
+    while bench.ledger.compared() < cases && !forms.is_empty() {
         for code in &forms {
             bench.form(*code);
         }
@@ -170,18 +210,25 @@ fn number(name: &str, default: u64) -> u64 {
     setting(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("SOFTKVM_DIFFERENTIAL_{name} is not a number: {text}")))
 }
 
+/// Sizes of code and how many of ten comparisons each gets.
+const SIZES: [(CodeSize, u64); 3] = [(CodeSize::Bits64, 6), (CodeSize::Bits32, 2), (CodeSize::Bits16, 2)];
+
 #[test]
 fn generated_instructions_match_the_host() {
     let (cases, seed) = (number("CASES", DEFAULT_CASES), number("SEED", 1));
     let only = setting("ONLY").unwrap_or_default();
     let start = Instant::now();
     let mut ledger = Ledger::default();
-    std::thread::scope(|scope| {
-        let only = only.as_str();
-        let threads: Vec<_> =
-            (0..THREADS).map(|n| scope.spawn(move || run(seed.wrapping_mul(THREADS).wrapping_add(n), cases / THREADS, only))).collect();
-        threads.into_iter().for_each(|thread| ledger.merge(thread.join().expect("a comparison panicked")));
-    });
+    for (size, tenths) in SIZES {
+        let share = cases * tenths / 10 / THREADS;
+        std::thread::scope(|scope| {
+            let only = only.as_str();
+            let start = |n: u64| scope.spawn(move || run(size, n as u16, seed.wrapping_mul(THREADS).wrapping_add(n), share, only));
+            let threads: Vec<_> = (0..THREADS).map(start).collect();
+            threads.into_iter().for_each(|thread| ledger.merge(thread.join().expect("a comparison panicked")));
+        });
+    }
+    assert!(ledger.compared() > 0, "no form is called {only}");
     let table = ledger.table(seed, start.elapsed().as_secs_f64());
     if let Some(path) = setting("LEDGER") {
         std::fs::write(&path, &table).unwrap_or_else(|error| panic!("cannot write {path}: {error}"));

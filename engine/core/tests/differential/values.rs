@@ -5,25 +5,37 @@ use softkvm_engine::state::rflags;
 
 use super::common::Random;
 use super::encode::Encoded;
-use super::host::{Oracle, DATA_SIZE};
+use super::host::{DATA_OFFSET, DATA_SIZE, READ_ONLY_OFFSET};
 use super::image::Image;
+use super::mode::Mode;
 
 const PAGE: u64 = 4096;
 /// Distance of branch targets from the instruction: outside of it, and inside its page.
 const NEAR: u64 = 0x60;
 const FAR: u64 = 0x380;
 
-/// Where things are in the linear address space.
+/// Where things are in the segments of the code: CS, DS and, for `stack`, SS.
 #[derive(Clone, Copy)]
 pub struct Places {
     pub slot: u64,
     pub data: u64,
-    pub read_only: u64,
+    pub stack: u64,
+    pub mode: Mode,
 }
 
 impl Places {
-    pub fn new(oracle: &Oracle) -> Self {
-        Places { slot: oracle.slot(), data: oracle.data_address(), read_only: oracle.read_only_address() }
+    pub fn new(mode: Mode) -> Self {
+        let linear = mode.arena + DATA_OFFSET;
+        Places { slot: mode.slot(), data: linear - mode.data().base, stack: linear, mode }
+    }
+
+    /// Where the operands are in `segment`.
+    fn base(&self, segment: Register) -> u64 {
+        if segment == Register::SS {
+            self.stack
+        } else {
+            self.data
+        }
     }
 
     /// An address for an operand: mostly plain memory; rarely the last bytes before a guard page, a page that cannot be written, a
@@ -33,7 +45,7 @@ impl Places {
         match random.below(40) {
             0 => self.data + DATA_SIZE as u64 - random.below(80),
             1 => self.data.wrapping_sub(random.below(80)),
-            2 => self.read_only + (random.below(PAGE - 64) & !31),
+            2 => self.data + READ_ONLY_OFFSET + (random.below(PAGE - 64) & !31),
             3 => 0x0000_8000_0000_0000 + random.below(64),
             4 => random.next(),
             5..=7 => self.data + PAGE - random.below(40),
@@ -70,9 +82,9 @@ pub fn aim(encoded: &mut Encoded, places: &Places, random: &mut Random) {
         let target = places.data + random.below(DATA_SIZE as u64 - 64);
         encoded.patch_displacement(target.wrapping_sub(insn.next_ip()));
     } else if absolute && encoded.offsets.has_displacement() {
-        encoded.patch_displacement(places.data + random.below(DATA_SIZE as u64 - 64));
+        encoded.patch_displacement(places.base(insn.memory_segment()) + random.below(DATA_SIZE as u64 - 64));
     }
-    if let Some(again) = super::encode::decode(encoded.bytes.clone(), insn.ip()) {
+    if let Some(again) = super::encode::decode(encoded.bytes.clone(), places.mode.bits(), insn.ip()) {
         *encoded = again;
     }
 }
@@ -104,10 +116,10 @@ impl Values {
         let mut targets = point(info, insn, &self.places, image, random);
         if insn.is_stack_instruction() {
             image.gpr[4] = stack_pointer(image.gpr[4], &self.places, random);
-            targets.push(image.gpr[4]);
+            targets.push(image.gpr[4].wrapping_sub(self.places.stack));
         }
-        for address in targets {
-            self.poke(insn, address, memory, random);
+        for at in targets {
+            self.poke(insn, at, memory, random);
         }
         if insn.is_jmp_near_indirect() || insn.is_call_near_indirect() {
             if insn.op0_kind() == OpKind::Register {
@@ -116,13 +128,13 @@ impl Values {
         } else if insn.mnemonic() == Mnemonic::Ret {
             let rsp = image.gpr[4];
             let target = self.places.target(random);
-            store(memory, rsp.wrapping_sub(self.places.data), target);
+            store(memory, rsp.wrapping_sub(self.places.stack), target);
         }
+        image.gpr.iter_mut().for_each(|register| *register &= self.places.mode.mask());
     }
 
-    /// Writes an operand that fits the instruction to memory.
-    fn poke(&self, insn: &Instruction, address: u64, memory: &mut [u8], random: &mut Random) {
-        let at = address.wrapping_sub(self.places.data);
+    /// Writes an operand that fits the instruction to the place `at` of memory.
+    fn poke(&self, insn: &Instruction, at: u64, memory: &mut [u8], random: &mut Random) {
         if insn.is_jmp_near_indirect() || insn.is_call_near_indirect() {
             store(memory, at, self.places.target(random));
         } else if insn.mnemonic() == Mnemonic::Popf || insn.mnemonic() == Mnemonic::Popfd || insn.mnemonic() == Mnemonic::Popfq {
@@ -223,11 +235,12 @@ fn limits(insn: &Instruction, image: &mut Image, random: &mut Random) {
     }
 }
 
-/// Sets the registers of memory operands so that their addresses are those of [`Places::operand`], which are returned.
+/// Sets the registers of memory operands so that their addresses are those of [`Places::operand`]; returns where these are in memory.
 fn point(info: &InstructionInfo, insn: &Instruction, places: &Places, image: &mut Image, random: &mut Random) -> Vec<u64> {
     let mut targets = Vec::new();
     for used in info.used_memory() {
-        let target = places.operand(random);
+        let start = places.base(used.segment());
+        let target = places.operand(random).wrapping_sub(places.data).wrapping_add(start);
         let (base, index) = (used.base(), used.index());
         if index.is_vector_register() {
             let lanes = |random: &mut Random| (random.below(512) as u32) as i32 as u32;
@@ -260,7 +273,8 @@ fn point(info: &InstructionInfo, insn: &Instruction, places: &Places, image: &mu
         if address_32 && base.is_gpr32() {
             image.gpr[base.full_register().number()] |= random.next() << 32;
         }
-        targets.push(if base.is_gpr() || index.is_gpr() { target } else { insn.memory_displacement64() });
+        let address = if base.is_gpr() || index.is_gpr() { target } else { insn.memory_displacement64() };
+        targets.push(address.wrapping_sub(start));
     }
     targets
 }
@@ -268,10 +282,10 @@ fn point(info: &InstructionInfo, insn: &Instruction, places: &Places, image: &mu
 /// The stack pointer: what the instruction asks for, or an aligned place of plain memory.
 fn stack_pointer(wanted: u64, places: &Places, random: &mut Random) -> u64 {
     let aligned = wanted & 7 == 0;
-    if random.below(16) == 0 || aligned && wanted.wrapping_sub(places.data) < DATA_SIZE as u64 {
+    if random.below(16) == 0 || aligned && wanted.wrapping_sub(places.stack) < DATA_SIZE as u64 {
         return wanted;
     }
-    places.data + 1024 + (random.below(4096) & !7)
+    places.stack + 1024 + (random.below(4096) & !7)
 }
 
 fn significand(random: &mut Random) -> u64 {

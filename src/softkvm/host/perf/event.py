@@ -87,11 +87,12 @@ class Registers(Protocol):
         """The address space."""
 
     @property
+    def stack_pointer(self) -> int:
+        """RSP."""
+
+    @property
     def frame_pointer(self) -> int:
         """RBP."""
-
-    def read(self, address: int, size: int) -> bytes | None:
-        """Memory of the interrupted address space; None where there is none."""
 
 
 OverflowHandler = Callable[["Event", Registers], None]

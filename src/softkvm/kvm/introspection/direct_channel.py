@@ -88,6 +88,10 @@ class DirectChannel:
         """Call the handler."""
         return self.handler(DirectEvent(vcpu, event, seq, data))
 
+    def wait(self, vcpu: VcpuIntrospection, deadline: float | None) -> None:
+        """For `reply()`, or a command of another thread."""
+        vcpu.wait_for_job(deadline)
+
     def notify(self, event: Event, seq: int) -> None:
         """UNHOOK: the handler is called without a vCPU to answer for."""
         self.on_unhook()

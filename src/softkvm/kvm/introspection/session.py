@@ -37,6 +37,9 @@ class Channel(Protocol):
     def deliver(self, vcpu: VcpuIntrospection, event: Event, seq: int, data: Structure | None) -> Reply | None:
         """Tell the tool of an event; its answer if it comes at once. Broken if the tool cannot be told."""
 
+    def wait(self, vcpu: VcpuIntrospection, deadline: float | None) -> None:
+        """On the vCPU's thread: wait for something for it, an answer or a job. Broken behind the deadline (`time.monotonic()`)."""
+
     def notify(self, event: Event, seq: int) -> None:
         """Tell the tool of an event that has no vCPU and no answer; Broken."""
 
@@ -56,7 +59,6 @@ class Session:
         self.allowed_commands = ALWAYS_ALLOWED
         self.allowed_events: frozenset[Event] = frozenset()
         self.vm_events: frozenset[Event] = frozenset()
-        self.cleanup = False
         self.reply_timeout = REPLY_TIMEOUT
         self.filters = Filters()
         self.breakpoints: frozenset[int] = frozenset()
@@ -135,4 +137,4 @@ class Session:
         mmu.track.node = None
         self.set_breakpoints(frozenset())
         for vcpu in self.vcpus:
-            vcpu.post(partial(intercepts.restore, vcpu))
+            vcpu.must_do(partial(intercepts.restore, vcpu))

@@ -158,7 +158,9 @@ class LapicCore:
         elif mode == irq.DM_REMRD:  # KVM's own use of this mode: a paravirtual kick
             self.pv_unhalted = True
             self.vcpu.make_request(request.REQ_UNHALT)
-        else:  # SMI: there is no SMM; ExtINT comes over LINT0
+        elif mode == irq.DM_SMI:
+            self.vcpu.make_request(request.REQ_SMI)
+        else:  # ExtINT comes over LINT0
             return False
         return True
 

@@ -9,9 +9,6 @@ from softkvm.kvm import regs
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu import Vcpu
 
-_PAGE = 4096
-_U64 = (1 << 64) - 1
-
 
 class GuestRegisters:
     """What the guest was doing at the exit."""
@@ -39,21 +36,11 @@ class GuestRegisters:
         return int(self._vcpu.state.cr3)
 
     @property
+    def stack_pointer(self) -> int:
+        """RSP."""
+        return int(self._vcpu.state.gpr[regs.RSP])
+
+    @property
     def frame_pointer(self) -> int:
         """RBP."""
         return int(self._vcpu.state.gpr[regs.RBP])
-
-    def read(self, address: int, size: int) -> bytes | None:
-        """Memory of the guest as its paging has it now; None where there is none."""
-        data = b""
-        while size > 0:
-            piece = min(size, _PAGE - address % _PAGE)
-            gpa = self._vcpu.translate_gva(address, 0)
-            if gpa is None:
-                return None
-            try:
-                data += self._vcpu.vm.memory.read(gpa, piece)
-            except OSError:
-                return None
-            address, size = address + piece & _U64, size - piece
-        return data

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from softkvm.kvm import emulate, events, exits, guest_debug, hypercall, pio, virtual_time
+from softkvm.kvm import emulate, events, exits, guest_debug, hypercall, pio, task_switch, virtual_time
 from softkvm.kvm.vendor import Handler
 from softkvm.uapi.vmx import ENTRY_FAILURE, EXIT_NAMES, ExitReason
 
@@ -71,6 +71,11 @@ def _dr_access(vcpu: Vcpu) -> int:
     return guest_debug.handle_dr(vcpu, qualification & 7, qualification >> 8 & 15, not qualification & _MOV_FROM_DR)
 
 
+def _task_switch(vcpu: Vcpu) -> int:
+    qualification = vcpu.exit.qualification
+    return task_switch.handle(vcpu, qualification & 0xFFFF, qualification >> 30 & 3)
+
+
 handlers: dict[int, Handler] = {
     **emulate.handlers,
     **virtual_time.handlers,
@@ -79,6 +84,7 @@ handlers: dict[int, Handler] = {
     ExitReason.TRIPLE_FAULT: exits.handle_triple_fault,
     ExitReason.INTERRUPT_WINDOW: exits.handle_interrupt_window,
     ExitReason.NMI_WINDOW: exits.handle_nmi_window,
+    ExitReason.TASK_SWITCH: _task_switch,
     ExitReason.CPUID: exits.handle_cpuid,
     ExitReason.HLT: exits.handle_halt,
     ExitReason.INVD: exits.handle_nop,

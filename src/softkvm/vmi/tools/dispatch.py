@@ -9,9 +9,11 @@ from __future__ import annotations
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 from softkvm.uapi.kvmi import Access, Command, Event
+from softkvm.vmi import requests
 from softkvm.vmi.errors import ChannelClosed, Unreadable, VmiError
 from softkvm.vmi.events import CrEvent, HiddenBreakpointEvent, MsrEvent, PageEvent, Unhook, VcpuEvent
 from softkvm.vmi.memory import PAGE_MASK
@@ -92,7 +94,7 @@ class Dispatcher(Generic[R]):
     # What comes
 
     def records(self, timeout: float | None = None) -> Iterator[R]:
-        """What the functions note, as it happens; ends after `timeout` seconds, with `stop()`, or with the VM."""
+        """What the functions note, as it happens, until `timeout` seconds are over, `stop()`, or the end of the VM; then all is let go."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._stopped and (deadline is None or time.monotonic() < deadline):
             ended = self._take_one()
@@ -100,6 +102,22 @@ class Dispatcher(Generic[R]):
                 yield self._records.popleft()
             if ended:
                 return
+        with suppress(ChannelClosed):
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Take away whatever makes events, and answer those that are under way."""
+        client = self.target.client
+        client.breakpoints(self._breakpoints, on=False)
+        client.protect(self._pages, Access.R | Access.W | Access.X)
+        for vcpu in range(client.vcpus):
+            for msr in self._msrs:
+                client.post(requests.control_msr(vcpu, msr, enable=False))
+            for register in self._crs:
+                client.post(requests.control_cr(vcpu, register, enable=False))
+        while (event := client.next_event(_TURN)) is not None:
+            if isinstance(event, VcpuEvent):
+                event.continue_()
 
     def _take_one(self) -> bool:
         """Wait a moment for one event and dispatch it; whether the session has ended."""

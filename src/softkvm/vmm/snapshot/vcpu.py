@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from softkvm import kvm
 from softkvm.uapi import kvm as uapi
+from softkvm.vmm.assembly import tell_of_pause
 from softkvm.vmm.errors import StateError
 from softkvm.vmm.snapshot.records import VcpuState, from_blob, to_blob
 
@@ -62,6 +63,7 @@ def restore_events(vcpu: kvm.Vcpu, state: VcpuState) -> None:
     _set_msrs(vcpu, [(index, value) for index, value in state.msrs if index in _TIME_MSRS])
     vcpu.set_vcpu_events(from_blob(uapi.VcpuEvents, state.events))
     vcpu.set_mp_state(uapi.MpState(mp_state=state.mp_state))
+    tell_of_pause(vcpu)
 
 
 def _set_msrs(vcpu: kvm.Vcpu, values: list[tuple[int, int]]) -> None:

@@ -3,7 +3,7 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use crate::cpu::Cpu;
-use crate::exec::sse::host::{mxcsr, simd};
+use crate::exec::sse::host::{self, mxcsr, simd};
 use crate::exec::sse::operand::{is_memory, is_ymm, Source, VexMemory, VexRegister};
 use crate::paging::AccessKind;
 use crate::uop::{Exec, Handler, Uop};
@@ -45,7 +45,28 @@ fn halved<const HALVES: usize>(cpu: &Cpu, uop: &Uop) -> (u128, u32) {
     let [low, high] = cpu.ymm(uop.reg[1]);
     let (low, raised) = simd!(control, "vcvtps2ph", 0, low, imm 4);
     let (high, more) = if HALVES == 2 { simd!(control, "vcvtps2ph", 0, high, imm 4) } else { (0, 0) };
-    (high << 64 | low, raised | more)
+    let tiny = host::traps_underflow(guest) && is_tiny::<HALVES>(control, cpu.ymm(uop.reg[1]));
+    (high << 64 | low, raised | more | if tiny { mxcsr::UNDERFLOW } else { 0 })
+}
+
+/// Whether a single-precision number becomes a half-precision one that is not zero and, rounded to its precision but with any exponent, below
+/// the normal ones (SDM vol. 1, 4.9.1.5). The instruction ignores flush-to-zero, which tells that of others.
+fn is_tiny<const HALVES: usize>(control: u32, source: [u128; 2]) -> bool {
+    /// Exponent field of 2^-15, the last below the normal numbers, and by how much to move it among them.
+    const BELOW: u32 = 112;
+    const UP: u32 = 10;
+    const EXPONENT: u32 = 23;
+    source[..HALVES].iter().flat_map(|half| (0..4).map(move |n| (half >> (32 * n)) as u32)).any(|single| {
+        match single >> EXPONENT & 0xff {
+            0 => single << 9 != 0 && control & mxcsr::DAZ == 0,
+            BELOW => {
+                let (moved, _) = simd!(control | mxcsr::MASKS, "vcvtps2ph", 0, u128::from(single + (UP << EXPONENT)), imm 4);
+                // 2^-14 moved up is 2^-4, whose half-precision exponent field is 11.
+                moved as u32 >> 10 & 0x1f < 11
+            }
+            exponent => exponent < BELOW,
+        }
+    })
 }
 
 fn to_half<const HALVES: usize>(cpu: &mut Cpu, uop: &Uop) -> Exec {

@@ -27,6 +27,8 @@ pub mod mxcsr {
     pub const ROUNDING: u32 = 3 << ROUNDING_SHIFT;
     pub const ROUNDING_SHIFT: u32 = 13;
     pub const UNDERFLOW: u32 = 0x10;
+    /// Denormals are zeros.
+    pub const DAZ: u32 = 1 << 6;
     /// Flush-to-zero.
     pub const FLUSH: u32 = 1 << 15;
 }

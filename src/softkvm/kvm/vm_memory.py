@@ -1,8 +1,9 @@
-"""Which pages of its memory a guest has written: a bitmap for each slot, or a ring for each vCPU (`dirty_ring.py`).
+"""Memory slots of a VM, and which of their pages the guest has written: a bitmap for each slot, or a ring for each vCPU (`dirty_ring.py`).
 
-Answers to Linux 6.1 `kvm_get_dirty_log_protect()`, `kvm_clear_dirty_log_protect()` and `kvm_vm_ioctl_reset_dirty_pages()` in
-`virt/kvm/kvm_main.c`. A page is logged at its first write after it was write-protected. KVM_GET_DIRTY_LOG protects all that it reports,
-unless user space has taken that upon itself (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) and does it piece by piece with KVM_CLEAR_DIRTY_LOG.
+Answers to Linux 6.1 `kvm_vm_ioctl_set_memory_region()`, `kvm_get_dirty_log_protect()`, `kvm_clear_dirty_log_protect()` and
+`kvm_vm_ioctl_reset_dirty_pages()` in `virt/kvm/kvm_main.c`. A page is logged at its first write after it was write-protected.
+KVM_GET_DIRTY_LOG protects all that it reports, unless user space has taken that upon itself (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) and does it
+piece by piece with KVM_CLEAR_DIRTY_LOG.
 """
 
 from __future__ import annotations
@@ -24,30 +25,43 @@ if TYPE_CHECKING:
 _WORD = 64
 
 
-class VmDirtyLog(IntrospectedFile):
-    """The part of a VM's file that tells of written pages."""
+class VmMemory(IntrospectedFile):
+    """The part of a VM's file that is about its memory."""
 
     lock: RLock
     vcpus: list[Vcpu]
     mmu: Mmu
+    smm_mmu: Mmu
+
+    def address_space(self, slot_id: int) -> Mmu:
+        """The memory that a slot id of user space is about; OSError(EINVAL) for an address space that is not there."""
+        space = slot_id >> 16
+        if space > 1:
+            raise OSError(errno.EINVAL, "no such address space")
+        return self.smm_mmu if space else self.mmu
+
+    @ioctl(uapi.KVM_SET_USER_MEMORY_REGION, takes(uapi.UserspaceMemoryRegion))
+    def set_user_memory_region(self, region: uapi.UserspaceMemoryRegion) -> None:
+        """KVM_SET_USER_MEMORY_REGION; OSError EINVAL for a bad slot, EEXIST for an overlap."""
+        self.address_space(region.slot).set_region(region)
 
     @ioctl(uapi.KVM_GET_DIRTY_LOG, fields(uapi.DirtyLog, "slot"), returns_bitmap)
     def get_dirty_log(self, slot: int) -> bytes:
         """KVM_GET_DIRTY_LOG: the slot's bitmap (64-bit words), which starts anew; OSError EINVAL, ENOENT, ENXIO with dirty rings."""
         with self.lock:
-            found, log = self._logged(slot)
+            mmu, found, log = self._logged(slot)
             bitmap = bytes(log)
             if not self.mmu.manual_protect:
                 log[:] = bytes(len(bitmap))
                 if any(bitmap):
-                    self.mmu.write_protect(found.gpa, found.size)
+                    mmu.write_protect(found.gpa, found.size)
         return bitmap
 
     @ioctl(uapi.KVM_CLEAR_DIRTY_LOG, takes(uapi.ClearDirtyLog))
     def clear_dirty_log(self, request: uapi.ClearDirtyLog) -> None:
         """KVM_CLEAR_DIRTY_LOG: log the pages in the caller's bitmap again; OSError EINVAL, ENOENT, EFAULT, ENXIO with dirty rings."""
         with self.lock:
-            slot, log = self._logged(request.slot, request.first_page % _WORD != 0)
+            mmu, slot, log = self._logged(request.slot, request.first_page % _WORD != 0)
             pages, first, count = slot.size // PAGE_SIZE, request.first_page, request.num_pages
             if first > pages or count > pages - first or (count < pages - first and count % _WORD):
                 raise OSError(errno.EINVAL, "no such range of pages")
@@ -56,7 +70,7 @@ class VmDirtyLog(IntrospectedFile):
             place = slice(first // 8, first // 8 + size)
             cleared = int.from_bytes(log[place], "little") & wanted
             log[place] = (int.from_bytes(log[place], "little") & ~cleared).to_bytes(size, "little")
-            self._write_protect(slot, first, cleared)
+            _write_protect(mmu, slot, first, cleared)
 
     @ioctl(uapi.KVM_RESET_DIRTY_RINGS)
     def reset_dirty_rings(self) -> int:
@@ -74,26 +88,34 @@ class VmDirtyLog(IntrospectedFile):
             for vcpu in self.vcpus:
                 for slot_id, page in vcpu.dirty_ring.pop_reset() if vcpu.dirty_ring is not None else ():
                     count += 1
-                    slot = self.mmu.slots.get(slot_id)
-                    if slot is not None and page < slot.size // PAGE_SIZE:
-                        self.mmu.write_protect(slot.gpa + page * PAGE_SIZE, PAGE_SIZE)
+                    self._reset(slot_id, page)
         return count
 
-    def _logged(self, slot_id: int, bad: bool = False) -> tuple[Slot, bytearray]:
-        """A slot that logs, and its bitmap; OSError in the kernel's order."""
+    def _reset(self, slot_id: int, page: int) -> None:
+        if slot_id >> 16 > 1:
+            return
+        mmu = self.address_space(slot_id)
+        slot = mmu.slots.get(slot_id & 0xFFFF)
+        if slot is not None and page < slot.size // PAGE_SIZE:
+            mmu.write_protect(slot.gpa + page * PAGE_SIZE, PAGE_SIZE)
+
+    def _logged(self, slot_id: int, bad: bool = False) -> tuple[Mmu, Slot, bytearray]:
+        """A slot that logs, where it is, and its bitmap; OSError in the kernel's order."""
         if self.mmu.ring_size:
             raise OSError(errno.ENXIO, "the pages are in the dirty rings")
-        if slot_id >> 16 or slot_id & 0xFFFF >= USER_MEM_SLOTS or bad:
+        mmu = self.address_space(slot_id)
+        if slot_id & 0xFFFF >= USER_MEM_SLOTS or bad:
             raise OSError(errno.EINVAL, "no such slot, or not at a word of the bitmap")
-        slot = self.mmu.slots.get(slot_id)
+        slot = mmu.slots.get(slot_id & 0xFFFF)
         if slot is None or slot.dirty is None:
             raise OSError(errno.ENOENT, "the slot does not log dirty pages")
-        return slot, slot.dirty
+        return mmu, slot, slot.dirty
 
-    def _write_protect(self, slot: Slot, first: int, pages: int) -> None:
-        """Take the right to write from the pages whose bits are set, bit 0 being page `first` of the slot; runs of them at once."""
-        while pages:
-            start = (pages & -pages).bit_length() - 1
-            run = (~(pages >> start) & (pages >> start) + 1).bit_length() - 1
-            self.mmu.write_protect(slot.gpa + (first + start) * PAGE_SIZE, run * PAGE_SIZE)
-            pages &= ~((1 << run) - 1 << start)
+
+def _write_protect(mmu: Mmu, slot: Slot, first: int, pages: int) -> None:
+    """Take the right to write from the pages whose bits are set, bit 0 being page `first` of the slot; runs of them at once."""
+    while pages:
+        start = (pages & -pages).bit_length() - 1
+        run = (~(pages >> start) & (pages >> start) + 1).bit_length() - 1
+        mmu.write_protect(slot.gpa + (first + start) * PAGE_SIZE, run * PAGE_SIZE)
+        pages &= ~((1 << run) - 1 << start)
