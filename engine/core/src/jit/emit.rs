@@ -105,14 +105,7 @@ pub fn block_rip() -> AsmMemoryOperand {
 
 impl Emitter {
     pub fn new(places: Places, block: *const Block) -> Emit<Self> {
-        Ok(Emitter {
-            asm: CodeAssembler::new(64)?,
-            places,
-            block: block as u64,
-            cold: Vec::new(),
-            host_flags: false,
-            saved_flags: true,
-        })
+        Ok(Emitter { asm: CodeAssembler::new(64)?, places, block: block as u64, cold: Vec::new(), host_flags: false, saved_flags: true })
     }
 
     /// Sets `label` here; any number of labels may be in one place.

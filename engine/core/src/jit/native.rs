@@ -112,8 +112,9 @@ pub unsafe extern "sysv64" fn resume(cpu: *mut Cpu, block: *mut Block, index: u3
     // SAFETY: by the caller's promise both are valid, and host code holds no references. The handler may kill the block, which stays
     // allocated, so nothing but `uop` is borrowed from it meanwhile.
     let (cpu, uop, handler) = unsafe {
-        let uop = (&(*block).uops)[index as usize];
-        (&mut *cpu, uop, (&(*block).reference).get(index as usize).copied().unwrap_or(uop.run))
+        let (uops, reference) = (&(*block).uops, &(*block).reference);
+        let uop = uops[index as usize];
+        (&mut *cpu, uop, reference.get(index as usize).copied().unwrap_or(uop.run))
     };
     cpu.flags = cpu.native.flags();
     cpu.native.block = block;
