@@ -38,9 +38,9 @@ def descriptor(base: int, limit: int, access: int, flags: int = 0) -> int:
 def start(boot: Boot, host: Host, code: bytes, other: bytes, limit: int = 0x67) -> Guest:
     """A guest in protected mode without paging, in its own task, with another one beside it."""
     guest = boot(host, code, rax=0x11)
-    table = (0, descriptor(0, 0xFFFFF, 0x9B, 0xC), descriptor(0, 0xFFFFF, 0x93, 0xC), descriptor(OWN_TSS, 0x67, BUSY))
-    table += (descriptor(OTHER_TSS, limit, AVAILABLE),)
-    guest.ram[GDT : GDT + 40] = struct.pack("<5Q", *table)
+    flat = [0, descriptor(0, 0xFFFFF, 0x9B, 0xC), descriptor(0, 0xFFFFF, 0x93, 0xC)]
+    tasks = [descriptor(OWN_TSS, 0x67, BUSY), descriptor(OTHER_TSS, limit, AVAILABLE)]
+    guest.ram[GDT : GDT + 40] = struct.pack("<5Q", *flat, *tasks)
     guest.ram[OTHER_CODE : OTHER_CODE + len(other)] = other
     registers = struct.pack("<10I", OTHER_CODE, 2, 0x22, 0, 0, 0, OTHER_STACK, 0, 0, 0)
     selectors = struct.pack("<6I", *(CODE_32 if number == 1 else DATA_32 for number in range(6)))

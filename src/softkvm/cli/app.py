@@ -96,6 +96,12 @@ def cli() -> None:
 @click.option("-c", "--cpus", type=int, default=1, metavar="N", help="CPUs of the guest, 1 to 64.")
 @click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=_complete_cpu)
 @click.option("--cores", type=click.IntRange(min=1), metavar="N", help="Cores of the host under all CPUs.  [default: as many as they want]")
+@click.option(
+    "--tier",
+    type=click.Choice(["interpreter", "translator", "auto"]),
+    default="auto",
+    help="How guest code runs: `auto` translates hot code.",
+)
 @click.option("--deterministic", type=click.IntRange(0, (1 << 64) - 1), metavar="SEED", help="Run the same way each time: see below.")
 @click.option("--kvm", multiple=True, metavar="NAME=VALUE", help="Module parameter of KVM, such as nrips=0.")
 @click.option(
@@ -124,6 +130,7 @@ def run(
     cpus: int,
     cpu: str,
     cores: int | None,
+    tier: str,
     deterministic: int | None,
     kvm: tuple[str, ...],
     extras: tuple[str, ...],
@@ -173,6 +180,7 @@ def run(
         cpus=cpus,
         cpu=cpu,
         cores=cores,
+        tier=tier,
         deterministic=deterministic,
         kvm=kvm,
         timeout=timeout,

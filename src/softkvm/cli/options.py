@@ -24,6 +24,7 @@ class RunOptions:
     cpus: int = 1
     cpu: str = "cascadelake"
     cores: int | None = None
+    tier: str = "auto"
     kvm: tuple[str, ...] = ()
     timeout: float | None = None
     stats: StatsFormat | None = None

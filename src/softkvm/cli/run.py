@@ -175,6 +175,7 @@ class _Run:
                 cpu=options.cpu,
                 cpus=options.cpus,
                 cores=options.cores,
+                tier=options.tier,
                 kvm_parameters=options.kvm,
                 serial=serial,
                 process=self._process,

@@ -18,6 +18,7 @@ SerialBackend = Callable[[bytes], object]
 
 DEFAULT_MEMORY = "512M"
 DEFAULT_CPU = "cascadelake"
+DEFAULT_TIER = "auto"
 
 SMALLEST_MEMORY = 4 * MIB
 LARGEST_MEMORY = layout.RAM_BELOW_4G.size + layout.RAM_ABOVE_4G.size
@@ -75,6 +76,7 @@ class Surroundings:
     """Of a deterministic machine, whose clock is a virtual one."""
     tsc_khz: int | None = None
     """Rate of the vCPUs' TSCs."""
+    tier: str = DEFAULT_TIER
 
 
 def check(

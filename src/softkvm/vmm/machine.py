@@ -74,6 +74,7 @@ class Machine:
         cores: int | None = None,
         deterministic: int | None = None,
         tsc_khz: int | None = None,
+        tier: str = config.DEFAULT_TIER,
     ) -> None:
         """Build the machine and load the kernel; nothing runs yet.
 
@@ -85,7 +86,8 @@ class Machine:
         KVM (ioctl filters, audit log, tracer), a new one if none is given; `cores` is how many the host has for all vCPUs together, as
         many as they want if none is given; `tsc_khz` is the rate of the guest's TSCs, the host's if none is given. `deterministic` is a
         seed: the vCPUs then run by turns in virtual time, and every run with the same seed and input is the same (`kvm.Turns`), as long as
-        input comes between runs or from a listener of `serial`. ConfigError for anything that cannot be.
+        input comes between runs or from a listener of `serial`. `tier` is how guest code runs: by the `interpreter`, as host code of the
+        `translator`, or as host code where it is hot (`auto`); what the guest sees is the same. ConfigError for anything that cannot be.
         """
         settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial, kvm_parameters, deterministic, tsc_khz)
         if deterministic is not None and (clock is not None or cores is not None):
@@ -93,7 +95,7 @@ class Machine:
         if clock is None:
             clock = Clock() if deterministic is None else VirtualClock()
         process = process if process is not None else kvm.Process()
-        around = Surroundings(settings.serial, output_limit, clock, process, cores, deterministic, tsc_khz)
+        around = Surroundings(settings.serial, output_limit, clock, process, cores, deterministic, tsc_khz, tier)
         self._set_up(settings, KernelOrigin(settings), around, test_device)
 
     @classmethod
@@ -135,7 +137,7 @@ class Machine:
         self._seconds = 0.0
         self._closed = False
         with ExitStack() as resources:
-            system = assembly.open_kvm(settings, around.process, around.cores, around.clock, around.seed)
+            system = assembly.open_kvm(settings, around.process, around.cores, around.clock, around.seed, around.tier)
             self._turns, self._started_ns = system.turns, around.clock.monotonic_ns()
             self._build(system, settings, origin, around, resources, test_device)
             self._resources = resources.pop_all()

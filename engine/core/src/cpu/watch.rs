@@ -97,7 +97,7 @@ impl Cpu {
             return Ok(ptr::null_mut());
         }
         let (first, before) = (self.rip(), self.instructions());
-        let done = self.execute(block)?;
+        let done = self.interpret(block)?;
         if kind != Kind::None && !done.is_null() && self.pmu.watched & watch::BRANCHES != 0 {
             if kind == Kind::Loop {
                 self.earlier_turns(block, first, before);
