@@ -71,6 +71,7 @@ fn a_breakpoint_is_met_before_its_instruction_and_follows_the_table() {
     let mut machine = Machine::new();
     let npt = Arc::clone(&machine.cpu.npt);
     npt.set_breakpoints(&[CODE + 2], &[]);
+    machine.cpu.clock.tick = u64::MAX;
     machine.poke(CODE, &[0x90, 0x90, 0x48, 0xff, 0xc0, 0xf4]); // nop; nop; inc rax; hlt
     machine.cpu.set_rip(CODE);
     machine.cpu.run();

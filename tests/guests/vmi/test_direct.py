@@ -26,7 +26,9 @@ def test_processes_and_events_without_a_socket(vm_factory: VmFactory) -> None:
         live = LiveGuest(machine, client)
         target = Target(client, default_directory() / "vmi")
         direct = live.still(lambda _: tasks.processes(target.kernel))
-        assert {(process.pid, process.name) for process in direct} >= {(process.pid, process.name) for process in by_socket if process.pid == 1}
+        assert {(process.pid, process.name) for process in direct} >= {
+            (process.pid, process.name) for process in by_socket if process.pid == 1
+        }
         assert direct[0].arguments == by_socket[0].arguments
         with live.watched(Alarms(live.target)) as records:
             live.shell("/bin/busybox true")

@@ -111,10 +111,9 @@ def _check_range(request: kvmi.Physical) -> None:
 
 
 def control_cleanup(session: Session, request: kvmi.ControlCleanup, trailing: bytes) -> bytes:
-    """VM_CONTROL_CLEANUP: EINVAL unless 0 or 1."""
+    """VM_CONTROL_CLEANUP: EINVAL unless 0 or 1. What a tool leaves behind is cleaned up in any case (`Session.end()`)."""
     if request.enable > 1:
         raise Refused(Error.EINVAL)
-    session.cleanup = bool(request.enable)
     return b""
 
 
