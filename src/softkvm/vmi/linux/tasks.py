@@ -195,6 +195,15 @@ def processes(kernel: Kernel, cr3s: tuple[int, ...] = ()) -> list[Process]:
     return sorted(listed, key=lambda process: process.pid)
 
 
+def current(kernel: Kernel, cpu: int) -> Struct:
+    """The task that runs on a CPU, by the kernel's own per-CPU variable."""
+    if "pcpu_hot" in kernel.symbols:
+        address = kernel.struct("pcpu_hot", kernel.percpu("pcpu_hot", cpu)).number("current_task")
+    else:
+        address = kernel.number(kernel.percpu("current_task", cpu))
+    return kernel.struct("task_struct", address)
+
+
 def consistent(kernel: Kernel, cr3s: tuple[int, ...] = (), attempts: int = 3) -> list[Process]:
     """`processes()` of a guest that runs meanwhile: looks again while the lists are caught in a change."""
     for _ in range(attempts - 1):
