@@ -72,6 +72,7 @@ bench: $(ENGINE) ## Compare with QEMU's TCG (boot), measure exits and what a sec
 	$(BIN)/python -m benchmarks.exits
 	$(BIN)/python -m benchmarks.entry
 	$(BIN)/python -m benchmarks.smp
+	$(BIN)/python -m benchmarks.introspection
 
 conformance: $(ENGINE) ## Run kvm-unit-tests from the built checkout that KVM_UNIT_TESTS names, and write docs/conformance.md
 	$(BIN)/python docs/conformance.py $(ARGS)

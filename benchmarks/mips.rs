@@ -1,4 +1,5 @@
-//! Millions of guest instructions per second on small loops: `cargo run --release -p softkvm-engine --example mips`.
+//! Millions of guest instructions per second on small loops, unwatched and with counters, branch records or the branch log on:
+//! `cargo run --release -p softkvm-engine --example mips`.
 
 use std::alloc::{alloc_zeroed, Layout};
 use std::sync::Arc;
@@ -7,6 +8,8 @@ use std::time::Instant;
 use softkvm_engine::memory::nested::NestedPageTable;
 use softkvm_engine::memory::region::Region;
 use softkvm_engine::model::Model;
+use softkvm_engine::pmu::log::Filter;
+use softkvm_engine::pmu::registers::index;
 use softkvm_engine::state::{cr0, cr4, efer, rights, seg, Segment, State};
 use softkvm_engine::virt::control::Block;
 use softkvm_engine::virt::entry::Core;
@@ -14,7 +17,34 @@ use softkvm_engine::virt::entry::Core;
 const RAM: usize = 4 << 20;
 const TABLES: usize = 0x10_0000;
 const CODE: usize = 0x1000;
-const INSTRUCTIONS: u64 = 400_000_000;
+/// A rate is the best of so many runs up to the core's next periodic interrupt, as other work on the machine only takes away.
+const RUNS: usize = 60;
+
+/// What the core's PMU does meanwhile.
+#[derive(Clone, Copy, PartialEq)]
+enum Watch {
+    Nothing,
+    Instructions,
+    Branches,
+    Lbr,
+    Log,
+}
+
+impl Watch {
+    const ALL: [Watch; 5] = [Watch::Nothing, Watch::Instructions, Watch::Branches, Watch::Lbr, Watch::Log];
+
+    fn start(self, core: &mut Core, block: &mut Block) {
+        const ALL_RINGS: u64 = 3 << 16 | 1 << 22;
+        match self {
+            Watch::Nothing => {}
+            Watch::Instructions => core.pmu_write(index::FIXED_CTR_CTRL, 3).unwrap(),
+            Watch::Branches => core.pmu_write(index::EVTSEL, ALL_RINGS | 0xc4).unwrap(),
+            Watch::Lbr => block.state.debugctl = 1,
+            Watch::Log => core.branch_log_start(1 << 16, Filter { rings: 3, low: 0, high: u64::MAX }),
+        }
+        core.pmu_write(index::GLOBAL_CTRL, 0xf | 7 << 32).unwrap();
+    }
+}
 
 fn state() -> State {
     let mut state = State::default();
@@ -36,7 +66,13 @@ fn state() -> State {
     state
 }
 
+/// The rate of `code` in each mode, in one line.
 fn run(name: &str, code: &[u8]) {
+    let rates = Watch::ALL.map(|watch| format!("{:7.0}", rate(code, watch)));
+    println!("{name:12} {}", rates.join(" "));
+}
+
+fn rate(code: &[u8], watch: Watch) -> f64 {
     let ram = Arc::new(Region::new(RAM).unwrap());
     // SAFETY: the tables and the code lie inside the region.
     unsafe {
@@ -55,19 +91,20 @@ fn run(name: &str, code: &[u8]) {
     let block = unsafe { &mut *alloc_zeroed(Layout::new::<Block>()).cast::<Block>() };
     block.state = state();
     block.control.tsc_multiplier = 1 << 48;
-    let start = Instant::now();
-    let mut done = 0;
-    while done < INSTRUCTIONS {
+    watch.start(&mut core, block);
+    let run = |_| {
+        let start = Instant::now();
         // SAFETY: the block is ours alone.
         let reason = unsafe { core.enter(block, &npt) };
-        assert_eq!(reason, 1, "{name}: unexpected exit {reason} at {:#x}", block.state.rip);
-        done += block.exit.instructions;
-    }
-    let seconds = start.elapsed().as_secs_f64();
-    println!("{name:12} {:7.0} MIPS", done as f64 / seconds / 1e6);
+        assert_eq!(reason, 1, "unexpected exit {reason} at {:#x}", block.state.rip);
+        core.branch_log_read();
+        block.exit.instructions as f64 / start.elapsed().as_secs_f64() / 1e6
+    };
+    (0..RUNS).map(run).fold(0.0, f64::max)
 }
 
 fn main() {
+    println!("{:12} {:>7} {:>7} {:>7} {:>7} {:>7}", "MIPS", "plain", "insns", "brs", "LBR", "log");
     // add rax, rbx; xor rcx, rax; sub rdx, rcx; lea rbx, [rbx+rcx]; and rax, rdx; dec r8; jnz
     run(
         "alu",

@@ -76,7 +76,7 @@ class Model:
     def __init__(self, name: str, features: dict[str, bool] | None = None) -> None:
         self.name = name
         self.vendor = "amd" if name == "epyc" else "intel"
-        optional = {"nrip-save": self.vendor == "amd"} | (features or {})
+        optional = dict.fromkeys(("nrip-save", "tsc-scale"), self.vendor == "amd") | (features or {})
         self.features = [feature for feature, on in optional.items() if on]
 
     def cpuid(self, leaf: int, subleaf: int) -> tuple[int, int, int, int]:
@@ -121,6 +121,7 @@ class Core:
         self.timer = 0
         self.entries = 0
         self.injected: list[int] = []
+        self.pmu: dict[int, int] = {}
         self.identity_mapped = True
         Core.cores.append(self)
 
@@ -146,6 +147,9 @@ class Core:
     def kick(self) -> None:
         self.kicked = True
 
+    def displaced(self) -> int:
+        return -1
+
     def set_timer(self, tsc: int) -> None:
         self.timer = tsc
 
@@ -154,6 +158,12 @@ class Core:
 
     def counters(self) -> dict[str, int]:
         return {"entries": self.entries}
+
+    def pmu_read(self, index: int) -> int:
+        return self.pmu.get(index, 0)
+
+    def pmu_write(self, index: int, value: int) -> None:
+        self.pmu[index] = value
 
 
 def model_names() -> list[str]:

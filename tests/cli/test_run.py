@@ -84,6 +84,19 @@ def test_machine_gets_the_options(machine: type[FakeMachine]) -> None:
     assert made.configuration["append"] == "panic=-1 quiet nokaslr"
 
 
+def test_a_snapshot_is_restored_in_place_of_a_boot(machine: type[FakeMachine], capfd: pytest.CaptureFixture[str]) -> None:
+    def play(self: FakeMachine) -> Stop:
+        assert self.read(0) == b"typed at once"
+        self.print("status 7\n", port=3)  # of the command that was running when the machine was saved
+        return self.wait_stopped()
+
+    machine.guest = play
+    with standard_input(b"typed at once"):
+        assert app.main(["run", "--restore", "file"]) == 7
+    assert machine.made[0].configuration["restored"] == "file"
+    assert capfd.readouterr().err == "softkvm: going on from file\n"
+
+
 @pytest.mark.parametrize(
     ("ended", "status", "sentence"),
     [
@@ -257,6 +270,9 @@ def test_counters_are_printed_at_the_end(machine: type[FakeMachine], capfd: pyte
         (["--selftest", "-k", "cloud"], "so it excludes kernel"),
         (["--selftest", "--", "true"], "so it excludes command"),
         (["--no-such-option"], "No such option"),
+        (["--restore", "x", "-m", "1G"], "`--restore` excludes memory"),
+        (["--restore", "x", "--", "true"], "`--restore` and `-- CMD` exclude each other"),
+        (["--name", "a/b"], "'a/b' is not a name for a VM"),
     ],
 )
 def test_bad_input_is_one_sentence_and_125(

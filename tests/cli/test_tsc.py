@@ -18,6 +18,7 @@ VCPU = kvm.VcpuTscStatus(
     tsc_scaling_ratio=3 << 47,
     tsc_scaling_ratio_frac_bits=48,
     virtual_tsc_khz=3_000_000,
+    tsc_catchup=False,
     this_tsc_generation=2,
     matched=True,
     guest_tsc=14_000,
@@ -73,12 +74,13 @@ def test_tables(answers: list[object], capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_without_master_clock_and_at_different_rates(answers: list[object], capsys: pytest.CaptureFixture[str]) -> None:
-    answers.append(replace(CLOCKS, use_master_clock=False, vcpus=[VCPU, replace(VCPU, virtual_tsc_khz=1, hv_clock=None)]))
+    answers.append(replace(CLOCKS, use_master_clock=False, vcpus=[VCPU, replace(VCPU, virtual_tsc_khz=1, tsc_catchup=True, hv_clock=None)]))
     assert app.main(["tsc"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "master clock off" in out
     assert "guest TSCs apart their rates differ" in out
     assert "0x1000 not yet" in out
+    assert "0 -1000 catches up 1 2" in out
 
 
 def test_json_is_one_object(answers: list[object], capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,6 +42,7 @@ def test_a_boot_is_traced_audited_and_filtered(tmp_path: Path) -> None:
     assert all(events)
     names = {event["event"] for event in events if event}
     assert names >= {"sys_enter", "sys_exit", "kvm_entry", "kvm_exit", "kvm_msr", "kvm_pio", "kvm_mmio", "kvm_inj_virq", "kvm_cpuid"}
+    assert names >= {"kvm_write_tsc_offset", "kvm_track_tsc", "kvm_update_master_clock", "kvm_pvclock_update"}
     records = [json.loads(line) for line in audited.read_text().splitlines()]
     assert records[0]["call"] == "KVM_CREATE_VM"
     assert sum(record["call"] == "KVM_RUN" for record in records) == text.count(": kvm_userspace_exit: ")

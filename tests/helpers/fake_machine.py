@@ -22,6 +22,8 @@ class FakeStats(msgspec.Struct, frozen=True):
 class FakeMachine:
     """Has the interface of `vmm.Machine` that the command line uses; `guest` plays the guest and returns how it ended."""
 
+    introspection: Any = None
+    max_gpa = (512 << 20) - 1
     guest: ClassVar[Callable[[Any], Stop]]
     made: ClassVar[list[FakeMachine]]
 
@@ -35,6 +37,10 @@ class FakeMachine:
         self.output = b""
         self.timeout: float | None = None
         type(self).made.append(self)
+
+    @classmethod
+    def restore(cls, path: str, serial: Mapping[int, SerialBackend], **configuration: Any) -> FakeMachine:
+        return cls(restored=path, serial=serial, **configuration)
 
     def __enter__(self) -> FakeMachine:
         return self

@@ -7,7 +7,9 @@ the event that it took on `EVENT_PORT`, or its normal end on `END_PORT`.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from softkvm import kvm
 from softkvm.uapi import kvm as uapi
@@ -49,8 +51,13 @@ class Outcome:
 class Guest:
     """One VM with one vCPU, at `CODE` with interrupts off."""
 
+    caps: ClassVar[Sequence[tuple[int, int]]] = ()
+    """Capabilities of the VM, and their first arguments."""
+
     def __init__(self, system: kvm.System, code: bytes, **registers: int) -> None:
         self.vm = system.create_vm()
+        for cap, argument in self.caps:
+            self.vm.enable_cap(uapi.EnableCap(cap=cap, args=(argument, 0, 0, 0)))
         self.memory = kvm.allocate_memory(RAM_SIZE)
         self.ram = memoryview(self.memory)
         self.vm.set_user_memory_region(uapi.UserspaceMemoryRegion(memory_size=RAM_SIZE, userspace_addr=self.memory.address))

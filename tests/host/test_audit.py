@@ -54,6 +54,7 @@ def test_a_line_tells_who_called_what_and_what_came_back(file: Audited) -> None:
         "syscall": "ioctl",
         "call": "KVM_NMI",
         "args": [1, "UserspaceMemoryRegion", "str", None],
+        "data": [1, {"UserspaceMemoryRegion": bytes(region).hex()}, "text", None],
         "digest": hashlib.sha256(bytes(region)).hexdigest(),
         "result": 5,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
@@ -33,6 +34,14 @@ class Guest:
 
     def set_need_resched(self) -> None:
         self.need_resched = True
+
+    def call(self, function: Callable[[], object]) -> bool:
+        if not self.busy:
+            function()
+        return not self.busy
+
+    def interrupt_guest(self, function: Callable[[], None]) -> None:
+        """Nobody is in a guest."""
 
 
 @pytest.fixture
@@ -210,6 +219,12 @@ def test_threads_take_turns() -> None:
 
         def set_need_resched(self) -> None:
             self.resched.set()
+
+        def call(self, function: Callable[[], object]) -> bool:
+            return False
+
+        def interrupt_guest(self, function: Callable[[], None]) -> None:
+            """Nobody calls."""
 
         def run(self) -> None:
             scheduler.load(self)

@@ -43,11 +43,11 @@ def test_the_first_rule_that_matches_decides() -> None:
 @pytest.mark.parametrize(("strict", "lax"), list(combinations(Action, 2)))
 def test_the_strictest_of_several_filters_counts(strict: Action, lax: Action) -> None:
     one, other = Filter((), Verdict(strict)), Filter((), Verdict(lax))
-    assert judge((one, other), a_call()).action == judge((other, one), a_call()).action == strict
+    assert judge((one, other), a_call(), "vmm").action == judge((other, one), a_call(), "vmm").action == strict
 
 
 def test_of_equals_the_last_filters_data_counts() -> None:
-    assert judge((Filter((), Verdict(Action.ERRNO, 1)), Filter((), Verdict(Action.ERRNO, 2))), a_call()).data == 2
+    assert judge((Filter((), Verdict(Action.ERRNO, 1)), Filter((), Verdict(Action.ERRNO, 2))), a_call(), "vmm").data == 2
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_filters_are_only_ever_added() -> None:
     process.add_filter(strict)
     process.add_filter(lax)
     assert process.cross is entry.syscall
-    assert judge(process.filters, a_call()).action is Action.ERRNO
+    assert judge(process.filters, a_call(), "vmm").action is Action.ERRNO
 
 
 def test_other_system_calls_are_filtered_too() -> None:

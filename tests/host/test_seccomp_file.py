@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from softkvm.host import seccomp_file
 from softkvm.host.call import SYS_IOCTL, SYS_MMAP
-from softkvm.host.seccomp import Action, Comparison, Rule, Verdict
-from softkvm.host.seccomp_file import FilterError, parse
+from softkvm.host.seccomp import Action, Comparison, FilterError, Rule, Verdict
+from softkvm.host.seccomp_file import parse
 from softkvm.uapi import kvm as uapi
 
 

@@ -25,6 +25,9 @@ class Guest:
         return True
 
     def set_need_resched(self) -> None: ...
+    def interrupt_guest(self, function: Callable[[], None]) -> None: ...
+    def call(self, function: Callable[[], object]) -> bool:
+        return False
 
 
 class Host:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import threading
+from typing import Any, cast
 
 from softkvm.host.clock import VirtualClock
+from softkvm.host.perf.core import Perf
 from softkvm.kvm import cpuid
 from softkvm.kvm.iobus import IoBus
 from softkvm.kvm.irqchip import Irqchip
@@ -13,8 +15,11 @@ from softkvm.kvm.irqchip.lapic import Lapic
 from softkvm.kvm.irqchip.pit import Pit
 from softkvm.kvm.irqchip.routing import Routing
 from softkvm.kvm.kvmclock import PvClock, VmClock
+from softkvm.kvm.lbr import GuestLbr
 from softkvm.kvm.msr import MsrState
+from softkvm.kvm.pmu.vpmu import VirtualPmu
 from softkvm.kvm.request import REQ_NMI
+from softkvm.kvm.smm import SmmState
 from softkvm.kvm.tsc import VcpuTsc, VmTsc
 from softkvm.silicon.control import ControlBlock
 from softkvm.uapi.kvm import CpuidEntry2
@@ -87,7 +92,10 @@ class FakeMemory:
 
 
 class FakeScheduler:
-    """Whoever tells how long a thread has waited for a processor."""
+    """Whoever tells how long a thread has waited for a processor, and has the host's perf."""
+
+    def __init__(self, model: FakeModel) -> None:
+        self.perf = Perf(cast(Any, model))
 
     def run_delay(self) -> int:
         return 0
@@ -96,22 +104,28 @@ class FakeScheduler:
 class FakeVm:
     """A VM; `vcpus` are added by `FakeVcpu`."""
 
-    def __init__(self, vendor: str = "intel", irqchip: bool = True, pit: bool = False) -> None:
+    def __init__(self, vendor: str = "intel", irqchip: bool = True, pit: bool = False, scaling: bool = True) -> None:
         self.clock = VirtualClock()
         self.lock = threading.RLock()
         self.model = FakeModel(vendor)
         self.memory = FakeMemory()
         self.boot_cpu_id = 0
+        self.reserved_ioapic_pins = 0
         self.vcpus: list[FakeVcpu] = []
         self.pio_bus, self.mmio_bus = IoBus(self.lock), IoBus(self.lock)
         self.routing = Routing(self)
         self.irqchip: Irqchip | None = None
-        self.tsc = VmTsc(self.clock, self.model.vendor)
+        self.tsc = VmTsc(self.clock, self.model.vendor, scaling)
         self.kvmclock = VmClock(self)
-        self.scheduler = FakeScheduler()
+        self.scheduler = FakeScheduler(self.model)
+        self.perf_capabilities = 0
         if irqchip:
             self.irqchip = Irqchip(self)
         self.pit = Pit(self, speaker=True) if pit else None
+
+    @property
+    def irqchip_in_kernel(self) -> bool:
+        return self.irqchip is not None
 
     @property
     def chips(self) -> Irqchip:
@@ -132,6 +146,8 @@ class FakeVcpu:
         self.apic_base = 0xFEE0_0800
         self.mp_state = 0
         self.userspace_irq = -1
+        self.pending_ioapic_eoi = 0
+        self.smm = SmmState()
         self.has_run = False
         self.mmap_area = memoryview(bytearray(12288))
         self.requests = 0
@@ -139,6 +155,8 @@ class FakeVcpu:
         self.msrs = MsrState(self)
         self.tsc = VcpuTsc(self)
         self.pvclock = PvClock(self)
+        self.pmu = VirtualPmu(cast(Any, self))
+        self.lbr = GuestLbr(cast(Any, self))
         self.lapic: Lapic | None = Lapic(self) if lapic else None
         vm.vcpus.append(self)
         self.tsc.synchronize(0)
@@ -166,6 +184,9 @@ class FakeVcpu:
 
     def wake(self) -> None:
         """Nobody sleeps."""
+
+    def set_tsc_catchup(self, on: bool) -> None:
+        """There are no exits."""
 
     def kick_guest(self) -> None:
         """Nobody runs."""

@@ -39,7 +39,7 @@ def test_kvm_leaves() -> None:
 @pytest.mark.parametrize(
     ("leaf", "register", "bits"),
     [
-        (1, cpuid.ECX, (3, 5, 6, 15, 18, 27)),  # MONITOR VMX SMX PDCM DCA OSXSAVE
+        (1, cpuid.ECX, (3, 5, 6, 18, 27)),  # MONITOR VMX SMX DCA OSXSAVE
         (1, cpuid.EDX, (18, 21, 22, 29, 31)),
         (7, cpuid.EBX, (2, 12, 15, 25)),  # SGX CQM RDT PT
         (7, cpuid.EDX, (18, 19, 20)),  # PCONFIG LBR IBT

@@ -23,7 +23,7 @@ def failure(file: KvmFile, number: int, argument: Argument = 0) -> int | None:
 
 
 def test_unknown_numbers(system: System, vm: Vm, vcpu: Vcpu) -> None:
-    number = uapi._io(0xFE)
+    number = uapi._io(0xFA)
     assert [failure(file, number) for file in (system, vm, vcpu)] == [errno.EINVAL, errno.ENOTTY, errno.EINVAL]
 
 

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softkvm.kvm import kvmclock, msr, request
+from softkvm import silicon
+from softkvm.host.clock import VirtualClock
+from softkvm.kvm import Parameters, System, Vm, kvmclock, msr, request
 from softkvm.kvm.kvmclock import scale_delta, service, time_scale
 from softkvm.kvm.msr import MsrError
 from softkvm.uapi import kvm as uapi
@@ -181,3 +183,50 @@ def test_steal_time(monkeypatch: pytest.MonkeyPatch) -> None:
         assert version % 2 == 0
         stolen.append(steal)
     assert stolen == [0, 500, 800]
+
+
+# Work that comes later
+
+
+def test_a_page_that_is_set_refreshes_all_pages_a_moment_later() -> None:
+    vm = FakeVm()
+    first, second = FakeVcpu(vm, 0), FakeVcpu(vm, 1)
+    msr.set(first, SYSTEM, PAGE | 1, False)
+    assert first.requests & request.REQ_GLOBAL_CLOCK_UPDATE
+    serve(first)
+    assert page(first)[0] == 2
+    assert not second.requests
+    vm.clock.advance(kvmclock.UPDATE_DELAY_NS // 2)
+    msr.set(first, SYSTEM, PAGE | 1, False)  # one that is under way is not put off
+    serve(first)
+    vm.clock.advance(kvmclock.UPDATE_DELAY_NS // 2)
+    assert first.requests == second.requests == request.REQ_CLOCK_UPDATE
+    assert vm.clock.first_expiry is None
+
+
+def test_pages_are_refreshed_every_five_minutes(vm: Vm, clock: VirtualClock) -> None:
+    vcpu = vm.create_vcpu(0)
+    vcpu.take_requests()
+    for _ in range(2):
+        clock.advance(kvmclock.SYNC_PERIOD_NS - 1)
+        assert not vcpu.requests & request.REQ_CLOCK_UPDATE
+        clock.advance(1)
+        assert vcpu.take_requests() & request.REQ_CLOCK_UPDATE
+    vm.close()
+    assert clock.first_expiry is None
+
+
+def test_periodic_refreshing_can_be_turned_off(model: silicon.Model, clock: VirtualClock) -> None:
+    system = System(model, Parameters(kvmclock_periodic_sync=False))
+    with system.create_vm(clock=clock) as vm:
+        vm.create_vcpu(0)
+        assert clock.first_expiry is None
+
+
+def test_without_a_master_clock_a_vcpu_on_another_core_refreshes_all(vm: Vm) -> None:
+    vcpu = vm.create_vcpu(0)
+    vcpu.load()
+    assert vcpu.take_requests() & request.REQ_GLOBAL_CLOCK_UPDATE, "it never was on any"
+    assert vcpu.yield_core()
+    vcpu.load()
+    assert not vcpu.take_requests() & request.REQ_GLOBAL_CLOCK_UPDATE

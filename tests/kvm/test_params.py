@@ -11,13 +11,13 @@ from softkvm.kvm import Parameters, System
 
 def test_the_last_setting_of_a_name_counts() -> None:
     assert Parameters.parse([]) == Parameters(nrips=True, force_emulation_prefix=True)
-    assert Parameters.parse(["nrips=0", "force_emulation_prefix=N", "nrips=on"]) == Parameters(True, False)
+    assert Parameters.parse(["nrips=0", "force_emulation_prefix=N", "nrips=on"]) == Parameters(nrips=True, force_emulation_prefix=False)
 
 
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ("nrip=0", "KVM has no parameter 'nrip'; it has force_emulation_prefix, nrips"),
+        ("nrip=0", "KVM has no parameter 'nrip'; it has enable_pmu, force_emulation_prefix, "),
         ("nrips", "the KVM parameter nrips is 0 or 1, not ''"),
         ("nrips=2", "the KVM parameter nrips is 0 or 1, not '2'"),
     ],

@@ -140,6 +140,7 @@ def test_bad_events(vcpu: Vcpu, bad: str) -> None:
         new.flags = 1 << 20
     elif bad == "smm":
         new.smi.smm = 1
+        vcpu.mp_state = uapi.KVM_MP_STATE_INIT_RECEIVED
     elif bad == "triple fault":
         new.flags |= uapi.KVM_VCPUEVENT_VALID_TRIPLE_FAULT
     elif bad == "pending":

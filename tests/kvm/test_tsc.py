@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softkvm.kvm import msr, request
+from softkvm.host import trace
+from softkvm.kvm import kvmclock, msr, request
 from softkvm.kvm import tsc as tsc_rules
-from softkvm.kvm.msr_index import IA32_TSC, IA32_TSC_ADJUST
+from softkvm.kvm.msr_index import IA32_TSC, IA32_TSC_ADJUST, IA32_TSC_DEADLINE
+from softkvm.uapi import kvm as uapi
 from tests.kvm.fakes import FakeVcpu, FakeVm
 
 U64 = (1 << 64) - 1
@@ -193,3 +197,128 @@ def test_amd_silicon_scales_by_less_than_256() -> None:
         else:
             with pytest.raises(OSError, match=r"\[Errno 22\]"):
                 vcpu.tsc.set_khz(600_000_000)
+
+
+# Silicon without TSC scaling
+
+
+def test_without_scaling_a_slower_rate_is_refused_and_changes_nothing() -> None:
+    vcpu = FakeVcpu(FakeVm("amd", scaling=False))
+    with pytest.raises(OSError, match=r"\[Errno 22\]"):
+        vcpu.tsc.set_khz(1_000_000)
+    assert (vcpu.tsc.khz, vcpu.tsc.ratio, vcpu.tsc.catchup) == (2_000_000, 1 << 48, False)
+    vcpu.tsc.set_khz(2_000_400)
+    assert not vcpu.tsc.catchup
+
+
+def test_without_scaling_a_faster_tsc_catches_up_and_never_goes_back() -> None:
+    vm = FakeVm("amd", scaling=False)
+    vcpu = FakeVcpu(vm)
+    vcpu.tsc.set_khz(3_000_000)
+    assert vcpu.tsc.catchup
+    assert vcpu.control.tsc_multiplier == 1 << 48
+    vm.clock.advance(SECOND)
+    assert vcpu.tsc.read() == 2 * SECOND
+    vcpu.make_request(request.REQ_CLOCK_UPDATE)
+    kvmclock.service(vcpu, vcpu.take_requests())
+    assert vcpu.tsc.read() == 3 * SECOND
+    msr.set(vcpu, IA32_TSC, SECOND, False)  # the guest's own step back is not made up for
+    vm.clock.advance(SECOND)
+    vcpu.tsc.catch_up()
+    assert vcpu.tsc.read() == 4 * SECOND
+    vcpu.tsc.set_offset(100 * SECOND)
+    before = vcpu.tsc.read()
+    vcpu.tsc.catch_up()
+    assert vcpu.tsc.read() == before
+    assert vcpu.tsc.adjust == -2 * SECOND & U64
+    vcpu.tsc.set_khz(0)
+    assert not vcpu.tsc.catchup
+
+
+def test_without_scaling_a_vm_may_ask_for_any_rate_and_its_vcpus_run_at_the_hosts() -> None:
+    vm = FakeVm("amd", scaling=False)
+    vm.tsc.set_default_khz(1_000_000)
+    vcpu = FakeVcpu(vm)
+    assert (vcpu.tsc.khz, vcpu.tsc.ratio, vcpu.tsc.catchup) == (1_000_000, 1 << 48, False)
+
+
+def test_a_deadline_of_a_tsc_that_catches_up_is_at_its_own_rate() -> None:
+    vm = FakeVm("amd", scaling=False)
+    vcpu = FakeVcpu(vm)
+    vcpu.tsc.set_khz(4_000_000)
+    now = vm.clock.monotonic_ns()
+    assert vcpu.tsc.expiry_of(vcpu.tsc.read() + 4 * SECOND) == now + SECOND
+
+
+def test_a_tsc_that_catches_up_is_no_master_clock() -> None:
+    vm = FakeVm("amd", scaling=False)
+    first, second = FakeVcpu(vm, 0), FakeVcpu(vm, 1)
+    vm.kvmclock.update_masterclock()
+    assert vm.kvmclock.use_master_clock
+    second.tsc.set_khz(3_000_000)
+    vm.kvmclock.update_masterclock()
+    assert not vm.kvmclock.use_master_clock
+    assert not first.tsc.catchup
+
+
+# What a guest can do to itself, and to nobody else
+
+WRITES = st.lists(
+    st.tuples(st.sampled_from([IA32_TSC, IA32_TSC_ADJUST, IA32_TSC_DEADLINE]), st.integers(0, U64), st.integers(0, 10 * SECOND)),
+    max_size=20,
+)
+
+
+@given(writes=WRITES, scaling=st.booleans(), khz=st.sampled_from([2_000_000, 3_141_592]))
+def test_random_writes_of_a_guest_harm_itself_only(writes: list[tuple[int, int, int]], scaling: bool, khz: int) -> None:
+    vm = FakeVm("amd", scaling=scaling)
+    vm.tsc.set_default_khz(khz)
+    villain, other = FakeVcpu(vm, 0), FakeVcpu(vm, 1)
+    vm.kvmclock.update_masterclock()
+    before = (other.tsc.offset, other.tsc.adjust, vm.tsc.current, vm.tsc.vcpus_matched, vm.kvmclock.use_master_clock)
+    base = villain.tsc.offset - villain.tsc.adjust & U64
+    for index, value, pause in writes:
+        expected = villain.tsc.read() - villain.tsc.adjust + value
+        msr.set(villain, index, value, False)
+        if index == IA32_TSC:
+            assert msr.get(villain, IA32_TSC, False) == value
+        elif index == IA32_TSC_ADJUST:
+            assert (villain.tsc.adjust, villain.tsc.read()) == (value, expected & U64)
+        if not villain.tsc.catchup:
+            assert villain.tsc.offset - villain.tsc.adjust & U64 == base, "TSC and TSC_ADJUST move together"
+        vm.clock.advance(pause)
+        for vcpu in vm.vcpus:
+            kvmclock.service(vcpu, vcpu.take_requests())
+        assert (vm.tsc.current, vm.tsc.vcpus_matched, vm.kvmclock.use_master_clock) == before[2:]
+    assert other.tsc.adjust == before[1]
+    if not other.tsc.catchup:
+        assert other.tsc.offset == before[0]
+    assert abs(vm.kvmclock.get().clock - sum(pause for _, _, pause in writes)) < 100
+
+
+# Tracepoints
+
+
+def test_the_events_of_time() -> None:
+    vm = FakeVm()
+    first, second = FakeVcpu(vm, 0), FakeVcpu(vm, 1)
+    lines: list[str] = []
+    points = [trace.kvm_write_tsc_offset, trace.kvm_track_tsc, trace.kvm_update_master_clock, trace.kvm_pvclock_update]
+    probes = [(point, partial(lambda point, *values: lines.append(f"{point.name}: {point.print(*values)}"), point)) for point in points]
+    for point, probe in probes:
+        point.register(probe)
+    try:
+        second.tsc.set_offset(77)
+        msr.set(first, uapi.MSR_KVM_SYSTEM_TIME_NEW, 0x1001, False)
+        kvmclock.service(first, first.take_requests() | request.REQ_MASTERCLOCK_UPDATE)
+    finally:
+        for point, probe in probes:
+            point.unregister(probe)
+    offset = first.tsc.offset
+    assert lines == [
+        f"kvm_write_tsc_offset: vcpu=1 prev={offset} next=77",
+        "kvm_track_tsc: vcpu_id 1 masterclock 0 offsetmatched 0 nr_online 2 hostclock tsc",
+        "kvm_update_master_clock: masterclock 0 hostclock tsc offsetmatched 0",
+        "kvm_pvclock_update: vcpu_id 0, pvclock { version 2, tsc_timestamp 0x0, system_time 0x0, "
+        "tsc_to_system_mul 0x80000000, tsc_shift 0, flags 0x0 }",
+    ]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 
-from softkvm import _engine
+from softkvm import _engine, kvm, silicon
+from tests.helpers.hosts import Host
+from tests.helpers.long_guest import Guest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -14,3 +18,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/kvm_guests" in str(item.path):
             item.add_marker(pytest.mark.skip(reason="softkvm._engine is not built"))
+
+
+Boot = Callable[..., Guest]
+
+
+@pytest.fixture
+def boot() -> Iterator[Boot]:
+    """Make guests on new silicon of a host."""
+    guests: list[Guest] = []
+
+    def make(host: Host, code: bytes, **registers: int) -> Guest:
+        features = {} if host.saves_next_rip else {"nrip-save": False}
+        system = kvm.System(silicon.Model(host.model, features), kvm.Parameters(nrips=host.nrips))
+        guests.append(Guest(system, code, **registers))
+        return guests[-1]
+
+    yield make
+    for guest in guests:
+        guest.close()

@@ -6,16 +6,17 @@ place and of a known number of bytes, and its own exception frames say where the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
 
-from softkvm import kvm, silicon
 from softkvm.kvm import emulate
 from softkvm.uapi import kvm as uapi
 from tests.helpers import long_guest
+from tests.helpers.hosts import HOSTS, Host
 from tests.helpers.long_guest import CODE, CR4_PAE, DATA, END, Guest
+from tests.kvm_guests.conftest import Boot
 
 DB, UD, GP = 1, 6, 13
 TF, RF = 1 << 8, 1 << 16
@@ -66,7 +67,7 @@ INSTRUCTIONS = [
     Instruction("invd", b"\x0f\x08", {}),
     Instruction("monitor", b"\x0f\x01\xc8", {"rax": DATA}, prefixes=UNPREFIXED),
     Instruction("mwait", b"\x0f\x01\xc9", {}, prefixes=UNPREFIXED),
-    Instruction("rdpmc", b"\x0f\x33", None, {}),
+    Instruction("rdpmc", b"\x0f\x33", {"rdx": 1}, {"rcx": 64}, check=after(rdx=0)),
     Instruction("xsetbv", b"\x0f\x01\xd1", {"rax": 3}, {"rax": 2}, prefixes=UNPREFIXED, check=lambda guest: guest.vcpu.state.xcr0 == 3),
     Instruction("xsetbv of XCR1", b"\x0f\x01\xd1", None, {"rax": 3, "rcx": 1}, prefixes=UNPREFIXED),
     Instruction("vmcall", b"\x0f\x01\xc1", {"rax": 99}, prefixes=UNPREFIXED, vendor="intel", check=no_such_call),
@@ -97,60 +98,6 @@ INSTRUCTIONS = [
     Instruction("stgi", b"\x0f\x01\xdc", None, {}, UD, b"\x2e\x67", vendor="amd"),
     Instruction("invlpga", b"\x0f\x01\xdf", None, {}, UD, b"\x2e\x67", vendor="amd"),
 ]
-
-
-@dataclass(frozen=True)
-class Host:
-    """A silicon, and KVM's use of it. Intel silicon has no NRIPS to leave out, and its module no such parameter."""
-
-    model: str
-    saves_next_rip: bool
-    nrips: bool
-
-    def __str__(self) -> str:
-        return f"{self.model}{'' if self.saves_next_rip else '-nrip'} nrips={int(self.nrips)}"
-
-    @property
-    def vendor(self) -> str:
-        return "amd" if self.model == "epyc" else "intel"
-
-
-HOSTS = [
-    Host("cascadelake", True, True),
-    Host("cascadelake", True, False),
-    Host("epyc", True, True),
-    Host("epyc", True, False),
-    Host("epyc", False, True),
-    Host("epyc", False, False),
-]
-
-
-CASES = [
-    pytest.param(host, instruction, prefixed, id=f"{host} {'prefixed ' if prefixed else ''}{instruction}")
-    for host in HOSTS
-    for instruction in INSTRUCTIONS
-    if instruction.vendor in (None, host.vendor)
-    for prefixed in (False, True)
-]
-
-
-Boot = Callable[..., Guest]
-
-
-@pytest.fixture
-def boot() -> Iterator[Boot]:
-    """Make guests on new silicon of a host."""
-    guests: list[Guest] = []
-
-    def make(host: Host, code: bytes, **registers: int) -> Guest:
-        features = {} if host.saves_next_rip else {"nrip-save": False}
-        system = kvm.System(silicon.Model(host.model, features), kvm.Parameters(nrips=host.nrips))
-        guests.append(Guest(system, code, **registers))
-        return guests[-1]
-
-    yield make
-    for guest in guests:
-        guest.close()
 
 
 def cases(wanted: Callable[[Instruction], bool]) -> pytest.MarkDecorator:

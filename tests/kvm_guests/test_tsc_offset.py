@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from softkvm import kvm, silicon
-from softkvm.kvm import Vcpu, dispatch
+from softkvm.kvm import Parameters, Vcpu, dispatch
 from softkvm.uapi import kvm as uapi
 from softkvm.uapi import series
 from tests.helpers.long_guest import CODE, DATA, END, Guest
 
-IA32_TSC, IA32_TSC_ADJUST = 0x10, 0x3B
-U64 = (1 << 64) - 1
+IA32_TSC, IA32_TSC_ADJUST, IA32_TSC_DEADLINE = 0x10, 0x3B, 0x6E0
+U32, U64 = (1 << 32) - 1, (1 << 64) - 1
+CPUID = b"\x0f\xa2"
 RDTSC = b"\x0f\x31\x48\xc1\xe2\x20\x48\x09\xd0\x48\x89\xc3"
 """rdtsc; shl rdx, 32; or rax, rdx; mov rbx, rax"""
 WRMSR = b"\x0f\x30"
@@ -142,3 +146,65 @@ def test_scaled_tsc_takes_its_offset_unscaled(guest: Guest) -> None:
     before, tsc, after = read_tsc(guest)
     assert 2 * before + 1000 <= tsc + 1 <= 2 * after + 1001
     assert guest.vcpu.get_tsc_khz() == 2 * khz
+
+
+# Silicon without TSC scaling (kvm_amd.tsc_scaling=0, or a CPU without the feature)
+
+
+@pytest.fixture(params=["parameter", "silicon"])
+def unscaled(request: pytest.FixtureRequest) -> Iterator[Guest]:
+    """A guest that leaves for the host and comes back, and then reads its TSC into RBX."""
+    has_feature = request.param == "parameter"
+    model = silicon.Model("epyc", {"tsc-scale": has_feature})
+    made = Guest(kvm.System(model, Parameters(tsc_scaling=not has_feature)), CPUID + RDTSC + END)
+    yield made
+    made.close()
+
+
+def test_a_tsc_that_catches_up_is_where_it_should_be_after_an_exit(unscaled: Guest) -> None:
+    khz, rate = silicon.tsc_khz(), 3
+    assert not unscaled.vm.check_extension(uapi.KVM_CAP_TSC_CONTROL)
+    with pytest.raises(OSError, match=r"\[Errno 22\]"):
+        unscaled.vcpu.set_tsc_khz(khz // 2)
+    assert unscaled.vcpu.get_tsc_khz() == khz
+    unscaled.vcpu.set_tsc_khz(rate * khz)
+    start = silicon.tsc()
+    unscaled.vcpu.set_msrs({IA32_TSC: 1 << 50})
+    started = silicon.tsc()
+    for _ in range(3):
+        before, tsc, after = read_tsc(unscaled)
+        rounding = rate * khz // 1_000_000 + 1  # of ns to cycles
+        assert rate * (before - started) <= tsc - (1 << 50) + rounding
+        assert tsc - (1 << 50) <= rate * (after - start) + rounding
+
+
+# A guest that writes its clocks at random
+
+RANDOM_WRITES = st.lists(st.tuples(st.sampled_from([IA32_TSC, IA32_TSC_ADJUST, IA32_TSC_DEADLINE]), st.integers(0, U64)), max_size=12)
+
+
+def write_msr(index: int, value: int) -> bytes:
+    """mov ecx, index; mov eax, low; mov edx, high; wrmsr"""
+    return b"\xb9" + struct.pack("<I", index) + b"\xb8" + struct.pack("<I", value & U32) + b"\xba" + struct.pack("<I", value >> 32) + WRMSR
+
+
+@pytest.mark.parametrize("cpu", ["cascadelake", "epyc"])
+@given(writes=RANDOM_WRITES)
+def test_random_writes_of_a_guest_move_its_own_tsc_only(cpu: str, writes: list[tuple[int, int]]) -> None:
+    guest = Guest(kvm.System(silicon.Model(cpu)), b"".join(write_msr(*write) for write in writes) + RDTSC + END)
+    try:
+        other = guest.vm.create_vcpu(1)
+        offset = other.get_tsc_offset()
+        assert stable(guest)
+        start = silicon.tsc()
+        assert guest.run().event is None
+        stop = silicon.tsc()
+        tsc = guest.vcpu.get_regs().rbx
+        moved = (guest.vcpu.get_tsc_offset() - offset) & U64
+        assert (tsc - start - guest.vcpu.get_tsc_offset()) & U64 <= stop - start
+        assert guest.vcpu.get_msrs([IA32_TSC_ADJUST]) == [moved], "TSC_ADJUST tells how far the guest has moved its TSC"
+        assert other.get_tsc_offset() == offset
+        assert other.get_msrs([IA32_TSC_ADJUST]) == [0]
+        assert stable(guest), "what a guest does to its TSC costs nobody the master clock"
+    finally:
+        guest.close()

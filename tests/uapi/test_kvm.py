@@ -29,6 +29,7 @@ C_PATHS = {
     ("Irqchip", "ioapic"): "chip.ioapic",
     ("IrqRoutingEntry", "irqchip"): "u.irqchip",
     ("IrqRoutingEntry", "msi"): "u.msi",
+    ("GuestDebug", "debugreg"): "arch.debugreg",
     ("Run", "regs"): "s.regs",
 }
 """Fields inside a union that the C header names and `uapi` leaves anonymous."""

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 import threading
+import weakref
 
 from softkvm.host.clock import VirtualClock
 from softkvm.vmm.timers import Timers
@@ -65,9 +66,10 @@ class HostBlock(mmap.mmap):
     fd: int
 
     def __new__(cls, size: int) -> HostBlock:
-        fd = os.memfd_create("guest")
-        os.ftruncate(fd, size)
-        block = super().__new__(cls, fd, size)
-        block.fd = fd
+        descriptor = os.memfd_create("ram")
+        os.ftruncate(descriptor, size)
+        block = super().__new__(cls, descriptor, size)
+        block.fd = descriptor
         block.address = ctypes.addressof(ctypes.c_char.from_buffer(block))
+        weakref.finalize(block, os.close, descriptor)
         return block

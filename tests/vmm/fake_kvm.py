@@ -185,6 +185,8 @@ class Vm:
     def __init__(self, kvm: FakeKvm) -> None:
         self._kvm = kvm
         self.calls: list[str] = []
+        self.tsc_khz = 2_000_000
+        self.capabilities: set[int] = set()
         self.slots: list[uapi.UserspaceMemoryRegion] = []
         self.routes: list[uapi.IrqRoutingEntry] = []
         self.levels: list[tuple[int, int]] = []
@@ -202,6 +204,20 @@ class Vm:
 
     def set_tss_addr(self, address: int) -> None:
         self.calls.append("tss")
+
+    def enable_cap(self, cap: uapi.EnableCap) -> None:
+        self.capabilities.add(cap.cap)
+
+    def get_tsc_khz(self) -> int:
+        return self.tsc_khz
+
+    def set_tsc_khz(self, khz: int) -> None:
+        if khz > 10_000_000:
+            raise OSError(errno.EINVAL, "TSC frequency out of range")
+        self.tsc_khz = khz
+
+    def check_extension(self, cap: int) -> int:
+        return 0
 
     def create_irqchip(self) -> None:
         self.calls.append("irqchip")

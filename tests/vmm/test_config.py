@@ -21,6 +21,7 @@ GOOD: dict[str, Any] = {
     "cpus": 1,
     "serial": None,
     "kvm_parameters": (),
+    "tsc_khz": None,
     "deterministic": None,
 }
 
@@ -82,6 +83,7 @@ def test_impossible_sizes(text: str | int, words: str) -> None:
         ({"cpus": 65}, "1 to 64 CPUs, not 65"),
         ({"kvm_parameters": ["nrip=0"]}, "KVM has no parameter 'nrip'"),
         ({"serial": {4: print}}, "no serial port 4"),
+        ({"tsc_khz": 0}, "a TSC runs at 1 to 2147483647 kHz, not 0"),
         ({"cpu": "epyc,pcid"}, "not \\+feature or -feature"),
         ({"cpu": "epyc,+pcid,-pcid"}, "pcid both on and off"),
         ({"initrd": b""}, "the initrd is empty"),

@@ -16,7 +16,7 @@ import pytest
 
 from softkvm.host.clock import VirtualClock
 from softkvm.uapi import kvm as uapi
-from softkvm.vmm import ConfigError, Machine, RunState, Status, StopReason, layout, machine
+from softkvm.vmm import ConfigError, Machine, RunState, Status, StopReason, assembly, layout, machine
 from tests.vmm.boot import images
 from tests.vmm.fake_kvm import Exit, FakeKvm, fail, in_, load, out, outs, reason, say, store
 
@@ -41,7 +41,7 @@ def boot(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Boot]:
 
     def make(exits: Iterator[Exit] | list[Exit], **options: Any) -> Machine:
         fake = FakeKvm(lambda: iter(exits))
-        monkeypatch.setattr(machine, "kvm", fake)
+        install(monkeypatch, fake)
         settings: dict[str, Any] = {"kernel": kernel, "memory": "64M", "clock": VirtualClock()}
         made = Machine(**settings | options)
         machines.append(made)
@@ -50,6 +50,12 @@ def boot(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Boot]:
     yield make
     for made in machines:
         made.close()
+
+
+def install(monkeypatch: pytest.MonkeyPatch, fake: FakeKvm) -> None:
+    """Give the machine's modules a KVM to build upon."""
+    for module in (machine, assembly):
+        monkeypatch.setattr(module, "kvm", fake)
 
 
 def vm_of(made: Machine) -> Any:
@@ -320,6 +326,8 @@ def test_output_is_bounded(boot: Boot) -> None:
         ({"initrd": bytes(65 << 20)}, "does not fit into 64 MB"),
         ({"cpu": "z80"}, "there is no CPU model z80; there are cascadelake, epyc"),
         ({"append": "x" * 3000}, "kernel command line has"),
+        ({"tsc_khz": 20_000_000}, "a TSC of 20000000 kHz is too fast for this silicon, whose own runs at 2000000 kHz"),
+        ({"tsc_khz": 1_000_000}, "without TSC scaling no TSC is slower than the host's 2000000 kHz"),
         ({"deterministic": -1}, "the seed of a deterministic machine is a number from 0 to 18446744073709551615, not -1"),
         ({"deterministic": 1, "cores": 2}, "a deterministic machine has a clock and a processor of its own"),
     ],
@@ -332,6 +340,6 @@ def test_impossible_machines(boot: Boot, options: dict[str, Any], words: str) ->
 def test_memory_that_the_host_lacks(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeKvm(lambda: iter(()))
     fake.memory_error = OSError(errno.ENOMEM, "Cannot allocate memory")
-    monkeypatch.setattr(machine, "kvm", fake)
+    install(monkeypatch, fake)
     with pytest.raises(ConfigError, match="this host cannot provide 512 MB of memory: Cannot allocate memory"):
         Machine(kernel, clock=VirtualClock())

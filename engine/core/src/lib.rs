@@ -12,6 +12,7 @@ pub mod interrupts;
 pub mod memory;
 pub mod model;
 pub mod paging;
+pub mod pmu;
 pub mod state;
 pub mod uop;
 pub mod virt;

@@ -64,6 +64,7 @@ pub mod cr4 {
     pub const SMEP: u64 = 1 << 20;
     pub const SMAP: u64 = 1 << 21;
     pub const PKE: u64 = 1 << 22;
+    pub const PKS: u64 = 1 << 24;
 }
 
 /// Bits of IA32_EFER.
@@ -260,7 +261,9 @@ pub struct State {
     pub activity: u32,
     pub pdpte: [u64; 4],
     pub fpu: Fpu,
+    /// IA32_PKRS.
+    pub pkrs: u64,
 }
 
 const _: () = assert!(core::mem::size_of::<Fpu>() == 0x8e0);
-const _: () = assert!(core::mem::size_of::<State>() == 0xb50);
+const _: () = assert!(core::mem::size_of::<State>() == 0xb58);

@@ -304,3 +304,20 @@ fn task_gates_are_the_hypervisors() {
     assert_eq!((m.cpu.exit.reason, m.cpu.exit.qualification), (9, u64::from(KERNEL_CODE) | 3 << 30));
     assert_eq!(m.cpu.exit.vectoring, EXCEPTION | 6);
 }
+
+#[test]
+fn amd_silicon_injects_software_interrupts_with_the_next_rip_that_it_is_given() {
+    for info in [VALID | 4 << 8 | 0x21, EXCEPTION | 3, EXCEPTION | 4] {
+        let mut m = amd(long());
+        m.set_rip(CODE);
+        m.cpu.control.next_rip = CODE + 7;
+        m.cpu.deliver_event(info, 0, 2).unwrap();
+        assert_eq!(m.stacked(0), CODE + 7, "{info:#x}");
+        let mut m = amd(long());
+        m.cpu.model = Arc::new(Model::new("epyc", &[("nrip-save".to_owned(), false)]).unwrap());
+        m.set_rip(CODE);
+        m.cpu.control.next_rip = CODE + 7;
+        m.cpu.deliver_event(info, 0, 2).unwrap();
+        assert_eq!(m.stacked(0), CODE, "software has moved RIP: {info:#x}");
+    }
+}

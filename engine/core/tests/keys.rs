@@ -1,8 +1,9 @@
-//! Protection keys: RDPKRU, WRPKRU, and what PKRU forbids.
+//! Protection keys: RDPKRU, WRPKRU, and what PKRU and IA32_PKRS forbid.
 
 mod common;
 
 use common::Machine;
+use softkvm_engine::model::Model;
 use softkvm_engine::state::{cr0, cr4, gpr};
 
 const WRPKRU: [u8; 3] = [0x0f, 0x01, 0xef];
@@ -48,6 +49,23 @@ fn keys_forbid_data_accesses() {
     assert_eq!(run(&mut machine, &STORE), Ok(()), "supervisor writes need CR0.WP to be stopped");
     allow(&mut machine, 0);
     assert_eq!(run(&mut machine, &STORE), Ok(()));
+}
+
+#[test]
+fn keys_of_supervisor_pages_have_rights_of_their_own() {
+    let model = Model::new("cascadelake", &[("pks".to_owned(), true)]).unwrap();
+    let mut machine = Machine::with_model(model);
+    machine.map_supervisor_with_key(PAGE, KEY);
+    machine.cpu.state.cr4 |= cr4::PKE | cr4::PKS;
+    machine.cpu.state.fpu.pkru = u32::MAX;
+    machine.cpu.refresh();
+    for (rights, load, store) in [(0, Ok(()), Ok(())), (1, Err(0x21), Err(0x23)), (2, Ok(()), Err(0x23))] {
+        machine.cpu.state.pkrs = rights << (2 * KEY);
+        machine.cpu.tlb.flush();
+        machine.cpu.refresh();
+        assert_eq!(run(&mut machine, &LOAD), load.map_err(|code| (14, Some(code))));
+        assert_eq!(run(&mut machine, &STORE), store.map_err(|code| (14, Some(code))));
+    }
 }
 
 #[test]

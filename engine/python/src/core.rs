@@ -1,12 +1,16 @@
 //! One physical CPU.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use pyo3::exceptions::PyRuntimeError;
+use pyo3::exceptions::{PyLookupError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 use softkvm_engine::cpu::signal::Signal;
+use softkvm_engine::paging::walk::WalkError;
+use softkvm_engine::pmu::log::Filter;
+use softkvm_engine::pmu::registers::Refused;
 use softkvm_engine::virt::entry::Core as Silicon;
 
 use crate::block::ControlBlock;
@@ -16,6 +20,8 @@ use crate::nested::NestedPageTable;
 
 /// Value of `Core::timer` when no change waits for the next entry.
 const UNCHANGED: u64 = u64::MAX;
+/// Value of `Core::processor` before the first entry; what the host answers for the caller's is different, whatever it is.
+const NO_PROCESSOR: i32 = -2;
 
 /// One physical CPU: translation caches, code cache, TSC and its own timer.
 #[pyclass(frozen, module = "softkvm._engine")]
@@ -25,6 +31,8 @@ pub struct Core {
     /// The timer setting that the next entry takes over.
     timer: AtomicU64,
     running: AtomicBool,
+    /// Processor of the host that the core was on when it last entered a guest.
+    processor: AtomicI32,
     /// The engine panicked while the core ran; its caches cannot be trusted any more.
     broken: AtomicBool,
 }
@@ -36,7 +44,8 @@ impl Core {
         let silicon = Silicon::new(model.model.clone(), index);
         let signal = silicon.signal();
         let (running, broken) = (AtomicBool::new(false), AtomicBool::new(false));
-        Core { silicon: Mutex::new(silicon), signal, timer: AtomicU64::new(UNCHANGED), running, broken }
+        let processor = AtomicI32::new(NO_PROCESSOR);
+        Core { silicon: Mutex::new(silicon), signal, timer: AtomicU64::new(UNCHANGED), running, processor, broken }
     }
 
     /// Runs the guest of `block` on `npt` until a VM exit, without the GIL, and returns the exit reason.
@@ -47,6 +56,7 @@ impl Core {
             return Err(bug::EngineBug::new_err("the core stopped for good at an earlier bug of the engine"));
         }
         let _running = Running::start(&self.running).ok_or_else(|| PyRuntimeError::new_err("the core is running already"))?;
+        self.processor.store(host_processor(), Ordering::Relaxed);
         let claim = block.claim().ok_or_else(|| PyRuntimeError::new_err("another core runs on the control block"))?;
         let outcome = py.detach(|| {
             let mut silicon = self.lock();
@@ -70,6 +80,17 @@ impl Core {
         self.signal.kick();
     }
 
+    /// Number of the host's processor if the core is in a guest, but cannot run now because the caller runs on that processor; else -1.
+    fn displaced(&self) -> i32 {
+        let processor = host_processor();
+        let waits = self.running.load(Ordering::Relaxed) && self.processor.load(Ordering::Relaxed) == processor;
+        if waits {
+            processor
+        } else {
+            -1
+        }
+    }
+
     /// Sets the core's timer, which interrupts a running guest, to a host TSC value; 0 stops it. Never waits: a core that runs leaves
     /// the guest and takes the new setting with its next entry.
     fn set_timer(&self, tsc: u64) {
@@ -80,13 +101,48 @@ impl Core {
     }
 
     /// Guest-physical address of `gva` in the address space of `block`, or None where the guest would fault; nothing changes.
-    /// `access` is the sum of 1 read, 2 write, 4 execute, 8 user mode. Waits while the core runs.
-    fn translate(&self, py: Python<'_>, block: &ControlBlock, npt: &NestedPageTable, gva: u64, access: u32) -> Option<u64> {
-        py.detach(|| {
+    /// `access` is the sum of 1 read, 2 write, 4 execute, 8 user mode. Waits while the core runs. Raises LookupError, with the
+    /// guest-physical address, for a table of the guest's that `npt` does not map.
+    fn translate(&self, py: Python<'_>, block: &ControlBlock, npt: &NestedPageTable, gva: u64, access: u32) -> PyResult<Option<u64>> {
+        let found = py.detach(|| {
             // SAFETY: the block is valid as long as `block`, and its state is plain data.
             let state = unsafe { (&raw const (*block.as_ptr()).state).read_volatile() };
             self.lock().translate(&state, &npt.table, gva, access)
-        })
+        });
+        match found {
+            Ok(gpa) => Ok(Some(gpa)),
+            Err(WalkError::Guest(_)) => Ok(None),
+            Err(WalkError::Nested { gpa, .. }) => Err(PyLookupError::new_err(gpa)),
+        }
+    }
+
+    /// Reads an MSR of the core's PMU, LBR stack or LVTPC as the host does; ValueError if there is none of this number. Waits while the
+    /// core runs.
+    fn pmu_read(&self, py: Python<'_>, index: u32) -> PyResult<u64> {
+        self.with_silicon(py, |silicon| silicon.pmu_read(index)).map_err(|Refused| PyValueError::new_err(format!("no MSR {index:#x}")))
+    }
+
+    /// Writes one as the host does; ValueError if there is none or it does not take `value`. Waits while the core runs.
+    fn pmu_write(&self, py: Python<'_>, index: u32, value: u64) -> PyResult<()> {
+        let outcome = self.with_silicon(py, |silicon| silicon.pmu_write(index, value));
+        outcome.map_err(|Refused| PyValueError::new_err(format!("MSR {index:#x} does not take {value:#x}")))
+    }
+
+    /// Starts a log of at most `capacity` taken branches from `rings` (1 kernel, 2 user, 3 both) and addresses `low` to `high`, both
+    /// included; one that was on is dropped. Waits while the core runs.
+    fn branch_log_start(&self, py: Python<'_>, capacity: usize, rings: u8, low: u64, high: u64) {
+        self.with_silicon(py, |silicon| silicon.branch_log_start(capacity, Filter { rings, low, high }));
+    }
+
+    /// Takes the records out of the branch log. Waits while the core runs.
+    fn branch_log_read<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        let records = self.with_silicon(py, Silicon::branch_log_read);
+        PyBytes::new(py, &records)
+    }
+
+    /// Ends the branch log and drops what nobody read. Waits while the core runs.
+    fn branch_log_stop(&self, py: Python<'_>) {
+        self.with_silicon(py, Silicon::branch_log_stop);
     }
 
     /// Everything that the core counts, by name. Waits while the core runs.
@@ -96,9 +152,23 @@ impl Core {
 }
 
 impl Core {
+    /// Calls `act` with the core that does not run, at once if it does not.
+    fn with_silicon<T: Send>(&self, py: Python<'_>, act: impl FnOnce(&mut Silicon) -> T + Send) -> T {
+        match self.silicon.try_lock() {
+            Ok(mut silicon) => act(&mut silicon),
+            Err(_) => py.detach(|| act(&mut self.lock())),
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Silicon> {
         self.silicon.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The processor of the host that the calling thread is on.
+fn host_processor() -> i32 {
+    // SAFETY: takes nothing and changes nothing.
+    unsafe { libc::sched_getcpu() }
 }
 
 /// Says that a thread is in `enter`, until dropped.

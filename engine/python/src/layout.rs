@@ -28,12 +28,12 @@ macro_rules! fields {
 #[pyfunction]
 pub fn control_layout() -> Fields {
     let mut out = Fields::new();
-    fields!(out, "ControlBlock", Block, control access exit state msr_bitmap io_bitmap);
+    fields!(out, "ControlBlock", Block, control access exit state msr_bitmap io_bitmap waivers);
     fields!(out, "Control", Control, intercepts exception_bitmap page_fault_error_mask page_fault_error_match cr_read cr_write dr_read
         dr_write tlb_control cr0_mask cr0_shadow cr4_mask cr4_shadow event event_error event_instruction_length vpid tsc_offset
         tsc_multiplier preemption_deadline emulate access_count instruction_budget pause_gap
-        pause_window perf_controls guest_perf_global_ctrl host_perf_global_ctrl virtual_tsc
-        random tsc_rate);
+        pause_window perf_controls waiver_count guest_perf_global_ctrl host_perf_global_ctrl virtual_tsc
+        random tsc_rate next_rip);
     fields!(out, "Access", Access, gpa size write data);
     fields!(out, "Exit", Exit, reason instruction_length qualification info2 gpa gla interruption interruption_error vectoring
         vectoring_error next_rip instruction_info instruction_bytes_length instruction_bytes msr_index io_port io_size io_flags io_count
@@ -43,6 +43,6 @@ pub fn control_layout() -> Fields {
     fields!(out, "Fpu", Fpu, fcw fsw ftw fop fip fdp mxcsr pkru st vector mask);
     fields!(out, "State", State, gpr rip rflags segments gdtr idtr cr0 cr2 cr3 cr4 cr8 xcr0 xss efer star lstar cstar fmask
         kernel_gs_base sysenter_cs sysenter_esp sysenter_eip tsc_aux pat debugctl spec_ctrl dr dr6 dr7 pending_debug interruptibility
-        activity pdpte fpu);
+        activity pdpte fpu pkrs);
     out
 }

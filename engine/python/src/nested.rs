@@ -49,6 +49,11 @@ impl NestedPageTable {
         py.detach(|| self.table.wrote(gpa, size)).map_err(value_error)
     }
 
+    /// Adds and removes hidden breakpoints by guest-physical address: a core leaves the guest before the instruction that begins there.
+    fn set_breakpoints(&self, py: Python<'_>, add: Vec<u64>, remove: Vec<u64>) {
+        py.detach(|| self.table.set_breakpoints(&add, &remove));
+    }
+
     /// Host address of the byte at `gpa` and the rights of its page, or None.
     fn lookup(&self, gpa: u64) -> Option<(u64, u8)> {
         self.table.lookup(gpa).map(|leaf| (leaf.host + gpa % 4096, leaf.rights))

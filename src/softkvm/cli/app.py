@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -12,9 +16,12 @@ from click.shell_completion import CompletionItem
 from softkvm.cli import output, status
 from softkvm.cli.errors import CliError
 from softkvm.cli.options import RunOptions, StatsFormat
+from softkvm.cli.vmi import vmi
 
 _WITH_SELFTEST = frozenset({"selftest", "memory", "cpu", "timeout", "stats"})
 """Parameters of `softkvm run` that mean something to the self-test's guest."""
+_HARDWARE = frozenset({"kernel", "initrd", "append", "memory", "cpus", "cpu", "kvm", "deterministic", "tsc_khz"})
+"""Those that say what to build and boot."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,6 +88,9 @@ def cli() -> None:
 @click.option("--cores", type=click.IntRange(min=1), metavar="N", help="Cores of the host under all CPUs.  [default: as many as they want]")
 @click.option("--deterministic", type=click.IntRange(0, (1 << 64) - 1), metavar="SEED", help="Run the same way each time: see below.")
 @click.option("--kvm", multiple=True, metavar="NAME=VALUE", help="Module parameter of KVM, such as nrips=0.")
+@click.option(
+    "--with", "extras", multiple=True, metavar="PACKAGE|./FILE", help="Give the guest a Debian package, or a program as /root/FILE."
+)
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this wall time, with exit status 124.")
 @click.option("--stats", is_flag=False, flag_value="table", type=click.Choice(["table", "json"]), help="Print counters at the end.")
 @click.option("--json", is_flag=True, help="Print one JSON object about the run in place of the guest's output.")
@@ -88,7 +98,10 @@ def cli() -> None:
 @click.option("--trace-file", metavar="FILE", help="Where events go.  [default: standard error]")
 @click.option("--audit", metavar="FILE", help="Append a JSON line for every KVM call to FILE.")
 @click.option("--ioctl-filter", metavar="FILE", help="Allow only the KVM calls that FILE (JSON) does.")
+@click.option("--introspection", metavar="SOCKET[,OPTION=VALUE...]", help="Let the KVMI tool that listens there look inside: see below.")
 @click.option("--name", metavar="NAME", help="What `softkvm list` and others call this VM.  [default: the process id]")
+@click.option("--restore", metavar="FILE", help="Go on from a snapshot (`softkvm snapshot`) in place of a boot.")
+@click.option("--tsc-khz", type=int, metavar="KHZ", help="Rate of the guest's TSC.  [default: the host's]", show_default=False)
 @click.option("--selftest", is_flag=True, help="Check this installation with a small built-in guest.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- CMD...]")
 @click.pass_context
@@ -103,6 +116,7 @@ def run(
     cores: int | None,
     deterministic: int | None,
     kvm: tuple[str, ...],
+    extras: tuple[str, ...],
     timeout: float | None,
     stats: StatsFormat | None,
     json: bool,
@@ -110,7 +124,10 @@ def run(
     trace_file: str | None,
     audit: str | None,
     ioctl_filter: str | None,
+    introspection: str | None,
     name: str | None,
+    restore: str | None,
+    tsc_khz: int | None,
     selftest: bool,
     command: tuple[str, ...],
 ) -> int:
@@ -122,6 +139,10 @@ def run(
     With --deterministic, time is virtual, random numbers come from SEED, and so does the order in which the CPUs take turns: the same
     command line with the same input and SEED repeats the run to the last instruction, and --stats tells by which marks. The input of a
     command or a piped shell is read when the guest asks for it; what is typed on a terminal is not repeatable.
+
+    With --introspection, the guest is open to a security tool that speaks KVMI (libkvmi, LibVMI, HVMI or `softkvm vmi`): the tool listens
+    on SOCKET, a path or vsock:CID:PORT, softkvm connects, and again when the tool has left. Options: dialect=v9, libkvmi or v12 (default:
+    by the tool's first message), key=SECRET which the tool must know, reply-timeout=S for its answers, reconnect=S between attempts.
     """
     if "help" in trace:
         return _list_events()
@@ -130,8 +151,10 @@ def run(
     if selftest:
         from softkvm.cli import selftest as tester
 
-        _refuse_with_selftest(context)
+        _refuse(context, context.params.keys() - _WITH_SELFTEST, "`--selftest` boots its own guest, so it excludes {}")
         return tester.run(memory, cpu, timeout, stats)
+    if restore is not None:
+        _refuse(context, _HARDWARE, "a snapshot has its own machine, so `--restore` excludes {}")
     options = RunOptions(
         kernel=kernel,
         initrd=initrd,
@@ -146,11 +169,15 @@ def run(
         stats=stats,
         json=json,
         command=command,
+        extras=extras,
         trace=trace,
         trace_file=trace_file,
         audit=audit,
         ioctl_filter=ioctl_filter,
+        introspection=introspection,
         name=name,
+        restore=restore,
+        tsc_khz=tsc_khz,
     )
     return runner.run(options)
 
@@ -162,10 +189,10 @@ def _list_events() -> int:
     return status.SUCCESS
 
 
-def _refuse_with_selftest(context: click.Context) -> None:
+def _refuse(context: click.Context, excluded: Set[str], sentence: str) -> None:
     for name in context.params:
-        if name not in _WITH_SELFTEST and context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
-            raise CliError(f"`--selftest` boots its own guest, so it excludes {name}")
+        if name in excluded and context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise CliError(sentence.format(name))
 
 
 @cli.command("list", short_help="List running VMs.")
@@ -195,6 +222,20 @@ def resume(name: str | None) -> int:
     return vms.give("cont", name)
 
 
+@cli.command(short_help="Save a running VM to a file.")
+@click.argument("name")
+@click.argument("file")
+@click.option("--json", is_flag=True, help="Print one JSON object.")
+def snapshot(name: str, file: str, json: bool) -> int:
+    """Write the state of the VM NAME and its memory to FILE, from which `softkvm run --restore FILE` goes on, here or elsewhere.
+
+    The VM stands still meanwhile, and then runs on. When it goes on from FILE its clocks are right, as after a suspend.
+    """
+    from softkvm.cli import vms
+
+    return vms.snapshot(name, file, json)
+
+
 @cli.command(short_help="Show a running VM's clocks.")
 @click.argument("name", required=False)
 @click.option("--json", is_flag=True, help="Print one JSON object.")
@@ -206,6 +247,9 @@ def tsc(name: str | None, json: bool) -> int:
     from softkvm.cli import tsc as clocks
 
     return clocks.show(name, json)
+
+
+cli.add_command(vmi)
 
 
 @cli.command(short_help="Check what softkvm needs.")
@@ -221,6 +265,132 @@ def doctor(json: bool) -> int:
         rows = [(finding.requirement, finding.state.value, finding.found, finding.remedy) for finding in findings]
         output.table("softkvm doctor", ("requirement", "state", "found", "remedy"), rows, on_stdout=True)
     return int(any(finding.state is checks.State.MISSING for finding in findings))
+
+
+@cli.group(short_help="Work with logs of KVM calls.")
+def audit() -> None:
+    """Work with the logs that `softkvm run --audit FILE` writes."""
+
+
+@audit.command(short_help="Make the calls of a log again.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=_complete_cpu)
+@click.option("--kvm", multiple=True, metavar="NAME=VALUE", help="Module parameter of KVM, such as nrips=0.")
+@click.option("--json", is_flag=True, help="Print a JSON object.")
+def replay(file: Path, cpu: str, kvm: tuple[str, ...], json: bool) -> int:
+    """Make the calls that FILE has recorded on a new KVM, and tell which of them give another result (exit status 1).
+
+    The guest does not run: its memory is not in the log.
+    """
+    from softkvm.cli import replay as runner
+
+    return runner.run(file, cpu, kvm, json)
+
+
+@cli.group(short_help="Profile a guest from outside.")
+def perf() -> None:
+    """Profile a guest from outside, by exact counts of what its software CPU executes. The guest does not know.
+
+    Inside the guest Debian's own perf works as well: softkvm run --with linux-perf -- perf stat ls
+    """
+
+
+_GUEST_OPTIONS = [
+    click.option("-k", "--kernel", default="cloud", metavar="FILE|cloud|generic", help="bzImage, or a flavour of Debian's kernel."),
+    click.option("-p", "--append", default="", metavar="TEXT", help="Kernel parameters, added to softkvm's own.", show_default=False),
+    click.option("-m", "--memory", default="512M", metavar="SIZE", help="Guest memory, with K, M or G."),
+    click.option("--cpus", type=int, default=1, metavar="N", help="CPUs of the guest, 1 to 64."),
+    click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=_complete_cpu),
+    click.option("--with", "extras", multiple=True, metavar="PACKAGE|./FILE", help="As for `softkvm run`."),
+    click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this wall time, with exit status 124."),
+    click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- CMD...]"),
+]
+
+
+def _guest_options(function: Callable[..., int]) -> Callable[..., int]:
+    """The options of a run that is profiled; its `options` argument gets them."""
+
+    @wraps(function)
+    def call(**given: Any) -> int:
+        names = ("kernel", "append", "memory", "cpus", "cpu", "extras", "timeout", "command")
+        options = RunOptions(**{name: given.pop(name) for name in names})
+        return function(options=options, **given)
+
+    for option in reversed(_GUEST_OPTIONS):
+        call = option(call)
+    return call
+
+
+_EVENTS = ("instructions", "cycles", "branches", "branch-misses")
+_EVENT = click.option("-e", "--event", default="instructions", metavar="EVENT[:u|:k]", help=f"One of {', '.join(_EVENTS)}.")
+_PERIOD = click.option(
+    "-c", "--count", "period", type=click.IntRange(min=1000), default=100003, metavar="PERIOD", help="Sample every so many events."
+)
+
+
+@perf.command(short_help="Write samples to a perf.data file.")
+@_EVENT
+@_PERIOD
+@click.option("-b", "--branches", is_flag=True, help="With each sample the last 32 branches.")
+@click.option("-o", "--output", "path", type=click.Path(path_type=Path), default="perf.data", metavar="FILE", help="Where samples go.")
+@_guest_options
+def record(options: RunOptions, event: str, period: int, branches: bool, path: Path) -> int:
+    """Run CMD in a guest, or boot one, and sample it; Debian's perf report and perf script read the file.
+
+    Beside FILE lie FILE.kallsyms, the kernel's symbols, and FILE.symfs, the programs that were running; the last line of the output says
+    how to give them to perf.
+    """
+    from softkvm.cli.perf import record as recorder
+
+    return recorder.record(options, event, period, branches, path)
+
+
+@perf.command(short_help="Count events.")
+@click.option("-e", "--event", "events", multiple=True, metavar="EVENT[:u|:k]", default=_EVENTS, help="What to count; several times.")
+@click.option("--json", is_flag=True, help="Print one JSON object in place of the guest's output.")
+@_guest_options
+def stat(options: RunOptions, events: tuple[str, ...], json: bool) -> int:
+    """Run CMD in a guest, or boot one, and count instructions, cycles, branches and branch-misses: exactly, every one of them."""
+    from softkvm.cli.perf import stat as counter
+
+    return counter.stat(replace(options, json=json), events, json)
+
+
+@perf.command(short_help="Draw a flame graph.")
+@_EVENT
+@_PERIOD
+@click.option("-o", "--output", "path", type=click.Path(path_type=Path), default="flame.svg", metavar="FILE", help="The picture.")
+@click.option("--folded", type=click.Path(path_type=Path), metavar="FILE", help="The stacks as text, one a line.")
+@_guest_options
+def flame(options: RunOptions, event: str, period: int, path: Path, folded: Path | None) -> int:
+    """Run CMD in a guest, or boot one, and draw where it spends its instructions: programs and kernel with their callers, in one SVG.
+
+    Callers need no frame pointers: the kernel's come from its own unwind tables, those of programs from the CPU's records of open calls.
+    """
+    from softkvm.cli.perf import record as recorder
+
+    return recorder.draw(options, event, period, path, folded)
+
+
+@cli.group(short_help="Log what a guest does.")
+def trace() -> None:
+    """Log what a guest does, from outside. (`softkvm run --trace` records the events of KVM.)"""
+
+
+@trace.command(short_help="Count every branch.")
+@click.option("--ring", type=click.Choice(["all", "kernel", "user"]), default="all", help="By where a branch comes from.")
+@click.option("--process", metavar="NAME", help="Only branches of processes with this name.")
+@click.option("--most", type=click.IntRange(min=1), default=30, metavar="N", help="Lines to print.")
+@click.option("--json", is_flag=True, help="Print a JSON list of all in place of the guest's output.")
+@_guest_options
+def branches(options: RunOptions, ring: str, process: str | None, most: int, json: bool) -> int:
+    """Run CMD in a guest, or boot one, and count every branch that it takes, by the functions that it leads from and to.
+
+    Nothing is sampled: this is the truth that perf record -b can be held against.
+    """
+    from softkvm.cli.perf import branches as log
+
+    return log.show(replace(options, json=json), ring, process, most, json)
 
 
 @cli.command(short_help="Print the version.")

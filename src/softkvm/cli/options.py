@@ -26,17 +26,25 @@ class RunOptions:
     stats: StatsFormat | None = None
     json: bool = False
     command: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
     trace: tuple[str, ...] = ()
     trace_file: str | None = None
     audit: str | None = None
     ioctl_filter: str | None = None
     name: str | None = None
+    restore: str | None = None
+    tsc_khz: int | None = None
     deterministic: int | None = None
+    introspection: str | None = None
 
     def check(self) -> None:
         """Raise CliError, one sentence, for options that contradict each other."""
         if self.command and self.initrd is not None:
             raise CliError("a command runs in softkvm's own initramfs, so `-i` and `-- CMD` exclude each other")
+        if self.extras and self.initrd is not None:
+            raise CliError("packages are added to softkvm's own initramfs, so `-i` and `--with` exclude each other")
+        if self.command and self.restore is not None:
+            raise CliError("a snapshot goes on with what it was doing, so `--restore` and `-- CMD` exclude each other")
         if self.timeout is not None and self.timeout <= 0:
             raise CliError(f"the time-out must be more than 0 seconds, not {self.timeout:g}")
         if self.deterministic is not None and self.cores is not None:

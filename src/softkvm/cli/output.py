@@ -34,15 +34,33 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield status.update
 
 
+def print_json(data: bytes) -> None:
+    """A command's result for programs, on standard output."""
+    sys.stdout.write(data.decode() + "\n")
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, on_stdout: bool = False) -> None:
     """Print a table; `on_stdout` for a command whose result it is."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     drawn = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for row in rows:
-        drawn.add_row(*row)
+        drawn.add_row(*map(escape, row))
     _console(on_stdout).print(drawn)
+
+
+def plain(text: str) -> str:
+    """Text of a guest's without anything that a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def escape(text: str) -> str:
+    """Text of a guest's for a table's cell, where it is not to be taken for markup either."""
+    from rich.markup import escape as escape_markup
+
+    return escape_markup(plain(text))
 
 
 _GROUPS = {

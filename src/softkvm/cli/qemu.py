@@ -44,6 +44,8 @@ class Invocation:
     cpu: str = "qemu64"
     serial: str = "null"
     test_device: bool = False
+    virtual_time: bool = False
+    """Guest time follows its instructions, as with QEMU's `-icount`."""
     answer: str | None = None
     """What to print in place of running a guest."""
     warnings: list[str] = field(default_factory=list)
@@ -134,6 +136,12 @@ def _serial(invocation: Invocation, text: str) -> None:
     invocation.serial = text
 
 
+def _icount(invocation: Invocation, text: str) -> None:
+    if not text.startswith("shift="):
+        raise UsageError(f"-icount {text}: shift=N is all there is to choose")
+    invocation.virtual_time = True
+
+
 def _set(name: str) -> Callable[[Invocation, str], None]:
     return lambda invocation, text: setattr(invocation, name, text)
 
@@ -163,6 +171,7 @@ _OPTIONS: dict[str | None, Callable[[Invocation, str], None]] = {
     "M": _machine,
     "accel": _only("accel", "tcg", "kvm"),
     "serial": _serial,
+    "icount": _icount,
     "display": _only("display", "none"),
     "vnc": _only("vnc", "none"),
     "global": _only("global", "kvm-pit.lost_tick_policy=discard"),
@@ -187,6 +196,7 @@ def _run(invocation: Invocation) -> int:
         cpus=invocation.cpus,
         serial={0: _print} if invocation.serial == "stdio" else None,
         test_device=invocation.test_device,
+        deterministic=0 if invocation.virtual_time else None,
     ) as machine:
         signal.signal(signal.SIGTERM, lambda *_: machine.stop())
         return _status(machine.run())

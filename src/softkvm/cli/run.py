@@ -6,8 +6,10 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
+from typing import Protocol
+from uuid import uuid4
 
 import msgspec
 
@@ -21,7 +23,8 @@ from softkvm.cli.streams import Capture, ConsoleTail, DescriptorSink, Sink, Surr
 from softkvm.cli.watch import watched
 from softkvm.host.process import Process
 from softkvm.host.seccomp import Killed
-from softkvm.vmm import ConfigError, Machine, SerialBackend, StopReason
+from softkvm.vmm import ConfigError, Machine, SerialBackend, StateError, StopReason
+from softkvm.vmm.introspection_peer import Peer, PeerOptions
 from softkvm.vmm.monitor import Monitor, commands
 
 _CONSOLE_PORT = 0
@@ -45,14 +48,27 @@ class Outcome(msgspec.Struct, frozen=True):
     stats: object
 
 
-def run(options: RunOptions) -> int:
+class Observer(Protocol):
+    """Whoever watches a run from outside the guest."""
+
+    def attach(self, machine: Machine) -> None:
+        """There is a machine, which does not run yet."""
+
+    def begin(self) -> None:
+        """The guest's command starts, or without one the guest; on a vCPU's thread."""
+
+    def end(self, machine: Machine) -> None:
+        """The guest has ended."""
+
+
+def run(options: RunOptions, observer: Observer | None = None) -> int:
     """Boot the guest that `options` describe and return the exit status; raises CliError and ConfigError before the guest starts."""
     options.check()
     with output.progress() as progress:
-        image = _prepare(options, progress)
+        image = _prepare(options, progress) if options.restore is None else None
     with watched(options) as process:
         try:
-            return _Run(options, image, process).run()
+            return _Run(options, image, process, observer).run()
         except Killed as error:
             output.say(f"the VMM was killed: {error}")
             return status.KILLED
@@ -66,7 +82,7 @@ def _prepare(options: RunOptions, progress: Callable[[str], None]) -> guest.Gues
         raise CliError(f"there is no kernel {kernel}; give a bzImage file or one of {', '.join(guest.KERNELS)}")
     if initrd is not None and not initrd.is_file():
         raise CliError(f"there is no initial RAM disk {initrd}")
-    return guest.prepare(kernel, initrd, options.command, progress)
+    return guest.prepare(kernel, initrd, options.command, options.extras, progress)
 
 
 def _processors(options: RunOptions) -> str:
@@ -81,9 +97,12 @@ def _report_bug(error: Exception) -> None:
 class _Run:
     """One run: the wiring between the guest's serial lines and our streams, and what is reported at the end."""
 
-    def __init__(self, options: RunOptions, image: guest.Guest, process: Process) -> None:
+    def __init__(self, options: RunOptions, image: guest.Guest | None, process: Process, observer: Observer | None) -> None:
+        """`image` is what to boot; None for a snapshot."""
         self._options = options
         self._process = process
+        self._observer = observer
+        self._begun = False
         self._image = image
         self._doorbell = session.Doorbell()
         self._surrender = Surrender()
@@ -102,14 +121,22 @@ class _Run:
         with ExitStack() as resources:
             resources.enter_context(closing(self._doorbell))
             resources.enter_context(closing(self._surrender))
+            monitor = self._make_monitor(resources)
             machine = resources.enter_context(self._make_machine(attended))
-            resources.enter_context(self._make_monitor(machine))
+            if monitor is not None:
+                commands.offer(monitor, machine)
+                resources.enter_context(monitor)
+            self._open_to_tool(machine, resources)
             self._machine = machine
+            if self._observer is not None:
+                self._observer.attach(machine)
+                if not options.command:
+                    self._begin()
             self._input = self._make_input(machine, attended)
             if options.deterministic is not None and not isinstance(self._input, Keyboard):
                 self._prompt = Prompt(self._input, self._surrender)
                 self._prompt.serve()
-            output.say(f"{_processors(options)}, {options.memory} of memory; {self._image.title}")
+            output.say(self._title())
             if attended:
                 output.say(terminal.HELP)
             started = time.monotonic()
@@ -119,13 +146,16 @@ class _Run:
             seconds = time.monotonic() - started
             return self._finish(machine, Ending(stop, signal, self._output_lost, self._command_status), seconds)
 
+    def _title(self) -> str:
+        options = self._options
+        if self._image is None:
+            return f"going on from {options.restore}"
+        return f"{_processors(options)}, {options.memory} of memory; {self._image.title}"
+
     # Wiring
 
     def _make_machine(self, attended: bool) -> Machine:
         options = self._options
-        parameters = [terminal.environment()] if attended else [_UNATTENDED]
-        parameters += ["quiet"] if options.command else []
-        parameters += [options.append] if options.append else []
         control = ControlLine(self._console_is_read, self._command_wants_input, self._command_ended)
         serial: dict[int, SerialBackend] = {
             _CONSOLE_PORT: self._tail,
@@ -134,10 +164,13 @@ class _Run:
             CONTROL_PORT: control.write,
         }
         try:
+            if options.restore is not None:
+                return Machine.restore(options.restore, serial, process=self._process, cores=options.cores)
+            assert self._image is not None, "what is not restored is booted"
             return Machine(
                 kernel=self._image.kernel,
                 initrd=self._image.initrd,
-                append=" ".join(parameters),
+                append=self._command_line(attended),
                 memory=options.memory,
                 cpu=options.cpu,
                 cpus=options.cpus,
@@ -146,20 +179,40 @@ class _Run:
                 serial=serial,
                 process=self._process,
                 deterministic=options.deterministic,
+                tsc_khz=options.tsc_khz,
             )
-        except ConfigError as error:
+        except (ConfigError, StateError) as error:
             raise CliError(str(error)) from error
 
-    def _make_monitor(self, machine: Machine) -> AbstractContextManager[object]:
-        """The control socket. A run whose name nobody chose does without one where there is no place for it."""
+    def _command_line(self, attended: bool) -> str:
+        options = self._options
+        parameters = [terminal.environment()] if attended else [_UNATTENDED]
+        parameters += ["quiet"] if options.command else []
+        parameters += [options.append] if options.append else []
+        return " ".join(parameters)
+
+    def _open_to_tool(self, machine: Machine, resources: ExitStack) -> None:
+        """`--introspection`."""
+        if self._options.introspection is None:
+            return
+        try:
+            options = PeerOptions.parse(self._options.introspection)
+        except ConfigError as error:
+            raise CliError(str(error)) from error
+        peer = Peer(machine.introspection, options, self._options.name or f"softkvm-{os.getpid()}", uuid4(), machine.max_gpa)
+        resources.callback(peer.close)
+        peer.start()
+
+    def _make_monitor(self, resources: ExitStack) -> Monitor | None:
+        """The control socket, before there is a machine. A run whose name nobody chose does without one where there is no place for it."""
         try:
             monitor = Monitor(self._options.name or str(os.getpid()), _report_bug)
         except ConfigError as error:
             if self._options.name is not None:
                 raise CliError(str(error)) from error
             output.say(f"no control socket: {error}")
-            return nullcontext()
-        commands.offer(monitor, machine)
+            return None
+        resources.callback(monitor.close)
         return monitor
 
     def _sink(self, port: int, descriptor: int) -> Sink:
@@ -170,7 +223,7 @@ class _Run:
             return CommandInput(_STDIN, lambda data: machine.send(data, STDOUT_PORT))
         if attended:
             return Keyboard(_STDIN, machine.send, self._quit)
-        return ConsolePipe(_STDIN, machine.send, is_ready=not self._image.announces_shell)
+        return ConsolePipe(_STDIN, machine.send, is_ready=self._image is None or not self._image.announces_shell)
 
     # What the guest tells us, on the vCPU's thread
 
@@ -179,7 +232,13 @@ class _Run:
             self._input.ready()
             self._input_is_wanted()
 
+    def _begin(self) -> None:
+        if self._observer is not None and not self._begun:
+            self._begun = True
+            self._observer.begin()
+
     def _command_wants_input(self) -> None:
+        self._begin()
         if isinstance(self._input, CommandInput):
             self._input.request()
             self._input_is_wanted()
@@ -211,8 +270,10 @@ class _Run:
     def _finish(self, machine: Machine, ending: Ending, seconds: float) -> int:
         options = self._options
         code = ending.exit_status(bool(options.command))
+        if self._observer is not None:
+            self._observer.end(machine)
         self._explain(machine, ending, code)
-        if options.json:
+        if options.json and self._observer is None:
             sys.stdout.write(msgspec.json.encode(self._outcome(machine, ending, code, seconds)).decode() + "\n")
         if options.stats is not None:
             output.print_stats(machine.stats(), options.stats)

@@ -65,7 +65,8 @@ def _tsc_row(vcpu: kvm.VcpuTscStatus) -> tuple[str, ...]:
     ratio = vcpu.tsc_scaling_ratio / (1 << vcpu.tsc_scaling_ratio_frac_bits)
     generation = f"{vcpu.this_tsc_generation}{'' if vcpu.matched else ' (old)'}"
     adjust = str(_signed(vcpu.ia32_tsc_adjust))
-    return (str(vcpu.vcpu_id), str(_signed(vcpu.tsc_offset)), f"{ratio:.9g}", str(vcpu.virtual_tsc_khz), generation, adjust)
+    scaling = "catches up" if vcpu.tsc_catchup else f"{ratio:.9g}"
+    return (str(vcpu.vcpu_id), str(_signed(vcpu.tsc_offset)), scaling, str(vcpu.virtual_tsc_khz), generation, adjust)
 
 
 def _kvmclock_row(vcpu_id: int, page: int, info: kvm.TimeInfo | None) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,19 +13,24 @@ from softkvm.cli import output, status
 from softkvm.cli.errors import CliError
 from softkvm.vmm import ConfigError
 from softkvm.vmm.layout import MIB
-from softkvm.vmm.monitor import Connection, Monitor, MonitorError, commands, running
+from softkvm.vmm.monitor import TIMEOUT, Connection, Monitor, MonitorError, commands, running
 
 _PATIENCE = 2.0
 """Seconds that a VM of a listing has for its answer."""
+_SAVING_PATIENCE = 600.0
+"""Seconds for a snapshot: a large memory, a slow disk."""
 _COLUMNS = ("name", "pid", "state", "CPU", "CPUs", "memory", "uptime")
 _SILENT = "no answer"
 
 
 @contextmanager
-def connected(name: str | None) -> Iterator[Connection]:
-    """A connection to the VM `name`, or to the only one that runs; CliError, one sentence, for whatever goes wrong in the block."""
+def connected(name: str | None, patience: float = TIMEOUT) -> Iterator[Connection]:
+    """A connection to the VM `name`, or to the only one that runs; CliError, one sentence, for whatever goes wrong in the block.
+
+    The VM has `patience` seconds for each answer.
+    """
     try:
-        with Monitor.connect(name) as connection:
+        with Monitor.connect(name, patience) as connection:
             yield connection
     except (ConfigError, MonitorError) as error:
         raise CliError(str(error)) from error
@@ -34,6 +40,16 @@ def give(command: str, name: str | None) -> int:
     """Give a VM a command without arguments that answers nothing."""
     with connected(name) as vm:
         vm.execute(command)
+    return status.SUCCESS
+
+
+def snapshot(name: str, file: str, as_json: bool) -> int:
+    """Have the VM `name` write a snapshot to `file`, a path of ours."""
+    arguments = commands.SaveArguments(path=os.path.abspath(file))
+    with connected(name, _SAVING_PATIENCE) as vm:
+        answer = vm.execute("save", arguments)
+    if as_json:
+        click.echo(msgspec.json.encode(answer))
     return status.SUCCESS
 
 

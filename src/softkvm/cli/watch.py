@@ -12,6 +12,7 @@ from softkvm.cli.options import RunOptions
 from softkvm.host import ftrace, seccomp_file
 from softkvm.host.audit import AuditLog
 from softkvm.host.process import Process
+from softkvm.host.seccomp import FilterError
 
 
 @contextmanager
@@ -19,12 +20,12 @@ def watched(options: RunOptions) -> Iterator[Process]:
     """The process to run the machine in, watched as `options` say until the block ends. CliError, one sentence, for what cannot be."""
     with ExitStack() as resources:
         try:
-            filters = (seccomp_file.load(options.ioctl_filter),) if options.ioctl_filter is not None else ()
+            filters = seccomp_file.load(options.ioctl_filter) if options.ioctl_filter is not None else ()
             audit = resources.enter_context(AuditLog(options.audit)) if options.audit is not None else None
             if options.trace:
                 output = Path(options.trace_file) if options.trace_file is not None else sys.stderr
                 resources.enter_context(ftrace.Trace(options.trace, output))
-        except (seccomp_file.FilterError, ftrace.PatternError) as error:
+        except (FilterError, ftrace.PatternError) as error:
             raise CliError(str(error)) from error
         except OSError as error:
             raise CliError(f"{error.filename} cannot be written: {error.strerror}") from error

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from softkvm.host import audit_data
 from softkvm.host.call import SYS_NAMES, Call
 from softkvm.host.task import Task
 
@@ -42,6 +43,8 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
     args: list[int | str | None]
     """The first four arguments: numbers, and the types of structures."""
     vm: int | None = None
+    data: list[Any] | None = None
+    """The arguments whole (`host/audit_data.py`), where `args` has only their types."""
     digest: str | None = None
     """SHA-256 of the structures that went in, one behind the other; absent without any."""
     result: int | None = None
@@ -95,6 +98,7 @@ class AuditLog:
             syscall=SYS_NAMES.get(call.nr, str(call.nr)),
             call=call.name,
             args=[_show(argument) for argument in args],
+            data=None if all(argument is None or isinstance(argument, int) for argument in args) else list(map(audit_data.encode, args)),
             digest=_digest(args),
         )
 

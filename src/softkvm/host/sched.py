@@ -12,27 +12,34 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 from softkvm import silicon
 from softkvm.host import rseq, trace
+from softkvm.host.perf.context import EventContext
+from softkvm.host.perf.core import CpuPerf, Perf
 from softkvm.host.schedstat import run_delay_ns
+from softkvm.host.smp import Call
 from softkvm.host.task import Task, current
 
 SLICE_NS = 3_000_000
 """How long a guest may run while others wait (`sysctl_sched_min_granularity` of a large machine)."""
 _DEFAULT_PRIO = 120
+_CALL_RETRY = 0.01
+"""Seconds after which a call looks again where to run: the thread that it was given to may have left the kernel."""
+_Result = TypeVar("_Result")
 
 
 class Cpu:
-    """A core and whose state is loaded on it."""
+    """A core, the perf events on it, and whose state is loaded on it."""
 
-    __slots__ = ("core", "index", "occupant")
+    __slots__ = ("core", "index", "occupant", "perf")
 
-    def __init__(self, model: silicon.Model, index: int) -> None:
+    def __init__(self, model: silicon.Model, index: int, perf: Perf) -> None:
         self.index = index
         self.core = silicon.Core(model, index)
+        self.perf = CpuPerf(perf, self.core, index)
         self.occupant: Guest | None = None
 
 
@@ -50,6 +57,12 @@ class Guest(Protocol):
 
     def set_need_resched(self) -> None:
         """Make its thread call `Scheduler.schedule()` soon; called by any thread."""
+
+    def call(self, function: Callable[[], object]) -> bool:
+        """Run `function` in this thread if no other one runs the guest; False if one does."""
+
+    def interrupt_guest(self, function: Callable[[], None]) -> None:
+        """Let the thread that runs the guest, if any, call `function` outside guest mode soon."""
 
 
 class Wakeup(Protocol):
@@ -71,7 +84,7 @@ class Wakeup(Protocol):
 class Entity:
     """What the scheduler knows of a guest (`struct sched_entity`)."""
 
-    __slots__ = ("arrived", "began", "cpu", "guest", "ready", "since", "task", "vruntime")
+    __slots__ = ("arrived", "began", "cpu", "events", "guest", "ready", "since", "task", "vruntime")
 
     def __init__(self, guest: Guest) -> None:
         self.guest = guest
@@ -85,6 +98,8 @@ class Entity:
         self.arrived = False
         """Its thread knows of the core; until then nobody may take it away."""
         self.task: Task = current()
+        self.events: EventContext | None = None
+        """Its perf events (`perf_event_ctxp`), once it has had one."""
         self.ready = threading.Event()
 
 
@@ -103,6 +118,7 @@ class Scheduler:
         self._waiting: list[Entity] = []
         self._entities: WeakKeyDictionary[Guest, Entity] = WeakKeyDictionary()
         self._min_vruntime = 0
+        self.perf = Perf(model)
 
     def wakeup(self, guest: Guest) -> Wakeup:
         """What the thread of a new guest sleeps on."""
@@ -174,6 +190,7 @@ class Scheduler:
         with self._lock:
             if entity.cpu is not None:
                 entity.arrived = True
+                entity.cpu.perf.task_sched_in(entity.events)
                 entity.guest.sched_in(entity.cpu)
                 entity.task.run_delay += waited
                 rseq.note_event(entity.task, entity.cpu.index)
@@ -186,6 +203,47 @@ class Scheduler:
             running = [entity for entity in self._entities.values() if entity.cpu is not None and now - entity.began >= SLICE_NS]
             for entity in sorted(running, key=lambda entity: entity.vruntime + now - entity.since)[-owing:] if owing else ():
                 entity.guest.set_need_resched()
+
+    # --- Perf -----------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def cpus(self) -> tuple[Cpu, ...]:
+        """The cores that there are by now."""
+        return tuple(self._cpus)
+
+    def events(self, guest: Guest) -> EventContext:
+        """The guest's own perf events, which are on the core that it is on."""
+        with self._lock:
+            entity = self._entity(guest)
+            if entity.events is None:
+                entity.events = EventContext()
+                if entity.cpu is not None and entity.arrived:
+                    entity.cpu.perf.task_sched_in(entity.events)
+            return entity.events
+
+    def call_on(self, cpu: Cpu, function: Callable[[], _Result]) -> _Result:
+        """`smp_call_function_single()`: run `function` once while `cpu` is outside guest mode, and wait for it; what it returns or raises.
+
+        It runs in this thread, or in the one that runs the guest there, and must not call the scheduler.
+        """
+        return self._call(lambda: cpu, function)
+
+    def call_for(self, guest: Guest, function: Callable[[], _Result]) -> _Result:
+        """`task_function_call()`: as `call_on()`, on the core that the guest is on; while it is on none it stays so."""
+        return self._call(lambda: self._entity(guest).cpu, function)
+
+    def _call(self, find: Callable[[], Cpu | None], function: Callable[[], _Result]) -> _Result:
+        call = Call(function)
+        while True:
+            with self._lock:
+                cpu = find()
+                guest = None if cpu is None else cpu.occupant
+                if guest is None:
+                    call()
+                elif not guest.call(call):
+                    guest.interrupt_guest(call)
+            if call.done.wait(_CALL_RETRY):
+                return call.result()
 
     # --- With the lock held ---------------------------------------------------------------------------------------------------------
 
@@ -233,13 +291,14 @@ class Scheduler:
                 return cpu
         if self._limit is not None and len(self._cpus) >= self._limit:
             return None
-        self._cpus.append(Cpu(self._model, len(self._cpus)))
+        self._cpus.append(Cpu(self._model, len(self._cpus), self.perf))
         return self._cpus[-1]
 
     def _release(self, cpu: Cpu) -> None:
         """The core is free."""
         if cpu.occupant is not None:
             entity = self._entity(cpu.occupant)
+            cpu.perf.task_sched_out()
             self._charge(entity)
             entity.cpu = cpu.occupant = None
 

@@ -28,6 +28,19 @@ class Killed(BaseException):
     """A filter has killed the VMM or one of its threads: SIGSYS, which no `except Exception` of the VMM survives."""
 
 
+class FilterError(ValueError):
+    """A filter file is wrong; the message is one sentence."""
+
+
+THREAD_CLASSES = ("vmm", "api", "vcpu")
+"""Kinds of a VMM's threads that filters may tell apart, by what is in their names; whoever is nothing else is of the first kind."""
+
+
+def thread_class(comm: str) -> str:
+    """The kind of a thread by its name, such as `softkvm-vcpu0` or Firecracker's `fc_api`."""
+    return next((kind for kind in THREAD_CLASSES[1:] if kind in comm), THREAD_CLASSES[0])
+
+
 class Action(IntEnum):
     """Strictest first, as seccomp ranks them."""
 
@@ -102,6 +115,8 @@ class Filter:
 
     rules: Sequence[Rule]
     default: Verdict
+    thread: str | None = None
+    """The kind of threads (THREAD_CLASSES) that are under it; None is all."""
     _candidates: dict[tuple[str, int, int], tuple[Rule, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     def judge(self, call: Call) -> Verdict:
@@ -118,14 +133,16 @@ class Filter:
         return self.default
 
 
-def judge(filters: Sequence[Filter], call: Call) -> Verdict:
-    """The strictest verdict of all filters; of equals that of the last one installed."""
-    return min((one.judge(call) for one in reversed(filters)), key=lambda verdict: verdict.action, default=ALLOW)
+def judge(filters: Sequence[Filter], call: Call, comm: str) -> Verdict:
+    """The strictest verdict of all filters on a call of the thread `comm`; of equals that of the last one installed."""
+    kind = thread_class(comm)
+    verdicts = (one.judge(call) for one in reversed(filters) if one.thread in (None, kind))
+    return min(verdicts, key=lambda verdict: verdict.action, default=ALLOW)
 
 
 def secure_computing(task: Task, call: Call, process: Process) -> bool:
     """`__secure_computing()`: do what the filters say; False if the call is not to be made. Killed if they kill."""
-    return _act(task, call, process, judge(process.filters, call), may_trace=True)
+    return _act(task, call, process, judge(process.filters, call, task.comm), may_trace=True)
 
 
 def _act(task: Task, call: Call, process: Process, verdict: Verdict, may_trace: bool) -> bool:
@@ -169,7 +186,7 @@ def _trace(task: Task, call: Call, process: Process, verdict: Verdict) -> bool:
     if not process.tracer.seccomp(call, verdict.data) or call.nr == SKIPPED:
         call.nr = SKIPPED
         return False
-    return _act(task, call, process, judge(process.filters, call), may_trace=False)
+    return _act(task, call, process, judge(process.filters, call, task.comm), may_trace=False)
 
 
 def _notify(call: Call, process: Process) -> bool:

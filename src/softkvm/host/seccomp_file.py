@@ -9,6 +9,8 @@ The first rule that matches decides. Without `fd`, `ioctl`, `syscall` or `args` 
 A comparison names a `field` (a parameter or a structure's member) or an `index` (0 the descriptor, 1 the command, 2 the argument); `op` is
 eq, ne, lt, le, gt, ge or `{"masked_eq": MASK}`. Actions: allow, log, trap, kill_thread, kill_process, user_notif,
 `{"errno": N}`, `{"trace": N}`.
+
+Firecracker's own files are taken as well (`host/firecracker_filter.py`).
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from typing import Literal
 
 import msgspec
 
+from softkvm.host import firecracker_filter
 from softkvm.host.call import SYS_IOCTL, SYS_NAMES
-from softkvm.host.seccomp import Action, Comparison, Filter, Rule, Verdict
+from softkvm.host.seccomp import Action, Comparison, Filter, FilterError, Rule, Verdict
 from softkvm.uapi import kvm as uapi
 
 _KVMIO = 0xAE
@@ -27,10 +30,6 @@ _MAX_ERRNO = 4095
 _NUMBERS = {name: nr for nr, name in SYS_NAMES.items()}
 
 Simple = Literal["allow", "log", "trap", "kill_thread", "kill_process", "user_notif"]
-
-
-class FilterError(ValueError):
-    """A filter file is wrong; the message is one sentence."""
 
 
 class _Errno(msgspec.Struct, forbid_unknown_fields=True, tag_field=None):
@@ -65,16 +64,25 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     comment: str = ""
 
 
-def load(path: str | Path) -> Filter:
-    """The filter in a file; FilterError, one sentence, for a file that is missing or wrong."""
+def load(path: str | Path) -> tuple[Filter, ...]:
+    """The filters in a file, ours or Firecracker's; FilterError, one sentence, for a file that is missing or wrong."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise FilterError(f"the ioctl filter {path} cannot be read: {error.strerror}") from error
     try:
-        return parse(data)
+        return firecracker_filter.parse(data) if _is_firecrackers(data) else (parse(data),)
     except FilterError as error:
         raise FilterError(f"the ioctl filter {path} is wrong: {error}") from error
+
+
+def _is_firecrackers(data: bytes) -> bool:
+    """Whether the file is an object of filters by kind of thread, and not one filter."""
+    try:
+        keys = msgspec.json.decode(data, type=dict[str, msgspec.Raw]).keys()
+    except msgspec.DecodeError:
+        return False
+    return bool(keys) and keys.isdisjoint(_File.__struct_fields__)
 
 
 def parse(data: bytes | str) -> Filter:

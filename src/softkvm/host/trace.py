@@ -12,12 +12,14 @@ from softkvm.host.tracepoint import Tracepoint, registry
 from softkvm.uapi import kvm as uapi
 from softkvm.uapi import svm, vmx
 
-__all__ = ["ISA_SVM", "ISA_VMX", "MMIO_READ", "MMIO_WRITE", "Tracepoint", "recording", "registry"]
+__all__ = ["HOST_CLOCK_TSC", "ISA_SVM", "ISA_VMX", "MMIO_READ", "MMIO_WRITE", "Tracepoint", "recording", "registry"]
 
 ISA_VMX, ISA_SVM = 1, 2
 """Whose exit reason `kvm_exit` has."""
 MMIO_READ, MMIO_WRITE = 1, 2
 """`type` of `kvm_mmio`."""
+HOST_CLOCK_TSC = 1
+"""`host_clock` of the time events: VDSO_CLOCKMODE_TSC."""
 
 _EXCEPTIONS = dict(
     enumerate(
@@ -45,6 +47,7 @@ _EXCEPTIONS = dict(
     )
 )
 _EXIT_NAMES = {value: name for name, value in vars(uapi).items() if name.startswith("KVM_EXIT_") and name[9:12] != "IO_"}
+_HOST_CLOCKS = ("none", "tsc")
 _MMIO_TYPES = ("unsatisfied-read", "read", "write")
 
 
@@ -132,6 +135,27 @@ def _kvm_set_irq(gsi: int, level: int, irq_source_id: int) -> str:
     return f"gsi {gsi} level {level} source {irq_source_id}"
 
 
+def _kvm_write_tsc_offset(vcpu_id: int, previous_tsc_offset: int, next_tsc_offset: int) -> str:
+    return f"vcpu={vcpu_id} prev={previous_tsc_offset} next={next_tsc_offset}"
+
+
+def _kvm_update_master_clock(use_master_clock: bool, host_clock: int, offset_matched: bool) -> str:
+    return f"masterclock {use_master_clock:d} hostclock {_HOST_CLOCKS[host_clock]} offsetmatched {offset_matched:d}"
+
+
+def _kvm_track_tsc(vcpu_id: int, nr_vcpus_matched_tsc: int, online_vcpus: int, use_master_clock: bool, host_clock: int) -> str:
+    state = f"masterclock {use_master_clock:d} offsetmatched {nr_vcpus_matched_tsc} nr_online {online_vcpus}"
+    return f"vcpu_id {vcpu_id} {state} hostclock {_HOST_CLOCKS[host_clock]}"
+
+
+def _kvm_pvclock_update(
+    vcpu_id: int, version: int, tsc_timestamp: int, system_time: int, tsc_to_system_mul: int, tsc_shift: int, flags: int
+) -> str:
+    times = f"version {version}, tsc_timestamp 0x{tsc_timestamp:x}, system_time 0x{system_time:x}"
+    scale = f"tsc_to_system_mul 0x{tsc_to_system_mul:x}, tsc_shift {tsc_shift}, flags 0x{flags:x}"
+    return f"vcpu_id {vcpu_id}, pvclock {{ {times}, {scale} }}"
+
+
 def _kvm_eoi(apicid: int, vector: int) -> str:
     return f"apicid {apicid:x} vector {vector}"
 
@@ -154,4 +178,12 @@ kvm_msr = Tracepoint("kvm", "kvm_msr", "write ecx data exception", _kvm_msr)
 kvm_pio = Tracepoint("kvm", "kvm_pio", "rw port size count val", _kvm_pio)
 kvm_mmio = Tracepoint("kvm", "kvm_mmio", "type len gpa val", _kvm_mmio)
 kvm_page_fault = Tracepoint("kvm", "kvm_page_fault", "vcpu_id guest_rip fault_address error_code", _kvm_page_fault)
+kvm_write_tsc_offset = Tracepoint("kvm", "kvm_write_tsc_offset", "vcpu_id previous_tsc_offset next_tsc_offset", _kvm_write_tsc_offset)
+kvm_update_master_clock = Tracepoint(
+    "kvm", "kvm_update_master_clock", "use_master_clock host_clock offset_matched", _kvm_update_master_clock
+)
+kvm_track_tsc = Tracepoint("kvm", "kvm_track_tsc", "vcpu_id nr_vcpus_matched_tsc online_vcpus use_master_clock host_clock", _kvm_track_tsc)
+kvm_pvclock_update = Tracepoint(
+    "kvm", "kvm_pvclock_update", "vcpu_id version tsc_timestamp system_time tsc_to_system_mul tsc_shift flags", _kvm_pvclock_update
+)
 kvm_hypercall = Tracepoint("kvm", "kvm_hypercall", "nr a0 a1 a2 a3", _kvm_hypercall)

@@ -8,6 +8,8 @@ its address. `Process` is who opens /dev/kvm: filters, audit log and tracer are 
 
 from softkvm.host.process import Process
 from softkvm.host.turns import Turns
+from softkvm.kvm.introspection.direct_channel import DirectChannel, DirectEvent
+from softkvm.kvm.introspection.direct_channel import Handler as IntrospectionHandler
 from softkvm.kvm.ioctl import dispatch
 from softkvm.kvm.kvmclock import TimeInfo
 from softkvm.kvm.params import Parameters
@@ -19,6 +21,9 @@ from softkvm.silicon import Model
 from softkvm.silicon import allocate as allocate_memory
 
 __all__ = [
+    "DirectChannel",
+    "DirectEvent",
+    "IntrospectionHandler",
     "Model",
     "Parameters",
     "Process",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from softkvm.kvm import mce
+from ctypes import sizeof
+
+from softkvm.kvm import dirty_ring, mce
 from softkvm.kvm.memslots import USER_MEM_SLOTS
 from softkvm.uapi import kvm as uapi
-from softkvm.uapi import series
+from softkvm.uapi import kvmi, series
 
 MAX_VCPUS = 1024
 MAX_VCPU_IDS = 4096
@@ -61,7 +63,16 @@ _PRESENT = (
     uapi.KVM_CAP_X86_TRIPLE_FAULT_EVENT,
     uapi.KVM_CAP_TSC_CONTROL,
     uapi.KVM_CAP_VCPU_ATTRIBUTES,
+    uapi.KVM_CAP_PMU_EVENT_FILTER,
+    uapi.KVM_CAP_PMU_CAPABILITY,
+    uapi.KVM_CAP_SYS_ATTRIBUTES,
+    uapi.KVM_CAP_SPLIT_IRQCHIP,
+    uapi.KVM_CAP_X86_SMM,
+    uapi.KVM_CAP_X86_MSR_FILTER,
+    uapi.KVM_CAP_SET_GUEST_DEBUG,
+    uapi.KVM_CAP_X86_ROBUST_SINGLESTEP,
     series.KVM_CAP_TSC_OFFSET,
+    kvmi.V9.ioctls.capability,
 )
 
 _VALUES = {
@@ -76,10 +87,32 @@ _VALUES = {
     uapi.KVM_CAP_SYNC_REGS: uapi.KVM_SYNC_X86_VALID_FIELDS,
     uapi.KVM_CAP_XSAVE2: _XSAVE_SIZE,
     uapi.KVM_CAP_X2APIC_API: X2APIC_API,
+    series.KVM_CAP_X86_GUEST_LBR: sizeof(series.LbrStack),
     uapi.KVM_CAP_MCE: mce.MAX_BANKS,
+    uapi.KVM_CAP_MULTI_ADDRESS_SPACE: 2,  # the guest's, and SMM's
+    uapi.KVM_CAP_X86_USER_SPACE_MSR: uapi.KVM_MSR_EXIT_REASON_INVAL | uapi.KVM_MSR_EXIT_REASON_UNKNOWN | uapi.KVM_MSR_EXIT_REASON_FILTER,
+    uapi.KVM_CAP_X86_DISABLE_EXITS: uapi.KVM_X86_DISABLE_EXITS_HLT
+    | uapi.KVM_X86_DISABLE_EXITS_PAUSE
+    | uapi.KVM_X86_DISABLE_EXITS_CSTATE
+    | uapi.KVM_X86_DISABLE_EXITS_MWAIT,
+    uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: uapi.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | uapi.KVM_DIRTY_LOG_INITIALLY_SET,
+    uapi.KVM_CAP_DIRTY_LOG_RING: dirty_ring.MAX_SIZE,
+    uapi.KVM_CAP_DIRTY_LOG_RING_ACQ_REL: dirty_ring.MAX_SIZE,
+    uapi.KVM_CAP_SET_GUEST_DEBUG2: uapi.KVM_GUESTDBG_ENABLE
+    | uapi.KVM_GUESTDBG_SINGLESTEP
+    | uapi.KVM_GUESTDBG_USE_SW_BP
+    | uapi.KVM_GUESTDBG_USE_HW_BP
+    | uapi.KVM_GUESTDBG_INJECT_DB
+    | uapi.KVM_GUESTDBG_INJECT_BP
+    | uapi.KVM_GUESTDBG_BLOCKIRQ,
 }
 
 
-def check(cap: int) -> int:
-    """The capability's value, 0 if KVM does not have it."""
+_TSC_CONTROL = frozenset({uapi.KVM_CAP_TSC_CONTROL, uapi.KVM_CAP_VM_TSC_CONTROL})
+
+
+def check(cap: int, tsc_control: bool) -> int:
+    """The capability's value, 0 if KVM does not have it; `tsc_control` says whether the silicon scales TSCs."""
+    if cap in _TSC_CONTROL and not tsc_control:
+        return 0
     return _VALUES.get(cap, 0)

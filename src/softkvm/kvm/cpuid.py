@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from softkvm.kvm.cpuid_policy import KVM_FEATURES, MASKS, MAX_BASIC, MAX_EXTENDED, OFFERED_XCR0, PASSED, Registers
+from softkvm.kvm.pmu.offer import supported_leaf
 from softkvm.uapi.kvm import KVM_CPUID_FLAG_SIGNIFCANT_INDEX, CpuidEntry2
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 EAX, EBX, ECX, EDX = range(4)
 
+PERFORMANCE_MONITORING = 0xA
 BASIC, FEATURES, EXTENDED_FEATURES, TOPOLOGY, XSTATE, TOPOLOGY_V2 = 0, 1, 7, 0xB, 0xD, 0x1F
 HYPERVISOR, HYPERVISOR_FEATURES = 0x4000_0000, 0x4000_0001
 EXTENDED, EXTENDED_1, ADVANCED_POWER, ADDRESS_SIZES = 0x8000_0000, 0x8000_0001, 0x8000_0007, 0x8000_0008
@@ -46,6 +48,7 @@ class Feature(NamedTuple):
     bit: int
 
 
+PDCM = Feature(1, 0, ECX, 15)
 PCID = Feature(1, 0, ECX, 17)
 X2APIC = Feature(1, 0, ECX, 21)
 TSC_DEADLINE = Feature(1, 0, ECX, 24)
@@ -61,8 +64,10 @@ STIBP = Feature(7, 0, EDX, 27)
 ARCH_CAPABILITIES = Feature(7, 0, EDX, 29)
 SSBD = Feature(7, 0, EDX, 31)
 XSAVEC = Feature(0xD, 1, EAX, 1)
+PKS = Feature(7, 0, ECX, 31)
 XSAVES = Feature(0xD, 1, EAX, 3)
 SVM = Feature(EXTENDED_1, 0, ECX, 2)
+PERFCTR_CORE = Feature(EXTENDED_1, 0, ECX, 23)
 NX = Feature(EXTENDED_1, 0, EDX, 20)
 FXSR_OPT = Feature(EXTENDED_1, 0, EDX, 25)
 RDTSCP = Feature(EXTENDED_1, 0, EDX, 27)
@@ -96,6 +101,8 @@ def _offered(model: Model) -> Iterator[tuple[int, int, bool, Registers]]:
         mask = MASKS.get((leaf, subleaf))
         if mask is not None:
             registers = mask.apply(registers)
+        elif leaf == PERFORMANCE_MONITORING:
+            registers = Registers(*supported_leaf(model))
         elif leaf == XSTATE:
             if subleaf >= 2 and not xcr0 >> subleaf & 1:
                 continue

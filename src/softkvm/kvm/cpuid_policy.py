@@ -1,7 +1,7 @@
 """Which CPUID bits of the silicon KVM lets a guest have: the tables behind KVM_GET_SUPPORTED_CPUID.
 
 Answers to `kvm_set_cpu_caps()` and `__do_cpuid_func()` of Linux 6.1 `arch/x86/kvm/cpuid.c`. A bit is missing here either because it is a
-host matter (thermal, power, monitoring, debug store) or because no part of this KVM virtualises it yet (VMX, SVM, PMU, SGX, SMM, PT).
+host matter (thermal, power, monitoring, debug store) or because no part of this KVM virtualises it yet (VMX, SVM, SGX, SMM, PT).
 """
 
 from __future__ import annotations
@@ -76,23 +76,23 @@ class Mask:
         return Registers(*(value & keep | add for value, keep, add in zip(registers, self.keep, self.add, strict=True)))
 
 
-_FEATURES_ECX = _bits(0, 1, 9, 12, 13, 17, 19, 20, 22, 23, 25, 26, 28, 29, 30)
-# SSE3 PCLMULQDQ SSSE3 FMA CX16 PCID SSE4.1 SSE4.2 MOVBE POPCNT AES XSAVE AVX F16C RDRAND
+_FEATURES_ECX = _bits(0, 1, 9, 12, 13, 15, 17, 19, 20, 22, 23, 25, 26, 28, 29, 30)
+# SSE3 PCLMULQDQ SSSE3 FMA CX16 PDCM PCID SSE4.1 SSE4.2 MOVBE POPCNT AES XSAVE AVX F16C RDRAND
 _FEATURES_ECX_KVM = _bits(21, 24, 31)  # x2APIC, TSC_DEADLINE and HYPERVISOR are KVM's own work
 _FEATURES_EDX = _bits((0, 9), (11, 17), 19, (23, 27), 28)
 # up to APIC, SEP to PSE36, CLFLUSH, MMX to SS, HTT; without serial number, debug store, ACPI, TM, PBE
 
 _LEAF7_EBX = _bits(0, (3, 11), 13, 14, (16, 21), 23, 24, (26, 31))  # without SGX, CQM, RDT, PT
 _LEAF7_EBX_KVM = _bits(1)  # TSC_ADJUST
-_LEAF7_ECX = _bits(1, 2, 3, 6, (8, 12), 14, 16, 22, 25, 27, 28)
-# VBMI UMIP PKU VBMI2 GFNI VAES VPCLMULQDQ VNNI BITALG VPOPCNTDQ LA57 RDPID CLDEMOTE MOVDIRI MOVDIR64B
+_LEAF7_ECX = _bits(1, 2, 3, 6, (8, 12), 14, 16, 22, 25, 27, 28, 31)
+# VBMI UMIP PKU VBMI2 GFNI VAES VPCLMULQDQ VNNI BITALG VPOPCNTDQ LA57 RDPID CLDEMOTE MOVDIRI MOVDIR64B PKS
 _LEAF7_EDX = _bits(2, 3, 4, 8, 10, 14, 16, 23, 26, 27, 31)
 # 4VNNIW 4FMAPS FSRM VP2INTERSECT MD_CLEAR SERIALIZE TSXLDTRK FP16 SPEC_CTRL STIBP SSBD
 _LEAF7_EDX_KVM = _bits(29)  # ARCH_CAPABILITIES is emulated for every silicon
 _LEAF7_1_EAX = _bits(4, 5)  # AVX-VNNI, AVX512-BF16
 
-_EXTENDED_ECX = _bits(0, 1, 4, 5, 6, 7, 8, 9, 11, 16, 21, 22)
-# LAHF CMP_LEGACY CR8 ABM SSE4A MISALIGNSSE PREFETCHW OSVW XOP FMA4 TBM TOPOEXT
+_EXTENDED_ECX = _bits(0, 1, 4, 5, 6, 7, 8, 9, 11, 16, 21, 22, 23)
+# LAHF CMP_LEGACY CR8 ABM SSE4A MISALIGNSSE PREFETCHW OSVW XOP FMA4 TBM TOPOEXT PERFCTR_CORE
 _EXTENDED_EDX = _bits((0, 9), (11, 17), 20, 22, 23, 24, 25, 26, 27, 29, 30, 31)
 # the basic ones again, SYSCALL, NX MMXEXT MMX FXSR FXSR_OPT GBPAGES RDTSCP LM 3DNOW
 _SIZES_EBX = _bits(0, 2, 9, 12, 14, 15, 17, 24, 26, 28)

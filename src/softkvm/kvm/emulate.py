@@ -19,10 +19,10 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from softkvm.host import trace
-from softkvm.kvm import emulate_string, events, exits, regs
+from softkvm.kvm import emulate_string, events, exits, regs, smm
 from softkvm.kvm import emulator_ops as ops
 from softkvm.kvm.mmu import Fault
-from softkvm.silicon import EMULATE_FIRST, EXIT_ACCESS, EXIT_EMULATED
+from softkvm.silicon import EMULATE_FIRST, EXIT_ACCESS, EXIT_BREAKPOINT, EXIT_EMULATED, EXIT_MONITOR_TRAP_AMD
 from softkvm.uapi import kvm as uapi
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ EMULTYPE_PF = 1 << 6
 
 FORCED_EMULATION_PREFIX = b"\x0f\x0bkvm"
 """`ud2; .ascii "kvm"`."""
+_PREFIXES, _REX = b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf2\xf3", bytes(range(0x40, 0x50))
+_INT, _SHORT_FORMS = 0xCD, {events.BP: b"\xcc", events.OF: b"\xce"}
 _U32 = 0xFFFF_FFFF
 _CS_DB = 1 << 14
 _RFLAGS_VM = 1 << 17
@@ -71,13 +73,28 @@ def _skip(vcpu: Vcpu) -> int:
     if length is None:
         _say_once_that_skipping_failed()
         return handle_emulation_failure(vcpu, EMULTYPE_SKIP)
-    exits.step_over(vcpu, vcpu.state.rip + length)
-    return 1
+    return exits.step_over(vcpu, vcpu.state.rip + length)
 
 
 def instruction_length(vcpu: Vcpu) -> int | None:
     """Bytes of the instruction at RIP, which is decoded and nothing else; None if it cannot be read or is none."""
     return vcpu.model.instruction_length(ops.fetch(vcpu), _code_bits(vcpu))
+
+
+def soft_event_length(vcpu: Vcpu, vector: int) -> int | None:
+    """EMULTYPE_SKIP_SOFT_INT: the length of the instruction at RIP if it raises `vector` by itself (INT3, INTO, INT n), else None."""
+    length = instruction_length(vcpu)
+    if length is None:
+        return None
+    code = ops.fetch(vcpu)[:length]
+    body = _opcode(vcpu, code)
+    return length if body == _SHORT_FORMS.get(vector) or body == bytes((_INT, vector)) else None
+
+
+def _opcode(vcpu: Vcpu, code: bytes) -> bytes:
+    """An instruction's bytes without its prefixes."""
+    body = code.lstrip(_PREFIXES)
+    return body.lstrip(_REX) if regs.is_64_bit_mode(vcpu) else body
 
 
 @cache
@@ -98,8 +115,11 @@ def _code_bits(vcpu: Vcpu) -> int:
 
 
 def handle_ud(vcpu: Vcpu) -> int:
-    """An intercepted #UD: the forced emulation prefix, or the guest's own."""
-    if not ops.fetch(vcpu).startswith(FORCED_EMULATION_PREFIX):
+    """An intercepted #UD: RSM, the forced emulation prefix, or the guest's own."""
+    code = ops.fetch(vcpu)
+    if vcpu.smm.active and _opcode(vcpu, code).startswith(smm.RSM):
+        return smm.leave(vcpu)
+    if not code.startswith(FORCED_EMULATION_PREFIX):
         events.inject_ud(vcpu)
         return 1
     rip = vcpu.state.rip + len(FORCED_EMULATION_PREFIX)
@@ -125,7 +145,7 @@ def after_exit(vcpu: Vcpu, reason: int) -> None:
 def stop(vcpu: Vcpu) -> None:
     """Forget the instruction."""
     vcpu.half_done = False
-    vcpu.control.emulate = 0
+    vcpu.control.emulate = vcpu.control.waiver_count = 0
 
 
 def handle_emulated(vcpu: Vcpu) -> int:
@@ -137,7 +157,7 @@ def handle_access(vcpu: Vcpu) -> int:
     """Serve the access that the instruction waits for."""
     access = vcpu.exit.access
     gpa, size, write = access.gpa, access.size, access.write
-    fault = vcpu.vm.mmu.fault(gpa, bool(write))
+    fault = vcpu.mmu.fault(gpa, bool(write))
     if fault is Fault.FIXED:
         return 1
     if fault is Fault.UNMAPPED:
@@ -220,4 +240,4 @@ def _prepare_emulation_failure_exit(vcpu: Vcpu) -> int:
 
 handlers = {EXIT_ACCESS: handle_access, EXIT_EMULATED: handle_emulated}
 """The silicon's private exits, the same for both vendors."""
-EXIT_NAMES = {EXIT_ACCESS: "ACCESS", EXIT_EMULATED: "EMULATED"}
+EXIT_NAMES = {EXIT_ACCESS: "ACCESS", EXIT_EMULATED: "EMULATED", EXIT_BREAKPOINT: "HIDDEN_BREAKPOINT", EXIT_MONITOR_TRAP_AMD: "MONITOR_TRAP"}

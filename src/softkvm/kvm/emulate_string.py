@@ -48,7 +48,7 @@ def transfer(vcpu: Vcpu) -> int | None:
     if isinstance(pieces, int):
         return pieces
     batch = Transfer(flags, info.io_port, size, pieces)
-    if any(vcpu.vm.mmu.fault(gpa, batch.into_memory) is Fault.MMIO for gpa, _ in pieces[0]):  # no other element reaches another page
+    if any(vcpu.mmu.fault(gpa, batch.into_memory) is Fault.MMIO for gpa, _ in pieces[0]):  # no other element reaches another page
         return _with_device(vcpu, batch, pieces[0][0][0]) if len(pieces[0]) == 1 else None
     return _in(vcpu, batch) if batch.into_memory else _out(vcpu, batch)
 
@@ -71,7 +71,7 @@ def _translate(vcpu: Vcpu, addresses: list[int], size: int, access: int) -> list
             present = vcpu.translate_gva(page, RIGHT_R) is not None
             events.inject_page_fault(vcpu, max(linear, page), int(present) | (2 if access == RIGHT_W else 0) | (4 if user else 0))
             return 1
-        if vcpu.vm.mmu.fault(gpa, access == RIGHT_W) is Fault.UNMAPPED:
+        if vcpu.mmu.fault(gpa, access == RIGHT_W) is Fault.UNMAPPED:
             return -errno.EFAULT
         pages[page] = gpa
     return [_piece(pages, address, size) for address in addresses]

@@ -64,7 +64,7 @@ def fetch(vcpu: Vcpu) -> bytes:
         if gpa is None:
             break
         try:
-            code += vcpu.vm.memory.read(gpa, min(limit - len(code), PAGE_SIZE - gpa % PAGE_SIZE))
+            code += vcpu.mmu.read(gpa, min(limit - len(code), PAGE_SIZE - gpa % PAGE_SIZE))
         except OSError:  # a device, or nothing at all
             break
     return code
@@ -72,13 +72,13 @@ def fetch(vcpu: Vcpu) -> bytes:
 
 def read_memory(vcpu: Vcpu, piece: Piece) -> bytes:
     """An operand in RAM."""
-    return b"".join(vcpu.vm.memory.read(gpa, count) for gpa, count in piece)
+    return b"".join(vcpu.mmu.read(gpa, count) for gpa, count in piece)
 
 
 def write_memory(vcpu: Vcpu, piece: Piece, data: bytes) -> None:
     """Store an operand in RAM."""
     for gpa, count in piece:
-        vcpu.vm.memory.write(gpa, data[:count])
+        vcpu.mmu.write(gpa, data[:count])
         data = data[count:]
 
 

@@ -162,7 +162,7 @@ class EventFds:
             raise OSError(errno.EINVAL, "bad irqfd")
         if request.flags & uapi.KVM_IRQFD_FLAG_DEASSIGN:
             self._deassign_irqfd(request)
-        elif self._vm.irqchip is None:
+        elif not self._vm.irqchip_in_kernel or (request.flags & uapi.KVM_IRQFD_FLAG_RESAMPLE and self._vm.irqchip is None):
             raise OSError(errno.EINVAL, "no interrupt chips in the kernel")
         else:
             self._assign_irqfd(request)

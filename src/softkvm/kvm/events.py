@@ -12,6 +12,7 @@ from softkvm.host import trace
 from softkvm.kvm.irqchip import irq
 from softkvm.kvm.request import REQ_EVENT, REQ_TRIPLE_FAULT
 from softkvm.silicon.control import Intercept
+from softkvm.uapi.kvm import KVM_GUESTDBG_BLOCKIRQ as _BLOCKIRQ
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu import Vcpu
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 DE, DB, NMI, BP, OF, UD, DF, TS, NP, SS, GP, PF, MC = 0, 1, 2, 3, 4, 6, 8, 10, 11, 12, 13, 14, 18
 
 EVENT_VALID = 1 << 31
-_HAS_ERROR = 1 << 11
-_TYPE_INTERRUPT, _TYPE_NMI, _TYPE_EXCEPTION, _TYPE_SOFT_INTERRUPT, _TYPE_SOFT_EXCEPTION = 0 << 8, 2 << 8, 3 << 8, 4 << 8, 6 << 8
-_TYPE_MASK = 7 << 8
+HAS_ERROR = 1 << 11
+_TYPE_INTERRUPT, TYPE_NMI, _TYPE_EXCEPTION, _TYPE_SOFT_INTERRUPT, _TYPE_SOFT_EXCEPTION = 0 << 8, 2 << 8, 3 << 8, 4 << 8, 6 << 8
+TYPE_MASK = 7 << 8
 INTERRUPT_WINDOW = 1 << Intercept.INTERRUPT_WINDOW
 NMI_WINDOW = 1 << Intercept.NMI_WINDOW
 WINDOWS = INTERRUPT_WINDOW | NMI_WINDOW
@@ -58,6 +59,7 @@ class EventQueue:
         "nmi_injected",
         "nmi_pending",
         "payload",
+        "soft_return",
         "vector",
     )
 
@@ -78,6 +80,9 @@ class EventQueue:
         self.nmi_injected = False
         self.nmi_pending = 0
         self.instruction_length = 0
+        """VMX: of the instruction of a soft event."""
+        self.soft_return: tuple[int, int] | None = None
+        """SVM: where the instruction of a soft event that KVM has injected begins and ends."""
 
     def clear_exception(self) -> None:
         """Drop the queued exception."""
@@ -140,19 +145,27 @@ def nmi_allowed(vcpu: Vcpu) -> bool:
 def inject_pending(vcpu: Vcpu, user_window: bool) -> None:
     """Give the silicon the most urgent event, and ask for windows for those that must wait.
 
-    Order: what was cut short, then a new exception, NMI, interrupt. `user_window`: user space wants to know when interrupts are possible.
+    Order: what was cut short, then a new exception, SMI, NMI, interrupt. `user_window`: user space wants to know when it can inject one.
     """
     queue = vcpu.events
     free = not _reinject(vcpu, queue)
     if free and queue.exception_pending:
         _inject_new_exception(vcpu, queue)
         free = False
+    if vcpu.guest_debug & _BLOCKIRQ:
+        vcpu.set_windows(0)
+        return
+    if vcpu.smm.pending:
+        if not free:
+            vcpu.exit_soon()
+        elif vcpu.enter_smm():
+            free = False
     windows = 0
     if queue.nmi_pending:
         if free and nmi_allowed(vcpu):
             queue.nmi_pending -= 1
             queue.nmi_injected = True
-            _give(vcpu, EVENT_VALID | _TYPE_NMI | NMI)
+            _give(vcpu, EVENT_VALID | TYPE_NMI | NMI)
             free = False
         if queue.nmi_pending:
             windows = NMI_WINDOW
@@ -173,7 +186,7 @@ def _reinject(vcpu: Vcpu, queue: EventQueue) -> bool:
     elif queue.exception_pending:
         return False
     elif queue.nmi_injected:
-        _give(vcpu, EVENT_VALID | _TYPE_NMI | NMI)
+        _give(vcpu, EVENT_VALID | TYPE_NMI | NMI)
     elif queue.interrupt_injected:
         _inject_interrupt(vcpu, queue, reinjected=True)
     else:
@@ -187,29 +200,30 @@ def _give(vcpu: Vcpu, event: int) -> None:
 
 
 def _inject_new_exception(vcpu: Vcpu, queue: EventQueue) -> None:
-    state = vcpu.state
+    state, own = vcpu.state, vcpu.debug_registers
     if queue.vector not in _NO_RF:
         state.rflags |= RFLAGS_RF
     if queue.payload is not None:
         if queue.vector == PF:
             state.cr2 = queue.payload
         elif queue.vector == DB:
-            state.dr6 = state.dr6 & ~0xF | queue.payload
+            own.dr6 = own.dr6 & ~0xF | queue.payload
         queue.payload = None
     if queue.vector == DB:
-        state.dr7 &= ~DR7_GD
+        own.dr7 &= ~DR7_GD
     queue.exception_pending, queue.exception_injected = False, True
     _inject_exception(vcpu, queue, reinjected=False)
 
 
 def _inject_exception(vcpu: Vcpu, queue: EventQueue, reinjected: bool) -> None:
     soft = queue.vector in (BP, OF)
-    event = EVENT_VALID | (_TYPE_SOFT_EXCEPTION if soft else _TYPE_EXCEPTION) | queue.vector
-    control = vcpu.control
+    if soft and not vcpu.vendor.prepare_soft_event(vcpu, queue.vector):
+        queue.clear_exception()  # the guest executes the instruction again
+        return
+    event = EVENT_VALID | (vcpu.vendor.soft_exception_type if soft else _TYPE_EXCEPTION) | queue.vector
     if queue.has_error:
-        event |= _HAS_ERROR
-        control.event_error = queue.error_code
-    control.event_instruction_length = queue.instruction_length if soft else 0
+        event |= HAS_ERROR
+        vcpu.control.event_error = queue.error_code
     _give(vcpu, event)
     if trace.kvm_inj_exception.enabled:
         trace.kvm_inj_exception(queue.vector, queue.has_error, queue.error_code, reinjected)
@@ -217,7 +231,9 @@ def _inject_exception(vcpu: Vcpu, queue: EventQueue, reinjected: bool) -> None:
 
 def _inject_interrupt(vcpu: Vcpu, queue: EventQueue, reinjected: bool) -> None:
     soft = queue.interrupt_soft
-    vcpu.control.event_instruction_length = queue.instruction_length if soft else 0
+    if soft and not vcpu.vendor.prepare_soft_event(vcpu, queue.interrupt_nr):
+        queue.interrupt_injected = False
+        return
     _give(vcpu, EVENT_VALID | (_TYPE_SOFT_INTERRUPT if soft else _TYPE_INTERRUPT) | queue.interrupt_nr)
     if trace.kvm_inj_virq.enabled:
         trace.kvm_inj_virq(queue.interrupt_nr, soft, reinjected)
@@ -230,26 +246,35 @@ def complete(vcpu: Vcpu) -> None:
     """
     queue, control = vcpu.events, vcpu.control
     queue.at_silicon = queue.nmi_injected = queue.exception_injected = queue.interrupt_injected = False
-    if control.event & EVENT_VALID:
-        event, error_code, length = control.event, control.event_error, control.event_instruction_length
-        control.event = 0
-    else:
-        event, error_code, length = vcpu.exit.vectoring, vcpu.exit.vectoring_error, vcpu.exit.instruction_length
-    if event & EVENT_VALID:
-        _requeue(vcpu, queue, event, error_code, length)
+    entered = not control.event & EVENT_VALID
+    event, error_code = (vcpu.exit.vectoring, vcpu.exit.vectoring_error) if entered else (control.event, control.event_error)
+    control.event = 0
+    if vcpu.smm.pending:
+        vcpu.make_request(REQ_EVENT)
+    if not event & EVENT_VALID:
+        queue.soft_return = None
+        return
+    if is_soft(event):
+        vcpu.vendor.soft_event_cut_short(vcpu, entered)
+    _requeue(vcpu, queue, event, error_code)
 
 
-def _requeue(vcpu: Vcpu, queue: EventQueue, event: int, error_code: int, instruction_length: int) -> None:
+def is_soft(event: int) -> bool:
+    """Whether an instruction asked for the event: INT n, or INT3 and INTO, which on SVM have the type of exceptions."""
+    kind = event & TYPE_MASK
+    return kind in (_TYPE_SOFT_INTERRUPT, _TYPE_SOFT_EXCEPTION) or (kind == _TYPE_EXCEPTION and event & 0xFF in (BP, OF))
+
+
+def _requeue(vcpu: Vcpu, queue: EventQueue, event: int, error_code: int) -> None:
     """Inject the event again at the next entry, unless an exception has come up that goes first."""
     vcpu.make_request(REQ_EVENT)
-    vector, kind = event & 0xFF, event & _TYPE_MASK
-    queue.instruction_length = instruction_length
-    if kind == _TYPE_NMI:
+    vector, kind = event & 0xFF, event & TYPE_MASK
+    if kind == TYPE_NMI:
         queue.nmi_injected = True
         vcpu.state.interruptibility &= ~BLOCKED_BY_NMI  # the injection sets it again
     elif kind in (_TYPE_EXCEPTION, _TYPE_SOFT_EXCEPTION):
         if not queue.exception_pending:
             queue.exception_injected, queue.vector, queue.payload = True, vector, None
-            queue.has_error, queue.error_code = bool(event & _HAS_ERROR), error_code
+            queue.has_error, queue.error_code = bool(event & HAS_ERROR), error_code
     else:
         queue.queue_interrupt(vector, kind == _TYPE_SOFT_INTERRUPT)

@@ -10,9 +10,11 @@ import errno
 from typing import TYPE_CHECKING
 
 from softkvm.host import entry, nmi, trace
+from softkvm.host.perf.interrupt import interrupted
 from softkvm.host.task import current
-from softkvm.kvm import cpuid, emulate, events, msr, regs
+from softkvm.kvm import cpuid, cr, emulate, events, guest_debug, msr, msr_filter, regs
 from softkvm.kvm.mmu import Fault
+from softkvm.kvm.pmu.registers import GuestRegisters
 from softkvm.kvm.request import REQ_EVENT
 from softkvm.uapi import kvm as uapi
 
@@ -32,25 +34,30 @@ def skip(vcpu: Vcpu) -> int:
     rip = vcpu.next_rip(vcpu)
     if rip is None:
         return emulate.emulate_instruction(vcpu, emulate.EMULTYPE_SKIP)
-    step_over(vcpu, rip)
-    return 1
+    return step_over(vcpu, rip)
 
 
-def step_over(vcpu: Vcpu, rip: int) -> None:
-    """Retire the instruction, which ends at `rip`: shadow and RF cleared, single-step trap queued."""
+def step_over(vcpu: Vcpu, rip: int) -> int:
+    """Retire the instruction, which ends at `rip`: shadow and RF cleared, single-step trap queued.
+
+    This is the one place where KVM retires an instruction in the guest's place (`kvm_skip_emulated_instruction()`).
+    """
     state = vcpu.state
     if rip & _U32 < _INSTRUCTION_BYTES and not regs.is_64_bit_mode(vcpu):
         rip &= _U32  # IP wraps at 4 GB
     state.rip = rip
     vcpu.instructions_skipped += 1
+    if vcpu.retired is not None:
+        vcpu.retired()
+    if state.interruptibility & _SHADOW:
+        state.interruptibility &= ~_SHADOW
+        vcpu.make_request(REQ_EVENT)
     rflags = state.rflags
     if rflags & _TF_OR_RF:
         state.rflags = rflags & ~events.RFLAGS_RF
         if rflags & events.RFLAGS_TF:
-            events.queue_exception(vcpu, events.DB, payload=events.DR6_BS)
-    if state.interruptibility & _SHADOW:
-        state.interruptibility &= ~_SHADOW
-        vcpu.make_request(REQ_EVENT)
+            return guest_debug.single_step(vcpu)
+    return 1
 
 
 def handle_cpuid(vcpu: Vcpu) -> int:
@@ -76,12 +83,11 @@ def handle_rdmsr(vcpu: Vcpu) -> int:
     gpr = vcpu.gpr
     index = gpr[1] & _U32
     try:
-        value = msr.get(vcpu, index, False)
-    except msr.MsrError:
+        value = vcpu.msr_get(vcpu, index, False)
+    except msr.MsrError as error:
         if trace.kvm_msr.enabled:
             trace.kvm_msr(False, index, 0, True)
-        events.inject_gp(vcpu)
-        return 1
+        return msr_filter.refuse(vcpu, error, None)
     if trace.kvm_msr.enabled:
         trace.kvm_msr(False, index, value, False)
     gpr[0], gpr[2] = value & _U32, value >> 32
@@ -92,29 +98,26 @@ def handle_wrmsr(vcpu: Vcpu) -> int:
     """WRMSR; #GP for what the guest may not write."""
     gpr = vcpu.gpr
     index, value = gpr[1] & _U32, (gpr[2] & _U32) << 32 | gpr[0] & _U32
-    failed = False
+    refused: msr.MsrError | None = None
     try:
-        msr.set(vcpu, index, value, False)
-    except msr.MsrError:
-        failed = True
+        vcpu.msr_set(vcpu, index, value, False)
+    except msr.MsrError as error:
+        refused = error
     if trace.kvm_msr.enabled:
-        trace.kvm_msr(True, index, value, failed)
-    if failed:
-        events.inject_gp(vcpu)
-        return 1
+        trace.kvm_msr(True, index, value, refused is not None)
+    if refused is not None:
+        return msr_filter.refuse(vcpu, refused, value)
     return skip(vcpu)
 
 
 def handle_halt(vcpu: Vcpu) -> int:
     """HLT: wait in the kernel if the local APIC is there, else tell user space."""
     result = skip(vcpu)
-    if result <= 0:
-        return result
     vcpu.stats["halt_exits"] += 1
     if vcpu.lapic is not None:
         vcpu.mp_state = uapi.KVM_MP_STATE_HALTED
-        return 1
-    return vcpu.exit_to_user(uapi.KVM_EXIT_HLT)
+        return result
+    return result if result <= 0 else vcpu.exit_to_user(uapi.KVM_EXIT_HLT)
 
 
 def handle_nop(vcpu: Vcpu) -> int:
@@ -135,10 +138,15 @@ def handle_ud(vcpu: Vcpu) -> int:
     return 1
 
 
-def handle_gp(vcpu: Vcpu) -> int:
-    """An instruction that the guest may not use: RDPMC, as there is no PMU yet."""
-    events.inject_gp(vcpu)
-    return 1
+def handle_rdpmc(vcpu: Vcpu) -> int:
+    """RDPMC, if there is such a counter; silicon has checked CPL and CR4.PCE."""
+    gpr = vcpu.gpr
+    value = vcpu.pmu.rdpmc(gpr[1] & _U32)
+    if value is None:
+        events.inject_gp(vcpu)
+        return 1
+    gpr[0], gpr[2] = value & _U32, value >> 32
+    return skip(vcpu)
 
 
 def handle_interrupt(vcpu: Vcpu) -> int:
@@ -150,7 +158,9 @@ def handle_interrupt(vcpu: Vcpu) -> int:
 
 def handle_nmi(vcpu: Vcpu) -> int:
     """A host NMI ended guest mode, and the host handles it now (`vmx_do_nmi_irqoff()`; on AMD silicon the STGI lets it in)."""
-    nmi.do_nmi(current())
+    if vcpu.cpu is not None:
+        with interrupted(vcpu.cpu.perf, GuestRegisters(vcpu)):
+            nmi.do_nmi(current())
     return 1
 
 
@@ -176,16 +186,21 @@ def handle_triple_fault(vcpu: Vcpu) -> int:
 
 
 def handle_xsetbv(vcpu: Vcpu) -> int:
-    """XSETBV, with all the checks of the instruction: silicon makes the first two itself."""
+    """XSETBV."""
+    return skip(vcpu) if execute_xsetbv(vcpu) else 1
+
+
+def execute_xsetbv(vcpu: Vcpu) -> bool:
+    """XSETBV with all the checks of the instruction: silicon makes the first two itself. False if the guest gets an exception."""
     gpr = vcpu.gpr
     value = (gpr[2] & _U32) << 32 | gpr[0] & _U32
     if not vcpu.state.cr4 & regs.CR4_OSXSAVE:
         events.inject_ud(vcpu)
-        return 1
+        return False
     if regs.cpl(vcpu) or not set_xcr(vcpu, gpr[1] & _U32, value):
         events.inject_gp(vcpu)
-        return 1
-    return skip(vcpu)
+        return False
+    return True
 
 
 def set_xcr(vcpu: Vcpu, index: int, value: int) -> bool:
@@ -208,20 +223,9 @@ def set_xcr(vcpu: Vcpu, index: int, value: int) -> bool:
 
 def write_cr4(vcpu: Vcpu, value: int) -> int:
     """MOV to CR4 that touches a bit of the host's mask; #GP for what `kvm_set_cr4()` refuses."""
-    state = vcpu.state
-    old = state.cr4
-    long_mode = state.efer & regs.EFER_LMA
-    refused = (
-        value & regs.cr4_reserved(vcpu)
-        or (long_mode and not value & regs.CR4_PAE)
-        or (long_mode and (value ^ old) & regs.CR4_LA57)
-        or (value & ~old & regs.CR4_PCIDE and (not long_mode or state.cr3 & 0xFFF))
-    )
-    if refused:
+    if cr.refuses(vcpu, 4, value) or not cr.load(vcpu, 4, value):
         events.inject_gp(vcpu)
         return 1
-    state.cr4 = value
-    regs.control_registers_changed(vcpu)
     return skip(vcpu)
 
 
@@ -247,7 +251,7 @@ def memory_fault(vcpu: Vcpu, gpa: int, write: bool) -> int:
     """EPT violation or nested page fault: RAM to map, or a device's address."""
     if trace.kvm_page_fault.enabled:
         trace.kvm_page_fault(vcpu.vcpu_id, vcpu.state.rip, gpa, int(write) << 1)
-    fault = vcpu.vm.mmu.fault(gpa, write)
+    fault = vcpu.mmu.fault(gpa, write)
     if fault is Fault.FIXED:
         return 1
     if fault is Fault.UNMAPPED:

@@ -15,7 +15,7 @@ from softkvm.kvm.cpuid_policy import OFFERED_XCR0
 from softkvm.uapi.kvm import Fpu, Xsave
 
 if TYPE_CHECKING:
-    from softkvm.kvm.types import Vcpu
+    from softkvm.kvm.types import Model, Vcpu
     from softkvm.silicon.control import Fpu as Registers
 
 FP, SSE, YMM, OPMASK, ZMM_HI256, HI16_ZMM, PKRU = 0, 1, 2, 5, 6, 7, 9
@@ -92,7 +92,12 @@ def set_xsave(vcpu: Vcpu, value: Xsave) -> None:
 
 def supported_features(vcpu: Vcpu) -> int:
     """The state components of the silicon that KVM saves and restores."""
-    low, _, _, high = vcpu.model.cpuid(_XSTATE_LEAF, 0)
+    return offered_features(vcpu.model)
+
+
+def offered_features(model: Model) -> int:
+    """The same of a model: the XCR0 bits that a guest may have."""
+    low, _, _, high = model.cpuid(_XSTATE_LEAF, 0)
     return (low | high << 32) & OFFERED_XCR0 | 1 << FP | 1 << SSE
 
 

@@ -28,6 +28,8 @@ _U32 = 0xFFFF_FFFF
 _DEFAULT_POLLMASK = select.POLLIN | select.POLLOUT | select.POLLRDNORM | select.POLLWRNORM
 MAX_MSRS = 255
 """Most MSRs in one call; more is E2BIG."""
+MAX_PMU_EVENTS = 300
+"""Most events of a PMU event filter (`KVM_PMU_EVENT_FILTER_MAX_EVENTS`); more is E2BIG."""
 
 Argument = int | memoryview
 """The third argument of ioctl(2): a value, or the caller's memory from the address on (writable, bytes)."""
@@ -115,8 +117,8 @@ class KvmFile:
         self.fd = process.install(self)
 
     def __init_subclass__(cls) -> None:
-        own = (member.operation for member in vars(cls).values() if hasattr(member, "operation"))
-        cls.operations = {**cls.operations, **dict(own)}
+        members = (member for base in reversed(cls.__mro__) for member in vars(base).values())
+        cls.operations = dict(member.operation for member in members if hasattr(member, "operation"))
 
     # --- The other system calls -----------------------------------------------------------------------------------------------------
 
@@ -172,6 +174,8 @@ class KvmFile:
 def dispatch(file: KvmFile, number: int, argument: Argument = 0) -> int | KvmFile:
     """ioctl(2): call `number` (low 32 bits count) on `file`; returns its value (for a create call the new file), or raises OSError."""
     operation = file.operations.get(number & _U32)
+    if file.closed:
+        return _refuse(file, number, argument, OSError(errno.EBADF, "the file is closed"))
     if operation is None:
         return _refuse(file, number, argument, OSError(file.unknown_ioctl, f"no ioctl {number & _U32:#x} on this file"))
     try:
@@ -245,6 +249,16 @@ def takes_array(header: type[Structure], element: type[Structure], limit: int) -
         return ([element.from_buffer_copy(body, start + index * size) for index in range(count)],)
 
     return decode
+
+
+def takes_pmu_event_filter(argument: Argument) -> tuple[uapi.PmuEventFilter, list[int]]:
+    """The argument points at a PMU event filter, whose second u32 counts the events behind it; more than its limit is E2BIG."""
+    start = ctypes.sizeof(uapi.PmuEventFilter)
+    header = uapi.PmuEventFilter.from_buffer_copy(_memory(argument, start))
+    if header.nevents > MAX_PMU_EVENTS:
+        raise OSError(errno.E2BIG, "too many events")
+    body = _memory(argument, start + 8 * header.nevents)
+    return header, list(body[start:].cast("Q"))
 
 
 def fields(layout: type[Structure], *names: str) -> Decode:

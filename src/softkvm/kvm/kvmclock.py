@@ -8,10 +8,11 @@ from __future__ import annotations
 import errno
 import struct
 import threading
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from softkvm.host.clock import NSEC_PER_SEC
+from softkvm.host import trace
+from softkvm.host.clock import NSEC_PER_MSEC, NSEC_PER_SEC, HrTimer
 from softkvm.kvm import request
 from softkvm.uapi.kvm import KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_CLOCK_TSC_STABLE, ClockData
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from softkvm.kvm.types import Vcpu, Vm
 
 _U32, _U64 = 0xFFFF_FFFF, (1 << 64) - 1
+UPDATE_DELAY_NS = 100 * NSEC_PER_MSEC
+"""How long after one vCPU's time has changed all are refreshed (KVMCLOCK_UPDATE_DELAY)."""
+SYNC_PERIOD_NS = 300 * NSEC_PER_SEC
+"""How often all are refreshed in any case (KVMCLOCK_SYNC_PERIOD)."""
 MSR_ENABLED = 1
 FLAG_TSC_STABLE, FLAG_GUEST_STOPPED = 1, 2
 STEAL_RESERVED = 0x3E
@@ -89,6 +94,8 @@ class VmClock:
         """Whether vCPU 0 uses the MSR 12h, whose guests do not look at the stable flag."""
         self._master_tsc = 0
         self._master_ns = 0
+        self._update_work = HrTimer(self._clock, self._update_all)
+        self._sync_work = HrTimer(self._clock, self._sync_periodically)
 
     def all_tscs_match(self) -> bool:
         """Whether every online vCPU is of the current TSC generation."""
@@ -103,12 +110,40 @@ class VmClock:
     def _update_gtod_copy(self) -> None:
         self._master_tsc = self._clock.tsc()
         self._master_ns = self._clock.boottime_at(self._master_tsc)
-        self.use_master_clock = self.all_tscs_match() and not self.boot_vcpu_runs_old_kvmclock
+        matched = self.all_tscs_match()
+        # A TSC that catches up is no clock to extrapolate from.
+        steady = not any(vcpu.tsc.catchup for vcpu in self._vm.vcpus)
+        self.use_master_clock = matched and steady and not self.boot_vcpu_runs_old_kvmclock
+        if trace.kvm_update_master_clock.enabled:
+            trace.kvm_update_master_clock(self.use_master_clock, trace.HOST_CLOCK_TSC, matched)
 
     def _refresh_pages(self, by: Vcpu | None) -> None:
         for vcpu in self._vm.vcpus:
             if vcpu is not by:
                 vcpu.make_request(request.REQ_CLOCK_UPDATE)
+
+    # kvmclock_update_work and kvmclock_sync_work
+
+    def update_soon(self) -> None:
+        """Have every page refreshed in a moment: clocks of the vCPUs that differ by little must not do so for long."""
+        if self._update_work.expires_ns is None:
+            self._update_work.start(self._clock.monotonic_ns() + UPDATE_DELAY_NS)
+
+    def start_periodic_sync(self) -> None:
+        """Refresh every page now and then from now on."""
+        self._sync_work.start(self._clock.monotonic_ns() + SYNC_PERIOD_NS)
+
+    def close(self) -> None:
+        """Refresh no more."""
+        self._update_work.cancel()
+        self._sync_work.cancel()
+
+    def _update_all(self, _now: int) -> None:
+        self._refresh_pages(None)
+
+    def _sync_periodically(self, now: int) -> int:
+        self._refresh_pages(None)
+        return now + SYNC_PERIOD_NS
 
     def reference(self) -> tuple[int, int, bool]:
         """Host TSC, kvmclock ns at that TSC, and whether they are the master clock's: what a vCPU puts into its page."""
@@ -205,7 +240,7 @@ class PvClock:
                 self._vcpu.make_request(request.REQ_MASTERCLOCK_UPDATE)
             vm_clock.boot_vcpu_runs_old_kvmclock = old_msr
         self.system_time_msr = value
-        self._vcpu.make_request(request.REQ_CLOCK_UPDATE)
+        self._vcpu.make_request(request.REQ_GLOBAL_CLOCK_UPDATE)
 
     def set_steal_time(self, value: int) -> None:
         """Write of the STEAL_TIME MSR; the caller has checked the reserved bits."""
@@ -241,6 +276,8 @@ class PvClock:
             memory.write(gpa, _TIME_INFO.pack(version, info.tsc_timestamp, system_time, multiplier, shift, flags))
             memory.write(gpa, _VERSION.pack(info.version))
             self.hv_clock = info
+            if trace.kvm_pvclock_update.enabled:
+                trace.kvm_pvclock_update(vcpu.vcpu_id, *astuple(info))
         except OSError as error:
             _require_fault(error)
 
@@ -268,7 +305,12 @@ def service(vcpu: Vcpu, requests: int) -> None:
     if requests & request.REQ_MASTERCLOCK_UPDATE:
         vcpu.vm.kvmclock.update_masterclock(by=vcpu)
         requests |= request.REQ_CLOCK_UPDATE
+    if requests & request.REQ_GLOBAL_CLOCK_UPDATE:
+        vcpu.vm.kvmclock.update_soon()
+        requests |= request.REQ_CLOCK_UPDATE
     if requests & request.REQ_CLOCK_UPDATE:
+        if vcpu.tsc.catchup:
+            vcpu.tsc.catch_up()
         vcpu.pvclock.update_time()
     if requests & request.REQ_STEAL_UPDATE:
         vcpu.pvclock.record_steal_time()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 from bisect import bisect_right
+from collections.abc import Callable, Iterator
 
 from softkvm.uapi.kvm import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, UserspaceMemoryRegion
 
@@ -20,7 +21,7 @@ USER_ADDRESS_LIMIT = (1 << 47) - PAGE_SIZE
 class Slot:
     """One slot: immutable but for its flags and dirty bitmap."""
 
-    __slots__ = ("dirty", "flags", "gpa", "hva", "id", "size")
+    __slots__ = ("dirty", "flags", "gpa", "hva", "id", "push", "size")
 
     def __init__(self, region: UserspaceMemoryRegion) -> None:
         self.id = region.slot
@@ -29,6 +30,8 @@ class Slot:
         self.size = region.memory_size
         self.hva = region.userspace_addr
         self.dirty: bytearray | None = bytearray(self.bitmap_size) if region.flags & KVM_MEM_LOG_DIRTY_PAGES else None
+        self.push: Callable[[int, int], None] | None = None
+        """With dirty rings: where (slot, page) of a logged write goes in place of the bitmap."""
 
     @property
     def bitmap_size(self) -> int:
@@ -47,9 +50,21 @@ class Slot:
 
     def mark_dirty(self, gpa: int, size: int = 1) -> None:
         """Log the pages of a write."""
-        if self.dirty is not None:
-            for page in range((gpa - self.gpa) >> PAGE_SHIFT, ((gpa + size - 1 - self.gpa) >> PAGE_SHIFT) + 1):
+        if self.dirty is None:
+            return
+        for page in range((gpa - self.gpa) >> PAGE_SHIFT, ((gpa + size - 1 - self.gpa) >> PAGE_SHIFT) + 1):
+            if self.push is not None:
+                self.push(self.id, page)
+            else:
                 self.dirty[page >> 3] |= 1 << (page & 7)
+
+    def mark_all_dirty(self) -> None:
+        """KVM_DIRTY_LOG_INITIALLY_SET."""
+        if self.dirty is not None:
+            pages = self.size // PAGE_SIZE
+            self.dirty[: pages // 8] = b"\xff" * (pages // 8)
+            if pages % 8:
+                self.dirty[pages // 8] = (1 << pages % 8) - 1
 
 
 class Memslots:
@@ -58,11 +73,16 @@ class Memslots:
     Readers need no lock: `_sorted`, start addresses and slots, is one pair that is replaced and never changed.
     """
 
-    def __init__(self, max_gpa: int) -> None:
-        """No slots; addresses must be below `max_gpa` (MAXPHYADDR)."""
+    def __init__(self, max_gpa: int, address_space: int = 0) -> None:
+        """No slots; addresses must be below `max_gpa` (MAXPHYADDR). Slot ids have the number of the address space in bits 31..16."""
         self._max_gpa = max_gpa
+        self._address_space = address_space
         self._by_id: dict[int, Slot] = {}
         self._sorted: tuple[list[int], list[Slot]] = ([], [])
+
+    def __iter__(self) -> Iterator[Slot]:
+        """The slots in order of their addresses."""
+        return iter(self._sorted[1])
 
     def find(self, gpa: int) -> Slot | None:
         """The slot that holds `gpa`."""
@@ -71,6 +91,12 @@ class Memslots:
         if index >= 0 and gpa < slots[index].end:
             return slots[index]
         return None
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """First address and end of each slot, ascending."""
+        starts, slots = self._sorted
+        return [(start, slot.end) for start, slot in zip(starts, slots, strict=True)]
 
     def get(self, slot_id: int) -> Slot | None:
         """The slot with that id."""
@@ -105,7 +131,7 @@ class Memslots:
             region.flags & ~(KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY)
             or (gpa | size | hva) % PAGE_SIZE
             or hva + size > USER_ADDRESS_LIMIT
-            or region.slot >> 16  # address spaces: there is no SMM
+            or region.slot >> 16 != self._address_space
             or region.slot & 0xFFFF >= USER_MEM_SLOTS
             or gpa + size > self._max_gpa
             or size // PAGE_SIZE > MAX_NR_PAGES
@@ -122,8 +148,8 @@ class Memslots:
     def install(self, old: Slot | None, new: Slot | None) -> None:
         """Make the change that `check()` allowed."""
         if old is not None:
-            del self._by_id[old.id]
+            del self._by_id[old.id & 0xFFFF]
         if new is not None:
-            self._by_id[new.id] = new
+            self._by_id[new.id & 0xFFFF] = new
         slots = sorted(self._by_id.values(), key=lambda slot: slot.gpa)
         self._sorted = ([slot.gpa for slot in slots], slots)

@@ -7,14 +7,16 @@ Answers to Linux 6.1 `arch/x86/kvm/mmu/mmu.c` (`direct_page_fault()`), `mmu/tdp_
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable, Mapping
 from enum import Enum
 from threading import RLock
 
 from softkvm import silicon
 from softkvm.host import mm
-from softkvm.kvm.memslots import PAGE_SIZE, Memslots, Slot
+from softkvm.kvm.memslots import PAGE_SHIFT, PAGE_SIZE, Memslots, Slot
+from softkvm.kvm.page_track import ALL, PageTrack, runs
 from softkvm.silicon import RIGHT_R, RIGHT_W, RIGHT_X
-from softkvm.uapi.kvm import UserspaceMemoryRegion
+from softkvm.uapi.kvm import KVM_DIRTY_LOG_INITIALLY_SET, UserspaceMemoryRegion
 
 LARGE_PAGE = 2 << 20
 
@@ -30,11 +32,18 @@ class Fault(Enum):
 class Mmu:
     """Guest-physical memory of one VM."""
 
-    def __init__(self, lock: RLock, max_gpa: int) -> None:
-        """No memory yet; `lock` is the VM's slots lock, `max_gpa` the first address that the guest cannot have."""
+    def __init__(self, lock: RLock, max_gpa: int, address_space: int = 0) -> None:
+        """No memory yet; `lock` is the VM's slots lock, `max_gpa` the first address that no guest has. Address space 1 is SMM's."""
         self._lock = lock
-        self.slots = Memslots(max_gpa)
+        self.slots = Memslots(max_gpa, address_space)
         self.npt = silicon.NestedPageTable()
+        self.track = PageTrack()
+        self.manual_protect = 0
+        """KVM_DIRTY_LOG_*: user space protects pages itself, by KVM_CLEAR_DIRTY_LOG."""
+        self.ring_size = 0
+        """Bytes of each vCPU's dirty ring; 0 = slots have bitmaps."""
+        self.push_dirty: Callable[[int, int], None] | None = None
+        """Takes (slot, page) of a write when there are rings."""
 
     def set_region(self, region: UserspaceMemoryRegion) -> None:
         """KVM_SET_USER_MEMORY_REGION; OSError as `Memslots.check()`."""
@@ -42,23 +51,18 @@ class Mmu:
             old, new = self.slots.check(region)
             if old is new:
                 return
+            if new is not None:
+                new.push = self.push_dirty if self.ring_size else None
+                if self.manual_protect & KVM_DIRTY_LOG_INITIALLY_SET and (old is None or old.dirty is None):
+                    new.mark_all_dirty()
             self.slots.install(old, new)
             if old is not None:
                 self.npt.unmap(old.gpa, old.size)
 
-    def get_dirty_log(self, slot_id: int) -> bytes:
-        """The slot's dirty bitmap, which starts anew; OSError EINVAL for an impossible id, ENOENT if there is no log."""
-        if slot_id >> 16 or slot_id & 0xFFFF >= 32764:
-            raise OSError(errno.EINVAL, "no such slot")
-        with self._lock:
-            slot = self.slots.get(slot_id)
-            if slot is None or slot.dirty is None:
-                raise OSError(errno.ENOENT, "the slot does not log dirty pages")
-            bitmap = bytes(slot.dirty)
-            slot.dirty[:] = bytes(len(bitmap))
-            if any(bitmap):
-                self.npt.protect(slot.gpa, slot.size, RIGHT_R | RIGHT_X)
-        return bitmap
+    def write_protect(self, gpa: int, size: int) -> None:
+        """Make the next write to each of these pages fault, so that it is logged; the lock is held."""
+        for start, length, tracked in self.track.pieces(gpa, gpa + size):
+            self.npt.protect(start, length, (RIGHT_R | RIGHT_X) & tracked)
 
     def fault(self, gpa: int, write: bool) -> Fault:
         """Resolve a guest access that the nested page tables refused."""
@@ -78,20 +82,55 @@ class Mmu:
         return Fault.FIXED
 
     def _allowed(self, gpa: int, write: bool) -> bool:
+        """Whether the page is mapped and only tracking, if anything, is in the way of the access."""
         found = self.npt.lookup(gpa)
-        return found is not None and bool(found[1] & (RIGHT_W if write else RIGHT_R))
+        if found is None:
+            return False
+        tracked_away = ALL & ~self.track.rights(gpa >> PAGE_SHIFT)
+        return bool((found[1] | tracked_away) & (RIGHT_W if write else RIGHT_R))
 
     def _map(self, slot: Slot, page: int, write: bool, memory: silicon.Memory, offset: int) -> None:
         if slot.dirty is not None:
             if write:
                 slot.mark_dirty(page)
-            self.npt.map(page, PAGE_SIZE, memory, offset, RIGHT_R | RIGHT_X | (RIGHT_W if write else 0))
+            rights = RIGHT_R | RIGHT_X | (RIGHT_W if write else 0)
+            self.npt.map(page, PAGE_SIZE, memory, offset, rights & self.track.rights(page >> PAGE_SHIFT))
             return
         rights = RIGHT_R | RIGHT_X | (0 if slot.readonly else RIGHT_W)
         large = page & -LARGE_PAGE
         start = max(large, slot.gpa, page - offset)
         end = min(large + LARGE_PAGE, slot.end, page - offset + memory.size)
-        self.npt.map(start, end - start, memory, offset - (page - start), rights)
+        for gpa, size, tracked in self.track.pieces(start, end):
+            self.npt.map(gpa, size, memory, offset - (page - gpa), rights & tracked)
+
+    def restrict(self, pages: Mapping[int, int]) -> None:
+        """Give the guest these rights to pages, by gfn, until other ones are given; in force on every core when the call returns.
+
+        A page may be without memory: the rights count for what will be there.
+        """
+        with self._lock:
+            changed = [(gfn, rights) for gfn, rights in pages.items() if self.track.rights(gfn) != rights]
+            for gfn, rights in changed:
+                self.track.set(gfn, rights)
+            for gpa, size, rights in runs(changed):
+                if rights == ALL:
+                    self.npt.unmap(gpa, size)  # the next access maps it with what the slot allows
+                else:
+                    self._limit(gpa, size, rights)
+
+    def _limit(self, gpa: int, size: int, rights: int) -> None:
+        slot = self.slots.find(gpa)
+        if slot is None or slot.end < gpa + size or slot.readonly or slot.dirty is not None:
+            self.npt.unmap(gpa, size)
+        else:
+            self.npt.protect(gpa, size, rights)
+
+    def log_write(self, gpa: int, size: int = 1) -> None:
+        """Note a write of the guest that the nested page tables did not see as one."""
+        with self._lock:
+            slot = self.slots.find(gpa)
+            if slot is not None:
+                slot.mark_dirty(gpa, size)
 
     def read(self, gpa: int, size: int) -> bytes:
         """`kvm_read_guest()`: OSError(EFAULT) where there is no memory."""

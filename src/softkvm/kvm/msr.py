@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from softkvm.host.perf.intel import PERF_CAPABILITIES
 from softkvm.kvm import mce
 from softkvm.kvm import msr_index as n
 from softkvm.kvm.msr_index import IA32_APIC_BASE as IA32_APIC_BASE
 from softkvm.kvm.msr_kinds import MsrError as MsrError
+from softkvm.kvm.msr_kinds import UnknownMsr
 from softkvm.kvm.msr_table import HANDLERS
+from softkvm.kvm.pmu import amd as pmu_amd
+from softkvm.kvm.pmu import intel as pmu_intel
+from softkvm.kvm.pmu.offer import supported_capabilities
 from softkvm.uapi import kvm as uapi
 
 if TYPE_CHECKING:
@@ -35,6 +40,7 @@ class MsrState:
             n.IA32_UCODE_REV: silicon.get(n.IA32_UCODE_REV, 1 << 32),
             n.DE_CFG: n.DE_CFG_LFENCE_SERIALIZE,
             uapi.MSR_KVM_POLL_CONTROL: 1,
+            PERF_CAPABILITIES: vcpu.vm.perf_capabilities,
         }
 
 
@@ -42,7 +48,7 @@ def get(vcpu: Vcpu, index: int, host_initiated: bool) -> int:
     """Read an MSR; MsrError if it does not exist or may not be read."""
     handler = HANDLERS.get(index)
     if handler is None:
-        raise MsrError(index)
+        raise UnknownMsr(index)
     return handler.get(vcpu, index, host_initiated)
 
 
@@ -50,7 +56,7 @@ def set(vcpu: Vcpu, index: int, value: int, host_initiated: bool) -> None:
     """Write an MSR; MsrError if it does not exist, may not be written, or refuses the value."""
     handler = HANDLERS.get(index)
     if handler is None:
-        raise MsrError(index)
+        raise UnknownMsr(index)
     handler.set(vcpu, index, value, host_initiated)
 
 
@@ -69,6 +75,7 @@ _SAVED = (
     n.IA32_PAT,
     n.TSC_AUX,
     n.IA32_SPEC_CTRL,
+    n.IA32_PKRS,
     uapi.MSR_KVM_WALL_CLOCK,
     uapi.MSR_KVM_SYSTEM_TIME,
     uapi.MSR_KVM_WALL_CLOCK_NEW,
@@ -82,6 +89,7 @@ _SAVED = (
     n.IA32_MCG_STATUS,
     n.IA32_MCG_CTL,
     n.SMI_COUNT,
+    n.IA32_SMBASE,
     n.PLATFORM_INFO,
     n.MISC_FEATURES_ENABLES,
     n.POWER_CTL,
@@ -91,16 +99,19 @@ _SAVED = (
 _SAVED_INTEL = (n.IA32_FEATURE_CONTROL,)
 _FEATURE_MSRS = (n.IA32_UCODE_REV, n.IA32_ARCH_CAPABILITIES)
 _FEATURE_MSRS_AMD = (n.DE_CFG,)
+_FEATURE_MSRS_INTEL = (PERF_CAPABILITIES,)
 
 
 def index_list(model: Model) -> list[int]:
     """KVM_GET_MSR_INDEX_LIST: the MSRs that a VMM should save and restore."""
-    return [*_SAVED, *(() if model.vendor == "amd" else _SAVED_INTEL)]
+    if model.vendor == "amd":
+        return [*_SAVED, *pmu_amd.saved_msrs(model)]
+    return [*_SAVED, *_SAVED_INTEL, *pmu_intel.saved_msrs(model)]
 
 
 def feature_index_list(model: Model) -> list[int]:
     """KVM_GET_MSR_FEATURE_INDEX_LIST: the MSRs that describe what KVM offers."""
-    return [*_FEATURE_MSRS, *(_FEATURE_MSRS_AMD if model.vendor == "amd" else ())]
+    return [*_FEATURE_MSRS, *(_FEATURE_MSRS_AMD if model.vendor == "amd" else _FEATURE_MSRS_INTEL)]
 
 
 def get_feature(model: Model, index: int) -> int:
@@ -109,4 +120,6 @@ def get_feature(model: Model, index: int) -> int:
         raise MsrError(index)
     if index == n.DE_CFG:
         return n.DE_CFG_LFENCE_SERIALIZE
+    if index == PERF_CAPABILITIES:
+        return supported_capabilities(model)
     return model.msrs().get(index, 1 << 32 if index == n.IA32_UCODE_REV else 0)

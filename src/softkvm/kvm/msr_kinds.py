@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from softkvm.kvm import cpuid, mtrr
 from softkvm.kvm import msr_index as n
 from softkvm.silicon.control import SegmentRegister
+from softkvm.uapi.kvm import KVM_MSR_EXIT_REASON_INVAL, KVM_MSR_EXIT_REASON_UNKNOWN
 
 if TYPE_CHECKING:
     from softkvm.kvm.cpuid import Feature
@@ -23,9 +24,18 @@ _CR4_LA57 = 1 << 12
 class MsrError(Exception):
     """The MSR does not exist, or refuses the value: #GP(0) for the guest, the end of the array for KVM_{GET,SET}_MSRS."""
 
+    reason = KVM_MSR_EXIT_REASON_INVAL
+    """What KVM_EXIT_X86_{RD,WR}MSR tells user space, if it wants to know."""
+
     def __init__(self, index: int) -> None:
         super().__init__(f"MSR {index:#x}")
         self.index = index
+
+
+class UnknownMsr(MsrError):
+    """KVM has no such MSR."""
+
+    reason = KVM_MSR_EXIT_REASON_UNKNOWN
 
 
 class Handler(NamedTuple):

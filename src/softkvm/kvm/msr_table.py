@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from softkvm.kvm import cpuid, kvmclock, mce, mtrr, request
+from softkvm.kvm import cpuid, kvmclock, lbr, mce, mtrr, request
 from softkvm.kvm import msr_index as n
 from softkvm.kvm.msr_kinds import (
     Handler,
@@ -33,6 +33,8 @@ from softkvm.kvm.msr_kinds import (
     sysenter_pointer,
     unreadable,
 )
+from softkvm.kvm.pmu import amd as pmu_amd
+from softkvm.kvm.pmu import intel as pmu_intel
 from softkvm.silicon.control import SegmentRegister
 from softkvm.uapi import kvm as uapi
 
@@ -139,15 +141,20 @@ def _set_ucode_rev(vcpu: Vcpu, index: int, value: int, host: bool) -> None:
         vcpu.msrs.values[index] = value
 
 
-def _set_debugctl(_vcpu: Vcpu, index: int, value: int, _host: bool) -> None:
-    """Branch recording is not offered: its bits are dropped, all others refused."""
-    require(not value & ~(n.DEBUGCTL_LBR | n.DEBUGCTL_BTF), index)
-
-
 def _set_pred_cmd(vcpu: Vcpu, index: int, value: int, host: bool) -> None:
     """A barrier for branch prediction, which this silicon does not do."""
     require(host or vcpu.cpuid.has(cpuid.SPEC_CTRL) or vcpu.cpuid.has(cpuid.AMD_IBPB), index)
     require(not value & ~n.PRED_CMD_IBPB, index)
+
+
+def _get_smbase(vcpu: Vcpu, index: int, host: bool) -> int:
+    require(host, index)
+    return vcpu.smm.base
+
+
+def _set_smbase(vcpu: Vcpu, index: int, value: int, host: bool) -> None:
+    require(host, index)
+    vcpu.smm.base = value & 0xFFFF_FFFF
 
 
 def _set_hwcr(vcpu: Vcpu, index: int, value: int, _host: bool) -> None:
@@ -221,11 +228,6 @@ _READ_AS_ZERO = (
 )
 _READ_AS_ZERO_WRITES_IGNORED = (
     n.IA32_UCODE_WRITE,
-    n.P6_PERFCTR0,
-    n.P6_PERFCTR1,
-    n.P6_EVNTSEL0,
-    n.P6_EVNTSEL1,
-    *range(n.K7_EVNTSEL0, n.K7_PERFCTR0 + 4),
     n.NB_CFG,
     n.PATCH_LOADER,
     n.VM_IGNNE,
@@ -262,8 +264,8 @@ HANDLERS: dict[int, Handler] = {
     n.IA32_SYSENTER_EIP: sysenter_pointer("sysenter_eip"),
     n.IA32_SPEC_CTRL: resident("spec_ctrl", spec_ctrl, (cpuid.SPEC_CTRL, cpuid.AMD_IBRS, cpuid.AMD_STIBP, cpuid.AMD_SSBD)),
     n.IA32_PRED_CMD: Handler(unreadable, _set_pred_cmd),
+    n.IA32_PKRS: resident("pkrs", lambda _vcpu, _index, value, _host: not value >> 32, (cpuid.PKS,)),
     n.IA32_XSS: resident("xss", lambda _vcpu, _index, value, _host: value == 0, (cpuid.XSAVES,)),
-    n.IA32_DEBUGCTL: Handler(lambda vcpu, _index, _host: vcpu.state.debugctl, _set_debugctl),
     n.IA32_FEATURE_CONTROL: of_intel(stored(lockable)),
     n.IA32_MISC_ENABLE: Handler(lambda vcpu, index, _host: vcpu.msrs.values[index], _set_misc_enable),
     n.IA32_UCODE_REV: Handler(lambda vcpu, index, _host: vcpu.msrs.values[index], _set_ucode_rev),
@@ -272,6 +274,7 @@ HANDLERS: dict[int, Handler] = {
     n.MISC_FEATURES_ENABLES: stored(no_cpuid_fault),
     n.POWER_CTL: stored(),
     n.SMI_COUNT: stored(from_host),
+    n.IA32_SMBASE: Handler(_get_smbase, _set_smbase),
     n.IA32_PERF_STATUS: constant(_PERF_STATUS),
     n.EBC_FREQUENCY_ID: constant(_EBC_FREQUENCY),
     n.FSB_FREQ: constant(3),
@@ -282,6 +285,10 @@ HANDLERS: dict[int, Handler] = {
     n.MMIO_CONF_BASE: constant(0, _zero_only),
     n.OSVW_ID_LENGTH: stored(from_host),
     n.OSVW_STATUS: stored(from_host),
+    **{index: of_intel(handler) for index, handler in pmu_intel.HANDLERS.items()},
+    **{index: of_intel(handler) for index, handler in lbr.HANDLERS.items()},
+    n.IA32_DEBUGCTL: Handler(lbr.get_debugctl, lbr.set_debugctl),
+    **pmu_amd.HANDLERS,
     uapi.MSR_KVM_WALL_CLOCK: paravirtual(_WALL_CLOCK, uapi.KVM_FEATURE_CLOCKSOURCE),
     uapi.MSR_KVM_WALL_CLOCK_NEW: paravirtual(_WALL_CLOCK, uapi.KVM_FEATURE_CLOCKSOURCE2),
     uapi.MSR_KVM_SYSTEM_TIME: paravirtual(_SYSTEM_TIME, uapi.KVM_FEATURE_CLOCKSOURCE),

@@ -18,8 +18,15 @@ class Parameters:
 
     nrips: bool = True
     """kvm_amd.nrips: step over an instruction by the next RIP that the silicon saves, rather than by decoding it."""
+    enable_pmu: bool = True
+    """kvm.enable_pmu: guests may have performance counters."""
     force_emulation_prefix: bool = True
     """kvm.force_emulation_prefix: an instruction behind the bytes of `ud2` and "kvm" goes to KVM's emulator. Linux has it off."""
+
+    tsc_scaling: bool = True
+    """kvm_amd.tsc_scaling: give vCPUs other TSC rates than the host's by the silicon's ratio; here on Intel's silicon too."""
+    kvmclock_periodic_sync: bool = True
+    """kvm.kvmclock_periodic_sync: refresh all kvmclock pages every five minutes."""
 
     @classmethod
     def parse(cls, settings: Iterable[str]) -> Parameters:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Any
 
-from softkvm.kvm import cpuid, events
+from softkvm.kvm import cpuid, events, guest_debug, smm
 from softkvm.kvm.cpuid import Feature
-from softkvm.kvm.request import REQ_EVENT, REQ_TLB_FLUSH, REQ_TRIPLE_FAULT
+from softkvm.kvm.request import REQ_EVENT, REQ_SMI, REQ_TLB_FLUSH, REQ_TRIPLE_FAULT
 from softkvm.silicon.control import Segment as HardwareSegment
 from softkvm.silicon.control import SegmentRegister
 from softkvm.uapi import kvm as uapi
@@ -33,6 +33,7 @@ CR4_SMXE = 1 << 14
 CR4_PCIDE = 1 << 17
 CR4_OSXSAVE = 1 << 18
 CR4_PKE = 1 << 22
+CR4_PKS = 1 << 24
 EFER_LME = 1 << 8
 EFER_LMA = 1 << 10
 RFLAGS_FIXED = 1 << 1
@@ -47,6 +48,7 @@ _CR4_FEATURES = (
     (1 << 20, Feature(7, 0, 1, 7)),  # SMEP
     (1 << 21, Feature(7, 0, 1, 20)),  # SMAP
     (CR4_PKE, Feature(7, 0, 2, 3)),
+    (CR4_PKS, Feature(7, 0, 2, 31)),
 )
 """CR4 bits that need a feature of CPUID."""
 
@@ -71,6 +73,12 @@ def is_64_bit_mode(vcpu: Vcpu) -> bool:
     return bool(state.efer & EFER_LMA and state.segments[CS].access_rights & 1 << 13)
 
 
+def linear_rip(vcpu: Vcpu) -> int:
+    """`kvm_get_linear_rip()`."""
+    state = vcpu.state
+    return int(state.rip) if is_64_bit_mode(vcpu) else state.segments[CS].base + state.rip & 0xFFFF_FFFF
+
+
 def cpl(vcpu: Vcpu) -> int:
     """Current privilege level: SS.DPL, 0 in real mode."""
     state = vcpu.state
@@ -80,7 +88,7 @@ def cpl(vcpu: Vcpu) -> int:
 def get_regs(vcpu: Vcpu) -> uapi.Regs:
     """KVM_GET_REGS."""
     state = vcpu.state
-    return uapi.Regs(rip=state.rip, rflags=state.rflags, **dict(zip(_GENERAL, state.gpr, strict=True)))
+    return uapi.Regs(rip=state.rip, rflags=guest_debug.visible_rflags(vcpu), **dict(zip(_GENERAL, state.gpr, strict=True)))
 
 
 def set_regs(vcpu: Vcpu, regs: uapi.Regs) -> None:
@@ -89,7 +97,7 @@ def set_regs(vcpu: Vcpu, regs: uapi.Regs) -> None:
     for index, name in enumerate(_GENERAL):
         state.gpr[index] = getattr(regs, name)
     state.rip = regs.rip
-    state.rflags = regs.rflags | RFLAGS_FIXED
+    guest_debug.set_rflags(vcpu, regs.rflags)
     vcpu.events.exception_pending = False
     vcpu.make_request(REQ_EVENT)
 
@@ -195,14 +203,20 @@ def _get_common(vcpu: Vcpu, sregs: uapi.Sregs | uapi.Sregs2) -> None:
 
 def check_sregs(vcpu: Vcpu, sregs: uapi.Sregs | uapi.Sregs2) -> bool:
     """`kvm_is_valid_sregs()`: whether a CPU can be in that state."""
-    cr0, cr4, efer = sregs.cr0, sregs.cr4, sregs.efer
+    if not valid_control_registers(vcpu, sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer):
+        return False
+    return bool(sregs.efer & EFER_LMA or not sregs.cs.l)
+
+
+def valid_control_registers(vcpu: Vcpu, cr0: int, cr3: int, cr4: int, efer: int) -> bool:
+    """Whether a CPU of this CPUID can have them together."""
     if cr0 >> 32 or (cr0 & CR0_NW and not cr0 & CR0_CD) or (cr0 & CR0_PG and not cr0 & CR0_PE):
         return False
     if cr4 & cr4_reserved(vcpu):
         return False
     if cr0 & CR0_PG and efer & EFER_LME:
-        return bool(cr4 & CR4_PAE and efer & EFER_LMA and not sregs.cr3 >> vcpu.cpuid.physical_address_bits)
-    return not efer & EFER_LMA and not sregs.cs.l
+        return bool(cr4 & CR4_PAE and efer & EFER_LMA and not cr3 >> vcpu.cpuid.physical_address_bits)
+    return not efer & EFER_LMA
 
 
 def _set_common(vcpu: Vcpu, sregs: uapi.Sregs | uapi.Sregs2) -> None:
@@ -224,16 +238,17 @@ def _set_common(vcpu: Vcpu, sregs: uapi.Sregs | uapi.Sregs2) -> None:
 
 
 def control_registers_changed(vcpu: Vcpu) -> None:
-    """KVM wrote CR0, CR3, CR4 or EFER: the CR4 shadow, what CPUID shows of CR4, and the TLB follow."""
-    vcpu.control.cr4_shadow = vcpu.state.cr4
+    """KVM wrote CR0, CR3, CR4 or EFER: the shadows, what CPUID shows of CR4, and the TLB follow."""
+    vcpu.control.cr0_shadow, vcpu.control.cr4_shadow = vcpu.state.cr0, vcpu.state.cr4
     cpuid.update_runtime(vcpu)
     vcpu.make_request(REQ_TLB_FLUSH)
 
 
 def get_debugregs(vcpu: Vcpu) -> uapi.Debugregs:
     """KVM_GET_DEBUGREGS."""
-    debugregs = uapi.Debugregs(dr6=vcpu.state.dr6, dr7=vcpu.state.dr7)
-    debugregs.db[:] = vcpu.state.dr[:]
+    own = vcpu.debug_registers
+    debugregs = uapi.Debugregs(dr6=own.dr6, dr7=own.dr7)
+    debugregs.db[:] = list(own.dr)
     return debugregs
 
 
@@ -241,9 +256,10 @@ def set_debugregs(vcpu: Vcpu, debugregs: uapi.Debugregs) -> None:
     """KVM_SET_DEBUGREGS; OSError(EINVAL) for flags, and for DR6 and DR7 above 32 bits."""
     if debugregs.flags or debugregs.dr6 >> 32 or debugregs.dr7 >> 32:
         raise OSError(errno.EINVAL, "bad debug registers")
-    vcpu.state.dr[:] = debugregs.db[:]
-    vcpu.state.dr6 = debugregs.dr6 | events.DR6_FIXED
-    vcpu.state.dr7 = debugregs.dr7 | 1 << 10
+    own = vcpu.debug_registers
+    own.dr[:] = debugregs.db[:]
+    own.dr6 = debugregs.dr6 | events.DR6_FIXED
+    own.dr7 = debugregs.dr7 | 1 << 10
 
 
 def get_vcpu_events(vcpu: Vcpu) -> uapi.VcpuEvents:
@@ -263,6 +279,8 @@ def get_vcpu_events(vcpu: Vcpu) -> uapi.VcpuEvents:
     result.nmi.pending = queue.nmi_pending != 0
     result.nmi.masked = bool(state.interruptibility & events.BLOCKED_BY_NMI)
     result.sipi_vector = 0  # never valid when reporting
+    result.smi.smm, result.smi.pending = vcpu.smm.active, vcpu.smm.pending or bool(vcpu.requests & REQ_SMI)
+    result.smi.smm_inside_nmi = vcpu.smm.inside_nmi
     result.smi.latched_init = vcpu.lapic is not None and vcpu.lapic.pending_init
     result.flags = uapi.KVM_VCPUEVENT_VALID_NMI_PENDING | uapi.KVM_VCPUEVENT_VALID_SHADOW | uapi.KVM_VCPUEVENT_VALID_SMM
     if vcpu.vm.exception_payload:
@@ -294,8 +312,9 @@ def _check_events(vcpu: Vcpu, new: uapi.VcpuEvents) -> bool:
         return False
     if (exception.injected or exception.pending) and (exception.nr > 31 or exception.nr == events.NMI):
         return False
-    if flags & uapi.KVM_VCPUEVENT_VALID_SMM and (new.smi.smm or new.smi.pending or new.smi.smm_inside_nmi):
-        return False  # there is no SMM
+    waits = vcpu.mp_state == uapi.KVM_MP_STATE_INIT_RECEIVED
+    if flags & uapi.KVM_VCPUEVENT_VALID_SMM and (new.smi.smm or new.smi.pending) and waits:
+        return False
     return not flags & uapi.KVM_VCPUEVENT_VALID_TRIPLE_FAULT or vcpu.vm.triple_fault_event
 
 
@@ -319,11 +338,20 @@ def set_vcpu_events(vcpu: Vcpu, new: uapi.VcpuEvents) -> None:
     state.interruptibility = state.interruptibility & ~events.BLOCKED_BY_NMI | masked
     if flags & uapi.KVM_VCPUEVENT_VALID_SIPI_VECTOR and vcpu.lapic is not None:
         vcpu.lapic.sipi_vector = new.sipi_vector
-    if flags & uapi.KVM_VCPUEVENT_VALID_SMM and vcpu.lapic is not None:
-        vcpu.lapic.pending_init = bool(new.smi.latched_init)
+    if flags & uapi.KVM_VCPUEVENT_VALID_SMM:
+        _set_smi(vcpu, new.smi)
     if flags & uapi.KVM_VCPUEVENT_VALID_TRIPLE_FAULT:
         vcpu.set_triple_fault(bool(new.triple_fault.pending))
     vcpu.make_request(REQ_EVENT)
+
+
+def _set_smi(vcpu: Vcpu, new: uapi.EventSmi) -> None:
+    if bool(new.smm) != vcpu.smm.active:
+        smm.changed(vcpu, bool(new.smm))
+    vcpu.smm.pending = bool(new.pending)
+    vcpu.smm.inside_nmi = bool(new.smm and new.smm_inside_nmi)
+    if vcpu.lapic is not None:
+        vcpu.lapic.pending_init = bool(new.latched_init)
 
 
 def shadow_to_abi(interruptibility: int) -> int:

@@ -19,5 +19,25 @@ REQ_STEAL_UPDATE = 1 << 6
 """Refresh the steal-time record."""
 REQ_UNHALT = 1 << 7
 """Leave HLT (`KVM_HC_KICK_CPU`)."""
-REQ_CLOCK = REQ_CLOCK_UPDATE | REQ_MASTERCLOCK_UPDATE | REQ_STEAL_UPDATE
+REQ_MSR_FILTER = 1 << 8
+"""Apply the VM's MSR filter."""
+REQ_DIRTY_RING_FULL = 1 << 9
+"""Let user space harvest the dirty ring."""
+REQ_IOAPIC_EOI_EXIT = 1 << 10
+"""Tell user space's IOAPIC of the end of an interrupt."""
+REQ_SMI = 1 << 11
+"""A system management interrupt has arrived."""
+REQ_PMU = 1 << 12
+"""Program counters of the guest anew, and release unused ones."""
+REQ_PMI = 1 << 13
+"""Deliver the interrupt of a counter; after REQ_PMU."""
+REQ_GLOBAL_CLOCK_UPDATE = 1 << 14
+"""Refresh this vCPU's kvmclock page, and a little later those of all."""
+REQ_INTROSPECTION = 1 << 15
+"""The introspection tool has commands for the vCPU, or wants it paused."""
+
+REQ_PERF = REQ_PMU | REQ_PMI
+REQ_EXIT = REQ_TRIPLE_FAULT | REQ_DIRTY_RING_FULL | REQ_IOAPIC_EOI_EXIT
+"""What may lead to user space before anything else is done."""
+REQ_CLOCK = REQ_CLOCK_UPDATE | REQ_MASTERCLOCK_UPDATE | REQ_GLOBAL_CLOCK_UPDATE | REQ_STEAL_UPDATE
 """All that `kvmclock.service()` handles."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from softkvm.kvm import regs
 from softkvm.kvm.request import REQ_EVENT
+from softkvm.kvm.smm import DEFAULT_BASE
 from softkvm.silicon.control import SegmentRegister
 from softkvm.uapi.kvm import KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE
 
@@ -42,19 +43,23 @@ def reset(vcpu: Vcpu, init: bool) -> None:
     state.rip, state.rflags = 0xFFF0, regs.RFLAGS_FIXED
     state.cr0 = 0x10 | kept_cr0
     state.cr2 = state.cr3 = state.cr4 = state.cr8 = state.efer = 0
-    state.dr[:] = [0] * 4
-    state.dr6, state.dr7 = 0xFFFF_0FF0, 0x400
+    own = vcpu.debug_registers
+    own.dr[:] = [0] * 4
+    own.dr6, own.dr7 = 0xFFFF_0FF0, 0x400
     state.pending_debug = state.interruptibility = state.activity = 0
     state.debugctl = 0
     if not init:
         _power_up(vcpu)
+        vcpu.pmu.reset()
+        vcpu.lbr.release()
     regs.control_registers_changed(vcpu)
     vcpu.make_request(REQ_EVENT)
 
 
 def _power_up(vcpu: Vcpu) -> None:
-    """What RESET clears and INIT does not: FPU, XCR0, system-call MSRs."""
+    """What RESET clears and INIT does not: FPU, XCR0, system-call MSRs, SMBASE."""
     state = vcpu.state
+    vcpu.smm.base = DEFAULT_BASE
     fpu = state.fpu
     memset(addressof(fpu), 0, sizeof(fpu))
     fpu.fcw, fpu.mxcsr = 0x37F, 0x1F80
@@ -68,6 +73,9 @@ def accept_events(vcpu: Vcpu) -> None:
     """Act on INIT and SIPI that the local APIC has received (`kvm_apic_accept_events()`); a SIPI counts only after an INIT."""
     lapic = vcpu.lapic
     if lapic is None:
+        return
+    if vcpu.smm.active:  # INIT waits for RSM; a SIPI would count in the wait for it only
+        lapic.sipi_vector = None
         return
     if lapic.pending_init:
         lapic.pending_init = False

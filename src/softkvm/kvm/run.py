@@ -14,9 +14,24 @@ from typing import TYPE_CHECKING
 
 from softkvm.host import entry, trace
 from softkvm.host.task import Task
-from softkvm.kvm import emulate, events, kvmclock, regs, reset
+from softkvm.kvm import emulate, events, kvmclock, msr_bitmap, regs, reset
 from softkvm.kvm.irqchip import irq
-from softkvm.kvm.request import REQ_CLOCK, REQ_EVENT, REQ_NMI, REQ_TLB_FLUSH, REQ_TRIPLE_FAULT
+from softkvm.kvm.request import (
+    REQ_CLOCK,
+    REQ_DIRTY_RING_FULL,
+    REQ_EVENT,
+    REQ_EXIT,
+    REQ_INTROSPECTION,
+    REQ_IOAPIC_EOI_EXIT,
+    REQ_MSR_FILTER,
+    REQ_NMI,
+    REQ_PERF,
+    REQ_PMI,
+    REQ_PMU,
+    REQ_SMI,
+    REQ_TLB_FLUSH,
+    REQ_TRIPLE_FAULT,
+)
 from softkvm.kvm.vcpu_core import IN_GUEST_MODE, OUTSIDE_GUEST_MODE
 from softkvm.silicon import EMULATE_FIRST, EMULATE_ONE
 from softkvm.uapi import kvm as uapi
@@ -48,6 +63,8 @@ def ioctl_run(vcpu: Vcpu, task: Task) -> int:
     finally:
         _save_to_user(vcpu)
         vcpu.detach()
+        if vcpu.introspection is not None:
+            vcpu.introspection.run_jobs()
         if saved is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, saved)
 
@@ -105,7 +122,7 @@ def _save_to_user(vcpu: Vcpu) -> None:
     area, lapic = vcpu.mmap_area, vcpu.lapic
     cr8 = vcpu.state.cr8 if lapic is None else lapic.cr8
     ready = vcpu.vm.irqchip is not None or _ready_for_injection(vcpu)
-    _save(area, _SAVED, ready, vcpu.state.rflags >> 9 & 1, 0, cr8, vcpu.apic_base)
+    _save(area, _SAVED, ready, vcpu.state.rflags >> 9 & 1, vcpu.smm.active, cr8, vcpu.apic_base)
     if valid := vcpu.mmap_words[_VALID_REGS]:
         _store_regs(vcpu, valid)
 
@@ -184,23 +201,57 @@ def _cancel_injection(vcpu: Vcpu) -> None:
 
 def _service_requests(vcpu: Vcpu) -> int:
     """Do what other threads and KVM itself have asked for before this entry."""
-    if vcpu.requests & REQ_TRIPLE_FAULT:
-        vcpu.set_triple_fault(False)
-        return vcpu.exit_to_user(uapi.KVM_EXIT_SHUTDOWN)
+    if vcpu.requests & REQ_EXIT and (exit_reason := _exit_request(vcpu)) is not None:
+        return vcpu.exit_to_user(exit_reason)
     requests = vcpu.take_requests()
+    if requests & REQ_INTROSPECTION and vcpu.introspection is not None:
+        if requests != REQ_INTROSPECTION:
+            vcpu.make_request(requests & ~REQ_INTROSPECTION)  # what the tool sees and does comes before
+        return vcpu.introspection.service()
+    if requests & REQ_MSR_FILTER:
+        msr_bitmap.filter_changed(vcpu)
     if requests & REQ_CLOCK:
         kvmclock.service(vcpu, requests)
     if requests & REQ_TLB_FLUSH:
         vcpu.control.tlb_control = 1
         vcpu.flush_requested = True
+    if requests & REQ_PERF:
+        requests |= _service_perf(vcpu, requests)
     if requests & REQ_NMI:
         _process_nmi(vcpu)
-    if requests & (REQ_EVENT | REQ_NMI):
+    if requests & REQ_SMI:
+        vcpu.smm.pending = True
+    if requests & (REQ_EVENT | REQ_NMI | REQ_SMI):
         reset.accept_events(vcpu)
-        if vcpu.mp_state != RUNNABLE:
+        if vcpu.mp_state != RUNNABLE or (vcpu.introspection is not None and vcpu.introspection.singlestep):
             return 1
         events.inject_pending(vcpu, _wants_window(vcpu))
     return 1
+
+
+def _service_perf(vcpu: Vcpu, requests: int) -> int:
+    """The virtual PMU's requests; what its interrupt asks for is served with them."""
+    if requests & REQ_PMU:
+        vcpu.pmu.handle_event()
+    if requests & REQ_PMI:
+        vcpu.pmu.deliver_pmi()
+    return vcpu.take_requests()
+
+
+def _exit_request(vcpu: Vcpu) -> int | None:
+    """The exit to user space that a request asks for, which is then done; the other requests wait."""
+    if vcpu.requests & REQ_TRIPLE_FAULT:
+        vcpu.clear_request(REQ_TRIPLE_FAULT)
+        return uapi.KVM_EXIT_SHUTDOWN
+    if vcpu.requests & REQ_IOAPIC_EOI_EXIT:
+        vcpu.clear_request(REQ_IOAPIC_EOI_EXIT)
+        vcpu.kvm_run.eoi.vector = vcpu.pending_ioapic_eoi
+        return uapi.KVM_EXIT_IOAPIC_EOI
+    ring = vcpu.dirty_ring
+    if ring is not None and ring.soft_full:  # and stays so until user space has reset some of it
+        return uapi.KVM_EXIT_DIRTY_RING_FULL
+    vcpu.clear_request(REQ_DIRTY_RING_FULL)
+    return None
 
 
 def _process_nmi(vcpu: Vcpu) -> None:
@@ -231,6 +282,9 @@ def _ready_for_injection(vcpu: Vcpu) -> bool:
 
 def block(vcpu: Vcpu, task: Task) -> int:
     """A vCPU that is halted or waits for a SIPI: sleep until there is an event for it, or work for its thread."""
+    if vcpu.requests & REQ_INTROSPECTION and vcpu.introspection is not None:
+        vcpu.clear_request(REQ_INTROSPECTION)
+        return vcpu.introspection.service()
     if not runnable(vcpu):
         _wait(vcpu, task)
         if not runnable(vcpu):
@@ -252,7 +306,7 @@ def _wait(vcpu: Vcpu, task: Task) -> None:
         while True:
             wakeup.clear()
             entry.interrupt(task, clock.run_expired)
-            if runnable(vcpu) or task.flags & _WORK:
+            if runnable(vcpu) or task.flags & _WORK or (vcpu.requests & REQ_INTROSPECTION and vcpu.mp_state != UNINITIALIZED):
                 break
             vcpu.vm.scheduler.sleep(vcpu)
             expiry = clock.first_expiry
@@ -276,6 +330,8 @@ def runnable(vcpu: Vcpu) -> bool:
         return True
     if vcpu.mp_state != HALTED:
         return False
+    if (vcpu.requests & REQ_SMI or vcpu.smm.pending) and not vcpu.smm.active:
+        return True
     queue = vcpu.events
     if queue.exception_pending or (lapic is not None and lapic.pv_unhalted):
         return True

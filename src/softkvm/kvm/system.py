@@ -10,12 +10,13 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 
 from softkvm import silicon
+from softkvm.host import mm
 from softkvm.host.clock import Clock
 from softkvm.host.process import Process
 from softkvm.host.sched import Scheduler
 from softkvm.host.turns import Turns
-from softkvm.kvm import capabilities, cpuid, mce, msr
-from softkvm.kvm.ioctl import KvmFile, ioctl, returns_array, returns_msr_values, returns_u64, takes_msr_indices, value, zero
+from softkvm.kvm import capabilities, cpuid, fpu, mce, msr, tsc
+from softkvm.kvm.ioctl import KvmFile, ioctl, returns_array, returns_msr_values, returns_u64, takes, takes_msr_indices, value, zero
 from softkvm.kvm.params import Parameters
 from softkvm.kvm.vcpu_core import MMAP_SIZE
 from softkvm.kvm.vm import Vm
@@ -58,7 +59,7 @@ class System(KvmFile):
     @ioctl(uapi.KVM_CHECK_EXTENSION, value)
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION: 0 if the capability is absent."""
-        return capabilities.check(cap)
+        return capabilities.check(cap, tsc.has_control(self.model, self.parameters))
 
     @ioctl(uapi.KVM_GET_VCPU_MMAP_SIZE, zero)
     def get_vcpu_mmap_size(self) -> int:
@@ -95,6 +96,18 @@ class System(KvmFile):
     def x86_get_mce_cap_supported(self) -> int:
         """KVM_X86_GET_MCE_CAP_SUPPORTED: the MCG_CAP bits that KVM_X86_SETUP_MCE accepts besides the number of banks."""
         return mce.SUPPORTED_CAPABILITIES
+
+    @ioctl(uapi.KVM_HAS_DEVICE_ATTR, takes(uapi.DeviceAttr))
+    def has_device_attr(self, attr: uapi.DeviceAttr) -> None:
+        """KVM_HAS_DEVICE_ATTR; OSError(ENXIO) for any attribute but the XSAVE components that guests may have."""
+        if (attr.group, attr.attr) != (0, uapi.KVM_X86_XCOMP_GUEST_SUPP):
+            raise OSError(errno.ENXIO, "no such attribute of the system")
+
+    @ioctl(uapi.KVM_GET_DEVICE_ATTR, takes(uapi.DeviceAttr))
+    def get_device_attr(self, attr: uapi.DeviceAttr) -> None:
+        """KVM_GET_DEVICE_ATTR: store the u64 at `addr`; OSError ENXIO as above, EFAULT."""
+        self.has_device_attr(attr)
+        mm.copy_to_user(attr.addr, fpu.offered_features(self.model).to_bytes(8, "little"))
 
     @ioctl(uapi.KVM_CREATE_VM, value)
     def create_vm(self, type: int = 0, clock: Clock | None = None) -> Vm:

@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import errno
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from softkvm.host import trace
 from softkvm.host.clock import KHZ_NSEC
 from softkvm.kvm import request
 
 if TYPE_CHECKING:
     from softkvm.host.clock import Clock
+    from softkvm.kvm.params import Parameters
     from softkvm.kvm.types import Vcpu
+    from softkvm.kvm.vcpu_core import VcpuCore
+    from softkvm.silicon import Model
 
 _U64 = (1 << 64) - 1
 FRACTION_BITS = 48
@@ -46,8 +51,8 @@ class Generation:
 class VmTsc:
     """What the vCPUs of a VM share: the last write, and the current generation."""
 
-    def __init__(self, clock: Clock, vendor: str) -> None:
-        """A VM without vCPUs on the silicon of a vendor, whose vCPUs will run at the host's rate."""
+    def __init__(self, clock: Clock, vendor: str, scaling: bool = True) -> None:
+        """A VM without vCPUs on the silicon of a vendor, with or without TSC scaling, whose vCPUs will run at the host's rate."""
         self.lock = threading.Lock()
         self.default_khz = clock.tsc_khz
         """Rate of new vCPUs in kHz: KVM_SET_TSC_KHZ of the VM."""
@@ -57,8 +62,10 @@ class VmTsc:
         """vCPUs of the current generation, not counting the one that began it."""
         self.precision = SVM_FRACTION_BITS if vendor == "amd" else FRACTION_BITS
         """Fraction bits of a ratio that the silicon has."""
+        self.scaling = scaling
+        """KVM_CAP_TSC_CONTROL: whether a vCPU can have any rate. Without it, a faster one catches up and a slower one is refused."""
         self._host_khz = clock.tsc_khz
-        self._limit_khz = min(MAX_KHZ, clock.tsc_khz * _LARGEST_RATIO[vendor] >> FRACTION_BITS)
+        self._limit_khz = min(MAX_KHZ, clock.tsc_khz * _LARGEST_RATIO[vendor] >> FRACTION_BITS) if scaling else MAX_KHZ
 
     def set_default_khz(self, khz: int) -> None:
         """KVM_SET_TSC_KHZ of the VM: the rate of vCPUs to come, 0 for the host's; OSError(EINVAL) for one that is too high."""
@@ -72,6 +79,11 @@ class VmTsc:
         return khz
 
 
+def has_control(model: Model, parameters: Parameters) -> bool:
+    """Whether vCPUs on this silicon, under KVM with these parameters, have TSC scaling."""
+    return parameters.tsc_scaling and (model.vendor != "amd" or "tsc-scale" in model.features)
+
+
 def nested_offset(l1_offset: int, l2_offset: int, l2_ratio: int = UNITY) -> int:
     """The offset from the host's TSC to L2's, of L1's own and those that L1 gives L2: L1's is a signed number that L2's ratio scales."""
     signed = l1_offset - (l1_offset >> 63 << 64)
@@ -82,6 +94,13 @@ def nested_offset(l1_offset: int, l2_offset: int, l2_ratio: int = UNITY) -> int:
 def nested_ratio(l1_ratio: int, l2_ratio: int) -> int:
     """The ratio of L2's TSC to the host's."""
     return l1_ratio * l2_ratio >> FRACTION_BITS
+
+
+def enter_catching_up(vcpu: VcpuCore, enter: Callable[[], int]) -> int:
+    """A VM entry by `enter` of a vCPU whose TSC catches up: it does so before the next one. The exit reason."""
+    reason = enter()
+    vcpu.note_request(request.REQ_CLOCK_UPDATE)
+    return reason
 
 
 class VcpuTsc:
@@ -102,7 +121,14 @@ class VcpuTsc:
         self.adjust = 0
         """IA32_TSC_ADJUST."""
         self.generation = Generation()
-        self.set_khz(self._vm.default_khz)
+        self.catchup = False
+        """The TSC runs at the host's rate, which is too slow, and jumps to where it should be after each VM exit."""
+        self._base = 0
+        """Its value at `generation.nsec`, had it never been slow."""
+        try:
+            self.set_khz(self._vm.default_khz)
+        except OSError:  # too slow a rate for silicon without scaling: told to the guest, as in Linux, and not kept
+            self._run_at(self._vm.default_khz, UNITY, False)
 
     def read(self, host_tsc: int | None = None) -> int:
         """The guest's TSC now, or when the host's TSC was `host_tsc`."""
@@ -118,6 +144,8 @@ class VcpuTsc:
         left = guest_tsc - self.read(now)
         if left <= 0:
             return None
+        if self.catchup:
+            return self._clock.tsc_to_ns(now) - (-left * KHZ_NSEC // self.khz)
         return self._clock.ns_reaching(-(-(self.scale(now) + left << FRACTION_BITS) // self.ratio))
 
     @property
@@ -129,12 +157,30 @@ class VcpuTsc:
         """KVM_SET_TSC_KHZ; 0 means the host's rate. OSError(EINVAL) for a rate that cannot be scaled to."""
         host_khz = self._clock.tsc_khz
         khz = self._vm.checked_khz(khz)
-        ratio = UNITY
-        if abs(khz - host_khz) * 1_000_000 > TOLERANCE_PPM * host_khz:
+        if abs(khz - host_khz) * 1_000_000 <= TOLERANCE_PPM * host_khz:
+            self._run_at(khz, UNITY, False)
+        elif self._vm.scaling:
             precision = self._vm.precision
-            ratio = (khz << precision) // host_khz << FRACTION_BITS - precision
+            self._run_at(khz, (khz << precision) // host_khz << FRACTION_BITS - precision, False)
+        elif khz > host_khz:
+            self._run_at(khz, UNITY, True)
+        else:
+            raise OSError(errno.EINVAL, "this silicon cannot slow a TSC down")
+
+    def _run_at(self, khz: int, ratio: int, catchup: bool) -> None:
         self.khz, self.ratio = khz, ratio
+        if catchup != self.catchup:
+            self.catchup = catchup
+            self._vcpu.set_tsc_catchup(catchup)
         self._program()
+
+    def catch_up(self) -> None:
+        """Go forward to where a TSC of the wanted rate would be; never back."""
+        now = self._clock.tsc()
+        wanted = self._base + (self._clock.boottime_at(now) - self.generation.nsec) * self.khz // KHZ_NSEC
+        behind = (wanted - self.read(now)) & _U64
+        if behind >> 63 == 0:
+            self._set_offset(self.offset + behind)
 
     def enter_nested(self, offset: int, ratio: int = UNITY) -> None:
         """L2 runs from now on, with what L1 asks for: 0 where its controls leave TSC offsetting out, unity without scaling."""
@@ -173,17 +219,25 @@ class VcpuTsc:
     def guest_write(self, data: int) -> None:
         """WRMSR of IA32_TSC: moves TSC and TSC_ADJUST by the same amount, on this vCPU alone."""
         delta = (data - self.read()) & _U64
-        self._set_offset(self.offset + delta)
+        self._move(delta)
         self.adjust = (self.adjust + delta) & _U64
 
     def guest_write_adjust(self, value: int) -> None:
         """WRMSR of IA32_TSC_ADJUST: moves the TSC by the change."""
-        self._set_offset(self.offset + value - self.adjust)
+        self._move(value - self.adjust)
         self.adjust = value
         self._vcpu.make_request(request.REQ_CLOCK_UPDATE)
 
+    def _move(self, delta: int) -> None:
+        """The guest moves its own TSC; what it catches up to moves along, else it would undo a step back."""
+        self._base = self._base + delta & _U64
+        self._set_offset(self.offset + delta)
+
     def _set_offset(self, offset: int) -> None:
-        self.offset = offset & _U64
+        offset &= _U64
+        if trace.kvm_write_tsc_offset.enabled:
+            trace.kvm_write_tsc_offset(self._vcpu.vcpu_id, self.offset, offset)
+        self.offset = offset
         self._program()
 
     def _program(self) -> None:
@@ -212,8 +266,12 @@ class VcpuTsc:
         elif self.generation.number != vm.current.number:
             vm.vcpus_matched += 1
         self.generation = vm.current
+        self._base = vm.current.write
 
     def _track_matching(self) -> None:
-        kvmclock = self._vcpu.vm.kvmclock
+        kvmclock, vcpus = self._vcpu.vm.kvmclock, len(self._vcpu.vm.vcpus)
         if kvmclock.use_master_clock or kvmclock.all_tscs_match():
             self._vcpu.make_request(request.REQ_MASTERCLOCK_UPDATE)
+        if trace.kvm_track_tsc.enabled:
+            matched, host_clock = self._vm.vcpus_matched, trace.HOST_CLOCK_TSC
+            trace.kvm_track_tsc(self._vcpu.vcpu_id, matched, vcpus, kvmclock.use_master_clock, host_clock)

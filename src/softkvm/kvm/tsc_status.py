@@ -26,6 +26,8 @@ class VcpuTscStatus:
     """In units of 2^-frac_bits."""
     tsc_scaling_ratio_frac_bits: int
     virtual_tsc_khz: int
+    tsc_catchup: bool
+    """Whether the rate is kept by a jump at each VM exit, for want of scaling."""
     this_tsc_generation: int
     matched: bool
     """Whether it is of the VM's current generation."""
@@ -90,6 +92,7 @@ def _of_vcpu(vcpu: Vcpu, host_tsc: int) -> VcpuTscStatus:
         tsc_scaling_ratio=tsc.hardware_ratio,
         tsc_scaling_ratio_frac_bits=vcpu.vm.tsc.precision,
         virtual_tsc_khz=tsc.khz,
+        tsc_catchup=tsc.catchup,
         this_tsc_generation=tsc.generation.number,
         matched=tsc.generation.number == vcpu.vm.tsc.current.number,
         guest_tsc=tsc.read(host_tsc),

@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from softkvm.kvm.irqchip.pit import Pit
     from softkvm.kvm.irqchip.routing import Routing
     from softkvm.kvm.kvmclock import PvClock, VmClock
+    from softkvm.kvm.lbr import GuestLbr
     from softkvm.kvm.msr import MsrState
+    from softkvm.kvm.pmu.vpmu import VirtualPmu
+    from softkvm.kvm.smm import SmmState
     from softkvm.kvm.tsc import VcpuTsc, VmTsc
-    from softkvm.silicon.control import Control, State
+    from softkvm.silicon.control import Control, ControlBlock, State
 
 
 class Model(Protocol):
@@ -86,6 +89,14 @@ class Vm(Protocol):
         """PIC and IOAPIC, if they are in KVM."""
 
     @property
+    def irqchip_in_kernel(self) -> bool:
+        """Whether vCPUs have their local APIC in KVM."""
+
+    @property
+    def reserved_ioapic_pins(self) -> int:
+        """GSIs below are pins of an IOAPIC in user space."""
+
+    @property
     def pit(self) -> Pit | None:
         """The PIT, if it is in KVM."""
 
@@ -114,6 +125,10 @@ class Vm(Protocol):
         """The silicon."""
 
     @property
+    def perf_capabilities(self) -> int:
+        """PERF_CAPABILITIES of new vCPUs."""
+
+    @property
     def boot_cpu_id(self) -> int:
         """The vCPU id of the bootstrap processor."""
 
@@ -124,6 +139,7 @@ class Vcpu(Protocol):
     apic_base: int
     mp_state: int
     userspace_irq: int
+    pending_ioapic_eoi: int
 
     @property
     def vcpu_id(self) -> int:
@@ -166,8 +182,24 @@ class Vcpu(Protocol):
         """Offset and rate of the TSC."""
 
     @property
+    def pmu(self) -> VirtualPmu:
+        """Performance counters."""
+
+    @property
+    def lbr(self) -> GuestLbr:
+        """Last branch records."""
+
+    @property
+    def block(self) -> ControlBlock:
+        """What KVM and the silicon share."""
+
+    @property
     def pvclock(self) -> PvClock:
         """Shared clock pages and steal time."""
+
+    @property
+    def smm(self) -> SmmState:
+        """System management mode."""
 
     @property
     def model(self) -> Model:
@@ -181,6 +213,9 @@ class Vcpu(Protocol):
 
     def wake(self) -> None:
         """End a HLT block."""
+
+    def set_tsc_catchup(self, on: bool) -> None:
+        """Whether the TSC must be looked after at every exit."""
 
     def kick_guest(self) -> None:
         """Leave guest mode soon, to look at requests."""

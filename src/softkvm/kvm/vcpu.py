@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from softkvm.host import mm, trace
 from softkvm.host.sched import Cpu
 from softkvm.host.task import Task, current
-from softkvm.kvm import cpuid, exits, fpu, mce, msr, regs, reset, run, virtual_time
+from softkvm.kvm import cpuid, cr, exits, fpu, guest_debug, mce, msr, msr_filter, regs, reset, run, smm, virtual_time
+from softkvm.kvm.introspection import exits as introspected_exits
 from softkvm.kvm.ioctl import (
     fields,
     ioctl,
@@ -33,7 +34,9 @@ from softkvm.kvm.ioctl import (
 )
 from softkvm.kvm.irqchip.lapic import Lapic
 from softkvm.kvm.kvmclock import MSR_ENABLED, PvClock
-from softkvm.kvm.request import REQ_EVENT, REQ_STEAL_UPDATE
+from softkvm.kvm.lbr import GuestLbr
+from softkvm.kvm.pmu.vpmu import VirtualPmu
+from softkvm.kvm.request import REQ_EVENT, REQ_GLOBAL_CLOCK_UPDATE, REQ_SMI, REQ_STEAL_UPDATE
 from softkvm.kvm.tsc import VcpuTsc
 from softkvm.kvm.vcpu_core import NO_INTERRUPT, VcpuCore
 from softkvm.kvm.vendor import Handler, setup_controls
@@ -41,6 +44,7 @@ from softkvm.uapi import kvm as uapi
 from softkvm.uapi import series
 
 if TYPE_CHECKING:
+    from softkvm.kvm.introspection.vcpu import VcpuIntrospection
     from softkvm.kvm.vm import Vm
 
 MAX_CPUID_ENTRIES = 256
@@ -59,12 +63,17 @@ def _traced_run(vcpu: Vcpu, task: Task) -> int:
 class Vcpu(VcpuCore):
     """One vCPU. Its ioctls exclude each other (the vCPU mutex); `kick()`, `kick_guest()`, `wake()`, `make_request()` are for any thread."""
 
+    introspection: VcpuIntrospection | None = None
+    """The tool's side of the vCPU, between hook and un-hook."""
+
     def __init__(self, vm: Vm, vcpu_id: int) -> None:
         """A vCPU after RESET; only `Vm.create_vcpu` makes one."""
         super().__init__(vm, vcpu_id)
         self.model = vm.model
         self.cpuid = cpuid.CpuidTable([])
         self.msrs = msr.MsrState(self)
+        self.pmu = VirtualPmu(self)
+        self.lbr = GuestLbr(self)
         self.tsc = VcpuTsc(self)
         self.pvclock = PvClock(self)
         self.apic_base = 0xFEE0_0000 | 0x800 | (0x100 if vcpu_id == vm.boot_cpu_id else 0)
@@ -78,7 +87,7 @@ class Vcpu(VcpuCore):
         if vm.turns is not None:
             virtual_time.prepare(self, vm.turns)
         reset.reset(self, init=False)
-        self._update_cr4_mask()
+        self.update_cr4_mask()
 
     def set_apic_base(self, apic_base: int) -> None:
         """IA32_APIC_BASE from user space; OSError(EINVAL) for an impossible value."""
@@ -91,26 +100,52 @@ class Vcpu(VcpuCore):
 
     def sched_in(self, cpu: Cpu) -> None:
         """On a core now, after a time off it."""
+        if not self.vm.kvmclock.use_master_clock and (cpu.index != self.cpu_index or not self.has_run):
+            self.make_request(REQ_GLOBAL_CLOCK_UPDATE)
         super().sched_in(cpu)
         self.account_steal_time()
+        self.lbr.sched_in()
+        self.pmu.sched_in(cpu)
+
+    def sched_out(self) -> None:
+        """On no core any more."""
+        if self.cpu is not None:
+            self.cpu.perf.counters.on_change = None
+        super().sched_out()
 
     def update_static_calls(self) -> None:
         """A hook was turned on or off."""
         super().update_static_calls()
         self.ioctl_run = _traced_run if trace.kvm_userspace_exit.enabled else run.ioctl_run
-        self.handlers = self.vendor.handlers
+        open_filter = self.vm.msr_filter.is_open
+        self.msr_get = msr.get if open_filter else msr_filter.filtered_get
+        self.msr_set = msr.set if open_filter else msr_filter.filtered_set
+        handlers = self.vendor.handlers
         if trace.kvm_cpuid.enabled:
             traced: dict[Handler, Handler] = {exits.handle_cpuid: exits.trace_cpuid}
-            self.handlers = {reason: traced.get(handler, handler) for reason, handler in self.handlers.items()}
+            handlers = {reason: traced.get(handler, handler) for reason, handler in handlers.items()}
+        if self.introspection is not None:
+            handlers = introspected_exits.overlay(self, handlers)
+            for reason in handlers:
+                self.exit_counts.setdefault(reason, 0)
+        self.handlers = handlers
+
+    def set_introspection(self, introspection: VcpuIntrospection | None) -> None:
+        """A tool begins or ends to look at the vCPU; for any thread."""
+        self.introspection = introspection
+        self.update_static_calls()
 
     def account_steal_time(self) -> None:
         """The thread was off its processor: let the guest know how long it had to wait for it, if the guest wants to."""
         if self.pvclock.steal_msr & MSR_ENABLED:
             self.make_request(REQ_STEAL_UPDATE)
 
-    def _update_cr4_mask(self) -> None:
+    def update_cr4_mask(self) -> None:
         """The host owns the CR4 bits that CPUID does not allow, and those whose change CPUID shows."""
-        self.control.cr4_mask = regs.cr4_reserved(self) | _CR4_INTERCEPTED
+        mask = regs.cr4_reserved(self) | _CR4_INTERCEPTED
+        if self.introspection is not None and 4 in self.introspection.control_registers:
+            mask |= ~cr.CR4_GUEST_OWNED & (1 << 64) - 1
+        self.control.cr4_mask = mask
 
     # --- Running --------------------------------------------------------------------------------------------------------------------
 
@@ -137,6 +172,15 @@ class Vcpu(VcpuCore):
     def nmi(self) -> None:
         """KVM_NMI: queue a non-maskable interrupt."""
         self.queue_nmi()
+
+    @ioctl(uapi.KVM_SMI)
+    def smi(self) -> None:
+        """KVM_SMI: queue a system management interrupt."""
+        self.make_request(REQ_SMI)
+
+    def enter_smm(self) -> bool:
+        """Enter system management mode for an SMI that waits; False in it."""
+        return smm.inject(self)
 
     @ioctl(uapi.KVM_SET_SIGNAL_MASK, takes_signal_set)
     def set_signal_mask(self, signals: Iterable[int] | None) -> None:
@@ -184,6 +228,11 @@ class Vcpu(VcpuCore):
     def set_debugregs(self, value: uapi.Debugregs) -> None:
         """KVM_SET_DEBUGREGS; OSError(EINVAL)."""
         regs.set_debugregs(self, value)
+
+    @ioctl(uapi.KVM_SET_GUEST_DEBUG, takes(uapi.GuestDebug))
+    def set_guest_debug(self, request: uapi.GuestDebug) -> None:
+        """KVM_SET_GUEST_DEBUG; OSError(EBUSY) for an exception to inject while another one waits."""
+        guest_debug.set_guest_debug(self, request)
 
     @ioctl(uapi.KVM_GET_VCPU_EVENTS, encode=returns)
     def get_vcpu_events(self) -> uapi.VcpuEvents:
@@ -255,7 +304,9 @@ class Vcpu(VcpuCore):
         cpuid.check(self, entries)
         self.cpuid = cpuid.CpuidTable(entries)
         cpuid.update_runtime(self)
-        self._update_cr4_mask()
+        self.update_cr4_mask()
+        self.pmu.refresh()
+        self.lbr.refresh()
 
     @ioctl(uapi.KVM_GET_CPUID2, encode=returns_array(uapi.Cpuid2, 40))
     def get_cpuid2(self) -> list[uapi.CpuidEntry2]:
@@ -366,6 +417,9 @@ class Vcpu(VcpuCore):
         state = value.mp_state
         if state > uapi.KVM_MP_STATE_SIPI_RECEIVED or (self.lapic is None and state != uapi.KVM_MP_STATE_RUNNABLE):
             raise OSError(errno.EINVAL, "bad multiprocessing state")
+        waits = state in (uapi.KVM_MP_STATE_INIT_RECEIVED, uapi.KVM_MP_STATE_SIPI_RECEIVED)
+        if waits and (self.smm.active or self.smm.pending):
+            raise OSError(errno.EINVAL, "a vCPU with an SMI does not wait for a SIPI")
         if state == uapi.KVM_MP_STATE_SIPI_RECEIVED and self.lapic is not None:
             self.mp_state, self.lapic.sipi_vector = uapi.KVM_MP_STATE_INIT_RECEIVED, self.lapic.sipi_vector or 0
         else:

@@ -15,16 +15,22 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
 
 from softkvm import silicon
-from softkvm.host import static_call
+from softkvm.host import balance, static_call
 from softkvm.host.sched import Cpu
 from softkvm.host.task import TIF_NEED_RESCHED, TIF_SIGPENDING, Task
-from softkvm.kvm import events, virtual_time, watch
+from softkvm.kvm import events, tsc, virtual_time, watch
+from softkvm.kvm.dirty_ring import DirtyRing
+from softkvm.kvm.guest_debug import DebugRegisters
 from softkvm.kvm.ioctl import KvmFile
+from softkvm.kvm.mmu import Fault
 from softkvm.kvm.request import REQ_NMI, REQ_TRIPLE_FAULT
+from softkvm.kvm.smm import SmmState
 from softkvm.kvm.vendor import INTERCEPTS
+from softkvm.silicon.control import Intercept, State
 from softkvm.uapi import kvm as uapi
 
 if TYPE_CHECKING:
+    from softkvm.kvm.mmu import Mmu
     from softkvm.kvm.vm import Vm
 
 MMAP_SIZE = 3 * 4096
@@ -32,6 +38,7 @@ MMAP_SIZE = 3 * 4096
 NO_INTERRUPT = -1
 OUTSIDE_GUEST_MODE, IN_GUEST_MODE = 0, 1
 _NOT_ARMED = -1
+_RING_OFFSET = uapi.KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE
 
 
 class OnCore(NamedTuple):
@@ -77,6 +84,8 @@ class VcpuCore(KvmFile):
         vmcb = silicon.Vmcb()
         self._hardware = vmcb.hardware
         self.block = vmcb.view
+        self.msrs_passed_through: set[tuple[int, bool]] = set()
+        """(index, write) of the MSRs that KVM lets the guest use by itself, as far as no filter is in the way."""
         self.control, self.exit, self.state, self.gpr = vmcb.control, vmcb.exit, vmcb.state, vmcb.gpr
         self.accesses = self.block.access
         self._mapping = mmap.mmap(-1, MMAP_SIZE)
@@ -85,7 +94,18 @@ class VcpuCore(KvmFile):
         self.mmap_words = self.mmap_area.cast("Q")
         self.kvm_run = uapi.Run.from_buffer(self._mapping)
         self.pio_data = self.mmap_area[4096:8192]
+        self.dirty_ring = DirtyRing(self, self.vm.mmu.ring_size) if self.vm.mmu.ring_size else None
+        self.intercepts = INTERCEPTS
+        """`Control.intercepts` without the windows."""
         self.windows = 0
+        self.mmu = self.vm.mmu
+        """The memory that the vCPU sees: the guest's, or in system management mode the other address space."""
+        self.smm = SmmState()
+        self.hardware_view = memoryview(vmcb.hardware)
+        self.guest_debug = 0
+        """KVM_GUESTDBG_*, 0 without a debugger in user space."""
+        self.debug_registers: State | DebugRegisters = self.state
+        """The guest's own: the silicon's, unless a debugger has those."""
 
     def _init_concurrency(self) -> None:
         """What other threads touch, and what belongs to the run loop."""
@@ -106,13 +126,17 @@ class VcpuCore(KvmFile):
         """Whether the vCPU has been on a core, after which its CPUID and feature MSRs are fixed."""
         self._on_core = OnCore(None, {}, {})
         self._enter_lock = threading.Lock()
+        self._tsc_catchup = False
         self._core_enter: Callable[[], int] = self._not_loaded
+        self._guard: Callable[[Callable[[], int]], int] | None = None
         self.enter: Callable[[], int] = self._not_loaded
         """Runs the guest until it exits: the core itself, or `kvm/watch.py` around it."""
         self.armed: int | None = _NOT_ARMED
         self.flush_requested = False
         self.events = events.EventQueue()
         self.userspace_irq = NO_INTERRUPT
+        self.pending_ioapic_eoi = 0
+        """Vector whose end user space's IOAPIC is to hear of."""
         self.complete_userspace_io: Callable[[Self], int] | None = None
         self.pending_io: tuple[int, ...] = ()
         """What `complete_userspace_io` must know of its exit: RIP there, and what it likes."""
@@ -122,6 +146,8 @@ class VcpuCore(KvmFile):
         """KVM's own counters, by the names of the kernel's binary statistics (`halt_exits`, `signal_exits`, ...)."""
         self.instructions_skipped = 0
         """Instructions that KVM has retired in the guest's place; the silicon counts those that it has executed itself."""
+        self.retired: Callable[[], None] | None = None
+        """Called for each of them while a counter of the guest wants to know."""
         self.exit_counts = dict.fromkeys(self.handlers, 0)
         """VM exits by the vendor's exit reason."""
 
@@ -135,6 +161,11 @@ class VcpuCore(KvmFile):
             self.wakeup.set()
         elif self.mode:
             self.kick_guest()
+
+    def note_request(self, request: int) -> None:
+        """As `make_request()` in the vCPU's own thread, which will look by itself: nobody is kicked."""
+        with self._request_lock:
+            self.requests |= request
 
     def queue_nmi(self) -> None:
         """An NMI has arrived (`kvm_inject_nmi()`): they are counted, as two may wait."""
@@ -154,6 +185,11 @@ class VcpuCore(KvmFile):
             requests, self.requests = self.requests, 0
         return requests
 
+    def clear_request(self, request: int) -> None:
+        """Forget a request."""
+        with self._request_lock:
+            self.requests &= ~request
+
     def set_triple_fault(self, pending: bool) -> None:
         """Raise or withdraw a triple fault."""
         with self._request_lock:
@@ -164,10 +200,12 @@ class VcpuCore(KvmFile):
         self.wakeup.set()
 
     def kick_guest(self) -> None:
-        """Leave guest mode, if in it (`kvm_vcpu_kick()`); KVM_RUN goes on."""
+        """Leave guest mode, if in it (`kvm_vcpu_kick()`); KVM_RUN goes on. The caller does not keep the processor from the vCPU."""
         cpu = self.cpu
         if self.mode and cpu is not None:
             cpu.core.kick()
+            if (processor := cpu.core.displaced()) >= 0:
+                balance.step_aside(processor)
 
     def kick(self) -> None:
         """Send the vCPU's thread a signal: the KVM_RUN in progress, or the next one, fails with EINTR and KVM_EXIT_INTR."""
@@ -208,12 +246,21 @@ class VcpuCore(KvmFile):
         self.control.tlb_control = 1
         self.flush_requested = True
         self._on_core = OnCore(cpu.core, cpu.core.counters(), self._on_core.counters())
-        core_enter = partial(cpu.core.enter, self._hardware, self.vm.mmu.npt)
-        turns = self.vm.turns
-        self._enter_by(core_enter if turns is None else partial(virtual_time.enter, self, turns, core_enter))
+        self._enter_core(cpu)
         self.armed = _NOT_ARMED
         self.has_run, self.cpu_index = True, cpu.index
         self.cpu = cpu
+
+    def _enter_core(self, cpu: Cpu) -> None:
+        core_enter = partial(cpu.core.enter, self._hardware, self.mmu.npt)
+        turns = self.vm.turns
+        self._enter_by(core_enter if turns is None else partial(virtual_time.enter, self, turns, core_enter))
+
+    def use_memory(self, mmu: Mmu) -> None:
+        """Enter the guest with this memory from now on."""
+        self.mmu = mmu
+        if self.cpu is not None:
+            self._enter_core(self.cpu)
 
     def sched_out(self) -> None:
         """On no core any more."""
@@ -239,6 +286,22 @@ class VcpuCore(KvmFile):
         if task is not None:
             task.set_flag(TIF_NEED_RESCHED)
 
+    def call(self, function: Callable[[], object]) -> bool:
+        """Run `function` here, if this thread has the vCPU or nobody does."""
+        if not self.ioctl_lock.acquire(blocking=False):
+            return False
+        try:
+            function()
+        finally:
+            self.ioctl_lock.release()
+        return True
+
+    def interrupt_guest(self, function: Callable[[], None]) -> None:
+        """Let the thread that is in KVM_RUN call `function` before it next enters the guest."""
+        task = self.task
+        if task is not None:
+            task.add_work(function)
+
     def schedule(self) -> None:
         """Let others have the core; returns when the vCPU is on one again."""
         self.vm.scheduler.schedule(self)
@@ -249,7 +312,23 @@ class VcpuCore(KvmFile):
             self._choose_enter()
 
     def _choose_enter(self) -> None:
-        self.enter = partial(watch.enter, self, self._core_enter) if watch.wanted() else self._core_enter
+        enter = self._core_enter
+        if self._tsc_catchup:
+            enter = partial(tsc.enter_catching_up, self, enter)
+        if self._guard is not None:
+            enter = partial(self._guard, enter)
+        self.enter = partial(watch.enter, self, enter) if watch.wanted() else enter
+
+    def set_tsc_catchup(self, on: bool) -> None:
+        """Whether the TSC must be looked after at every exit."""
+        self._tsc_catchup = on
+        self.update_static_calls()
+
+    def guard_entry(self, guard: Callable[[Callable[[], int]], int] | None) -> None:
+        """Let `guard` look at something right before each entry, which it then makes; None for nothing to look at."""
+        with self._enter_lock:
+            self._guard = guard
+            self._choose_enter()
 
     def update_static_calls(self) -> None:
         """A hook was turned on or off: the next entry takes the way that it wants."""
@@ -262,9 +341,12 @@ class VcpuCore(KvmFile):
 
     def _mmap(self, length: int, offset: int) -> memoryview:
         """The shared pages; OSError(EINVAL) for what is not within them."""
-        if length <= 0 or offset < 0 or offset % mmap.PAGESIZE or offset + length > MMAP_SIZE:
+        area, start = self.mmap_area, 0
+        if self.dirty_ring is not None and offset >= _RING_OFFSET:
+            area, start = self.dirty_ring.area, _RING_OFFSET
+        if length <= 0 or offset < 0 or offset % mmap.PAGESIZE or offset - start + length > len(area):
             raise OSError(errno.EINVAL, "no such range of the vCPU's pages")
-        return self.mmap_area[offset : offset + length]
+        return area[offset - start : offset - start + length]
 
     def exits_by_reason(self) -> dict[str, int]:
         """VM exits so far, by the vendor's names."""
@@ -295,11 +377,29 @@ class VcpuCore(KvmFile):
             self.cpu.core.set_timer(0)
         self.armed = _NOT_ARMED
 
+    def exit_soon(self) -> None:
+        """Let the next stay in the guest end at once, behind what is injected (`kvm_vcpu_kick()` of itself)."""
+        if self.cpu is not None:
+            self.cpu.core.kick()
+
+    def intercept_ud(self, wanted: bool) -> None:
+        """Exit for #UD because KVM has an instruction to emulate, or only if the module parameter wants it."""
+        bit = 1 << events.UD
+        if wanted or self.vm.parameters.force_emulation_prefix:
+            self.control.exception_bitmap |= bit
+        else:
+            self.control.exception_bitmap &= ~bit
+
     def set_windows(self, windows: int) -> None:
         """Which interrupt and NMI windows (bits of `Control.intercepts`) to exit at."""
         if windows != self.windows:
             self.windows = windows
-            self.control.intercepts = INTERCEPTS | windows
+            self.control.intercepts = self.intercepts | windows
+
+    def set_intercept(self, intercept: Intercept, wanted: bool) -> None:
+        """Exit for one more condition, or no longer."""
+        self.intercepts = self.intercepts | 1 << intercept if wanted else self.intercepts & ~(1 << intercept)
+        self.control.intercepts = self.intercepts | self.windows
 
     def exit_to_user(self, reason: int, finish: Callable[[Self], int] | None = None) -> int:
         """Leave KVM_RUN with an exit reason; `finish` runs at the start of the next KVM_RUN, its result is that of an exit handler."""
@@ -317,4 +417,10 @@ class VcpuCore(KvmFile):
         """Guest-virtual to guest-physical as the guest's paging has it now, on the loaded core; `access` as for `Core.translate`."""
         if self.cpu is None:
             return self._not_loaded()
-        return self.cpu.core.translate(self._hardware, self.vm.mmu.npt, gva, access)
+        mmu = self.mmu
+        while True:
+            try:
+                return self.cpu.core.translate(self._hardware, mmu.npt, gva, access)
+            except LookupError as missing:  # the guest has not walked its table there yet
+                if mmu.fault(missing.args[0], False) is not Fault.FIXED:
+                    return None

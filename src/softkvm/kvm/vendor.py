@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from ctypes import memset, sizeof
 from typing import TYPE_CHECKING, Protocol
 
-from softkvm.kvm import events
+from softkvm.kvm import events, msr_bitmap
 from softkvm.silicon.control import Intercept
+from softkvm.uapi.kvm import KVM_X86_DISABLE_EXITS_HLT, KVM_X86_DISABLE_EXITS_MWAIT, KVM_X86_DISABLE_EXITS_PAUSE
 
 if TYPE_CHECKING:
+    from softkvm.kvm.pmu.vpmu import VirtualPmu
     from softkvm.kvm.vcpu import Vcpu
 
 Handler = Callable[["Vcpu"], int]
@@ -60,29 +62,52 @@ class Vendor(Protocol):
     def handlers(self) -> Mapping[int, Handler]:
         """Exit reason -> handler: 1 = run on, 0 = to user space, negative = -errno."""
 
+    @property
+    def pmu_instructions(self) -> int:
+        """Code of the PMU event that counts retired instructions."""
+
+    def refresh_pmu(self, vcpu: Vcpu, pmu: VirtualPmu) -> None:
+        """Give the guest the counters that its CPUID says."""
+
     def handle_unknown(self, vcpu: Vcpu, reason: int) -> int:
         """Handle an exit that is in no table."""
 
     def next_rip(self, vcpu: Vcpu) -> int | None:
         """Address behind the instruction that exited; None if the silicon does not tell."""
 
+    @property
+    def soft_exception_type(self) -> int:
+        """Type of INT3 and INTO in the event injection field."""
+
+    def prepare_soft_event(self, vcpu: Vcpu, vector: int) -> bool:
+        """Let INT n, INT3 or INTO, which is about to be injected, return behind its instruction; False if it cannot be injected."""
+
+    def soft_event_cut_short(self, vcpu: Vcpu, entered: bool) -> None:
+        """Such an event has not arrived and will be injected again; `entered`: the silicon had begun to deliver it."""
+
 
 def setup_controls(vcpu: Vcpu) -> None:
     """The controls that a new vCPU starts with."""
     control = vcpu.control
-    control.intercepts = INTERCEPTS
     control.exception_bitmap = 1 << events.UD if vcpu.vm.parameters.force_emulation_prefix else 0
     control.cr_read = control.cr_write = _CR8_BIT
     control.tsc_multiplier = 1 << 48
     control.pause_gap, control.pause_window = PLE_GAP, PLE_WINDOW
+    _leave_to_the_guest(vcpu, vcpu.vm.disabled_exits)
     control.vpid = vcpu.vcpu_id + 1
     memset(vcpu.block.msr_bitmap, 0xFF, sizeof(vcpu.block.msr_bitmap))
-    _pass_through(vcpu, _MSR_TSC, write=False)
+    msr_bitmap.pass_through(vcpu, _MSR_TSC, write=False)
     for index in _PASSED_THROUGH:
-        _pass_through(vcpu, index, write=False)
-        _pass_through(vcpu, index, write=True)
+        msr_bitmap.pass_through(vcpu, index, write=False)
+        msr_bitmap.pass_through(vcpu, index, write=True)
 
 
-def _pass_through(vcpu: Vcpu, index: int, write: bool) -> None:
-    """Let the guest use the MSR without an exit."""
-    vcpu.block.msr_bitmap[1 if index >> 30 else 0][int(write)][(index & 0x1FFF) >> 3] &= ~(1 << (index & 7))
+def _leave_to_the_guest(vcpu: Vcpu, disabled: int) -> None:
+    """KVM_CAP_X86_DISABLE_EXITS: a guest that has its processor to itself may wait on it."""
+    if disabled & KVM_X86_DISABLE_EXITS_HLT:
+        vcpu.intercepts &= ~(1 << Intercept.HLT)
+    if disabled & KVM_X86_DISABLE_EXITS_MWAIT:
+        vcpu.intercepts &= ~(1 << Intercept.MWAIT | 1 << Intercept.MONITOR)
+    if disabled & KVM_X86_DISABLE_EXITS_PAUSE:
+        vcpu.control.pause_window = 0
+    vcpu.control.intercepts = vcpu.intercepts

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 from softkvm.host import task
 from softkvm.host.clock import Clock
-from softkvm.kvm import capabilities, svm, tsc_status, vmx
+from softkvm.kvm import capabilities, svm, tsc, tsc_status, vmx
 from softkvm.kvm.coalesced import Coalesced
 from softkvm.kvm.eventfd import EventFds
+from softkvm.kvm.introspection.ioctls import IntrospectionIoctls
 from softkvm.kvm.iobus import IoBus
-from softkvm.kvm.ioctl import KvmFile, fields, ioctl, pointed_u64, returns, returns_bitmap, returns_first_u32, takes, takes_array, value
+from softkvm.kvm.ioctl import fields, ioctl, pointed_u64, returns, returns_first_u32, takes, takes_array, value
 from softkvm.kvm.irqchip import Irqchip
 from softkvm.kvm.irqchip.pit import Pit
 from softkvm.kvm.irqchip.routing import MAX_ROUTES, USERSPACE_SOURCE, Routing
@@ -29,6 +30,8 @@ from softkvm.kvm.tsc_status import TscStatus
 from softkvm.kvm.vcpu import Vcpu
 from softkvm.kvm.vendor import Vendor
 from softkvm.kvm.virtual_time import ExitTrace
+from softkvm.kvm.vm_memory import VmMemory
+from softkvm.kvm.vm_options import VmOptions
 from softkvm.uapi import kvm as uapi
 
 if TYPE_CHECKING:
@@ -39,7 +42,7 @@ _PAGE = 4096
 _MAXPHYADDR_LEAF = 0x8000_0008
 
 
-class Vm(KvmFile):
+class Vm(VmMemory, VmOptions, IntrospectionIoctls):
     """One virtual machine; a context manager that closes it."""
 
     unknown_ioctl = errno.ENOTTY
@@ -56,23 +59,25 @@ class Vm(KvmFile):
         self.vendor = _VENDORS[self.model.vendor]
         self.clock = clock
         self.lock = threading.RLock()
-        self.mmu = Mmu(self.lock, 1 << (self.model.cpuid(_MAXPHYADDR_LEAF, 0)[0] & 0xFF))
+        self._hook_lock = threading.Lock()
+        max_gpa = 1 << (self.model.cpuid(_MAXPHYADDR_LEAF, 0)[0] & 0xFF)
+        self.mmu, self.smm_mmu = Mmu(self.lock, max_gpa), Mmu(self.lock, max_gpa, address_space=1)
+        """Memory of the guest, and of a vCPU in system management mode."""
         self.memory = self.mmu
         self.vcpus: list[Vcpu] = []
+        self.init_options()
+        self.mmu.push_dirty = self.smm_mmu.push_dirty = self._push_dirty
         self.boot_cpu_id = 0
         self.pio_bus, self.mmio_bus = IoBus(self.lock), IoBus(self.lock)
         self.routing = Routing(self)
         self.irqchip: Irqchip | None = None
         self.pit: Pit | None = None
-        self.tsc = VmTsc(clock, self.model.vendor)
+        self.tsc = VmTsc(clock, self.model.vendor, tsc.has_control(self.model, self.parameters))
         self.kvmclock = VmClock(self)
         self.eventfds = EventFds(self)
         self.coalesced = Coalesced(self)
         self.timekeeper = Timekeeper(self.vcpus)
         self.exit_trace = ExitTrace()
-        self.exception_payload = False
-        self.exit_on_emulation_failure = False
-        self.triple_fault_event = False
         self.tss_addr = 0
         self.identity_map_addr = 0
         clock.on_earlier = self._timer_came_nearer
@@ -88,17 +93,24 @@ class Vm(KvmFile):
         if self.closed:
             return
         self.closed = True
+        self._unhook()
         for vcpu in self.vcpus:
             vcpu.kick()
             vcpu.close()
         if self.pit is not None:
             self.pit.close()
+        self.kvmclock.close()
         self.eventfds.close()
 
-    @property
-    def irqchip_in_kernel(self) -> bool:
-        """Whether vCPUs have their local APIC in KVM."""
-        return self.irqchip is not None
+    def _as_vm(self) -> Vm:
+        return self
+
+    def _push_dirty(self, slot: int, page: int) -> None:
+        """Into the ring of the vCPU that this thread runs (`mark_page_dirty_in_slot()`)."""
+        mine = task.current()
+        for vcpu in self.vcpus:
+            if vcpu.task is mine and vcpu.dirty_ring is not None:
+                vcpu.dirty_ring.push(slot, page)
 
     def _timer_came_nearer(self) -> None:
         """A timer was armed that is first now: a vCPU's own thread sees it at its next entry, the others are told."""
@@ -113,36 +125,9 @@ class Vm(KvmFile):
     @ioctl(uapi.KVM_CHECK_EXTENSION, value)
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION: 0 if the capability is absent."""
-        return capabilities.check(cap)
-
-    @ioctl(uapi.KVM_ENABLE_CAP, takes(uapi.EnableCap))
-    def enable_cap(self, cap: uapi.EnableCap) -> None:
-        """KVM_ENABLE_CAP; OSError(EINVAL) for flags, and for what cannot be enabled."""
-        if cap.flags:
-            raise OSError(errno.EINVAL, "bad flags")
-        if cap.cap == uapi.KVM_CAP_EXCEPTION_PAYLOAD:
-            self.exception_payload = bool(cap.args[0])
-        elif cap.cap == uapi.KVM_CAP_EXIT_ON_EMULATION_FAILURE and not cap.args[0] & ~1:
-            self.exit_on_emulation_failure = bool(cap.args[0])
-        elif cap.cap == uapi.KVM_CAP_X86_TRIPLE_FAULT_EVENT:
-            self.triple_fault_event = bool(cap.args[0])
-        elif cap.cap == uapi.KVM_CAP_X2APIC_API and not cap.args[0] & ~capabilities.X2APIC_API:
-            self.routing.x2apic_format |= bool(cap.args[0] & capabilities.X2APIC_API_USE_32BIT_IDS)
-            self.routing.x2apic_broadcast_quirk &= not cap.args[0] & capabilities.X2APIC_API_DISABLE_BROADCAST_QUIRK
-        else:
-            raise OSError(errno.EINVAL, "no such capability")
+        return capabilities.check(cap, self.tsc.scaling)
 
     # --- Memory ---------------------------------------------------------------------------------------------------------------------
-
-    @ioctl(uapi.KVM_SET_USER_MEMORY_REGION, takes(uapi.UserspaceMemoryRegion))
-    def set_user_memory_region(self, region: uapi.UserspaceMemoryRegion) -> None:
-        """KVM_SET_USER_MEMORY_REGION; OSError EINVAL for a bad slot, EEXIST for an overlap."""
-        self.mmu.set_region(region)
-
-    @ioctl(uapi.KVM_GET_DIRTY_LOG, fields(uapi.DirtyLog, "slot"), returns_bitmap)
-    def get_dirty_log(self, slot: int) -> bytes:
-        """KVM_GET_DIRTY_LOG: the slot's bitmap (64-bit words), which starts anew; OSError EINVAL or ENOENT."""
-        return self.mmu.get_dirty_log(slot)
 
     @ioctl(uapi.KVM_SET_TSS_ADDR, value)
     def set_tss_addr(self, address: int) -> None:
@@ -166,11 +151,15 @@ class Vm(KvmFile):
             raise OSError(error, "no interrupt chips in the kernel")
         return self.irqchip
 
+    def _need_irqchip_in_kernel(self, error: int) -> None:
+        if not self.irqchip_in_kernel:
+            raise OSError(error, "no interrupt chips in the kernel")
+
     @ioctl(uapi.KVM_CREATE_IRQCHIP)
     def create_irqchip(self) -> None:
         """KVM_CREATE_IRQCHIP; OSError EEXIST if there are chips, EINVAL if there are vCPUs."""
         with self.lock:
-            if self.irqchip is not None:
+            if self.irqchip_in_kernel:
                 raise OSError(errno.EEXIST, "there are interrupt chips")
             if self.vcpus:
                 raise OSError(errno.EINVAL, "there are vCPUs")
@@ -218,25 +207,25 @@ class Vm(KvmFile):
     @ioctl(uapi.KVM_SET_GSI_ROUTING, takes_array(uapi.IrqRouting, uapi.IrqRoutingEntry, MAX_ROUTES))
     def set_gsi_routing(self, entries: list[uapi.IrqRoutingEntry]) -> None:
         """KVM_SET_GSI_ROUTING; OSError(EINVAL) without chips, and for a bad route."""
-        self._need_irqchip(errno.EINVAL)
+        self._need_irqchip_in_kernel(errno.EINVAL)
         self.routing.set(entries)
 
     @ioctl(uapi.KVM_IRQ_LINE, fields(uapi.IrqLevel, "irq", "level"))
     def irq_line(self, gsi: int, level: int) -> None:
         """KVM_IRQ_LINE: set a line's level; OSError(ENXIO) without chips."""
-        self._need_irqchip(errno.ENXIO)
+        self._need_irqchip_in_kernel(errno.ENXIO)
         self.routing.set_irq(USERSPACE_SOURCE, gsi, bool(level))
 
     @ioctl(uapi.KVM_IRQ_LINE_STATUS, fields(uapi.IrqLevel, "irq", "level"), returns_first_u32)
     def irq_line_status(self, gsi: int, level: int) -> int:
         """KVM_IRQ_LINE_STATUS: as `irq_line`, and the number of APICs reached, 0 if coalesced, -1 if it goes nowhere."""
-        self._need_irqchip(errno.ENXIO)
+        self._need_irqchip_in_kernel(errno.ENXIO)
         return self.routing.set_irq(USERSPACE_SOURCE, gsi, bool(level))
 
     @ioctl(uapi.KVM_SIGNAL_MSI, takes(uapi.Msi))
     def signal_msi(self, msi: uapi.Msi) -> int:
         """KVM_SIGNAL_MSI: above 0 if delivered, 0 if blocked; OSError EINVAL without chips or for flags, EPERM if it addresses nobody."""
-        self._need_irqchip(errno.EINVAL)
+        self._need_irqchip_in_kernel(errno.EINVAL)
         if msi.flags:
             raise OSError(errno.EINVAL, "bad flags")
         reached = self.routing.signal_msi(msi.address_lo, msi.address_hi, msi.data)
@@ -303,14 +292,20 @@ class Vm(KvmFile):
     @ioctl(uapi.KVM_CREATE_VCPU, value)
     def create_vcpu(self, vcpu_id: int) -> Vcpu:
         """KVM_CREATE_VCPU; OSError EINVAL for too large an id or too many vCPUs, EEXIST for an id that is taken."""
-        if not 0 <= vcpu_id < capabilities.MAX_VCPU_IDS:
-            raise OSError(errno.EINVAL, "vCPU id out of range")
         with self.lock:
+            if self.max_vcpu_ids is None:
+                self.max_vcpu_ids = capabilities.MAX_VCPU_IDS
+            if not 0 <= vcpu_id < self.max_vcpu_ids:
+                raise OSError(errno.EINVAL, "vCPU id out of range")
             if len(self.vcpus) >= capabilities.MAX_VCPUS:
                 raise OSError(errno.EINVAL, "too many vCPUs")
             if any(vcpu.vcpu_id == vcpu_id for vcpu in self.vcpus):
                 raise OSError(errno.EEXIST, f"there is a vCPU {vcpu_id}")
             vcpu = Vcpu(self, vcpu_id)
             self.vcpus = [*self.vcpus, vcpu]
+            if self.introspection is not None:
+                self.introspection.add_vcpu(vcpu)
         vcpu.tsc.synchronize(0)
+        if vcpu is self.vcpus[0] and self.parameters.kvmclock_periodic_sync:
+            self.kvmclock.start_periodic_sync()
         return vcpu

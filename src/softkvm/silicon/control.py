@@ -107,6 +107,7 @@ class State(LittleEndianStructure):
         ("activity", _u32),  # 0 active, 1 HLT, 2 shutdown, 3 wait for SIPI
         ("pdpte", _u64 * 4),
         ("fpu", Fpu),
+        ("pkrs", _u64),
     ]
 
 
@@ -174,13 +175,14 @@ class Control(LittleEndianStructure):
         ("pause_gap", _u32),  # PAUSE-loop exiting at CPL 0, SDM vol. 3, 25.1.3: most TSC cycles between two PAUSEs of one loop
         ("pause_window", _u32),  # most TSC cycles of a loop; 0 turns it off
         ("perf_controls", _u32),  # bits of `silicon.pmu`: what to do with GLOBAL_CTRL of the core's PMU
-        ("_reserved0", _u32),
+        ("waiver_count", _u32),  # valid entries of `ControlBlock.waivers`; cleared when what they are for is done
         ("guest_perf_global_ctrl", _u64),
         ("host_perf_global_ctrl", _u64),
         ("virtual_tsc", _u64),  # virtual time: the host's TSC at the entry; at the exit it is `Exit.tsc`
         ("random", _u64),  # virtual time: where the generator behind RDRAND and RDSEED stands, moved on by the run
         ("tsc_rate", _u32),  # virtual time: cycles of the host's TSC per retired instruction; 0 is the real time
         ("_reserved1", _u32),
+        ("next_rip", _u64),  # AMD silicon with NRIP save: where an injected software interrupt, INT3 or INTO returns to
     ]
 
 
@@ -225,7 +227,8 @@ class ControlBlock(LittleEndianStructure):
 
     `msr_bitmap[range][direction]`: ranges 0..1FFF, C0000000..C0001FFF and C0010000..C0011FFF, direction 0 read and 1 write; bit n of
     the little-endian bytes is the n-th MSR of the range, 1 exits, and an MSR outside the ranges always exits. `io_bitmap`: bit n is
-    port n, 1 exits.
+    port n, 1 exits. `waivers`: guest-physical pages with access rights in the low bits, which the instruction of `Control.emulate`, or the
+    delivery of the injected event, has beyond those of the nested page table.
     """
 
     _fields_ = [
@@ -238,6 +241,7 @@ class ControlBlock(LittleEndianStructure):
         ("_pad2", _u8 * (0xC00 - sizeof(State))),
         ("msr_bitmap", _u8 * 1024 * 2 * 3),
         ("io_bitmap", _u8 * 8192),
+        ("waivers", _u64 * 64),
     ]
 
 

@@ -13,9 +13,18 @@ EXIT_ACCESS = 0x10001
 """The instruction of `Control.emulate` needs the device access in `Exit.access`."""
 EXIT_BUDGET = 0x10002
 """`Control.instruction_budget` instructions have retired."""
+EXIT_BREAKPOINT = 0x10006
+"""The next instruction has a hidden breakpoint (`NestedPageTable.set_breakpoints`), and is not the one of `Control.emulate`."""
+EXIT_MONITOR_TRAP_AMD = 0x10003
+"""`Intercept.MONITOR_TRAP` on AMD silicon, which has no number of its own for it."""
 
 RIGHT_R, RIGHT_W, RIGHT_X = 1, 2, 4
 """Rights of a nested page table entry, and access types of `Core.translate` (where 8 = by user mode)."""
+
+WAIVE_WALK = 8
+"""In `ControlBlock.waivers`, in the place of a right: the page walker may read the page and set accessed and dirty bits."""
+WAIVER_LIMIT = 64
+"""Entries of `ControlBlock.waivers`."""
 
 
 class Vmcb:

@@ -18,8 +18,8 @@ the core runs, so another thread kicks it first or lets the core's own thread do
 | PRED_CMD (49) | bit 0 makes the branch predictor forget, so that what follows mispredicts |
 | LVTPC: x2APIC MSR 834h | of the core's local APIC; no guest reaches it |
 
-and on AMD silicon PERF_CTL/PERF_CTR 0..5 (C0010200..C001020B), their old names (C0010000..C0010007), DEBUGCTL, PRED_CMD and LVTPC.
-Guest accesses that `msr_bitmap` lets through, and RDPMC without its intercept, reach the same registers of the core (RDPMC needs CR4.PCE
+and on AMD silicon PERF_CTL/PERF_CTR 0..5 (C0010200..C001020B), their old names (C0010000..C0010007), DEBUGCTL, PRED_CMD and LVTPC. Guest
+accesses that `msr_bitmap` lets through, and RDPMC without its intercept, reach the same registers of the core (RDPMC needs CR4.PCE
 outside CPL 0; index 0..3, 1 << 30 | 0..2 on Intel; 0..5 on AMD; bit 31 asks for the low half on Intel). Without `msr_bitmap`'s leave they
 exit as every MSR does. LVTPC is never the guest's.
 
@@ -29,30 +29,33 @@ exit as every MSR does. LVTPC is never the guest's.
   stays what it was. This is the atomic switch that `exclude_host` and `exclude_guest` are made of.
 - `State.debugctl` is loaded at every entry and saved at every exit ("load/save debug controls"), and the core's DEBUGCTL is zero after an
   exit: the host writes its own back if it wants it.
-- The LBR stack, TOS, LBR_SELECT and all counters are untouched by entry and exit: who shares a core saves and restores them.
-AMD silicon has no GLOBAL_CTRL: PERF_CTL's GuestOnly (bit 40) without HostOnly (41), or neither, counts in the guest; HostOnly alone does not.
-There too `State.debugctl` is the guest's.
+- The LBR stack, TOS, LBR_SELECT and all counters are untouched by entry and exit: who shares a core saves and restores them. AMD silicon
+  has no GLOBAL_CTRL: PERF_CTL's GuestOnly (bit 40) without HostOnly (41), or neither, counts in the guest; HostOnly alone does not. There
+  too `State.debugctl` is the guest's.
 
-**Overflow.** A counter that wraps sets its bit in GLOBAL_STATUS, at the instruction boundary after the event (no skid). If its INT (EVTSEL
-bit 20) or PMI bit (FIXED_CTR_CTRL) is set: with DEBUGCTL bit 11 the LBR stack freezes (GLOBAL_STATUS bit 58), with bit 12 all counters do
-(bit 59), until 1 is written to that bit of 390h: Cascade Lake's version 4 leaves DEBUGCTL and GLOBAL_CTRL alone. A hypervisor that shows its
-guest version 2 clears the guest's DEBUGCTL.LBR itself when it injects the PMI. Then the interrupt goes through LVTPC: masked, it is lost;
-mode NMI makes the guest exit with reason 0 and `Exit.interruption` 80000202h (SVM: 61h); mode fixed makes it exit as any host interrupt.
-Intel silicon sets LVTPC's mask bit then, so the handler writes LVTPC again; AMD silicon does not, and has no status to ask: the handler
-looks at the counters' sign. During `Control.emulate` the interrupt waits for the next entry.
+**Overflow.** A counter that wraps sets its bit in GLOBAL_STATUS, at the instruction boundary after the event (no skid). If its INT
+(EVTSEL bit 20) or PMI bit (FIXED_CTR_CTRL) is set: with DEBUGCTL bit 11 the LBR stack freezes (GLOBAL_STATUS bit 58), with bit 12 all
+counters do (bit 59), until 1 is written to that bit of 390h: Cascade Lake's version 4 leaves DEBUGCTL and GLOBAL_CTRL alone. A hypervisor
+that shows its guest version 2 clears the guest's DEBUGCTL.LBR itself when it injects the PMI. Then the interrupt goes through LVTPC:
+masked, it is lost; mode NMI makes the guest exit with reason 0 and `Exit.interruption` 80000202h (SVM: 61h); mode fixed makes it exit as
+any host interrupt. Intel silicon sets LVTPC's mask bit then, so the handler writes LVTPC again; AMD silicon does not, and has no status
+to ask: the handler looks at the counters' sign. What comes at the last moment before an exit, and what comes during `Control.emulate`,
+waits in the core for the next entry.
 
-**What is counted.** Instructions retired in the guest (`Exit.instructions` with a privilege filter): an instruction that faults or exits is
-not retired, REP counts once, what the hypervisor skips it adds itself. Each instruction counts at the privilege level that it began at.
-Core cycles and reference cycles are the same clock: 1 per retired instruction, 4 more for LOOPcc, 16 more for a mispredicted branch. It
-stands still outside the guest and in HLT, and depends on nothing of the host, so every run of the same code counts the same. Branch events
-are exact; mispredictions come from a stated predictor (`engine/core/src/pmu/predictor.rs`). There is no cache, so leaf 0Ah says that the
-LLC events do not exist. `EVENTS` lists what counts; any other event counts nothing. With CMASK n, at most one event happens in a cycle: 1
-counts as 0 does, more never counts, INV counts the other cycles.
+**What is counted.** Instructions retired in the guest (`Exit.instructions` with a privilege filter): an instruction that faults or exits
+is not retired, REP counts once, what the hypervisor skips it adds itself. Each instruction counts at the privilege level that it began
+at. RDPMC and RDMSR tell what was before them; a WRMSR that starts a counter counts, one that stops it does not. Core cycles and reference
+cycles are the same clock: 1 per retired instruction, 4 more for LOOPcc, 16 more for a mispredicted branch. It stands still outside the
+guest and in HLT, and depends on nothing of the host, so every run of the same code counts the same. Branch events are exact;
+mispredictions come from a stated predictor (`engine/core/src/pmu/predictor.rs`). Page walks are those that the engine makes, whose TLB
+is larger than a processor's. There is no cache, so leaf 0Ah says that the LLC events do not exist. `EVENTS` lists what counts; any other event counts nothing. With CMASK n, at most one event happens in a cycle: 1 counts as
+0 does, more never counts, INV counts the other cycles.
 
 **Branch log.** `Core.branch_log_start(capacity, rings, low, high)` makes the core write every taken transfer of control in the guest to a
 buffer of `capacity` records; `Core.branch_log_read()` takes them out, oldest first, in records of `BRANCH_RECORD`; `branch_log_stop()`
-ends it. `rings`: sum of 1 kernel, 2 user, by the ring of FROM; `low <= FROM <= high`. The core leaves the guest as for a host interrupt when
-the buffer is three quarters full, so whoever reads after every exit loses nothing; `Core.counters()["branches_lost"]` tells if one was.
+ends it. `rings`: sum of 1 kernel, 2 user, by the ring of FROM; `low <= FROM <= high`. The core leaves the guest as for a host interrupt
+when the buffer is three quarters full, so whoever reads after every exit loses nothing; `Core.counters()["branches_lost"]` tells if one
+was.
 """
 
 from __future__ import annotations
@@ -136,9 +139,17 @@ EVENTS: Final = {
         0x02C5: "near calls mispredicted",
         0x04C5: "branches mispredicted",
         0x20C5: "near branches taken and mispredicted",
+        0x0108: "page walks for loads",
+        0x0E08: "page walks for loads that find a page",
+        0x0149: "page walks for stores",
+        0x0E49: "page walks for stores that find a page",
+        0x0185: "page walks for instructions",
+        0x0E85: "page walks for instructions that find a page",
     },
     "AuthenticAMD": {
+        0x0045: "page walks for data that find a page",
         0x0076: "core cycles",
+        0x0085: "page walks for instructions that find a page",
         0x00C0: "instructions retired",
         0x00C2: "branches retired, taken or not",
         0x00C3: "branches mispredicted",

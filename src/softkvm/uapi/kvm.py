@@ -370,6 +370,63 @@ class DirtyLog(Structure):
 
 
 @layout
+class PmuEventFilter(Structure):
+    """Header of an array of events (u64: bits 35:32 and 15:0 of the event select) that a VM may, or may not, count."""
+
+    action: U32
+    nevents: U32
+    fixed_counter_bitmap: U32
+    flags: U32
+    pad: Annotated[Array[c_uint32], c_uint32 * 4]
+
+
+@layout
+class ClearDirtyLog(Structure):
+    """KVM_CLEAR_DIRTY_LOG: pages of a slot and the user address of a bitmap, one bit per page from `first_page` on."""
+
+    slot: U32
+    num_pages: U32
+    first_page: U64
+    dirty_bitmap: U64
+
+
+@layout
+class DirtyGfn(Structure):
+    """An entry of a vCPU's dirty ring: a page of a slot (its address space in bits 31..16) by its offset in pages."""
+
+    flags: U32
+    slot: U32
+    offset: U64
+
+
+@layout
+class MsrFilterRange(Structure):
+    """MSRs from `base` on; `bitmap` is the user address of a bit per MSR, 1 = allowed."""
+
+    flags: U32
+    nmsrs: U32
+    base: U32
+    bitmap: U64
+
+
+@layout
+class MsrFilter(Structure):
+    """KVM_X86_SET_MSR_FILTER."""
+
+    flags: U32
+    ranges: Annotated[Array[MsrFilterRange], MsrFilterRange * 16]
+
+
+@layout
+class GuestDebug(Structure):
+    """KVM_SET_GUEST_DEBUG: `control` are KVM_GUESTDBG_*, `debugreg` DR0 to DR7 of the debugger."""
+
+    control: U32
+    pad: U32
+    debugreg: Annotated[Array[c_uint64], c_uint64 * 8]
+
+
+@layout
 class IrqLevel(Structure):
     """A GSI and its level; `status` is written by KVM_IRQ_LINE_STATUS."""
 
@@ -801,6 +858,10 @@ KVM_GET_TSC_KHZ = _io(0xA3)
 KVM_ENABLE_CAP = _iow(0xA3, EnableCap)
 KVM_SIGNAL_MSI = _iow(0xA5, Msi)
 
+KVM_CLEAR_DIRTY_LOG = _iowr(0xC0, ClearDirtyLog)
+KVM_X86_SET_MSR_FILTER = _iow(0xC6, MsrFilter)
+KVM_RESET_DIRTY_RINGS = _io(0xC7)
+
 KVM_RUN = _io(0x80)
 KVM_GET_REGS = _ior(0x81, Regs)
 KVM_SET_REGS = _iow(0x82, Regs)
@@ -815,11 +876,15 @@ KVM_GET_FPU = _ior(0x8C, Fpu)
 KVM_SET_FPU = _iow(0x8D, Fpu)
 KVM_GET_LAPIC = _ior(0x8E, LapicState)
 KVM_SET_LAPIC = _iow(0x8F, LapicState)
+KVM_SET_PMU_EVENT_FILTER = _iow(0xB2, PmuEventFilter)
+KVM_PMU_EVENT_ALLOW, KVM_PMU_EVENT_DENY = 0, 1
+KVM_PMU_CAP_DISABLE = 1 << 0
 KVM_SET_CPUID2 = _iow(0x90, Cpuid2)
 KVM_GET_CPUID2 = _iowr(0x91, Cpuid2)
 KVM_GET_MP_STATE = _ior(0x98, MpState)
 KVM_SET_MP_STATE = _iow(0x99, MpState)
 KVM_NMI = _io(0x9A)
+KVM_SET_GUEST_DEBUG = _iow(0x9B, GuestDebug)
 KVM_GET_VCPU_EVENTS = _ior(0x9F, VcpuEvents)
 KVM_SET_VCPU_EVENTS = _iow(0xA0, VcpuEvents)
 KVM_GET_DEBUGREGS = _ior(0xA1, Debugregs)
@@ -829,6 +894,7 @@ KVM_SET_XSAVE = _iow(0xA5, Xsave)
 KVM_GET_XCRS = _ior(0xA6, Xcrs)
 KVM_SET_XCRS = _iow(0xA7, Xcrs)
 KVM_KVMCLOCK_CTRL = _io(0xAD)
+KVM_SMI = _io(0xB7)
 KVM_SET_DEVICE_ATTR = _iow(0xE1, DeviceAttr)
 KVM_GET_DEVICE_ATTR = _iow(0xE2, DeviceAttr)
 KVM_HAS_DEVICE_ATTR = _iow(0xE3, DeviceAttr)
@@ -884,6 +950,35 @@ KVM_MSR_EXIT_REASON_FILTER = 1 << 2
 
 KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
 KVM_MEM_READONLY = 1 << 1
+
+KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE = 1 << 0
+KVM_DIRTY_LOG_INITIALLY_SET = 1 << 1
+KVM_DIRTY_LOG_PAGE_OFFSET = 64
+"""Page of a vCPU's mapping at which its dirty ring begins."""
+KVM_DIRTY_GFN_F_DIRTY = 1 << 0
+KVM_DIRTY_GFN_F_RESET = 1 << 1
+
+KVM_MSR_FILTER_DEFAULT_DENY = 1 << 0
+KVM_MSR_FILTER_READ = 1 << 0
+KVM_MSR_FILTER_WRITE = 1 << 1
+KVM_MSR_FILTER_MAX_BITMAP_SIZE = 0x600
+
+KVM_GUESTDBG_ENABLE = 1 << 0
+KVM_GUESTDBG_SINGLESTEP = 1 << 1
+KVM_GUESTDBG_USE_SW_BP = 1 << 16
+KVM_GUESTDBG_USE_HW_BP = 1 << 17
+KVM_GUESTDBG_INJECT_DB = 1 << 18
+KVM_GUESTDBG_INJECT_BP = 1 << 19
+KVM_GUESTDBG_BLOCKIRQ = 1 << 20
+
+KVM_RUN_X86_SMM = 1 << 0
+"""`Run.flags`: the vCPU is in system management mode."""
+KVM_X86_DISABLE_EXITS_MWAIT = 1 << 0
+KVM_X86_DISABLE_EXITS_HLT = 1 << 1
+KVM_X86_DISABLE_EXITS_PAUSE = 1 << 2
+KVM_X86_DISABLE_EXITS_CSTATE = 1 << 3
+KVM_X86_XCOMP_GUEST_SUPP = 0
+"""Attribute of the system, group 0: the XSAVE components that guests may have."""
 
 KVM_MP_STATE_RUNNABLE = 0
 KVM_MP_STATE_UNINITIALIZED = 1

@@ -753,6 +753,14 @@ class EventHiddenBreakpoint(Structure):
     gpa: U64
 
 
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The answer to an event; `new_value` is what a register shall get, of CR and MSR events."""
+
+    action: Action
+    new_value: int = 0
+
+
 # --- The table ---------------------------------------------------------------------------------------------------------------------
 
 

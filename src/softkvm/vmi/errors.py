@@ -3,6 +3,7 @@
     VmiError
     ├── ChannelClosed     the other end is gone, or spoke what is not the protocol
     ├── CommandFailed     the server refused a command; carries its error code
+    ├── NoAnswer          the server has not answered a command in time
     ├── Unreadable        there is no memory at an address of the guest
     ├── KernelNotFound    no Linux kernel that explains itself is in the memory
     ├── UnknownName       the kernel has no such symbol, type or member
@@ -28,6 +29,10 @@ class CommandFailed(VmiError):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+class NoAnswer(VmiError):
+    """A command waits for its answer too long, as one to a vCPU does while its VMM does not run it."""
 
 
 class Unreadable(VmiError):

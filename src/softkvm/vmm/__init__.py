@@ -2,8 +2,9 @@
 
 from softkvm.vmm.config import SerialBackend
 from softkvm.vmm.errors import ConfigError, StateError
-from softkvm.vmm.machine import Machine, RunState, Status
+from softkvm.vmm.machine import Machine
 from softkvm.vmm.stats import Stats
+from softkvm.vmm.status import RunState, Status
 from softkvm.vmm.stop import Stop, StopReason
 
 __all__ = ["ConfigError", "Machine", "RunState", "SerialBackend", "StateError", "Stats", "Status", "Stop", "StopReason"]

@@ -45,12 +45,12 @@ class Board:
     ) -> None:
         """`drive(gsi, level)` is KVM_IRQ_LINE; `ram` = bytes below and above 4 GB; `transmit` takes the output of each UART."""
         self.lock = threading.RLock()
-        timers = Timers(clock, self.lock)
+        self.timers = Timers(clock, self.lock)
         self.ports = Bus()
         self.memory = Bus()
         self.lines = Lines(drive)
-        self.pm = AcpiPm(self.lines.connect(layout.IRQ_SCI.gsi), timers, chassis.power_off)
-        self.rtc = Rtc(self.lines.connect(layout.IRQ_RTC.gsi), timers, clock.realtime_ns(), memory_sizes(*ram))
+        self.pm = AcpiPm(self.lines.connect(layout.IRQ_SCI.gsi), self.timers, chassis.power_off)
+        self.rtc = Rtc(self.lines.connect(layout.IRQ_RTC.gsi), self.timers, clock.realtime_ns(), memory_sizes(*ram))
         self.serial = [Serial(self.lines.connect(line.gsi), sink) for line, sink in zip(layout.SERIAL_LINES, transmit, strict=True)]
         self.fw_cfg = FwCfg(sum(ram), cpus)
         self.test_device: TestDevice | None = None

@@ -21,6 +21,7 @@ DEFAULT_CPU = "cascadelake"
 SMALLEST_MEMORY = 4 * MIB
 LARGEST_MEMORY = layout.RAM_BELOW_4G.size + layout.RAM_ABOVE_4G.size
 MOST_CPUS = 64
+LARGEST_TSC_KHZ = (1 << 31) - 1
 LARGEST_SEED = (1 << 64) - 1
 
 _PAGE = 4096
@@ -30,21 +31,34 @@ _FEATURE = re.compile(r"[+-][a-z0-9][a-z0-9_.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Config:
-    """A machine that can be built."""
+class Hardware:
+    """What a machine is made of, whatever runs on it."""
 
-    kernel: Path
-    initrd: bytes | None
-    command_line: bytes
     memory: int
     """Bytes of RAM, whole pages."""
     cpu: str
     features: Mapping[str, bool]
     cpus: int
     parameters: kvm.Parameters
+
+    @property
+    def cpu_name(self) -> str:
+        """The model with the features that were switched, as `parse_cpu()` takes it."""
+        return ",".join([self.cpu, *(f"{'+' if on else '-'}{name}" for name, on in self.features.items())])
+
+
+@dataclass(frozen=True)
+class Config(Hardware):
+    """A machine that can be booted."""
+
+    kernel: Path
+    initrd: bytes | None
+    command_line: bytes
     serial: Mapping[int, SerialBackend] = field(default_factory=dict)
     seed: int | None = None
     """Of a deterministic machine."""
+    tsc_khz: int | None = None
+    """Rate of the guest's TSC, None for the host's."""
 
 
 def check(
@@ -57,6 +71,7 @@ def check(
     serial: Mapping[int, SerialBackend] | None,
     kvm_parameters: Iterable[str] = (),
     deterministic: int | None = None,
+    tsc_khz: int | None = None,
 ) -> Config:
     """The configuration for the arguments of `Machine`; ConfigError names the first mistake."""
     if kernel is None:
@@ -65,10 +80,9 @@ def check(
         raise ConfigError(f"a machine has 1 to {MOST_CPUS} CPUs, not {cpus}")
     if deterministic is not None and not 0 <= deterministic <= LARGEST_SEED:
         raise ConfigError(f"the seed of a deterministic machine is a number from 0 to {LARGEST_SEED}, not {deterministic}")
-    ports = dict(serial or {})
-    for port in ports:
-        if port not in range(len(layout.SERIAL_PORTS)):
-            raise ConfigError(f"there is no serial port {port}; the machine has ports 0 to {len(layout.SERIAL_PORTS) - 1}")
+    if tsc_khz is not None and not 1 <= tsc_khz <= LARGEST_TSC_KHZ:
+        raise ConfigError(f"a TSC runs at 1 to {LARGEST_TSC_KHZ} kHz, not {tsc_khz}")
+    ports = check_serial(serial)
     name, features = parse_cpu(cpu)
     return Config(
         kernel=Path(kernel),
@@ -81,7 +95,17 @@ def check(
         parameters=parse_parameters(kvm_parameters),
         serial=ports,
         seed=deterministic,
+        tsc_khz=tsc_khz,
     )
+
+
+def check_serial(serial: Mapping[int, SerialBackend] | None) -> Mapping[int, SerialBackend]:
+    """The listeners of the serial ports that there are."""
+    ports = dict(serial or {})
+    for port in ports:
+        if port not in range(len(layout.SERIAL_PORTS)):
+            raise ConfigError(f"there is no serial port {port}; the machine has ports 0 to {len(layout.SERIAL_PORTS) - 1}")
+    return ports
 
 
 def parse_memory(memory: str | int) -> int:

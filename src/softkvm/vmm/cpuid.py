@@ -6,10 +6,12 @@ Source of truth: Intel SDM vol. 2A, CPUID; AMD APM vol. 3, appendix E; Linux 6.1
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from softkvm.uapi import kvm as uapi
+from softkvm.vmm.config import Hardware
 
 _LEAF1_ECX_HYPERVISOR = 1 << 31
 _LEAF1_EDX_HTT = 1 << 28
@@ -41,6 +43,17 @@ class Identity:
     def core_bits(self) -> int:
         """Bits of the APIC id that number the cores."""
         return (self.cpus - 1).bit_length()
+
+
+def identity(apic_id: int, hardware: Hardware) -> Identity:
+    """The CPU `apic_id` of a machine."""
+    without = frozenset(name.replace("_", "-") for name, on in hardware.features.items() if not on)
+    return Identity(apic_id, hardware.cpus, hardware.features.get("invtsc", False), without)
+
+
+def digest(entries: Sequence[uapi.CpuidEntry2]) -> bytes:
+    """What tells one set of CPUID entries from another."""
+    return hashlib.sha256(b"".join(bytes(memoryview(entry)) for entry in entries)).digest()
 
 
 def identify(supported: Sequence[uapi.CpuidEntry2], identity: Identity) -> list[uapi.CpuidEntry2]:

@@ -111,6 +111,31 @@ class Crew:
         with self._condition:
             self._wait_parked()
 
+    def settle(self) -> None:
+        """Let KVM finish what each parked vCPU left it for, such as the IN whose value waits in kvm_run: then its registers are whole.
+
+        KVM_RUN with `immediate_exit` does that and no more (api.rst, 4.10); an access in several pieces comes back for each.
+        """
+        for vcpu, actions in zip(self._vcpus, self._actions, strict=True):
+            vcpu.kvm_run.immediate_exit = 1
+            self._finish(vcpu, actions)
+
+    def _finish(self, vcpu: Vcpu, actions: Actions) -> None:
+        while True:
+            try:
+                vcpu.run()
+            except OSError as error:
+                if error.errno not in (errno.EINTR, errno.EAGAIN):
+                    actions.refused(error)
+                return
+            actions.handle()
+
+    def parks(self, timeout: float) -> bool:
+        """Tell all vCPUs to park; whether they have done so within `timeout` seconds."""
+        self.halt()
+        with self._condition:
+            return self._condition.wait_for(lambda: self._busy == 0, timeout)
+
     def close(self) -> None:
         """Park all vCPUs and end their threads; nothing happens the second time."""
         self.pause()

@@ -6,13 +6,13 @@ methods that stand for its ioctls (Linux 6.1 `Documentation/virt/kvm/api.rst`).
 
 from __future__ import annotations
 
-import enum
-import errno
 import re
+import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -21,47 +21,43 @@ import msgspec
 
 from softkvm import kvm
 from softkvm.host.clock import NSEC_PER_SEC, Clock, VirtualClock
-from softkvm.uapi import kvm as uapi
-from softkvm.vmm import config, cpuid, layout
+from softkvm.vmm import assembly, config, layout, snapshot
 from softkvm.vmm.board import Board, Chassis
-from softkvm.vmm.boot import Bootable
-from softkvm.vmm.boot import cpu as boot_cpu
-from softkvm.vmm.boot import read as read_image
-from softkvm.vmm.config import Config, SerialBackend
+from softkvm.vmm.config import Hardware, SerialBackend
 from softkvm.vmm.console import DEFAULT_LIMIT, Console
 from softkvm.vmm.crew import Crew
-from softkvm.vmm.errors import ConfigError
+from softkvm.vmm.errors import ConfigError, StateError
 from softkvm.vmm.exits import ExitHandler
 from softkvm.vmm.gil import short_switch_interval
-from softkvm.vmm.irq import default_routing
-from softkvm.vmm.memory import GuestMemory, split
+from softkvm.vmm.introspection import Introspection
+from softkvm.vmm.memory import split
+from softkvm.vmm.origin import KernelOrigin, Origin, SnapshotOrigin
+from softkvm.vmm.snapshot import Parts, SnapshotFile
 from softkvm.vmm.stats import Repetition, Stats, collect
+from softkvm.vmm.status import RunState, Status
 from softkvm.vmm.stop import Stop, StopReason
 
 CONSOLE_PORT = 0
+_TOOLS_PATIENCE = 1.0
+"""Seconds."""
 _AFTER_A_PANIC = frozenset({StopReason.RESET, StopReason.TRIPLE_FAULT})
 
 Text = str | bytes | re.Pattern[str] | re.Pattern[bytes]
 
 
-class RunState(enum.Enum):
-    """What the vCPUs do."""
+@dataclass(frozen=True)
+class _Surroundings:
+    """What a machine uses of the process that it is in."""
 
-    RUNNING = "running"
-    PAUSED = "paused"
-    STOPPED = "stopped"
-    """Nobody is inside `Machine.run()`."""
-
-
-class Status(msgspec.Struct, frozen=True):
-    """A machine at a glance."""
-
-    state: RunState
-    cpu: str
-    """The model with the features that were switched."""
-    cpus: int
-    memory: int
-    """Bytes of RAM."""
+    serial: Mapping[int, SerialBackend]
+    output_limit: int
+    clock: Clock
+    process: kvm.Process
+    cores: int | None
+    seed: int | None = None
+    """Of a deterministic machine, whose clock is a virtual one."""
+    tsc_khz: int | None = None
+    """Rate of the vCPUs' TSCs."""
 
 
 class _Failure(Exception):
@@ -93,6 +89,7 @@ class Machine:
         process: kvm.Process | None = None,
         cores: int | None = None,
         deterministic: int | None = None,
+        tsc_khz: int | None = None,
     ) -> None:
         """Build the machine and load the kernel; nothing runs yet.
 
@@ -102,15 +99,46 @@ class Machine:
         the console are kept; `clock` is the time that guest and devices live by, the host's if none is given; `test_device` adds the
         registers of `devices/test_device.py`; `kvm_parameters` are KVM's module parameters, such as `nrips=0`; `process` is who calls
         KVM (ioctl filters, audit log, tracer), a new one if none is given; `cores` is how many the host has for all vCPUs together, as
-        many as they want if none is given. `deterministic` is a seed: the vCPUs then run by turns in virtual time, and every run with the
-        same seed and input is the same (`kvm.Turns`), as long as input comes between runs or from a listener of `serial`. ConfigError for
-        anything that cannot be.
+        many as they want if none is given; `tsc_khz` is the rate of the guest's TSCs, the host's if none is given. `deterministic` is a
+        seed: the vCPUs then run by turns in virtual time, and every run with the same seed and input is the same (`kvm.Turns`), as long as
+        input comes between runs or from a listener of `serial`. ConfigError for anything that cannot be.
         """
-        settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial, kvm_parameters, deterministic)
+        settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial, kvm_parameters, deterministic, tsc_khz)
         if deterministic is not None and (clock is not None or cores is not None):
             raise ConfigError("a deterministic machine has a clock and a processor of its own")
-        self.process = process if process is not None else kvm.Process()
-        self._console = Console(output_limit)
+        if clock is None:
+            clock = Clock() if deterministic is None else VirtualClock()
+        process = process if process is not None else kvm.Process()
+        around = _Surroundings(settings.serial, output_limit, clock, process, cores, deterministic, tsc_khz)
+        self._set_up(settings, KernelOrigin(settings), around, test_device)
+
+    @classmethod
+    def restore(
+        cls,
+        path: str | Path,
+        serial: Mapping[int, SerialBackend] | None = None,
+        *,
+        output_limit: int = DEFAULT_LIMIT,
+        clock: Clock | None = None,
+        process: kvm.Process | None = None,
+        cores: int | None = None,
+    ) -> Machine:
+        """A machine that goes on where `save()` left another one; nothing runs yet.
+
+        Hardware and guest are the saved machine's, the rest is as for a new one. The guest's clocks are ahead by the time since then.
+        StateError, one sentence, for a file that is no snapshot, is damaged, or is of hardware that this softkvm does not have.
+        """
+        with SnapshotFile(Path(path)) as saved:
+            machine = cls.__new__(cls)
+            clock = clock if clock is not None else Clock()
+            process = process if process is not None else kvm.Process()
+            around = _Surroundings(config.check_serial(serial), output_limit, clock, process, cores)
+            machine._set_up(saved.state.hardware.check(), SnapshotOrigin(saved), around, "test" in saved.state.devices)
+            return machine
+
+    def _set_up(self, settings: Hardware, origin: Origin, around: _Surroundings, test_device: bool) -> None:
+        self.process = around.process
+        self._console = Console(around.output_limit)
         self._settings = settings
         self._running = threading.Lock()
         self._gate = threading.RLock()  # held while vCPUs are let go or parked
@@ -123,44 +151,52 @@ class Machine:
         self._seconds = 0.0
         self._closed = False
         with ExitStack() as resources:
-            if settings.seed is not None:
-                clock = VirtualClock()
-            elif clock is None:
-                clock = Clock()
-            system = _open_kvm(settings, self.process, cores, clock)
-            self._turns, self._started_ns = system.turns, clock.monotonic_ns()
-            self._build(system, settings, resources, clock, test_device)
+            system = assembly.open_kvm(settings, around.process, around.cores, around.clock, around.seed)
+            self._turns, self._started_ns = system.turns, around.clock.monotonic_ns()
+            self._build(system, settings, origin, around, resources, test_device)
             self._resources = resources.pop_all()
 
-    def _build(self, system: kvm.System, settings: Config, resources: ExitStack, clock: Clock, test_device: bool) -> None:
-        self._memory = guest = _allocate(settings.memory)
+    def _build(
+        self, system: kvm.System, settings: Hardware, origin: Origin, around: _Surroundings, resources: ExitStack, test_device: bool
+    ) -> None:
+        self._memory = guest = assembly.allocate(settings.memory)
         resources.callback(guest.close)
-        image = read_image(settings.kernel, guest.low_end)
-        image.load(guest, settings.initrd, settings.command_line, settings.cpus)
-        self._vm = vm = resources.enter_context(system.create_vm(clock=clock))
-        _set_up_vm(vm, guest)
+        origin.load(guest)
+        self._vm = vm = resources.enter_context(system.create_vm(clock=around.clock))
+        assembly.set_up_vm(vm, guest, around.tsc_khz)
         self._vcpus: list[kvm.Vcpu] = []
         for index in range(settings.cpus):
-            self._vcpus.append(_make_vcpu(system, vm, index, settings, image))
+            self._vcpus.append(assembly.make_vcpu(system, vm, index, settings))
             resources.callback(self._vcpus[index].close)
-        self._board = self._make_board(settings, vm, clock)
+        self._board = self._make_board(settings, around, vm)
         if test_device:
-            self._board.plug_in_test_device(partial(_forget_page, vm, guest))
+            self._board.plug_in_test_device(partial(assembly.forget_page, vm, guest))
         self._handlers = [
             ExitHandler(vcpu, self._board, partial(self._end, index), partial(self._fail, index)) for index, vcpu in enumerate(self._vcpus)
         ]
         self._crew = Crew(self._vcpus, self._handlers, self._turns)
+        self.introspection = Introspection(vm)
+        """The tool that looks into the guest, if there is one."""
+        resources.callback(self.introspection.end)
         resources.callback(self._crew.close)
+        self._parts = Parts(system, vm, self._vcpus, self._board, around.clock)
+        with self._board.lock:
+            origin.start(self._parts)
 
-    def _make_board(self, settings: Config, vm: kvm.Vm, clock: Clock) -> Board:
-        sinks: list[SerialBackend] = [settings.serial.get(port, _discard) for port in range(len(layout.SERIAL_PORTS))]
+    def _make_board(self, settings: Hardware, around: _Surroundings, vm: kvm.Vm) -> Board:
+        sinks: list[SerialBackend] = [around.serial.get(port, _discard) for port in range(len(layout.SERIAL_PORTS))]
         sinks[CONSOLE_PORT] = partial(self._print, sinks[CONSOLE_PORT])
         chassis = Chassis(
             power_off=lambda: self._end(self._crew.current(), StopReason.POWER_OFF, "the guest turned the machine off"),
             reset=lambda: self._end(self._crew.current(), StopReason.RESET, "the guest reset the machine"),
             debug_exit=lambda status: self._end(self._crew.current(), StopReason.EXIT, f"the guest exited with status {status}", status),
         )
-        return Board(chassis, vm.irq_line, clock, split(settings.memory), settings.cpus, sinks)
+        return Board(chassis, vm.irq_line, around.clock, split(settings.memory), settings.cpus, sinks)
+
+    @property
+    def vcpus(self) -> Sequence[kvm.Vcpu]:
+        """The vCPUs, for those who watch them from outside."""
+        return self._vcpus
 
     # Running
 
@@ -179,7 +215,9 @@ class Machine:
                 raise RuntimeError("the machine is closed")
             if self._final is None:
                 stop = self._run(until, timeout)
-                self._final = stop if stop.reason.final else None
+                if stop.reason.final:
+                    self._final = stop
+                    self.introspection.end()
                 return stop
             return self._final
         finally:
@@ -214,7 +252,7 @@ class Machine:
             finally:
                 with self._gate:
                     self._inside_run = False
-                    self._crew.pause()
+                    self._park()
                 self._seconds += time.monotonic() - started
 
     def pause(self) -> None:
@@ -224,14 +262,20 @@ class Machine:
         """
         with self._gate:
             self._paused = True
-            self._crew.pause()
+            self._park()
+
+    def _park(self) -> None:
+        """Park all vCPUs. A tool that keeps one of them waiting longer than it takes to answer is un-hooked."""
+        if not self._crew.parks(_TOOLS_PATIENCE):
+            self.introspection.end()
+        self._crew.pause()
 
     def resume(self) -> None:
         """Take back `pause()`; a guest with kvmclock is told that it was stopped, so that its watchdogs stay quiet."""
         with self._gate:
             if self._paused:
                 for vcpu in self._vcpus:
-                    _tell_of_pause(vcpu)
+                    assembly.tell_of_pause(vcpu)
                 self._paused = False
                 if self._inside_run:
                     self._crew.resume()
@@ -240,8 +284,29 @@ class Machine:
         """What the machine is and does now."""
         settings = self._settings
         state = RunState.STOPPED if not self._inside_run else RunState.PAUSED if self._paused else RunState.RUNNING
-        cpu = ",".join([settings.cpu, *(f"{'+' if on else '-'}{name}" for name, on in settings.features.items())])
-        return Status(state, cpu, settings.cpus, settings.memory)
+        return Status(state, settings.cpu_name, settings.cpus, settings.memory)
+
+    def save(self, path: str | Path) -> int:
+        """Write a snapshot to `path`, from which `restore()` makes a machine that goes on; its size in bytes.
+
+        A guest that runs stands still for that time, and then runs on. For any thread but a vCPU's own. OSError if the file cannot be
+        written, which then is as it was before; StateError if the guest is over.
+        """
+        with self._gate:
+            if self._final is not None or self._closed:
+                raise StateError("the guest has ended, so there is nothing to save")
+            if self._turns is not None:
+                raise StateError("a deterministic machine lives in a time of its own, which a snapshot could not go on with")
+        with self.introspection.suspended(), self._gate:
+            self._park()
+            try:
+                self._crew.settle()
+                with self._board.lock:
+                    state = snapshot.save(self._settings, self._parts)
+                return snapshot.write(Path(path), state, self._memory)
+            finally:
+                if self._inside_run and not self._paused:
+                    self._crew.resume()
 
     def stop(self) -> None:
         """End the run in progress, or the next one if there is none, with INTERRUPTED; callable from any thread."""
@@ -263,6 +328,27 @@ class Machine:
                 self._outcome = outcome
                 self._crew.halt()
                 self._ended.set()
+
+    # Introspection
+
+    @property
+    def max_gpa(self) -> int:
+        """The highest guest-physical address with RAM."""
+        return self._memory.blocks[-1].end - 1
+
+    def introspect(self) -> socket.socket:
+        """Hook an introspection tool of this process: its end of a socket pair, on which KVM speaks KVMI (v9), every command allowed.
+
+        OSError(EEXIST) if a tool is hooked already. The tool leaves by closing the socket.
+        """
+        return self.introspection.connect()
+
+    def introspect_direct(self, handler: kvm.IntrospectionHandler) -> kvm.DirectChannel:
+        """Hook a tool of this process without a socket: events are calls of `handler` on the vCPU's thread, commands calls of a method.
+
+        OSError(EEXIST) if a tool is hooked already.
+        """
+        return self.introspection.hook_directly(handler)
 
     # Console and counters
 
@@ -325,72 +411,5 @@ class Machine:
         self.close()
 
 
-def _tell_of_pause(vcpu: kvm.Vcpu) -> None:
-    try:
-        vcpu.kvmclock_ctrl()
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # it has no kvmclock
-            raise
-
-
 def _discard(data: bytes) -> None:
     """The listener of a serial port that nobody listens to."""
-
-
-def _open_kvm(settings: Config, process: kvm.Process, cores: int | None, clock: Clock) -> kvm.System:
-    virtual = clock if isinstance(clock, VirtualClock) and settings.seed is not None else None
-    try:
-        model = kvm.Model(settings.cpu, dict(settings.features), None if virtual is None else virtual.tsc_khz)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    turns = None if virtual is None or settings.seed is None else kvm.Turns(model, virtual, settings.seed)
-    return kvm.System(model, settings.parameters, process, cores, turns)
-
-
-def _allocate(size: int) -> GuestMemory:
-    try:
-        return GuestMemory(size, kvm.allocate_memory)
-    except OSError as error:
-        raise ConfigError(f"this host cannot provide {size // layout.MIB} MB of memory: {error.strerror}") from error
-
-
-def _set_up_vm(vm: kvm.Vm, guest: GuestMemory) -> None:
-    vm.set_identity_map_addr(layout.KVM_IDENTITY_MAP.base)
-    vm.set_tss_addr(layout.KVM_TSS.base)
-    for slot in guest.slots():
-        vm.set_user_memory_region(slot)
-    vm.create_irqchip()
-    vm.create_pit2(uapi.PitConfig(flags=uapi.KVM_PIT_SPEAKER_DUMMY))
-    vm.set_gsi_routing(list(default_routing()))
-
-
-def _forget_page(vm: kvm.Vm, guest: GuestMemory, address: int) -> None:
-    """Make the next access to a page of RAM a nested page fault again, by taking its whole memslot away for a moment."""
-    for slot in guest.slots():
-        if slot.guest_phys_addr <= address < slot.guest_phys_addr + slot.memory_size:
-            size, slot.memory_size = slot.memory_size, 0
-            vm.set_user_memory_region(slot)
-            slot.memory_size = size
-            vm.set_user_memory_region(slot)
-
-
-def _make_vcpu(system: kvm.System, vm: kvm.Vm, index: int, settings: Config, image: Bootable) -> kvm.Vcpu:
-    vcpu = vm.create_vcpu(index)
-    identity = cpuid.Identity(
-        apic_id=index,
-        cpus=settings.cpus,
-        invariant_tsc=settings.features.get("invtsc", False),
-        without=frozenset(name.replace("_", "-") for name, on in settings.features.items() if not on),
-    )
-    vcpu.set_cpuid2(cpuid.identify(system.get_supported_cpuid(), identity))
-    (misc_enable,) = vcpu.get_msrs([boot_cpu.MSR_MISC_ENABLE])
-    vcpu.set_msrs(boot_cpu.msrs(misc_enable))
-    lapic = vcpu.get_lapic()
-    boot_cpu.wire_lapic(lapic, boot_cpu=index == 0)
-    vcpu.set_lapic(lapic)
-    if index == 0:
-        sregs = vcpu.get_sregs()
-        registers = image.enter(sregs)
-        vcpu.set_sregs(sregs)
-        vcpu.set_regs(registers)
-    return vcpu

@@ -24,7 +24,7 @@ class HostMemory(Protocol):
 
     @property
     def fd(self) -> int:
-        """The memory file behind it."""
+        """The memory file behind it: its content, from offset 0."""
         ...
 
     @property

@@ -43,5 +43,5 @@ def decode(data: bytes, kind: type[_State]) -> _State:
     """A record of type `kind` from `encode()`d bytes; StateError if they are not one of a version this device knows."""
     try:
         return msgspec.msgpack.decode(data, type=kind)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise StateError(f"not a {kind.__name__} record of this version: {error}") from error

@@ -7,7 +7,8 @@ for KVM's own timers, so a machine that stands still has no alarms, and a virtua
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from softkvm.host.clock import NSEC_PER_SEC, Clock, HrTimer
 
@@ -45,10 +46,22 @@ class Timers:
 
     def __init__(self, clock: Clock, lock: threading.RLock) -> None:
         """Alarms by `clock`; `lock` is the board's lock, held while a callback runs."""
-        self.now: Callable[[], int] = clock.monotonic_ns
-        """The time in ns."""
         self._clock = clock
+        self._standing: int | None = None
         self._lock = lock
+
+    def now(self) -> int:
+        """The time in ns."""
+        return self._clock.monotonic_ns() if self._standing is None else self._standing
+
+    @contextmanager
+    def standing_at(self, ns: int) -> Iterator[None]:
+        """Let time stand at `ns` during the block, so that devices are saved, or restored, as of one instant; it may be a past one."""
+        self._standing = ns
+        try:
+            yield
+        finally:
+            self._standing = None
 
     def timer(self, callback: Callable[[], None]) -> Timer:
         """A new timer, disarmed."""

@@ -30,11 +30,22 @@ class Sum(msgspec.Struct, forbid_unknown_fields=True):
     right: int = 1
 
 
+class FakeIntrospection:
+    """Takes sockets."""
+
+    def __init__(self) -> None:
+        self.hooked: list[tuple[int, str]] = []
+
+    def hook(self, peer: socket.socket, dialect: str = "v9") -> None:
+        self.hooked.append((peer.fileno(), dialect))
+
+
 class Machine:
     """Has what the standard commands want."""
 
     def __init__(self) -> None:
         self.state = RunState.RUNNING
+        self.introspection = FakeIntrospection()
 
     def status(self) -> Status:
         return Status(self.state, "epyc,-pcid", 4, 64 << 20)
@@ -44,6 +55,9 @@ class Machine:
 
     def resume(self) -> None:
         self.state = RunState.RUNNING
+
+    def save(self, path: str | Path) -> int:
+        return Path(path).write_bytes(b"snapshot")
 
     def tsc_status(self) -> kvm.TscStatus:
         raise CommandError("a machine without a clock")
@@ -119,12 +133,21 @@ def test_commands_answer(vm: Connection) -> None:
     assert vm.pid == os.getpid()
 
 
+def test_save_wants_an_absolute_path(vm: Connection, tmp_path: Path) -> None:
+    path = str(tmp_path / "file")
+    assert vm.execute("save", commands.SaveArguments(path)) == {"path": path, "size": 8}
+    assert Path(path).read_bytes() == b"snapshot"
+    for bad in ("file", "", f"{path}\0"):
+        with pytest.raises(MonitorError, match="must be absolute"):
+            vm.execute("save", {"path": bad})
+
+
 @pytest.mark.parametrize(
     ("command", "arguments", "sentence"),
     [
         ("refuse", {}, "refused refuse: not today"),
         ("open", {}, "/nowhere/at/all: No such file or directory"),
-        ("nothing", {}, "there is no command 'nothing'; there are add, break, cont, open, query-"),
+        ("nothing", {}, "there is no command 'nothing'; there are add, break, cont, introspect, open, query-"),
         ("stop", {"now": True}, "not a command: Object contains unknown field `now`"),
         ("add", {}, "missing required field `left`"),
         ("add", {"left": "4"}, "Expected `int`, got `str`"),

@@ -1,7 +1,10 @@
 //! Selectors and segment descriptors: the tables, their bits, and how the CPU reads them (SDM vol. 3, 3.4, 3.5, 5.2 and 6.11).
 
+use std::sync::atomic::{AtomicU8, Ordering};
+
 use super::Cpu;
 use crate::fault::vector;
+use crate::paging::{AccessKind, Privilege};
 use crate::state::{efer, rights, seg, Segment};
 use crate::uop::{Exec, Stop};
 
@@ -187,11 +190,22 @@ impl Cpu {
         Ok(marked)
     }
 
-    /// Writes the type byte of a descriptor back to its table.
+    /// Sets the accessed or busy bit that `descriptor` has in its table, in a locked operation (SDM vol. 3, 9.1.2.1).
     pub fn write_descriptor_type(&mut self, selector: u16, descriptor: Descriptor) -> Exec {
-        match self.descriptor_address(selector, 8) {
-            Some(la) => self.write_system(la + 5, (descriptor.0 >> 40) as u8),
-            None => Err(self.selector_fault(vector::GP, selector)),
+        let Some(la) = self.descriptor_address(selector, 8).map(|la| la + 5) else {
+            return Err(self.selector_fault(vector::GP, selector));
+        };
+        let bits = (descriptor.0 >> 40) as u8;
+        match self.cached_for(Privilege::Supervisor, la, 1, AccessKind::Write) {
+            Some(host) => {
+                // SAFETY: a write tag in the TLB means that the byte is mapped RAM, which other cores only access as a byte or more.
+                unsafe { AtomicU8::from_ptr(host) }.fetch_or(bits, Ordering::SeqCst);
+                Ok(())
+            }
+            None => self.with_bus_lock(|cpu| {
+                let old: u8 = cpu.read_system(la)?;
+                cpu.write_system(la, old | bits)
+            }),
         }
     }
 

@@ -8,6 +8,8 @@ use super::{pending, Cpu};
 use crate::decode::block::{self, Block};
 use crate::fault::{vector, Fault};
 use crate::memory::PAGE_OFFSET;
+use crate::paging::walk::probe;
+use crate::paging::{AccessKind, Privilege};
 use crate::state::{interruptibility, rflags};
 use crate::uop::{slot, Exec, Stop, Uop};
 use crate::virt::control::{emulate, intercept};
@@ -23,17 +25,31 @@ impl Cpu {
     /// Runs the guest until something must leave it; the reason is in `exit`. The budget goes on from the last run, so that clocks are
     /// looked at however often the guest exits.
     pub fn run(&mut self) {
+        loop {
+            let outcome = if self.pending & pending::WATCHED != 0 { self.run_watched() } else { self.run_unwatched() };
+            if outcome.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Runs the guest as long as there is nothing to watch.
+    fn run_unwatched(&mut self) -> Exec {
         let mut previous = ptr::null_mut();
-        while let Ok(block) = self.step(previous) {
-            previous = block;
+        loop {
+            previous = match self.step(previous) {
+                Ok(block) => block,
+                Err(Stop::Leave) => return Ok(()),
+                Err(stop) => return Err(stop),
+            };
         }
     }
 
     /// Runs one block, or what comes before it. `previous` is the block that led to RIP; null stands for anything else. Returns what is
-    /// `previous` for the next step. `Err` means that `exit` holds a VM exit.
+    /// `previous` for the next step. `Err` means that `exit` holds a VM exit, or with `Stop::Leave` that somebody watches from now on.
     #[inline(always)]
     fn step(&mut self, previous: *mut Block) -> Exec<*mut Block> {
-        if (self.signal.pending() | self.pending != 0 || self.budget <= 0) && self.boundary()? {
+        if (self.signal.pending() | self.pending != 0 || self.budget <= 0) && self.boundary_unwatched()? {
             self.single()?;
             return Ok(ptr::null_mut());
         }
@@ -46,10 +62,20 @@ impl Cpu {
         }
     }
 
+    /// [`Cpu::boundary`], unless the other dispatcher must take over.
+    #[cold]
+    #[inline(never)]
+    fn boundary_unwatched(&mut self) -> Exec<bool> {
+        if self.pending & pending::WATCHED != 0 {
+            return Err(Stop::Leave);
+        }
+        self.boundary()
+    }
+
     /// Work between blocks that is rare. Returns true when exactly one instruction may run before the next look.
     #[cold]
     #[inline(never)]
-    fn boundary(&mut self) -> Exec<bool> {
+    pub(super) fn boundary(&mut self) -> Exec<bool> {
         let signals = self.signal.pending();
         if signals & attention::SHOOT_DOWN != 0 {
             self.shoot_down();
@@ -190,7 +216,7 @@ impl Cpu {
 
     /// The block at RIP, to which `previous` led.
     #[inline(always)]
-    fn successor(&mut self, previous: *mut Block) -> Exec<*mut Block> {
+    pub(super) fn successor(&mut self, previous: *mut Block) -> Exec<*mut Block> {
         // SAFETY: null or a block that `execute` just ran, and only `find_block` frees blocks.
         if let Some(previous) = unsafe { previous.as_ref() } {
             if let Some(block) = previous.successor(self.rip(), self.jump_context) {
@@ -233,7 +259,7 @@ impl Cpu {
     #[inline(never)]
     fn find_block(&mut self, rip: u64) -> Exec<*mut Block> {
         self.code.collect(&self.npt.code);
-        let la = self.segment_address(crate::state::seg::CS, rip, 1, crate::paging::AccessKind::Fetch)?;
+        let la = self.segment_address(crate::state::seg::CS, rip, 1, AccessKind::Fetch)?;
         let host = self.fetch_address(la)? as u64;
         let block = match self.code.find(host, self.code_size) {
             Some(block) if self.second_page_matches(block, la)? => block,
@@ -242,7 +268,10 @@ impl Cpu {
                 self.code.insert(block)
             }
         };
-        self.code.remember(rip, self.jump_context, block);
+        // What only a waiver allows to be fetched is not found again without one.
+        if self.waivers.is_empty() {
+            self.code.remember(rip, self.jump_context, block);
+        }
         Ok(block)
     }
 
@@ -256,7 +285,7 @@ impl Cpu {
 
     /// Runs a block to its end. Returns it if it ended with a branch or fell through, and null if anything else happened.
     #[inline(always)]
-    fn execute(&mut self, block: *mut Block) -> Exec<*mut Block> {
+    pub(super) fn execute(&mut self, block: *mut Block) -> Exec<*mut Block> {
         // SAFETY: blocks are freed by `collect` only, which no handler calls; the last micro-op of a block always stops.
         let (first, instructions) = unsafe { ((*block).uops.as_ptr(), (*block).instructions) };
         self.budget -= i64::from(instructions);
@@ -314,7 +343,7 @@ impl Cpu {
     }
 
     /// Acts on a stop at a boundary where RIP is exact. What retires no instruction uses up the budget all the same.
-    fn stopped(&mut self, stop: Stop) -> Exec {
+    pub(super) fn stopped(&mut self, stop: Stop) -> Exec {
         self.budget -= 1;
         self.budget_start -= 1;
         match stop {
@@ -324,11 +353,22 @@ impl Cpu {
         }
     }
 
+    /// The instruction at RIP, the first of its block, may have a hidden breakpoint: another guest-physical address than that of the
+    /// breakpoint can lead to the same memory.
+    pub(crate) fn meet_breakpoint(&mut self) -> Exec {
+        let la = self.segment_address(crate::state::seg::CS, self.rip(), 1, AccessKind::Fetch)?;
+        let found = probe(&self.paging, &self.npt.tree(), la, Privilege::SupervisorAc, AccessKind::Read);
+        match found {
+            Ok(mapping) if self.npt.breakpoints.contains(mapping.gpa) => Err(self.exit_breakpoint(mapping.gpa, la)),
+            _ => Ok(()),
+        }
+    }
+
     // ---- one instruction at a time --------------------------------------------------------------------------------------------------
 
     /// Runs one instruction, and what comes with its end: shadows and RF end, single-step traps are noted, and a hypervisor that asked for
     /// one instruction gets control.
-    fn single(&mut self) -> Exec {
+    pub(super) fn single(&mut self) -> Exec {
         let hits = self.instruction_breakpoints();
         if hits != 0 {
             self.fault = Fault { vector: vector::DB, error: None, payload: hits };
@@ -336,13 +376,14 @@ impl Cpu {
         }
         let (traps, resume) = (self.state.pending_debug, self.rflags & rflags::RF);
         self.rflags &= !rflags::RF;
+        self.step_settled = false;
         let shadow = self.state.interruptibility & SHADOWS;
         let stepping = self.rflags & rflags::TF != 0;
         self.state.interruptibility &= !SHADOWS;
         self.pending &= !pending::SHADOW;
-        let stop = match self.next_block() {
+        let (stop, branched) = match self.next_block() {
             Ok(block) => self.execute_one(block),
-            Err(stop) => stop,
+            Err(stop) => (stop, false),
         };
         match stop {
             Stop::Exit | Stop::Retry | Stop::Again | Stop::Fault => {
@@ -359,10 +400,9 @@ impl Cpu {
         if stop == Stop::Retry {
             return Ok(());
         }
-        if stepping && stop != Stop::Fault && !self.step_settled {
+        if stepping && stop != Stop::Fault && !self.step_settled && self.step_traps(branched) {
             self.trap(dr6::BS);
         }
-        self.step_settled = false;
         if self.pending & pending::EMULATE != 0 {
             self.end_emulation()?;
         }
@@ -377,29 +417,42 @@ impl Cpu {
     fn end_emulation(&mut self) -> Exec {
         self.pending &= !pending::EMULATE;
         self.accesses.clear();
+        self.end_waivers();
         if std::mem::take(&mut self.control.emulate) == emulate::FIRST {
             return Ok(());
         }
         Err(self.exit(code::EMULATED, 0))
     }
 
-    /// Runs exactly the first instruction of a block and moves RIP.
-    fn execute_one(&mut self, block: *mut Block) -> Stop {
+    /// What was waived is in force again.
+    pub fn end_waivers(&mut self) {
+        self.waivers.clear();
+        self.control.waiver_count = 0;
+    }
+
+    /// Runs exactly the first instruction of a block and moves RIP; tells also whether it was a taken branch.
+    fn execute_one(&mut self, block: *mut Block) -> (Stop, bool) {
         // SAFETY: as in `execute`; a block has at least one micro-op.
-        let (uop, handler) = unsafe { (*(*block).uops.as_ptr(), *(*block).reference.as_ptr()) };
+        let (uop, handler, breakpoint) = unsafe { (*(*block).uops.as_ptr(), *(*block).reference.as_ptr(), (*block).breakpoint) };
+        if breakpoint && self.pending & pending::EMULATE == 0 {
+            if let Err(stop) = self.meet_breakpoint() {
+                return (stop, false);
+            }
+        }
         self.blocks_run += 1;
+        let first = self.rip();
         self.budget -= 1;
         let stop = handler(self, &uop).err().unwrap_or(Stop::Leave);
         match stop {
-            Stop::Next => return stop,
+            Stop::Next => return (stop, self.note_branch(block, first)),
             Stop::Leave => {
                 self.regs[slot::RIP as usize] = self.rip_at(uop.next_offset());
-                return stop;
+                return (stop, false);
             }
             Stop::Exit => self.complete_exit(&uop),
             Stop::Fault | Stop::Again | Stop::Retry | Stop::Slow => {}
         }
         self.budget += 1;
-        stop
+        (stop, false)
     }
 }

@@ -9,6 +9,7 @@ pub mod mode;
 pub mod signal;
 pub mod stack;
 pub mod switch;
+pub mod watch;
 
 use std::sync::Arc;
 
@@ -19,10 +20,12 @@ use crate::decode::cache::CodeCache;
 use crate::fault::{vector, Fault};
 use crate::flags::Flags;
 use crate::memory::nested::NestedPageTable;
+use crate::memory::waivers::Waivers;
 use crate::model::Model;
 use crate::paging::tlb::{self, Tlb};
 use crate::paging::walk::Context;
 use crate::paging::{canonical, unused_bits, Privilege};
+use crate::pmu::Pmu;
 use crate::state::{cr0, interruptibility, rflags, seg, Segment, State};
 use crate::uop::{slot, Exec, RegOffset, Stop, Uop, RIP_STRIDE};
 use crate::virt::control::{self, Access, Control, Exit};
@@ -46,6 +49,8 @@ pub mod pending {
     pub const BUDGET: u32 = 64;
     /// DR7 turns a breakpoint on: run one instruction at a time.
     pub const BREAKPOINTS: u32 = 128;
+    /// Counters count, or branches are recorded: the dispatcher of `watch` runs.
+    pub const WATCHED: u32 = 256;
 }
 
 /// How wide code, addresses and RIP are by default.
@@ -101,9 +106,12 @@ pub struct Cpu {
     pub signal: Arc<Signal>,
     pub clock: Clock,
     pub model: Arc<Model>,
+    pub pmu: Box<Pmu>,
     /// Completed device accesses of an emulated instruction, and how many of them it has used.
     pub accesses: Vec<Access>,
     pub access_next: usize,
+    /// Rights that the first instruction has beyond those of `npt`.
+    pub waivers: Waivers,
     /// Permission bitmaps of the hypervisor, of the block that the CPU runs on; null outside a run.
     pub(crate) bitmaps: *const control::Block,
     /// The event whose delivery is under way, in the format of exit interruption information; zero when there is none.
@@ -155,9 +163,11 @@ impl Cpu {
             nested_generation: 0,
             signal: Arc::default(),
             clock,
+            pmu: Pmu::new(&model),
             model,
             accesses: Vec::new(),
             access_next: 0,
+            waivers: Waivers::default(),
             bitmaps: std::ptr::null(),
             vectoring: 0,
             vectoring_error: 0,

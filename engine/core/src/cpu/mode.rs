@@ -170,7 +170,8 @@ impl Cpu {
     }
 
     pub(super) fn refresh_pending(&mut self) {
-        let mut bits = self.pending & (pending::DEBUG | pending::HALTED | pending::EMULATE | pending::BUDGET | pending::BREAKPOINTS);
+        const KEPT: u32 = pending::DEBUG | pending::HALTED | pending::EMULATE | pending::BUDGET | pending::BREAKPOINTS | pending::WATCHED;
+        let mut bits = self.pending & KEPT;
         if self.state.interruptibility & (interruptibility::STI | interruptibility::MOV_SS) != 0 {
             bits |= pending::SHADOW;
         }

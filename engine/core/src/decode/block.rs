@@ -8,6 +8,7 @@ use crate::cpu::{CodeSize, Cpu};
 use crate::exec;
 use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
 use crate::model::Model;
+use crate::pmu::branch::Kind;
 use crate::uop::{Exec, Handler, Uop};
 
 /// Most instructions of a block.
@@ -46,6 +47,12 @@ pub struct Block {
     pub uops: Box<[Uop]>,
     pub instructions: u32,
     pub valid: bool,
+    /// The first instruction has a hidden breakpoint.
+    pub breakpoint: bool,
+    /// The branch that its last instruction is.
+    pub branch: Kind,
+    /// Distance of its last instruction from the first byte.
+    pub last: u16,
     /// The first two blocks that ran behind this one.
     pub links: [Link; 2],
     /// Length in bytes.
@@ -64,6 +71,9 @@ impl Block {
             uops: Box::default(),
             instructions: 0,
             valid: true,
+            breakpoint: false,
+            branch: Kind::None,
+            last: 0,
             links: [Link::NONE; 2],
             length: 0,
             key,
@@ -80,7 +90,13 @@ impl Block {
         for (n, (uop, insn)) in uops.iter_mut().zip(instructions).enumerate() {
             uop.run = exec::fast::handler(insn, uop, instructions.get(n + 1), dead[n]).unwrap_or(uop.run);
         }
+        if self.breakpoint {
+            uops[0].run = exec::breakpoint;
+        }
         self.instructions = instructions.len() as u32;
+        if let Some(last) = instructions.last() {
+            (self.branch, self.last) = (Kind::of(last), last.ip() as u16);
+        }
         self.length = instructions.iter().map(|insn| insn.len() as u32).sum();
         uops.push(fall_through(self.length));
         self.uops = uops.into();
@@ -120,12 +136,23 @@ pub fn decode(cpu: &mut Cpu) -> Exec<Block> {
     // SAFETY: `host` is a translated page and `available` does not reach beyond it.
     unsafe { host.copy_to_nonoverlapping(bytes.as_mut_ptr(), available) };
     let mut block = Block::new(host as u64, size);
-    let instructions = decode_page(&bytes[..available], size, &cpu.model);
+    block.breakpoint = cpu.npt.breakpoints.at_host(host as u64);
+    let mut instructions = decode_page(&bytes[..available], size, &cpu.model);
+    if cpu.npt.breakpoints.any() {
+        end_before_breakpoint(&mut instructions, |offset| cpu.npt.breakpoints.at_host(host as u64 + offset));
+    }
     if instructions.is_empty() {
         return crossing(cpu, la, &bytes[..available], block);
     }
     block.fill(&instructions, &cpu.model);
     Ok(block)
+}
+
+/// Leaves instructions with a hidden breakpoint to the beginning of a block.
+fn end_before_breakpoint(instructions: &mut Vec<Instruction>, hit: impl Fn(u64) -> bool) {
+    // The decoder counts addresses from the first byte of the block.
+    let end = instructions.iter().skip(1).position(|insn| hit(insn.ip())).map_or(instructions.len(), |n| n + 1);
+    instructions.truncate(end);
 }
 
 fn code_address(cpu: &mut Cpu, rip: u64) -> Exec<u64> {

@@ -89,6 +89,12 @@ pub fn resume(_cpu: &mut Cpu, _uop: &Uop) -> Exec {
     Err(Stop::Retry)
 }
 
+/// Handler of an instruction with a hidden breakpoint: leaves the guest, or the instruction to its reference handler.
+pub fn breakpoint(cpu: &mut Cpu, _uop: &Uop) -> Exec {
+    cpu.meet_breakpoint()?;
+    Err(Stop::Slow)
+}
+
 /// Handler of an instruction that the CPU model lacks.
 pub fn undefined(cpu: &mut Cpu, _uop: &Uop) -> Exec {
     Err(cpu.undefined())

@@ -1,8 +1,8 @@
 //! Identification, model-specific registers, time stamps and random numbers: CPUID, RDMSR, WRMSR, RDTSC, RDTSCP, RDPID, RDPMC, RDRAND,
 //! RDSEED (SDM vol. 2; MSR bitmaps: SDM vol. 3, 25.6.9; APM vol. 2, 15.11).
 //!
-//! The registers that this core executes without its hypervisor are those that live in [`crate::state::State`]; every other index
-//! raises #GP when it is not intercepted.
+//! The registers that this core executes without its hypervisor are those that live in [`crate::state::State`] and those of its
+//! [`crate::pmu`]; every other index raises #GP when it is not intercepted.
 
 use iced_x86::{Instruction, Mnemonic};
 
@@ -10,6 +10,7 @@ use crate::cpu::{CodeSize, Cpu};
 use crate::flags::Flags;
 use crate::model::msrs::index;
 use crate::model::Feature;
+use crate::pmu::registers::debugctl_bits;
 use crate::state::{cr0, cr4, efer, gpr, rflags, seg};
 use crate::uop::{Exec, Handler, Stop, Uop};
 use crate::virt::control::intercept;
@@ -38,9 +39,9 @@ pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
 }
 
 /// Instructions of this family after which the dispatcher must look at the CPU, or before which all others of the block must have retired:
-/// a virtual TSC counts them.
+/// a virtual TSC and performance counters count them.
 pub fn ends_block(insn: &Instruction) -> bool {
-    matches!(insn.mnemonic(), Mnemonic::Wrmsr | Mnemonic::Rdmsr | Mnemonic::Rdtsc | Mnemonic::Rdtscp)
+    matches!(insn.mnemonic(), Mnemonic::Wrmsr | Mnemonic::Rdmsr | Mnemonic::Rdpmc | Mnemonic::Rdtsc | Mnemonic::Rdtscp)
 }
 
 // ---- identification -----------------------------------------------------------------------------------------------------------------
@@ -128,7 +129,8 @@ fn read_msr(cpu: &mut Cpu, index: u32) -> Exec<u64> {
         index::TSC_AUX if has_tsc_aux(cpu) => state.tsc_aux,
         index::SPEC_CTRL if spec_ctrl_bits(cpu) != 0 => state.spec_ctrl,
         index::XSS if cpu.model.has(Feature::Xsaves) => state.xss,
-        _ => return Err(cpu.general_protection()),
+        index::PKRS if cpu.model.has(Feature::Pks) => state.pkrs,
+        _ => return cpu.read_pmu(index),
     };
     Ok(value)
 }
@@ -142,7 +144,7 @@ fn write_msr(cpu: &mut Cpu, index: u32, value: u64) -> Exec {
         // AMD silicon has SYSENTER in legacy mode only, and keeps 32 bits of its addresses.
         index::SYSENTER_ESP => state.sysenter_esp = if amd { value & 0xffff_ffff } else { value },
         index::SYSENTER_EIP => state.sysenter_eip = if amd { value & 0xffff_ffff } else { value },
-        index::DEBUGCTL => state.debugctl = value,
+        index::DEBUGCTL => write_debugctl(cpu, value),
         index::PAT => state.pat = value,
         index::EFER => write_efer(cpu, value),
         index::STAR => state.star = value,
@@ -155,9 +157,9 @@ fn write_msr(cpu: &mut Cpu, index: u32, value: u64) -> Exec {
         index::TSC_AUX => state.tsc_aux = value & 0xffff_ffff,
         index::SPEC_CTRL => state.spec_ctrl = value,
         index::XSS => state.xss = value,
-        // The barrier has nothing to hold back.
-        index::PRED_CMD => {}
-        _ => return Err(cpu.general_protection()),
+        index::PKRS => write_supervisor_keys(cpu, value),
+        index::PRED_CMD => cpu.pmu.barrier(value),
+        _ => return cpu.write_pmu(index, value),
     }
     Ok(())
 }
@@ -172,10 +174,11 @@ fn check_msr_value(cpu: &mut Cpu, index: u32, value: u64) -> Exec {
         index::TSC_AUX => has_tsc_aux(cpu) && (amd || value >> 32 == 0),
         index::PAT => value.to_le_bytes().iter().all(|kind| matches!(kind, 0 | 1 | 4..=7)),
         index::EFER => efer_allowed(cpu, value),
-        index::DEBUGCTL => value & !debugctl_bits(amd) == 0,
+        index::DEBUGCTL => value & !debugctl_bits(&cpu.pmu) == 0,
         index::SPEC_CTRL => spec_ctrl_bits(cpu) != 0 && value & !spec_ctrl_bits(cpu) == 0,
         index::PRED_CMD => (cpu.model.has(Feature::SpecCtrl) || cpu.model.has(Feature::AmdIbpb)) && value & !1 == 0,
         index::XSS => cpu.model.has(Feature::Xsaves) && value == 0,
+        index::PKRS => cpu.model.has(Feature::Pks) && value >> 32 == 0,
         _ => true,
     };
     if good {
@@ -195,14 +198,10 @@ fn spec_ctrl_bits(cpu: &Cpu) -> u64 {
     any([Feature::SpecCtrl, Feature::AmdIbrs]) | any([Feature::Stibp, Feature::AmdStibp]) << 1 | any([Feature::Ssbd, Feature::AmdSsbd]) << 2
 }
 
-/// Bits of DEBUGCTL that exist without a performance monitor and a debug store: LBR and BTF, and freezing in SMM (Intel) or the
-/// debug pins (AMD).
-fn debugctl_bits(amd: bool) -> u64 {
-    if amd {
-        0x3f
-    } else {
-        1 | 1 << 1 | 1 << 14
-    }
+fn write_debugctl(cpu: &mut Cpu, value: u64) {
+    cpu.sync_counters();
+    cpu.state.debugctl = value;
+    cpu.choose_watch();
 }
 
 /// Reserved bits of EFER must be clear, and LME cannot change while paging is on. LMA is read-only and ignored.
@@ -226,6 +225,15 @@ fn write_efer(cpu: &mut Cpu, value: u64) {
         cpu.tlb.flush();
     }
     cpu.refresh();
+}
+
+fn write_supervisor_keys(cpu: &mut Cpu, value: u64) {
+    let changed = cpu.state.pkrs != value;
+    cpu.state.pkrs = value;
+    if changed && cpu.state.cr4 & cr4::PKS != 0 {
+        cpu.tlb.flush();
+        cpu.refresh();
+    }
 }
 
 fn write_base(cpu: &mut Cpu, segment: usize, base: u64) {
@@ -267,7 +275,6 @@ fn rdpid(cpu: &mut Cpu, uop: &Uop) -> Exec {
     Ok(())
 }
 
-/// No model has performance counters, so every counter number is out of range.
 fn rdpmc(cpu: &mut Cpu, _uop: &Uop) -> Exec {
     if cpu.state.cr4 & cr4::PCE == 0 {
         cpu.require_cpl0()?;
@@ -275,7 +282,9 @@ fn rdpmc(cpu: &mut Cpu, _uop: &Uop) -> Exec {
     if cpu.control.intercepts(intercept::RDPMC) {
         return Err(cpu.exit(code::RDPMC, 0));
     }
-    Err(cpu.general_protection())
+    let value = cpu.read_counter(cpu.gpr(gpr::RCX) as u32)?;
+    set_edx_eax(cpu, value);
+    Ok(())
 }
 
 // ---- random numbers -----------------------------------------------------------------------------------------------------------------

@@ -144,15 +144,14 @@ fn virtual_8086_below_iopl(cpu: &Cpu) -> bool {
 }
 
 fn pushf<W: Word>(cpu: &mut Cpu, _uop: &Uop) -> Exec {
-    let mut image = cpu.rflags() & !(rflags::VM | rflags::RF);
+    let mut image = cpu.rflags();
     if virtual_8086_below_iopl(cpu) {
         if W::BITS != 16 || cpu.state.cr4 & cr4::VME == 0 {
             return Err(cpu.general_protection());
         }
-        let interrupts = if image & rflags::VIF != 0 { rflags::IF } else { 0 };
-        image = image & !rflags::IF | rflags::IOPL | interrupts;
+        image = cpu.virtual_flags();
     }
-    cpu.push(W::truncate(image))
+    cpu.push(W::truncate(image & !(rflags::VM | rflags::RF)))
 }
 
 /// Flags that POPF may change at the current privilege (SDM vol. 2, POPF, table 4-16).
@@ -186,13 +185,7 @@ fn popf_virtual<W: Word>(cpu: &mut Cpu) -> Exec {
         return Err(cpu.general_protection());
     }
     let image = cpu.peek::<W>(0)?.zero_extend();
-    let pending = image & rflags::IF != 0 && cpu.rflags & rflags::VIP != 0;
-    if pending || image & rflags::TF != 0 {
-        return Err(cpu.general_protection());
-    }
-    let changed = rflags::WRITABLE & 0xffff & !(rflags::IOPL | rflags::IF);
-    let interrupts = if image & rflags::IF != 0 { rflags::VIF } else { 0 };
-    let flags = cpu.rflags() & !changed & !rflags::VIF | image & changed | interrupts;
+    let flags = cpu.load_virtual_flags(image)?;
     finish_popf::<W>(cpu, flags)
 }
 

@@ -13,14 +13,14 @@ mod software;
 use crate::cpu::breakpoint::{dr6, dr7};
 use crate::cpu::{pending, Cpu};
 use crate::fault::{vector, Fault};
+use crate::pmu::branch::Kind as Branch;
+use crate::pmu::debugctl;
 use crate::state::{activity, cr0, interruptibility, rflags};
 use crate::uop::{slot, Exec, Stop};
 use crate::virt::exits::code;
 
 /// Bit 0 of an error code: the fault happened while an event from outside the program was delivered.
 const EXTERNAL: u32 = 1;
-/// Last branch records are on (IA32_DEBUGCTL); a debug exception turns them off.
-const DEBUGCTL_LBR: u64 = 1;
 
 /// What an event is; the numbers are those of interruption information (SDM vol. 3, table 25-17).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,6 +97,15 @@ impl Event {
         }
     }
 
+    /// The kind of branch that the delivery is.
+    fn branch(&self) -> Branch {
+        match self.kind {
+            Kind::External | Kind::Nmi => Branch::Interrupt,
+            Kind::Exception => Branch::Exception,
+            Kind::Software | Kind::PrivilegedException | Kind::SoftwareException => Branch::SoftwareInterrupt,
+        }
+    }
+
     /// Whether the event is #DB and not INT 1: it takes the place of the debug traps that wait.
     fn is_debug_exception(&self) -> bool {
         self.vector == vector::DB && matches!(self.kind, Kind::Exception | Kind::PrivilegedException)
@@ -124,20 +133,33 @@ impl Cpu {
         let Some(kind) = Kind::from_info(info) else {
             return Err(self.exit(code::INVALID_STATE, 0));
         };
-        let skip = if kind.by_instruction() { instruction_length } else { 0 };
         let event = Event {
             vector: info as u8,
             kind,
             error: (info & 1 << 11 != 0).then_some(error),
             payload: 0,
-            return_rip: self.rip_at(skip.into()),
+            return_rip: self.injected_return(info as u8, kind, instruction_length),
             flags: self.rflags(),
         };
-        self.deliver(event, false)?;
+        let delivered = self.deliver(event, false);
+        if delivered.is_err() && kind.by_instruction() && !self.model.is_amd() {
+            self.exit.instruction_length = instruction_length; // as the entry was told (SDM vol. 3, 28.2.5)
+        }
+        delivered?;
         if kind == Kind::Nmi {
             self.state.interruptibility |= interruptibility::NMI;
         }
         Ok(())
+    }
+
+    /// Where an injected event returns to: on Intel silicon behind the instruction whose length the hypervisor gives (SDM vol. 3, 26.6.1),
+    /// on AMD's at the next RIP of the control block, or where that is not saved at RIP itself, which the hypervisor has moved.
+    fn injected_return(&self, vector: u8, kind: Kind, instruction_length: u32) -> u64 {
+        if self.model.is_amd() {
+            let soft = kind == Kind::Software || kind == Kind::Exception && matches!(vector, vector::BP | vector::OF);
+            return if soft && self.model.saves_next_rip() { self.control.next_rip } else { self.rip() };
+        }
+        self.rip_at(if kind.by_instruction() { instruction_length.into() } else { 0 })
     }
 
     /// The event of an exception that the current instruction raised.
@@ -172,7 +194,11 @@ impl Cpu {
                 self.side_effects(&event);
             }
             (self.vectoring, self.vectoring_error) = (self.event_info(&event), event.error.unwrap_or(0));
+            let (from, level) = (self.rip(), self.cpl());
             let outcome = self.vector(&event);
+            if outcome.is_ok() && self.pending & pending::WATCHED != 0 {
+                self.note_delivery(event.branch(), event.vector, from, level);
+            }
             if outcome != Err(Stop::Fault) {
                 (self.vectoring, self.vectoring_error) = (0, 0);
                 return outcome;
@@ -218,9 +244,17 @@ impl Cpu {
             vector::DB => {
                 self.state.dr6 = self.state.dr6 & !dr6::BREAKPOINTS | event.payload | dr6::FIXED;
                 self.state.dr7 &= !dr7::GD;
-                self.state.debugctl &= !DEBUGCTL_LBR;
+                self.stop_branch_debugging();
             }
             _ => {}
+        }
+    }
+
+    /// A debug exception turns branch records and stepping by branches off (SDM vol. 3, 18.4.1).
+    fn stop_branch_debugging(&mut self) {
+        self.state.debugctl &= !(debugctl::LBR | debugctl::BTF);
+        if self.pending & pending::WATCHED != 0 {
+            self.choose_watch();
         }
     }
 

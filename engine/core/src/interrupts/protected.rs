@@ -1,7 +1,7 @@
 //! Delivery in protected and virtual-8086 mode, through 16- and 32-bit gates (SDM vol. 3, 6.12 and 20.3).
 
 use super::gate::Gate;
-use super::{Event, Kind};
+use super::Event;
 use crate::cpu::descriptor::{system, Descriptor};
 use crate::cpu::switch::NewStack;
 use crate::cpu::Cpu;
@@ -66,10 +66,5 @@ impl Cpu {
         self.refresh();
         self.set_rip(gate.offset);
         Ok(())
-    }
-
-    /// Whether INT n may run at all: virtual-8086 mode below IOPL 3 leaves it to the monitor (SDM vol. 3, 20.2.5).
-    pub(super) fn software_interrupt_allowed(&self, kind: Kind) -> bool {
-        kind != Kind::Software || !self.virtual_8086() || self.io_privilege() == 3
     }
 }

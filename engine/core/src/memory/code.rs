@@ -6,12 +6,15 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::PAGE_SIZE;
 
 /// Locks that the pages are spread over.
 const SHARDS: usize = 64;
+/// Counters of the filter in front of them.
+const COUNTERS: usize = 4096;
 
 /// Multiplicative hashing: keys are addresses, and not the guest's choice alone.
 #[derive(Default)]
@@ -50,11 +53,14 @@ struct Page {
 /// The pages of one VM.
 pub struct CodePages {
     shards: [Mutex<AddressMap<u64, Page>>; SHARDS],
+    /// How many pages of the set hash to each counter: zero means that the page is not in it. Whoever reads a zero while another core
+    /// claims the page is a core that the claim waits for.
+    filter: Box<[AtomicU32]>,
 }
 
 impl Default for CodePages {
     fn default() -> Self {
-        CodePages { shards: std::array::from_fn(|_| Mutex::default()) }
+        CodePages { shards: std::array::from_fn(|_| Mutex::default()), filter: (0..COUNTERS).map(|_| AtomicU32::new(0)).collect() }
     }
 }
 
@@ -62,7 +68,7 @@ impl CodePages {
     /// Whether some core holds code of `page`, a host address.
     #[inline]
     pub fn contains(&self, page: u64) -> bool {
-        self.shard(page).contains_key(&page)
+        self.counter(page).load(Ordering::SeqCst) != 0 && self.shard(page).contains_key(&page)
     }
 
     /// Counts one more core that holds code of `page`. False when cores may have write tags for it; the caller sees to it that they drop
@@ -70,6 +76,9 @@ impl CodePages {
     pub fn claim(&self, page: u64) -> bool {
         let mut shard = self.shard(page);
         let entry = shard.entry(page).or_default();
+        if entry.cores == 0 {
+            self.counter(page).fetch_add(1, Ordering::SeqCst);
+        }
         entry.cores += 1;
         entry.settled
     }
@@ -88,8 +97,13 @@ impl CodePages {
             entry.cores -= 1;
             if entry.cores == 0 {
                 shard.remove(&page);
+                self.counter(page).fetch_sub(1, Ordering::SeqCst);
             }
         }
+    }
+
+    fn counter(&self, page: u64) -> &AtomicU32 {
+        &self.filter[(page / PAGE_SIZE).wrapping_mul(0x9e37_79b9_7f4a_7c15) as usize >> (usize::BITS - COUNTERS.ilog2())]
     }
 
     fn shard(&self, page: u64) -> MutexGuard<'_, AddressMap<u64, Page>> {

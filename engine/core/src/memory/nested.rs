@@ -6,6 +6,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard, Weak};
 
+use super::breakpoints::Breakpoints;
 use super::code::CodePages;
 use super::region::Region;
 use super::{PAGE_OFFSET, PAGE_SIZE};
@@ -113,6 +114,8 @@ pub struct NestedPageTable {
     cores: Mutex<Vec<Weak<Signal>>>,
     /// Pages with translated code of any core.
     pub code: CodePages,
+    /// Where cores leave the guest before the instruction.
+    pub breakpoints: Breakpoints,
     /// Held by the core that makes the others stand still.
     pub bus: Mutex<()>,
 }
@@ -125,6 +128,7 @@ impl Default for NestedPageTable {
             generation: AtomicU64::new(1),
             cores: Mutex::default(),
             code: CodePages::default(),
+            breakpoints: Breakpoints::default(),
             bus: Mutex::default(),
         }
     }
@@ -178,6 +182,18 @@ impl NestedPageTable {
             true
         });
         Ok(())
+    }
+
+    /// Adds and removes hidden breakpoints, which every core obeys when the call returns.
+    pub fn set_breakpoints(&self, add: &[u64], remove: &[u64]) {
+        let stale = self.breakpoints.change(&self.tree(), add, remove);
+        self.drop_code(&stale);
+        self.shoot_down();
+    }
+
+    /// Tells the cores that code of these host pages is no longer right.
+    fn drop_code(&self, pages: &[u64]) {
+        pages.iter().for_each(|page| self.wrote_host(*page, PAGE_SIZE, None));
     }
 
     /// Tells the cores that a device or the hypervisor wrote `[gpa, gpa + size)`, so that they drop code made from it.
@@ -236,9 +252,19 @@ impl NestedPageTable {
 
     /// Edits the tree; `edit` tells whether it changed or took away what a core may have cached. (What was not mapped is not cached.)
     fn change(&self, edit: impl FnOnce(&mut Tree) -> bool) {
-        if !edit(&mut self.tree.write().unwrap_or_else(|poisoned| poisoned.into_inner())) {
-            return;
+        let (stale, flush) = {
+            let mut tree = self.tree.write().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let flush = edit(&mut tree);
+            (self.breakpoints.follow(&tree), flush)
+        };
+        self.drop_code(&stale);
+        if flush || !stale.is_empty() {
+            self.shoot_down();
         }
+    }
+
+    /// Returns when every core has dropped what it cached before.
+    fn shoot_down(&self) {
         let generation = self.generation.fetch_add(1, Ordering::AcqRel) + 1;
         for core in self.cores() {
             core.flush_nested(generation);

@@ -42,6 +42,7 @@ const FEATURES: &[Feature] = {
         Fsgsbase, TscAdjust, Bmi1, Hle, Avx2, FdpExcptnOnly, Smep, Bmi2, Erms, Invpcid, Rtm, Cqm, ZeroFcsFds, Mpx, RdtA, Avx512f, Avx512dq,
         Rdseed, Adx, Smap, Clflushopt, Clwb, IntelPt, Avx512cd, Avx512bw, Avx512vl, Pku, Avx512Vnni, MdClear, SpecCtrl, Stibp, FlushL1d,
         ArchCapabilities, Ssbd, Xsaveopt, Xsavec, Xgetbv1, Xsaves, Syscall, Nx, Pdpe1gb, Rdtscp, Lm, LahfLm, Abm, Prefetchw, Invtsc,
+        Pmu, Lbr,
     ]
 };
 

@@ -14,6 +14,10 @@ const CRYSTAL_KHZ: u32 = 1000;
 /// Bytes of an XSAVE area with the legacy region and the header alone.
 const XSAVE_LEGACY: u32 = 576;
 
+/// Leaf A: version 4, four general counters and three fixed ones of 48 bits. There is no cache, so the two events of the last level (bits 3
+/// and 4 of the seven in EBX) are missing.
+const PERFORMANCE_MONITORING: [u32; 4] = [0x0730_0404, 1 << 3 | 1 << 4, 0, 0x603];
+
 /// The state components beyond x87 and SSE: bit in XCR0, the feature behind it, size and standard-format offset in bytes.
 const COMPONENTS: &[(u32, Feature, u32, u32)] = &[
     (2, Feature::Avx, 256, 576),
@@ -89,6 +93,7 @@ impl Model {
             // CLFLUSH lines of 64 bytes, one logical processor, APIC ID 0.
             0x1 => [self.part.signature, 8 << 8 | 1 << 16, 0, 0],
             0x4 | 0x8000_001d => self.caches(leaf).get(subleaf as usize).map_or([0; 4], super::Cache::describe),
+            0xa if self.has(Feature::Pmu) && !self.is_amd() => PERFORMANCE_MONITORING,
             0xb => topology(subleaf),
             0xd => self.xsave(subleaf),
             0x15 => [CRYSTAL_KHZ, self.tsc_khz() as u32, CRYSTAL_KHZ * 1000, 0],

@@ -50,7 +50,7 @@ const FEATURES: &[Feature] = {
         Xsaves, Syscall, Nx, Mmxext, FxsrOpt, Pdpe1gb, Rdtscp, Lm, LahfLm, CmpLegacy, Svm, Extapic, Cr8Legacy, Abm, Sse4a, MisalignSse,
         Prefetchw, Osvw, Ibs, Skinit, Wdt, Topoext, PerfctrCore, PerfctrNb, Bpext, PerfctrLlc, Mwaitx, Invtsc, Clzero, Irperf, Xsaveerptr,
         Rdpru, Wbnoinvd, AmdIbpb, AmdIbrs, AmdStibp, AmdSsbd, Npt, Lbrv, NripSave, TscScale, VmcbClean, FlushByAsid, DecodeAssists,
-        PauseFilter, PfThreshold, Avic, VVmsaveVmload, Vgif,
+        PauseFilter, PfThreshold, Avic, VVmsaveVmload, Vgif, Pmu,
     ]
 };
 

@@ -1,5 +1,6 @@
 //! CPU features by name: where CPUID announces each, and whether the engine implements it (SDM vol. 2, CPUID; APM vol. 3, app. E).
 //!
+//! Performance monitoring and LBR have no bit of their own; their leaf in the table is one that no software asks for.
 //! Names are those of Linux and QEMU; `_`, `-` and `.` are the same letter.
 
 /// Registers of a CPUID answer, as indices.
@@ -74,7 +75,7 @@ features! {
     0x1 . 0 ECX {
         0 Sse3 "pni" yes, 1 Pclmulqdq "pclmulqdq" yes, 2 Dtes64 "dtes64" no, 3 Monitor "monitor" yes, 4 DsCpl "ds-cpl" no,
         5 Vmx "vmx" no, 6 Smx "smx" no, 7 Est "est" no, 8 Tm2 "tm2" no, 9 Ssse3 "ssse3" yes, 11 Sdbg "sdbg" no, 12 Fma "fma" yes,
-        13 Cx16 "cx16" yes, 14 Xtpr "xtpr" no, 15 Pdcm "pdcm" no, 17 Pcid "pcid" yes, 18 Dca "dca" no, 19 Sse41 "sse4.1" yes,
+        13 Cx16 "cx16" yes, 14 Xtpr "xtpr" no, 15 Pdcm "pdcm" yes, 17 Pcid "pcid" yes, 18 Dca "dca" no, 19 Sse41 "sse4.1" yes,
         20 Sse42 "sse4.2" yes, 21 X2apic "x2apic" yes, 22 Movbe "movbe" yes, 23 Popcnt "popcnt" yes,
         24 TscDeadline "tsc-deadline" yes, 25 Aes "aes" yes, 26 Xsave "xsave" yes, 28 Avx "avx" yes, 29 F16c "f16c" yes,
         30 Rdrand "rdrand" yes,
@@ -95,7 +96,7 @@ features! {
     }
     0x7 . 0 ECX {
         2 Umip "umip" yes, 3 Pku "pku" yes, 11 Avx512Vnni "avx512-vnni" no, 16 La57 "la57" yes, 22 Rdpid "rdpid" yes,
-        25 Cldemote "cldemote" yes, 27 Movdiri "movdiri" yes, 28 Movdir64b "movdir64b" yes,
+        25 Cldemote "cldemote" yes, 27 Movdiri "movdiri" yes, 28 Movdir64b "movdir64b" yes, 31 Pks "pks" yes,
     }
     0x7 . 0 EDX {
         4 Fsrm "fsrm" yes, 10 MdClear "md-clear" yes, 14 Serialize "serialize" yes, 26 SpecCtrl "spec-ctrl" yes, 27 Stibp "stibp" yes,
@@ -111,7 +112,7 @@ features! {
     0x8000_0001 . 0 ECX {
         0 LahfLm "lahf-lm" yes, 1 CmpLegacy "cmp-legacy" no, 2 Svm "svm" yes, 3 Extapic "extapic" no, 4 Cr8Legacy "cr8legacy" no,
         5 Abm "abm" yes, 6 Sse4a "sse4a" no, 7 MisalignSse "misalignsse" no, 8 Prefetchw "3dnowprefetch" yes, 9 Osvw "osvw" no,
-        10 Ibs "ibs" no, 12 Skinit "skinit" no, 13 Wdt "wdt" no, 22 Topoext "topoext" yes, 23 PerfctrCore "perfctr-core" no,
+        10 Ibs "ibs" no, 12 Skinit "skinit" no, 13 Wdt "wdt" no, 22 Topoext "topoext" yes, 23 PerfctrCore "perfctr-core" yes,
         24 PerfctrNb "perfctr-nb" no, 26 Bpext "bpext" no, 28 PerfctrLlc "perfctr-llc" no, 29 Mwaitx "mwaitx" no,
     }
     0x8000_0007 . 0 EDX {
@@ -129,6 +130,9 @@ features! {
     }
     0x8000_0021 . 0 EAX {
         2 LfenceSerializing "lfence-always-serializing" yes, 6 NullSelectorClearsBase "null-sel-clr-base" no, 29 SrsoNo "srso-no" yes,
+    }
+    0xffff_ffff . 0 EAX {
+        0 Pmu "pmu" yes, 1 Lbr "lbr" yes,
     }
 }
 
@@ -151,6 +155,7 @@ pub const NEEDS: &[(Feature, Feature)] = &[
     (Feature::Avx2, Feature::Avx),
     (Feature::Pku, Feature::Xsave),
     (Feature::Pku, Feature::Lm),
+    (Feature::Pks, Feature::Lm),
     (Feature::Fma, Feature::Avx),
     (Feature::F16c, Feature::Avx),
     (Feature::Avx512f, Feature::Avx2),
@@ -171,6 +176,9 @@ pub const NEEDS: &[(Feature, Feature)] = &[
     (Feature::Npt, Feature::Svm),
     (Feature::NripSave, Feature::Svm),
     (Feature::TscScale, Feature::Svm),
+    (Feature::PerfctrCore, Feature::Pmu),
+    (Feature::Lbr, Feature::Pmu),
+    (Feature::Lbr, Feature::Pdcm),
 ];
 
 impl Feature {

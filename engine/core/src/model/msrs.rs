@@ -18,6 +18,8 @@ pub mod index {
     pub const MCG_CAP: u32 = 0x179;
     pub const DEBUGCTL: u32 = 0x1d9;
     pub const PAT: u32 = 0x277;
+    pub const PERF_CAPABILITIES: u32 = 0x345;
+    pub const PKRS: u32 = 0x6e1;
     pub const XSS: u32 = 0xda0;
     pub const EFER: u32 = 0xc000_0080;
     pub const STAR: u32 = 0xc000_0081;
@@ -66,7 +68,18 @@ impl Model {
         if !self.is_amd() {
             msrs.insert(index::PLATFORM_INFO, self.platform_info());
         }
+        msrs.extend(self.perf_capabilities().map(|value| (index::PERF_CAPABILITIES, value)));
         msrs
+    }
+
+    /// PERF_CAPABILITIES: the format of branch records, freezing in SMM, counters that can be written as a whole.
+    pub fn perf_capabilities(&self) -> Option<u64> {
+        const LBR_FORMAT_INFO: u64 = 5;
+        const FREEZE_WHILE_SMM: u64 = 1 << 12;
+        const FULL_WIDTH_WRITES: u64 = 1 << 13;
+        let records = if self.has(Feature::Lbr) { LBR_FORMAT_INFO } else { 0 };
+        let counters = if self.has(Feature::Pmu) { FULL_WIDTH_WRITES } else { 0 };
+        (self.has(Feature::Pdcm) && !self.is_amd()).then_some(records | FREEZE_WHILE_SMM | counters)
     }
 
     /// PLATFORM_INFO: the ratio of TSC to the 100 MHz bus clock, as the highest and as the lowest that the part runs at.

@@ -4,6 +4,7 @@ pub mod tlb;
 pub mod translate;
 pub mod walk;
 
+use crate::memory::nested::right;
 use crate::state::cr4;
 
 /// What an access does.
@@ -12,6 +13,17 @@ pub enum AccessKind {
     Read,
     Write,
     Fetch,
+}
+
+impl AccessKind {
+    /// The right that the access needs in the nested page table.
+    pub const fn right(self) -> u8 {
+        match self {
+            AccessKind::Read => right::READ,
+            AccessKind::Write => right::WRITE,
+            AccessKind::Fetch => right::EXECUTE,
+        }
+    }
 }
 
 /// With which privilege an access is made; each has a TLB of its own.

@@ -4,9 +4,9 @@ use core::mem::size_of;
 
 use super::walk::{walk, Mapping, WalkError};
 use super::{tlb, AccessKind, Privilege};
-use crate::cpu::Cpu;
+use crate::cpu::{pending, Cpu};
 use crate::fault::vector;
-use crate::memory::nested::right;
+use crate::memory::nested::{right, Leaf};
 use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
 use crate::state::seg;
 use crate::uop::{flag, Exec, Uop};
@@ -18,8 +18,8 @@ use crate::word::{Plain, Word};
 enum Target {
     /// Host memory.
     Ram(*mut u8),
-    /// A guest-physical address that the hypervisor emulates; only while it asked for an emulated instruction.
-    Device(u64),
+    /// An access that the hypervisor makes; only while it asked for an emulated instruction.
+    Device { gpa: u64, la: u64 },
 }
 
 /// Host address of `[la, la + bytes)` if `table` knows the page and allows the access.
@@ -163,15 +163,16 @@ impl Cpu {
         let segment = uop.segment();
         self.watch(la, W::BYTES, AccessKind::Write);
         if la & PAGE_OFFSET <= PAGE_SIZE - W::BYTES {
-            if let Target::Ram(host) = self.target(segment, la, AccessKind::Write, self.privilege())? {
-                // SAFETY: `target` just translated the page for writing, and the access is inside it.
+            if let Target::Ram(host) = self.modified(segment, la)? {
+                // SAFETY: `modified` just translated the page for writing, and the access is inside it.
                 unsafe { self.modify_host(uop, host.cast(), change)? };
                 self.note_code_write(host, W::BYTES as usize);
                 return Ok(());
             }
         } else {
-            self.target(segment, la, AccessKind::Write, self.privilege())?;
-            self.target(segment, (la | PAGE_OFFSET).wrapping_add(1), AccessKind::Write, self.privilege())?;
+            self.check_canonical(segment, la.wrapping_add(W::BYTES - 1))?;
+            self.modified(segment, la)?;
+            self.modified(segment, (la | PAGE_OFFSET).wrapping_add(1))?;
         }
         let apart = |cpu: &mut Cpu| {
             let flags = cpu.flags;
@@ -185,13 +186,18 @@ impl Cpu {
         apart(self)
     }
 
-    /// Host address of RAM at `la` for a store of `bytes` in one page that the TLB does not let through; the caller reports it with [`Cpu::note_code_write`].
-    /// `None` where there is a device.
+    /// [`Cpu::target`] of an operand that is read and written.
+    fn modified(&mut self, segment: usize, la: u64) -> Exec<Target> {
+        self.target_with(segment, la, AccessKind::Write, right::READ | right::WRITE, self.privilege())
+    }
+
+    /// Host address of RAM at `la` for a read and a store of `bytes` in one page that the TLB does not let through; the caller reports it
+    /// with [`Cpu::note_code_write`]. `None` where there is a device.
     pub fn checked_ram(&mut self, segment: usize, la: u64, bytes: u64) -> Exec<Option<*mut u8>> {
         self.watch(la, bytes, AccessKind::Write);
-        Ok(match self.target(segment, la, AccessKind::Write, self.privilege())? {
+        Ok(match self.modified(segment, la)? {
             Target::Ram(host) => Some(host),
-            Target::Device(_) => None,
+            Target::Device { .. } => None,
         })
     }
 
@@ -201,8 +207,9 @@ impl Cpu {
             return Ok(());
         }
         let privilege = self.privilege();
-        self.target(segment, la, AccessKind::Write, privilege)?;
         let last = la.wrapping_add(bytes - 1);
+        self.check_canonical(segment, last)?;
+        self.target(segment, la, AccessKind::Write, privilege)?;
         if (la ^ last) & !PAGE_OFFSET != 0 {
             self.target(segment, last & !PAGE_OFFSET, AccessKind::Write, privilege)?;
         }
@@ -295,6 +302,7 @@ impl Cpu {
         let buffer = unsafe { core::slice::from_raw_parts_mut((&raw mut value).cast::<u8>(), bytes) };
         let first = bytes.min((PAGE_SIZE - (la & PAGE_OFFSET)) as usize);
         let (low, high) = buffer.split_at_mut(first);
+        self.check_canonical(segment, la.wrapping_add(bytes as u64 - 1))?;
         let low_target = self.target(segment, la, AccessKind::Read, privilege)?;
         if !high.is_empty() {
             let target = self.target(segment, la.wrapping_add(first as u64), AccessKind::Read, privilege)?;
@@ -319,6 +327,7 @@ impl Cpu {
         let buffer = unsafe { core::slice::from_raw_parts((&raw const value).cast::<u8>(), bytes) };
         let first = bytes.min((PAGE_SIZE - (la & PAGE_OFFSET)) as usize);
         let (low, high) = buffer.split_at(first);
+        self.check_canonical(segment, la.wrapping_add(bytes as u64 - 1))?;
         let low_target = self.target(segment, la, AccessKind::Write, privilege)?;
         if !high.is_empty() {
             let next = la.wrapping_add(first as u64);
@@ -339,9 +348,9 @@ impl Cpu {
         match target {
             // SAFETY: `target` translated the page, and the buffer is not longer than what is left of it.
             Target::Ram(host) => unsafe { host.copy_to_nonoverlapping(buffer.as_mut_ptr(), buffer.len()) },
-            Target::Device(gpa) => {
+            Target::Device { gpa, la } => {
                 for (n, piece) in buffer.chunks_mut(8).enumerate() {
-                    let data = self.device_access(gpa + 8 * n as u64, piece.len(), None)?;
+                    let data = self.device_access(gpa + 8 * n as u64, la + 8 * n as u64, piece.len(), None)?;
                     piece.copy_from_slice(&data.to_le_bytes()[..piece.len()]);
                 }
             }
@@ -356,11 +365,11 @@ impl Cpu {
                 unsafe { host.copy_from_nonoverlapping(buffer.as_ptr(), buffer.len()) };
                 self.note_code_write(host, buffer.len());
             }
-            Target::Device(gpa) => {
+            Target::Device { gpa, la } => {
                 for (n, piece) in buffer.chunks(8).enumerate() {
                     let mut data = [0; 8];
                     data[..piece.len()].copy_from_slice(piece);
-                    self.device_access(gpa + 8 * n as u64, piece.len(), Some(u64::from_le_bytes(data)))?;
+                    self.device_access(gpa + 8 * n as u64, la + 8 * n as u64, piece.len(), Some(u64::from_le_bytes(data)))?;
                 }
             }
         }
@@ -368,44 +377,63 @@ impl Cpu {
     }
 
     /// Takes the next completed device access of an emulated instruction, or asks the hypervisor to make it.
-    fn device_access(&mut self, gpa: u64, size: usize, write: Option<u64>) -> Exec<u64> {
+    fn device_access(&mut self, gpa: u64, la: u64, size: usize, write: Option<u64>) -> Exec<u64> {
         let wanted = Access { gpa, size: size as u32, write: write.is_some().into(), data: [write.unwrap_or(0), 0] };
         match self.accesses.get(self.access_next) {
             Some(done) if (done.gpa, done.size, done.write) == (gpa, wanted.size, wanted.write) => {
                 self.access_next += 1;
                 Ok(done.data[0])
             }
-            _ => Err(self.exit_access(wanted)),
+            _ => Err(self.exit_access(wanted, la)),
         }
     }
 
-    /// Translates one page-bounded access, or raises what stands in its way.
-    fn target(&mut self, segment: usize, la: u64, kind: AccessKind, privilege: Privilege) -> Exec<Target> {
+    /// Raises #SS or #GP for an address that is not canonical. An access that crosses a page asks for its last byte first: its whole
+    /// address range is checked before any of it is translated (SDM vol. 1, 3.3.7.1).
+    fn check_canonical(&mut self, segment: usize, la: u64) -> Exec {
         if self.long_mode() && !self.canonical(la) {
             let vector = if segment == seg::SS { vector::SS } else { vector::GP };
             return Err(self.raise_error(vector, 0));
         }
-        let mapping = self.map(la, kind, privilege)?;
-        let needed = match kind {
-            AccessKind::Read => right::READ,
-            AccessKind::Write => right::WRITE,
-            AccessKind::Fetch => right::EXECUTE,
-        };
-        let leaf = self.npt.lookup(mapping.gpa);
-        let Some(leaf) = leaf.filter(|leaf| leaf.rights & needed != 0) else {
-            if self.control.emulate != 0 && kind != AccessKind::Fetch {
-                return Ok(Target::Device(mapping.gpa));
+        Ok(())
+    }
+
+    /// Translates one page-bounded access, or raises what stands in its way.
+    fn target(&mut self, segment: usize, la: u64, kind: AccessKind, privilege: Privilege) -> Exec<Target> {
+        self.target_with(segment, la, kind, kind.right(), privilege)
+    }
+
+    /// [`Cpu::target`] for an access that needs the rights `needed` in the nested page table: one that reads and writes is a write to the
+    /// guest's tables, and both to the hypervisor's.
+    fn target_with(&mut self, segment: usize, la: u64, kind: AccessKind, needed: u8, privilege: Privilege) -> Exec<Target> {
+        self.check_canonical(segment, la)?;
+        let (mapping, found) = self.map(la, kind, privilege)?;
+        let Some(leaf) = found.filter(|leaf| self.waivers.rights(leaf.rights, mapping.gpa) & needed == needed) else {
+            // What a hypervisor waives rights for it answers page by page, before anything is done.
+            let asks_first = found.is_some() && !self.waivers.is_empty();
+            if self.control.emulate != 0 && kind != AccessKind::Fetch && !asks_first {
+                return Ok(Target::Device { gpa: mapping.gpa, la });
             }
-            return Err(self.exit_nested(mapping.gpa, Some(la), kind, leaf.map_or(0, |leaf| leaf.rights), false));
+            let rights = found.map_or(0, |leaf| leaf.rights);
+            let unreadable = found.is_some() && needed & right::READ & !self.waivers.rights(rights, mapping.gpa) != 0;
+            let kind = if unreadable { AccessKind::Read } else { kind };
+            return Err(self.exit_nested(mapping.gpa, Some(la), kind, rights, false));
         };
         let host = leaf.host + (la & PAGE_OFFSET);
         self.fill_tlb(la, host, leaf.rights, &mapping, privilege);
         Ok(Target::Ram(host as *mut u8))
     }
 
-    fn map(&mut self, la: u64, kind: AccessKind, privilege: Privilege) -> Exec<Mapping> {
-        let found = walk(&self.paging, &self.npt.tree(), la, privilege, kind);
+    /// The guest's mapping of `la`, and the hypervisor's of where that is.
+    fn map(&mut self, la: u64, kind: AccessKind, privilege: Privilege) -> Exec<(Mapping, Option<Leaf>)> {
+        let found = {
+            let tree = self.npt.tree();
+            walk(&self.paging, &tree, &self.waivers, la, privilege, kind).map(|mapping| (mapping, tree.lookup(mapping.gpa)))
+        };
         self.walks += 1;
+        if self.pending & pending::WATCHED != 0 {
+            self.pmu.walk(kind, found.is_ok());
+        }
         found.map_err(|error| match error {
             WalkError::Guest(code) => self.raise_page_fault(la, code),
             WalkError::Nested { gpa, write } => {
@@ -415,15 +443,17 @@ impl Cpu {
         })
     }
 
+    /// A page that may be written and not read gets no write tag, because accesses that do both go by it.
     fn fill_tlb(&mut self, la: u64, host: u64, rights: u8, mapping: &Mapping, privilege: Privilege) {
+        const BOTH: u8 = right::READ | right::WRITE;
         let allows = |kind| mapping.allows(&self.paging, privilege, kind);
         let checked = || self.npt.code.contains(host & !PAGE_OFFSET);
-        let watched = self.breakpoints.watch_page(la);
+        let watched = self.pending & pending::BREAKPOINTS != 0 && self.breakpoints.watch_page(la);
         let fill = tlb::Fill {
             la,
             host,
             read: !watched && rights & right::READ != 0 && allows(AccessKind::Read),
-            write: !watched && rights & right::WRITE != 0 && mapping.dirty && allows(AccessKind::Write) && !checked(),
+            write: !watched && rights & BOTH == BOTH && mapping.dirty && allows(AccessKind::Write) && !checked(),
             fetch: rights & right::EXECUTE != 0 && allows(AccessKind::Fetch),
             global: mapping.global,
             page_shift: mapping.page_shift,
@@ -438,7 +468,7 @@ impl Cpu {
         }
         match self.target(seg::CS, la, AccessKind::Fetch, self.privilege())? {
             Target::Ram(host) => Ok(host),
-            Target::Device(_) => unreachable!("a fetch is never a device access"),
+            Target::Device { .. } => unreachable!("a fetch is never a device access"),
         }
     }
 }

@@ -4,7 +4,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use super::{AccessKind, Privilege};
 use crate::fault::pf;
-use crate::memory::nested::{right, Tree};
+use crate::memory::nested::{right, Leaf, Tree};
+use crate::memory::waivers::Waivers;
 use crate::memory::PAGE_OFFSET;
 use crate::state::{cr0, cr4, efer, State};
 
@@ -27,6 +28,7 @@ pub struct Context {
     pub efer: u64,
     pub pdpte: [u64; 4],
     pub pkru: u32,
+    pub pkrs: u32,
     /// Bits of a physical address that the CPU has.
     pub physical_bits: u32,
 }
@@ -41,6 +43,7 @@ impl Context {
             efer: state.efer,
             pdpte: state.pdpte,
             pkru: state.fpu.pkru,
+            pkrs: state.pkrs as u32,
             physical_bits,
         }
     }
@@ -88,12 +91,13 @@ impl Mapping {
         context.cr0 & cr0::PG == 0 || self.has_rights(context, privilege, kind) && !self.is_locked(context, privilege, kind)
     }
 
-    /// Whether PKRU denies access to a user page with this key (SDM vol. 3, 4.6.2).
+    /// Whether PKRU denies access to a user page with this key, or IA32_PKRS to a supervisor page (SDM vol. 3, 4.6.2).
     fn is_locked(&self, context: &Context, privilege: Privilege, kind: AccessKind) -> bool {
-        if context.cr4 & cr4::PKE == 0 || context.efer & efer::LMA == 0 || !self.user || kind == AccessKind::Fetch {
+        let (enable, rights) = if self.user { (cr4::PKE, context.pkru) } else { (cr4::PKS, context.pkrs) };
+        if context.cr4 & enable == 0 || context.efer & efer::LMA == 0 || kind == AccessKind::Fetch {
             return false;
         }
-        let bits = context.pkru >> (2 * self.key);
+        let bits = rights >> (2 * self.key);
         let protects_writes = privilege == Privilege::User || context.cr0 & cr0::WP != 0;
         bits & 1 != 0 || bits & 2 != 0 && kind == AccessKind::Write && protects_writes
     }
@@ -123,13 +127,21 @@ pub enum WalkError {
 
 /// Translates `la` and sets accessed and dirty bits as the access asks for. Like silicon, it sets them only in an entry that still says
 /// what the walk found there; else it walks again.
-pub fn walk(context: &Context, tree: &Tree, la: u64, privilege: Privilege, kind: AccessKind) -> Result<Mapping, WalkError> {
-    run_to_end(&Walker { context, tree, la, privilege, kind, commit: true })
+/// `waivers` are rights that the nested page table does not have to grant (see [`crate::memory::waivers`]).
+pub fn walk(
+    context: &Context,
+    tree: &Tree,
+    waivers: &Waivers,
+    la: u64,
+    privilege: Privilege,
+    kind: AccessKind,
+) -> Result<Mapping, WalkError> {
+    run_to_end(&Walker { context, tree, waivers: Some(waivers), la, privilege, kind })
 }
 
-/// Translates `la` for an observer: nothing in guest memory changes.
+/// Translates `la` for an observer: nothing in guest memory changes, and what is mapped may be read.
 pub fn probe(context: &Context, tree: &Tree, la: u64, privilege: Privilege, kind: AccessKind) -> Result<Mapping, WalkError> {
-    run_to_end(&Walker { context, tree, la, privilege, kind, commit: false })
+    run_to_end(&Walker { context, tree, waivers: None, la, privilege, kind })
 }
 
 /// Why a walk goes no further.
@@ -155,7 +167,8 @@ struct Walker<'a> {
     la: u64,
     privilege: Privilege,
     kind: AccessKind,
-    commit: bool,
+    /// None for an observer.
+    waivers: Option<&'a Waivers>,
 }
 
 /// What the levels above agreed on.
@@ -282,9 +295,10 @@ impl Walker<'_> {
     }
 
     fn host(&self, gpa: u64, needed: u8) -> Result<u64, Obstacle> {
-        match self.tree.lookup(gpa) {
-            Some(leaf) if leaf.rights & needed == needed => Ok(leaf.host + (gpa & PAGE_OFFSET)),
-            _ => Err(Obstacle::Error(WalkError::Nested { gpa, write: needed & right::WRITE != 0 })),
+        let allows = |leaf: &Leaf| self.waivers.is_none_or(|waivers| waivers.walk_rights(leaf.rights, gpa) & needed == needed);
+        match self.tree.lookup(gpa).filter(allows) {
+            Some(leaf) => Ok(leaf.host + (gpa & PAGE_OFFSET)),
+            None => Err(Obstacle::Error(WalkError::Nested { gpa, write: needed & right::WRITE != 0 })),
         }
     }
 
@@ -302,7 +316,7 @@ impl Walker<'_> {
 
     /// Sets bits of an entry, if it is still `entry`.
     fn set(&self, gpa: u64, bytes: u64, entry: u64, bits: u64) -> Result<(), Obstacle> {
-        if entry & bits == bits || !self.commit {
+        if entry & bits == bits || self.waivers.is_none() {
             return Ok(());
         }
         let host = self.host(gpa, right::READ | right::WRITE)?;

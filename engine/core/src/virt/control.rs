@@ -89,7 +89,8 @@ pub struct Control {
     pub pause_window: u32,
     /// Bits of [`perf`].
     pub perf_controls: u32,
-    reserved0: u32,
+    /// Valid entries of `Block::waivers`; cleared when the instruction or the event that they are for is done.
+    pub waiver_count: u32,
     pub guest_perf_global_ctrl: u64,
     pub host_perf_global_ctrl: u64,
     /// Virtual time: the host's TSC at the entry.
@@ -99,6 +100,8 @@ pub struct Control {
     /// Virtual time: cycles of the host's TSC per retired instruction; zero is the real time.
     pub tsc_rate: u32,
     reserved1: u32,
+    /// AMD silicon that saves the next RIP: where an injected software interrupt, INT3 or INTO returns to (APM vol. 2, 15.20).
+    pub next_rip: u64,
 }
 
 impl Control {
@@ -150,6 +153,8 @@ pub struct Exit {
 
 /// Most device accesses that one emulated instruction can make.
 pub const ACCESS_MAX: usize = 8;
+/// Most waivers of one instruction.
+pub const WAIVER_MAX: usize = 64;
 /// Bytes of a control block's memory.
 pub const BLOCK_SIZE: usize = 0x5000;
 
@@ -165,7 +170,10 @@ pub struct Block {
     pad2: [u8; 0xc00 - size_of::<State>()],
     pub msr_bitmap: [[[u8; 1024]; 2]; 3],
     pub io_bitmap: [u8; 8192],
-    tail: [u8; 0x800],
+    /// Guest-physical pages with access rights, in the low bits (8: the page walker's), that the nested page table does not have to grant: to the instruction of
+    /// `Control::emulate`, or to the delivery of the injected event.
+    pub waivers: [u64; WAIVER_MAX],
+    tail: [u8; 0x800 - WAIVER_MAX * 8],
 }
 
 const _: () = assert!(size_of::<Block>() == BLOCK_SIZE);

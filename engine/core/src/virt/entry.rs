@@ -7,10 +7,10 @@ use crate::cpu::signal::Signal;
 use crate::cpu::{pending, Cpu};
 use crate::memory::nested::NestedPageTable;
 use crate::model::Model;
-use crate::paging::walk::{probe, Context};
+use crate::paging::walk::{probe, Context, WalkError};
 use crate::paging::{canonical, unused_bits, AccessKind, Privilege};
 use crate::state::{activity, cr0, cr4, efer, rflags, rights, seg, State};
-use crate::virt::control::{intercept, Block, ACCESS_MAX};
+use crate::virt::control::{intercept, perf, Block, ACCESS_MAX, WAIVER_MAX};
 use crate::virt::exits::code;
 
 /// Kinds of access for [`Core::translate`].
@@ -25,7 +25,7 @@ const EVENT_HAS_ERROR: u32 = 1 << 11;
 
 /// One physical CPU.
 pub struct Core {
-    cpu: Box<Cpu>,
+    pub(crate) cpu: Box<Cpu>,
     index: u32,
 }
 
@@ -64,11 +64,16 @@ impl Core {
             cpu.accesses.clear();
             let count = (cpu.control.access_count as usize).min(ACCESS_MAX);
             cpu.accesses.extend_from_slice(&(&(*block).access)[..count]);
+            let count = (cpu.control.waiver_count as usize).min(WAIVER_MAX);
+            cpu.waivers.set(&(&(*block).waivers)[..count]);
+        }
+        if cpu.control.emulate == 0 && cpu.control.event & EVENT_VALID == 0 {
+            cpu.end_waivers();
         }
         cpu.bitmaps = block;
         cpu.access_next = 0;
         let start = cpu.instructions();
-        if state_is_valid(&cpu.state, &cpu.model) {
+        if state_is_valid(&cpu.state, &cpu.model) && global_control_is_valid(cpu) {
             self.attach(npt);
             self.load();
             self.run();
@@ -87,6 +92,7 @@ impl Core {
             (*block).control.event = cpu.control.event;
             (*block).control.tlb_control = cpu.control.tlb_control;
             (*block).control.emulate = cpu.control.emulate;
+            (*block).control.waiver_count = cpu.control.waiver_count;
             (*block).control.random = cpu.control.random;
         }
         cpu.exit.reason
@@ -113,9 +119,10 @@ impl Core {
 
     fn load(&mut self) {
         let cpu = &mut *self.cpu;
-        let before = (cpu.paging.cr0, cpu.paging.cr3, cpu.paging.cr4, cpu.paging.efer, cpu.paging.pkru);
+        let paging = &cpu.paging;
+        let before = (paging.cr0, paging.cr3, paging.cr4, paging.efer, paging.pkru, paging.pkrs);
         let state = &cpu.state;
-        if cpu.control.tlb_control != 0 || before != (state.cr0, state.cr3, state.cr4, state.efer, state.fpu.pkru) {
+        if cpu.control.tlb_control != 0 || before != (state.cr0, state.cr3, state.cr4, state.efer, state.fpu.pkru, state.pkrs as u32) {
             cpu.tlb.flush();
             cpu.tlb.switch(cpu.pcid(), false);
             cpu.control.tlb_control = 0;
@@ -141,6 +148,10 @@ impl Core {
             cpu.control.instruction_budget = cpu.control.instruction_budget.saturating_add(instructions);
         }
         cpu.shorten_budget();
+        if cpu.control.perf_controls & perf::LOAD_GUEST != 0 {
+            cpu.pmu.load_global_control(cpu.control.guest_perf_global_ctrl);
+        }
+        cpu.begin_watch();
     }
 
     /// Delivers the injected event, then runs.
@@ -155,6 +166,9 @@ impl Core {
             if cpu.deliver_event(event, error, cpu.control.event_instruction_length).is_err() {
                 return;
             }
+            if cpu.control.emulate == 0 {
+                cpu.end_waivers();
+            }
         }
         cpu.run();
     }
@@ -162,17 +176,22 @@ impl Core {
     fn unload(&mut self) {
         let cpu = &mut *self.cpu;
         cpu.signal.set_running(false);
+        cpu.end_watch();
+        cpu.pmu.leave_guest();
+        if cpu.control.perf_controls & perf::LOAD_HOST != 0 {
+            cpu.pmu.load_global_control(cpu.control.host_perf_global_ctrl);
+        }
         cpu.state.gpr.copy_from_slice(&cpu.regs[..16]);
         cpu.state.rip = cpu.rip();
         cpu.state.rflags = cpu.rflags();
         cpu.state.activity = if cpu.pending & pending::HALTED != 0 { activity::HLT } else { activity::ACTIVE };
     }
 
-    /// Guest-physical address of `la` for an observer: nothing changes in the guest. `None` where the guest would fault.
-    pub fn translate(&self, state: &State, npt: &NestedPageTable, la: u64, access: u32) -> Option<u64> {
+    /// Guest-physical address of `la` for an observer: nothing changes in the guest.
+    pub fn translate(&self, state: &State, npt: &NestedPageTable, la: u64, access: u32) -> Result<u64, WalkError> {
         let context = Context::new(state, self.cpu.model.physical_bits());
         if context.efer & efer::LMA != 0 && !canonical(la, unused_bits(context.cr4)) {
-            return None;
+            return Err(WalkError::Guest(0));
         }
         let kind = match access {
             bits if bits & access::WRITE != 0 => AccessKind::Write,
@@ -180,7 +199,7 @@ impl Core {
             _ => AccessKind::Read,
         };
         let privilege = if access & access::USER != 0 { Privilege::User } else { Privilege::SupervisorAc };
-        probe(&context, &npt.tree(), la, privilege, kind).ok().map(|mapping| mapping.gpa)
+        probe(&context, &npt.tree(), la, privilege, kind).map(|mapping| mapping.gpa)
     }
 
     /// Everything that the core counts, by name.
@@ -195,6 +214,7 @@ impl Core {
             ("tlb_fills", cpu.tlb.fills),
             ("tlb_flushes", cpu.tlb.flushes),
             ("page_walks", cpu.walks),
+            ("branches_lost", self.branches_lost()),
         ]
     }
 }
@@ -204,6 +224,13 @@ impl Drop for Core {
         let cpu = &mut *self.cpu;
         cpu.code.clear(&cpu.npt.code);
     }
+}
+
+/// Whether the silicon's GLOBAL_CTRL takes the values that entry and exit load (SDM vol. 3, 27.2.2 and 27.3.1.1).
+fn global_control_is_valid(cpu: &Cpu) -> bool {
+    let control = &cpu.control;
+    let loads = [(perf::LOAD_GUEST, control.guest_perf_global_ctrl), (perf::LOAD_HOST, control.host_perf_global_ctrl)];
+    loads.iter().all(|(bit, value)| control.perf_controls & bit == 0 || cpu.pmu.global_control_allowed(*value))
 }
 
 fn entry_work(cpu: &Cpu) -> u32 {

@@ -22,6 +22,8 @@ pub mod code {
     /// SVM adds the vector.
     pub const EXCEPTION: Code = both(0, 0x40);
     pub const EXTERNAL_INTERRUPT: Code = both(1, 0x60);
+    /// On Intel silicon an exit as by an exception.
+    pub const NMI: Code = both(0, 0x61);
     pub const TRIPLE_FAULT: Code = both(2, 0x7f);
     pub const INTERRUPT_WINDOW: Code = both(7, 0x64);
     pub const NMI_WINDOW: Code = both(8, 0x74);
@@ -64,6 +66,8 @@ pub mod code {
     pub const ACCESS: Code = both(0x10001, 0x10001);
     /// The instruction budget is used up.
     pub const BUDGET: Code = both(0x10002, 0x10002);
+    /// The next instruction has a hidden breakpoint.
+    pub const BREAKPOINT: Code = both(0x10006, 0x10006);
 }
 
 impl Cpu {
@@ -86,6 +90,17 @@ impl Cpu {
     #[cold]
     pub fn exit_external_interrupt(&mut self) -> Stop {
         self.exit(code::EXTERNAL_INTERRUPT, 0)
+    }
+
+    /// An NMI of the host arrived.
+    #[cold]
+    pub fn exit_nmi(&mut self) -> Stop {
+        const NMI: u32 = 2 | 2 << 8 | 1 << 31;
+        let stop = self.exit(code::NMI, 0);
+        if !self.model.is_amd() {
+            self.exit.interruption = NMI;
+        }
+        stop
     }
 
     /// A guest-physical access that the nested page table does not allow (SDM vol. 3, table 28-7; APM vol. 2, 15.25.6).
@@ -115,9 +130,17 @@ impl Cpu {
 
     /// An emulated instruction needs a device access that the hypervisor has not made yet.
     #[cold]
-    pub fn exit_access(&mut self, access: Access) -> Stop {
+    pub fn exit_access(&mut self, access: Access, la: u64) -> Stop {
         let stop = self.exit(code::ACCESS, 0);
-        self.exit.access = access;
+        (self.exit.access, self.exit.gpa, self.exit.gla) = (access, access.gpa, la);
+        stop
+    }
+
+    /// The instruction at linear address `la` has a hidden breakpoint.
+    #[cold]
+    pub fn exit_breakpoint(&mut self, gpa: u64, la: u64) -> Stop {
+        let stop = self.exit(code::BREAKPOINT, 0);
+        (self.exit.gpa, self.exit.gla) = (gpa, la);
         stop
     }
 

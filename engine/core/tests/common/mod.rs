@@ -8,6 +8,7 @@ pub mod guest;
 pub mod host;
 pub mod system;
 pub mod vector;
+pub mod watched;
 
 use std::sync::Arc;
 
@@ -38,6 +39,7 @@ pub fn every_instruction() -> Model {
 }
 const PRESENT_WRITABLE_USER_DIRTY: u64 = 0x67;
 const WRITABLE: u64 = 2;
+const USER: u64 = 4;
 
 /// One CPU with 4 MB of RAM, flat segments and CPL 0.
 pub struct Machine {
@@ -114,6 +116,13 @@ impl Machine {
     /// Maps the page of `la` to itself as a user page with protection key `key`.
     pub fn map_with_key(&mut self, la: u64, key: u64) {
         self.set_entry(la, la | PRESENT_WRITABLE_USER_DIRTY | key << 59);
+        self.cpu.tlb.flush();
+        self.cpu.refresh_table();
+    }
+
+    /// [`Machine::map_with_key`] as a supervisor page.
+    pub fn map_supervisor_with_key(&mut self, la: u64, key: u64) {
+        self.set_entry(la, la | PRESENT_WRITABLE_USER_DIRTY & !USER | key << 59);
         self.cpu.tlb.flush();
         self.cpu.refresh_table();
     }

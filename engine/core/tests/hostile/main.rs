@@ -68,8 +68,12 @@ fn run_case(target: &str, seed: u64) {
             block.control.instruction_budget = INSTRUCTIONS;
             block.control.tsc_rate |= 1;
         }
+        if random.below(3) == 0 {
+            generate::watch(&mut core, block, &mut random);
+        }
         // SAFETY: the block is ours and nobody else uses it.
         let reason = unsafe { core.enter(block, &npt) };
+        core.branch_log_read();
         // Skip or wander, as a careless hypervisor would.
         block.state.rip = match random.below(3) {
             0 => block.state.rip.wrapping_add(block.exit.instruction_length.into()),

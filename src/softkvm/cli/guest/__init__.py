@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from softkvm.cli.guest import apt, initramfs
+from softkvm.cli.guest import apt, initramfs, packages
 from softkvm.cli.guest.cache import Cache, default_directory
 
 # The meta-packages always depend on the newest kernel of their flavour.
@@ -61,6 +61,21 @@ class Provider:
             self._fetch("busybox", self._apt_session().show(_BUSYBOX), _BUSYBOX_MEMBER)
         return self._cache.path("busybox").read_bytes()
 
+    def package(self, name: str) -> bytes:
+        """An archive with the Debian package `name` and the shared libraries that it needs."""
+        key = f"package-{name}.cpio"
+        if self._cache.record(key) is None:
+            bundle = packages.Bundle()
+            package = packages.add_package(bundle, self._apt_session(), name)
+            self._cache.store(key, bundle.archive(), package.name, package.version, "with its libraries")
+        return self._cache.path(key).read_bytes()
+
+    def program(self, path: Path) -> bytes:
+        """An archive with a program of this machine as /root/NAME, and the C library if it needs it."""
+        bundle = packages.Bundle()
+        packages.add_program(bundle, path)
+        return bundle.archive() + (self.package("libc6") if bundle.missing_libraries() else b"")
+
     def describe(self, name: str) -> str:
         """`PACKAGE VERSION` of a cached file."""
         record = self._cache.record(name)
@@ -80,11 +95,13 @@ def prepare(
     kernel: str | Path,
     initrd: Path | None = None,
     command: Sequence[str] = (),
+    extras: Sequence[str] = (),
     progress: apt.Progress = lambda _: None,
     cache: Cache | None = None,
 ) -> Guest:
     """The guest of `kernel`, a file or a key of KERNELS, with `initrd` or else softkvm's initramfs, set to run `command` if there is one.
 
+    `extras` are names of Debian packages, and paths (with a slash) of programs, that softkvm's initramfs has besides busybox.
     Raises GuestUnavailable where a part is neither cached nor fetchable and CacheError where the cache cannot be used.
     """
     with Provider(cache or Cache(default_directory()), progress) as provider:
@@ -94,6 +111,9 @@ def prepare(
             return Guest(path, initrd, ", ".join([*titles, initrd.name]), announces_shell=False)
         image = initramfs.build(provider.busybox())
         titles.append(provider.describe("busybox"))
+        for extra in extras:
+            image += provider.program(Path(extra)) if "/" in extra else provider.package(extra)
+            titles.append(Path(extra).name if "/" in extra else provider.describe(f"package-{extra}.cpio"))
     if command:
         image += initramfs.command_archive(command)
     return Guest(path, image, ", ".join(titles), announces_shell=True)

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +60,15 @@ class Apt:
             (archive,) = Path(folder).glob("*.deb")
             return read_member(archive, member)
 
+    def archives(self, names: Sequence[str]) -> Iterator[tuple[Package, bytes]]:
+        """Download the newest versions of packages, all at once; each with its files as a tar archive."""
+        self._progress(f"fetching {', '.join(names)}")
+        with tempfile.TemporaryDirectory(dir=self._state) as folder:
+            self._run("apt-get", "download", *names, directory=folder)
+            for archive in sorted(Path(folder).glob("*.deb")):
+                package = _parse_stanza(archive.name.split("_", 1)[0], _dpkg_deb("--field", archive).decode())
+                yield package, _dpkg_deb("--fsys-tarfile", archive)
+
     def _run(self, tool: str, *arguments: str, directory: str | None = None) -> str:
         options = {
             "Dir::State": self._state,
@@ -94,6 +103,11 @@ def session(progress: Progress) -> Iterator[Apt]:
         raise GuestUnavailable(f"Debian's packages are fetched by {missing[0]}, which this machine lacks; {_HINT}")
     with tempfile.TemporaryDirectory(prefix="softkvm-apt-") as state:
         yield Apt(Path(state), progress)
+
+
+def _dpkg_deb(action: str, archive: Path) -> bytes:
+    """What dpkg-deb prints of a package file."""
+    return subprocess.run(["dpkg-deb", action, archive], capture_output=True, check=True).stdout
 
 
 def read_member(archive: Path, member: re.Pattern[str]) -> tuple[str, bytes]:

@@ -158,7 +158,9 @@ class LapicCore:
         elif mode == irq.DM_REMRD:  # KVM's own use of this mode: a paravirtual kick
             self.pv_unhalted = True
             self.vcpu.make_request(request.REQ_UNHALT)
-        else:  # SMI: there is no SMM; ExtINT comes over LINT0
+        elif mode == irq.DM_SMI:
+            self.vcpu.make_request(request.REQ_SMI)
+        else:  # ExtINT comes over LINT0
             return False
         return True
 
@@ -235,8 +237,12 @@ class LapicCore:
         if trace.kvm_eoi.enabled:
             trace.kvm_eoi(self.apic_id, vector)
         irqchip = self.vcpu.vm.irqchip
-        if irqchip is not None and irqchip.ioapic.handled_vectors & bit:
-            irqchip.ioapic.eoi(vector, bool(self.tmr & bit))
+        if irqchip is not None:
+            if irqchip.ioapic.handled_vectors & bit:
+                irqchip.ioapic.eoi(vector, bool(self.tmr & bit))
+        elif self.vcpu.vm.routing.user_ioapic_handles(vector):
+            self.vcpu.pending_ioapic_eoi = vector
+            self.vcpu.make_request(request.REQ_IOAPIC_EOI_EXIT)
         if self.irr:
             self.vcpu.make_request(request.REQ_EVENT)
 

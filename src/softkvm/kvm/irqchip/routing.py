@@ -6,7 +6,7 @@ Answers to Linux 6.1 `virt/kvm/irqchip.c`, `arch/x86/kvm/irq_comm.c` and `Docume
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -66,18 +66,21 @@ class Route:
     set: Callable[[int, bool], int]
     chip: int | None
     pin: int
+    message: LapicIrq | None = None
+    """Of a message-signalled one, as the routes were set."""
 
 
 class Routing:
     """The routes of all GSIs, and the listeners for acknowledgement and masking of pins."""
 
     def __init__(self, vm: Vm) -> None:
-        """No routes, which is the state before KVM_CREATE_IRQCHIP."""
+        """No routes, which is the state before KVM_CREATE_IRQCHIP, and with the PIC and IOAPIC in user space."""
         self._vm = vm
         self._routes: dict[int, tuple[Route, ...]] = {}
         self._gsi_of_pin: dict[tuple[int, int], int] = {}
         self._ack_listeners: dict[int, tuple[Callable[[], None], ...]] = {}
         self._mask_listeners: dict[int, tuple[Callable[[bool], None], ...]] = {}
+        self._user_ioapic_vectors: frozenset[int] = frozenset()
         self.x2apic_format = False
         """KVM_X2APIC_API_USE_32BIT_IDS: APIC ids of 32 bits in MSIs and in KVM_GET_LAPIC."""
         self.x2apic_broadcast_quirk = True
@@ -156,11 +159,16 @@ class Routing:
         gsi = self._gsi_of_pin.get((chip, pin))
         return gsi is not None and bool(self._ack_listeners.get(gsi))
 
+    def user_ioapic_handles(self, vector: int) -> bool:
+        """Whether the end of a vector that an APIC had in service concerns the IOAPIC in user space: one of its pins is level-triggered."""
+        return vector in self._user_ioapic_vectors
+
     def _route(self, entry: IrqRoutingEntry) -> Route:
         if entry.type == KVM_IRQ_ROUTING_MSI and not entry.flags & ~KVM_MSI_VALID_DEVID:
             msi = entry.msi
             self._check_msi(msi.address_hi)
-            return Route(partial(self._set_msi, msi.address_lo, msi.address_hi, msi.data), None, 0)
+            message = msi_message(msi.address_lo, msi.address_hi, msi.data, self.x2apic_format)
+            return Route(partial(self._set_msi, msi.address_lo, msi.address_hi, msi.data), None, 0, message)
         irqchip = self._vm.irqchip
         if entry.type == KVM_IRQ_ROUTING_IRQCHIP and not entry.flags and irqchip is not None:
             return self._chip_route(irqchip, entry.irqchip.irqchip, entry.irqchip.pin)
@@ -188,7 +196,15 @@ class Routing:
             self._gsi_of_pin = {
                 (route.chip, route.pin): gsi for gsi, several in routes.items() for route in several if route.chip is not None
             }
+            self._user_ioapic_vectors = frozenset(self._level_vectors(self._vm.reserved_ioapic_pins))
             self._rescan()
+
+    def _level_vectors(self, pins: int) -> Iterator[int]:
+        """Vectors of level-triggered messages on the first GSIs (`kvm_scan_ioapic_routes()`)."""
+        for gsi in range(pins):
+            for route in self._routes.get(gsi, ()):
+                if route.message is not None and route.message.level_triggered:
+                    yield route.message.vector
 
     def _rescan(self) -> None:
         if self._vm.irqchip is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from softkvm.kvm import emulate, events, exits, hypercall, pio, virtual_time
+from softkvm.kvm import emulate, events, exits, guest_debug, hypercall, pio, task_switch, virtual_time
 from softkvm.kvm.vendor import Handler
 from softkvm.uapi.svm import EXIT_NAMES, ExitCode
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from softkvm.kvm.vcpu import Vcpu
 
 _NPF_WRITE = 1 << 1
+_DR_WRITE = 0x10
+_TASK_SWITCH_IRET, _TASK_SWITCH_JUMP = 1 << 36, 1 << 38
+"""EXITINFO2 of a task switch (APM vol. 2, 15.14.1)."""
 _GPR_MASK = 15
 """EXITINFO1 of a MOV to or from CRn with decode assists: the general register (APM vol. 2, 15.8.1)."""
 
@@ -57,6 +60,26 @@ def _cr8_read(vcpu: Vcpu) -> int:
     return exits.read_cr8(vcpu, vcpu.exit.qualification & _GPR_MASK)
 
 
+def _db(vcpu: Vcpu) -> int:
+    return guest_debug.handle_db(vcpu, vcpu.state.dr6)
+
+
+def _dr_access(vcpu: Vcpu) -> int:
+    code = vcpu.exit.reason - ExitCode.READ_DR0
+    return guest_debug.handle_dr(vcpu, code & 7, vcpu.exit.qualification & _GPR_MASK, bool(code & _DR_WRITE))
+
+
+def _task_switch(vcpu: Vcpu) -> int:
+    info = vcpu.exit
+    if info.info2 & _TASK_SWITCH_IRET:
+        reason = task_switch.IRET
+    elif info.info2 & _TASK_SWITCH_JUMP:
+        reason = task_switch.JMP
+    else:
+        reason = task_switch.GATE if info.vectoring & events.EVENT_VALID else task_switch.CALL
+    return task_switch.handle(vcpu, info.qualification & 0xFFFF, reason)
+
+
 handlers: dict[int, Handler] = {
     **emulate.handlers,
     **virtual_time.handlers,
@@ -66,7 +89,7 @@ handlers: dict[int, Handler] = {
     ExitCode.INTR: exits.handle_interrupt,
     ExitCode.NMI: exits.handle_nmi,
     ExitCode.VINTR: exits.handle_interrupt_window,
-    ExitCode.RDPMC: exits.handle_gp,
+    ExitCode.RDPMC: exits.handle_rdpmc,
     ExitCode.CPUID: exits.handle_cpuid,
     ExitCode.IRET: exits.handle_nmi_window,
     ExitCode.INVD: exits.handle_nop,
@@ -83,7 +106,13 @@ handlers: dict[int, Handler] = {
     ExitCode.MWAIT: exits.handle_nop,
     ExitCode.XSETBV: exits.handle_xsetbv,
     ExitCode.NPF: _nested_page_fault,
+    ExitCode.TASK_SWITCH: _task_switch,
 }
 handlers.update(dict.fromkeys(range(ExitCode.EXCP_BASE, ExitCode.EXCP_BASE + 32), exits.handle_exception))
 handlers[ExitCode.EXCP_BASE + events.UD] = emulate.handle_ud
+handlers[ExitCode.EXCP_BASE + events.DB] = _db
+handlers[ExitCode.EXCP_BASE + events.BP] = guest_debug.handle_bp
+handlers.update(
+    dict.fromkeys((*range(ExitCode.READ_DR0, ExitCode.READ_DR0 + 8), *range(ExitCode.WRITE_DR0, ExitCode.WRITE_DR0 + 8)), _dr_access)
+)
 handlers.update(dict.fromkeys(range(ExitCode.VMLOAD, ExitCode.SKINIT + 1), exits.handle_ud))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from softkvm.kvm import emulate, events, exits, hypercall, pio, virtual_time
+from softkvm.kvm import emulate, events, exits, guest_debug, hypercall, pio, task_switch, virtual_time
 from softkvm.kvm.vendor import Handler
 from softkvm.uapi.vmx import ENTRY_FAILURE, EXIT_NAMES, ExitReason
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _VECTOR_MASK, _TYPE_MASK, _TYPE_NMI = 0xFF, 7 << 8, 2 << 8
 _MOV_TO_CR, _MOV_FROM_CR = 0, 1
+_MOV_FROM_DR = 1 << 4
 _EPT_WRITE = 1 << 1
 
 exit_memory_fault = ExitReason.EPT_VIOLATION
@@ -42,8 +43,13 @@ def _ept_violation(vcpu: Vcpu) -> int:
 def _exception_or_nmi(vcpu: Vcpu) -> int:
     if vcpu.exit.interruption & _TYPE_MASK == _TYPE_NMI:
         return exits.handle_nmi(vcpu)
-    if vcpu.exit.interruption & _VECTOR_MASK == events.UD:
+    vector = vcpu.exit.interruption & _VECTOR_MASK
+    if vector == events.UD:
         return emulate.handle_ud(vcpu)
+    if vector == events.DB:
+        return guest_debug.handle_db(vcpu, vcpu.exit.qualification)
+    if vector == events.BP:
+        return guest_debug.handle_bp(vcpu)
     return exits.handle_exception(vcpu)
 
 
@@ -60,6 +66,16 @@ def _cr_access(vcpu: Vcpu) -> int:
     return exits.unexpected_exit(vcpu, ExitReason.CR_ACCESS)
 
 
+def _dr_access(vcpu: Vcpu) -> int:
+    qualification = vcpu.exit.qualification
+    return guest_debug.handle_dr(vcpu, qualification & 7, qualification >> 8 & 15, not qualification & _MOV_FROM_DR)
+
+
+def _task_switch(vcpu: Vcpu) -> int:
+    qualification = vcpu.exit.qualification
+    return task_switch.handle(vcpu, qualification & 0xFFFF, qualification >> 30 & 3)
+
+
 handlers: dict[int, Handler] = {
     **emulate.handlers,
     **virtual_time.handlers,
@@ -68,12 +84,14 @@ handlers: dict[int, Handler] = {
     ExitReason.TRIPLE_FAULT: exits.handle_triple_fault,
     ExitReason.INTERRUPT_WINDOW: exits.handle_interrupt_window,
     ExitReason.NMI_WINDOW: exits.handle_nmi_window,
+    ExitReason.TASK_SWITCH: _task_switch,
     ExitReason.CPUID: exits.handle_cpuid,
     ExitReason.HLT: exits.handle_halt,
     ExitReason.INVD: exits.handle_nop,
-    ExitReason.RDPMC: exits.handle_gp,
+    ExitReason.RDPMC: exits.handle_rdpmc,
     ExitReason.VMCALL: hypercall.handle_hypercall,
     ExitReason.CR_ACCESS: _cr_access,
+    ExitReason.DR_ACCESS: _dr_access,
     ExitReason.IO_INSTRUCTION: pio.handle_io,
     ExitReason.MSR_READ: exits.handle_rdmsr,
     ExitReason.MSR_WRITE: exits.handle_wrmsr,

@@ -23,6 +23,7 @@ _KERNEL_END = 1 << 64
 _MOST_CPUS = 8192
 _MOST_ENTRIES = 1 << 22
 _LONGEST_BANNER = 512
+_LONGEST_VMCOREINFO = 1 << 16
 
 
 class Kernel:
@@ -112,6 +113,13 @@ class Kernel:
     def percpu(self, name: str, cpu: int) -> int:
         """The address of a CPU's copy of a per-CPU variable."""
         return self.symbols[name] + self.number(self.symbols["__per_cpu_offset"] + 8 * cpu) & (1 << 64) - 1
+
+    def vmcoreinfo(self) -> bytes:
+        """What the kernel tells crash tools of itself (Documentation/admin-guide/kdump/vmcoreinfo.rst); empty if it does not."""
+        if "vmcoreinfo_data" not in self.symbols or "vmcoreinfo_size" not in self.symbols:
+            return b""
+        data, size = self.number(self.symbols["vmcoreinfo_data"]), self.number(self.symbols["vmcoreinfo_size"])
+        return self.read(data, size) if data and 0 < size <= _LONGEST_VMCOREINFO else b""
 
     def xarray(self, address: int) -> Iterator[tuple[int, int]]:
         """Index and pointer of each entry of the `struct xarray` (or IDR's radix tree) at an address."""

@@ -41,9 +41,13 @@ def maps(kernel: Kernel, task: Struct) -> list[Area]:
     memory = task.follow("mm")
     if memory is None:
         return []
-    areas = _listed(memory) if memory.has("mmap") else _maple_tree(kernel, memory.inside("mm_mt"))
-    described = [_describe(kernel, memory, area) for area, _ in zip(areas, range(_MOST_AREAS), strict=False)]
-    return sorted(described, key=lambda area: area.start)
+    return sorted((_describe(kernel, memory, area) for area in areas(kernel, memory)), key=lambda area: area.start)
+
+
+def areas(kernel: Kernel, memory: Struct) -> Iterator[Struct]:
+    """The `vm_area_struct` of each area of an `mm_struct`, in no order; no more than a process can have."""
+    found = _listed(memory) if memory.has("mmap") else _maple_tree(kernel, memory.inside("mm_mt"))
+    return (area for area, _ in zip(found, range(_MOST_AREAS), strict=False))
 
 
 def _listed(memory: Struct) -> Iterator[Struct]:
@@ -54,15 +58,16 @@ def _listed(memory: Struct) -> Iterator[Struct]:
 
 
 def _maple_tree(kernel: Kernel, tree: Struct) -> Iterator[Struct]:
-    """The areas in the leaves; a node is 256 bytes, its type is in bits 3 to 6 of the pointer to it."""
-    pending, budget = [(tree.number("ma_root"), _HIGHEST)], _MOST_AREAS
+    """The areas in the leaves; a node is 256 bytes, its type is in bits 3 to 6 of the pointer to it, and bit 1 marks a root."""
+    root = tree.number("ma_root")
+    if root & 3 != 2 or root < _PAGE:
+        if root and not root & 3:  # a tree of one entry
+            yield kernel.struct("vm_area_struct", root)
+        return
+    pending, budget = [(root, _HIGHEST)], _MOST_AREAS
     while pending and budget:
         entry, highest = pending.pop()
         budget -= 1
-        if entry & 3 != 2 or entry < _PAGE:
-            if entry and not entry & 3:  # a tree of one entry
-                yield kernel.struct("vm_area_struct", entry)
-            continue
         kind = entry >> 3 & 0xF
         if kind not in _NODE_NAMES:
             continue

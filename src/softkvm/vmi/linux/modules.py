@@ -1,7 +1,7 @@
 """Loaded modules: from the list that lsmod(8) reads, and from the other places that know a module.
 
-Source of truth: Linux 6.1 `include/linux/module.h`, `kernel/module/tree_lookup.c`, `include/linux/rbtree_latch.h`. A module that takes itself off
-the list is still in the tree by which the kernel finds the owner of an address, and mostly in sysfs.
+Source of truth: Linux 6.1 `include/linux/module.h`, `kernel/module/tree_lookup.c`, `include/linux/rbtree_latch.h`. A module that takes
+itself off the list is still in the tree by which the kernel finds the owner of an address, and mostly in sysfs.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ class Module(msgspec.Struct, frozen=True):
     address: int
     """Of its `struct module`."""
     hidden_from: tuple[ModuleView, ...] = ()
+    init_base: int = 0
+    init_size: int = 0
+    """Code that is there while the module is initialized."""
 
 
 def _listed(kernel: Kernel) -> Iterator[Struct]:
@@ -58,7 +61,6 @@ def _in_sysfs(kernel: Kernel) -> Iterator[Struct]:
 
 def _in_tree(kernel: Kernel) -> Iterator[Struct]:
     """The latch tree of code addresses; of its two copies the first one."""
-    node_type = kernel.types.find("mod_tree_node").number
     root = kernel.struct("latch_tree_root", kernel.symbols["mod_tree"])
     pending, seen = [kernel.number(root.at("tree"))], set[int]()
     while pending and len(seen) < _MOST_NODES:
@@ -66,10 +68,10 @@ def _in_tree(kernel: Kernel) -> Iterator[Struct]:
         if not node or node in seen:
             continue
         seen.add(node)
-        owner = Struct(kernel, node_type, node).follow("mod")
+        links = kernel.struct("rb_node", node)
+        owner = links.container("mod_tree_node", "node").follow("mod")
         if owner is not None:
             yield owner
-        links = kernel.struct("rb_node", node)
         pending += [links.number("rb_left"), links.number("rb_right")]
 
 
@@ -101,6 +103,8 @@ def _describe(module: Struct, missing: tuple[ModuleView, ...]) -> Module:
         taints="".join(letter for bit, letter in _TAINTS.items() if taints >> bit & 1),
         address=module.address,
         hidden_from=missing if state == "live" else (),
+        init_base=module.number("init_layout.base") if module.has("init_layout") else 0,
+        init_size=module.number("init_layout.size") if module.has("init_layout") else 0,
     )
 
 
@@ -117,4 +121,12 @@ def code(module: Struct) -> tuple[int, int]:
 
 def owner(found: list[Module], address: int) -> Module | None:
     """The module whose memory holds an address."""
-    return next((module for module in found if module.base <= address < module.base + module.size), None)
+    return next((module for module in found if describe(module, address)), None)
+
+
+def describe(module: Module, address: int) -> str:
+    """An address in a module as `name+0x12`, in its initialization code as `name:init+0x12`; empty if it is elsewhere."""
+    for base, size, part in ((module.base, module.size, ""), (module.init_base, module.init_size, ":init")):
+        if base <= address < base + size:
+            return f"{module.name}{part}+{address - base:#x}"
+    return ""

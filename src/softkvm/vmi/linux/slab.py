@@ -1,7 +1,7 @@
 """Objects of a slab cache, found through the kernel's array of pages rather than through anything that leads to the objects.
 
-Source of truth: Linux 6.1 `mm/slab.h`, `mm/slub.c`, `include/linux/mm_types.h`. The page array at `vmemmap_base` says of each page of memory
-which cache it serves, in the order of the pages' numbers.
+Source of truth: Linux 6.1 `mm/slab.h`, `mm/slub.c`, `include/linux/mm_types.h`. The page array at `vmemmap_base` says of each page of
+memory which cache it serves, in the order of the pages' numbers.
 """
 
 from __future__ import annotations

@@ -84,6 +84,12 @@ class Symbols:
             place -= 1  # of several names for one place, the table's first
         return self._symbol(self._order[place])
 
+    def size(self, name: str) -> int:
+        """Bytes from a symbol to the next address that has one."""
+        address = self[name]
+        place = bisect_right(self._sorted, address)
+        return self._sorted[place] - address if place < len(self._sorted) else 0
+
     def describe(self, address: int) -> str:
         """`name+0x12` for an address of the kernel image, else the number."""
         symbol = self.lookup(address)

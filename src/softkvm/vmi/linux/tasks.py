@@ -1,8 +1,8 @@
 """Processes and threads: from the lists that everybody reads, and from the places where a hidden one still shows.
 
-Source of truth: Linux 6.1 `include/linux/sched.h`, `include/linux/pid.h`, `fs/proc/array.c` (the letters of the states), `kernel/sched/sched.h`,
-`mm/slab.h`. A scheduler cannot run what it does not know, and memory that holds a task is a slab's: who unlinks a task from the list
-of tasks, and even from the table of PIDs, is still found there.
+Source of truth: Linux 6.1 `include/linux/sched.h`, `include/linux/pid.h`, `fs/proc/array.c` (the letters of the states),
+`kernel/sched/sched.h`, `mm/slab.h`. A scheduler cannot run what it does not know, and memory that holds a task is a slab's: who unlinks a
+task from the list of tasks, and even from the table of PIDs, is still found there.
 """
 
 from __future__ import annotations

@@ -6,19 +6,34 @@ Names and meaning are those of QEMU's QMP (`qapi/{run-state,machine}.json`) wher
 from __future__ import annotations
 
 import os
+import socket
 import time
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
 from softkvm import kvm
-from softkvm.vmm.machine import Status
+from softkvm.vmm.introspection import AUTO, check_dialect, recognise
+from softkvm.vmm.introspection_peer import HANDSHAKE_TIMEOUT
 from softkvm.vmm.monitor.server import Monitor
-from softkvm.vmm.monitor.wire import Descriptors, NoArguments
+from softkvm.vmm.monitor.wire import CommandError, Descriptors, NoArguments
+from softkvm.vmm.status import Status
+
+
+class Hook(Protocol):
+    """The part of `vmm.introspection.Introspection` that the commands use."""
+
+    def hook(self, peer: socket.socket, dialect: str) -> None:
+        """Give the VM to the tool behind a socket."""
 
 
 class Machine(Protocol):
     """The part of `vmm.Machine` that the commands use."""
+
+    @property
+    def introspection(self) -> Hook:
+        """Who takes a tool's socket."""
 
     def status(self) -> Status:
         """What it is and does now."""
@@ -28,6 +43,9 @@ class Machine(Protocol):
 
     def resume(self) -> None:
         """Take back `pause()`."""
+
+    def save(self, path: str | Path) -> int:
+        """Write a snapshot."""
 
     def tsc_status(self) -> kvm.TscStatus:
         """Its clocks."""
@@ -48,8 +66,30 @@ class Answer(msgspec.Struct, frozen=True):
     """Seconds since the machine could be reached."""
 
 
+class SaveArguments(msgspec.Struct, forbid_unknown_fields=True):
+    """Of the command save."""
+
+    path: str
+    """An absolute path: the VMM's working directory is nobody else's business."""
+
+
+class IntrospectArguments(msgspec.Struct, forbid_unknown_fields=True):
+    """Of the command introspect."""
+
+    dialect: str = "v9"
+    """A dialect of KVMI, or `auto` for what the tool's first message shows."""
+
+
+class Saved(msgspec.Struct, frozen=True):
+    """The answer to save."""
+
+    path: str
+    size: int
+    """Bytes."""
+
+
 def offer(monitor: Monitor, machine: Machine) -> None:
-    """Register query-status, query-tsc, stop and cont."""
+    """Register query-status, query-tsc, save, introspect, stop and cont."""
     since = time.monotonic()
 
     @monitor.command("query-status")
@@ -61,6 +101,20 @@ def offer(monitor: Monitor, machine: Machine) -> None:
     @monitor.command("query-tsc")
     def query_tsc(arguments: NoArguments, descriptors: Descriptors) -> kvm.TscStatus:
         return machine.tsc_status()
+
+    @monitor.command("save", SaveArguments)
+    def save(arguments: SaveArguments, descriptors: Descriptors) -> Saved:
+        if not os.path.isabs(arguments.path) or "\0" in arguments.path:
+            raise CommandError("the path of a snapshot must be absolute")
+        return Saved(arguments.path, machine.save(arguments.path))
+
+    @monitor.command("introspect", IntrospectArguments)
+    def introspect(arguments: IntrospectArguments, descriptors: Descriptors) -> None:
+        """Hook the tool behind a stream socket, which is sent along."""
+        with socket.socket(fileno=descriptors.take()) as peer:
+            dialect = check_dialect(arguments.dialect)
+            peer.settimeout(HANDSHAKE_TIMEOUT)
+            machine.introspection.hook(peer, recognise(peer) if dialect == AUTO else dialect)
 
     @monitor.command("stop")
     def stop(arguments: NoArguments, descriptors: Descriptors) -> None:

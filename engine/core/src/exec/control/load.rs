@@ -17,12 +17,12 @@ const CR0_TRANSLATION: u64 = cr0::PG | cr0::PE | cr0::WP;
 /// Bits of CR0 whose change makes the CPU load the PDPTEs (SDM vol. 3, 4.4.1).
 const CR0_PDPTES: u64 = cr0::PG | cr0::CD | cr0::NW;
 /// Bits of CR4 that translations depend on.
-const CR4_TRANSLATION: u64 = cr4::PSE | cr4::PAE | cr4::PGE | cr4::PCIDE | cr4::SMEP | cr4::SMAP | cr4::PKE | cr4::LA57;
+const CR4_TRANSLATION: u64 = cr4::PSE | cr4::PAE | cr4::PGE | cr4::PCIDE | cr4::SMEP | cr4::SMAP | cr4::PKE | cr4::PKS | cr4::LA57;
 const CR4_PDPTES: u64 = cr4::PAE | cr4::PGE | cr4::PSE | cr4::SMEP;
 /// Bits of CR4 that every model has.
 const CR4_BASE: u64 = cr4::TSD | cr4::DE | cr4::PSE | cr4::PAE | cr4::MCE | cr4::PGE | cr4::PCE | cr4::OSFXSR | cr4::OSXMMEXCPT;
 /// Bits of CR4 that come with a feature.
-const CR4_FEATURES: [(Feature, u64); 9] = [
+const CR4_FEATURES: [(Feature, u64); 10] = [
     (Feature::Vme, cr4::VME | cr4::PVI),
     (Feature::Umip, cr4::UMIP),
     (Feature::La57, cr4::LA57),
@@ -32,6 +32,7 @@ const CR4_FEATURES: [(Feature, u64); 9] = [
     (Feature::Smep, cr4::SMEP),
     (Feature::Smap, cr4::SMAP),
     (Feature::Pku, cr4::PKE),
+    (Feature::Pks, cr4::PKS),
 ];
 /// PCID field of CR3.
 pub(super) const PCID: u64 = 0xfff;

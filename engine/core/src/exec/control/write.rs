@@ -63,7 +63,9 @@ pub(super) fn load_status<const MEMORY: bool>(cpu: &mut Cpu, uop: &Uop) -> Exec 
     let loads = if source & cr0::PE != 0 { STATUS } else { STATUS & !cr0::PE };
     if cpu.control.cr_write & 1 != 0 || (source ^ shadow) & mask & loads != 0 {
         let stop = intercept_control(cpu, 0, Access::Lmsw, 0);
-        if !cpu.model.is_amd() {
+        if cpu.model.is_amd() {
+            cpu.exit.info2 = source; // SVM's hypervisors decode the instruction
+        } else {
             cpu.exit.qualification |= source << 16 | u64::from(MEMORY) << 6;
             cpu.exit.gla = if MEMORY { cpu.segment_base(uop.segment()).wrapping_add(cpu.effective_any(uop)) } else { 0 };
         }

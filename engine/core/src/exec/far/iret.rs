@@ -6,7 +6,7 @@ use crate::cpu::descriptor::{rpl, system};
 use crate::cpu::Cpu;
 use crate::fault::vector;
 use crate::paging::Privilege;
-use crate::state::{gpr, interruptibility, rflags, rights, seg};
+use crate::state::{cr4, gpr, interruptibility, rflags, rights, seg};
 use crate::uop::{Exec, Stop, Uop};
 use crate::word::Word;
 
@@ -94,12 +94,13 @@ impl Cpu {
     }
 
     fn iret_real<W: Word>(&mut self) -> Exec {
-        if self.virtual_8086() && self.io_privilege() != 3 {
+        let guarded = self.virtual_8086() && self.io_privilege() != 3;
+        if guarded && (W::BYTES != 2 || self.state.cr4 & cr4::VME == 0) {
             return Err(self.general_protection());
         }
         let Frame { rip, selector, flags } = frame::<W>(self)?;
         let keep = if self.virtual_8086() { rflags::IOPL | rflags::VIF | rflags::VIP } else { 0 };
-        let image = self.iret_flags::<W>(flags) & !keep | self.rflags & keep;
+        let image = if guarded { self.load_virtual_flags(flags)? } else { self.iret_flags::<W>(flags) & !keep | self.rflags & keep };
         self.enter_real_code(selector, rip)?;
         self.release(3 * W::BYTES);
         self.load_rflags(image);

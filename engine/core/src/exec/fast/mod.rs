@@ -11,6 +11,7 @@ mod alu;
 mod fused;
 mod mov;
 mod operand;
+mod repeat;
 mod shift;
 mod stack;
 
@@ -33,6 +34,7 @@ pub fn handler(insn: &Instruction, uop: &Uop, following: Option<&Instruction>, d
         .or_else(|| if dead_flags { alu::handler::<alu::Dead>(insn, uop) } else { alu::handler::<alu::Live>(insn, uop) })
         .or_else(|| if dead_flags { shift::handler::<alu::Dead>(insn) } else { shift::handler::<alu::Live>(insn) })
         .or_else(|| stack::handler(insn))
+        .or_else(|| repeat::handler(insn, uop))
 }
 
 /// What a fast handler did.

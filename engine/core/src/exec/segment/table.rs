@@ -54,7 +54,8 @@ pub(super) fn handler(insn: &Instruction, size: CodeSize) -> Option<Handler> {
 
 /// Exits when the hypervisor watches the descriptor tables. `instruction` counts reads of both tables first, as VMX does.
 fn check_intercept(cpu: &mut Cpu, exit: ExitCode, instruction: u32, uop: &Uop) -> Exec {
-    if !cpu.control.intercepts(intercept::DESCRIPTOR_TABLE) {
+    // A hypervisor that has the instruction emulated has seen it.
+    if !cpu.control.intercepts(intercept::DESCRIPTOR_TABLE) || cpu.control.emulate != 0 {
         return Ok(());
     }
     if cpu.model.is_amd() {

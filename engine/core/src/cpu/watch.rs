@@ -1,0 +1,254 @@
+//! The dispatcher while somebody watches: counters count, branches are recorded, the branch log is on (see [`crate::pmu`]).
+//!
+//! It runs the same blocks with the same handlers as the plain one. Every branch ends a block, so what a branch did is read off RIP behind
+//! it; instructions are counted by the budget anyway. The plain dispatcher knows of this one by a bit of `Cpu::pending` that is set as long
+//! as there is anything to watch, so whoever is not watched pays nothing.
+
+use core::ptr;
+
+use super::{pending, CodeSize, Cpu};
+use crate::decode::block::{self, Block};
+use crate::pmu::branch::{taken_in_place, Kind};
+use crate::pmu::lbr::Transfer;
+use crate::pmu::registers::Refused;
+use crate::pmu::{debugctl, watch};
+use crate::uop::Exec;
+
+/// Instructions that a block runs at most.
+const LONGEST: u64 = block::MAX_INSTRUCTIONS as u64;
+
+impl Cpu {
+    /// Begins to watch a guest whose state has just been loaded.
+    pub fn begin_watch(&mut self) {
+        self.watch_from(self.instructions());
+        self.choose_watch();
+    }
+
+    /// Ends it: counters stand still outside the guest.
+    pub fn end_watch(&mut self) {
+        self.watch_from(self.instructions());
+        self.pending &= !pending::WATCHED;
+    }
+
+    /// Decides again what to watch. Whoever changes DEBUGCTL or a register of the PMU calls this.
+    pub fn choose_watch(&mut self) {
+        self.pmu.choose(self.state.debugctl);
+        self.pending = self.pending & !pending::WATCHED | if self.pmu.watched != 0 { pending::WATCHED } else { 0 };
+    }
+
+    /// For an instruction that reads or writes a register of the PMU, which is the last of its block: all counters are right for the
+    /// instructions before it. A counter that it starts counts it too, one that it stops does not.
+    pub fn sync_counters(&mut self) {
+        self.watch_from(self.instructions().wrapping_sub(1));
+    }
+
+    /// Brings all counters up to date at instruction count `now`, and counts from there on.
+    fn watch_from(&mut self, now: u64) {
+        if self.pending & pending::WATCHED != 0 {
+            self.pmu.account(now);
+            self.pmu.fold(self.state.debugctl);
+        }
+        (self.pmu.cpl, self.pmu.since) = (self.cpl(), now);
+    }
+
+    // ---- the loop -------------------------------------------------------------------------------------------------------------------
+
+    /// Runs the guest as long as there is something to watch.
+    pub(super) fn run_watched(&mut self) -> Exec {
+        let mut previous = ptr::null_mut();
+        while self.pending & pending::WATCHED != 0 {
+            previous = self.step_watched(previous)?;
+        }
+        Ok(())
+    }
+
+    /// One block, as `Cpu::step` runs it.
+    #[inline(always)]
+    fn step_watched(&mut self, previous: *mut Block) -> Exec<*mut Block> {
+        let work = self.signal.pending() | self.pending & !pending::WATCHED;
+        let mut alone = (work != 0 || self.budget <= 0) && self.boundary()?;
+        if self.pmu.cpl != self.cpl() {
+            self.enter_level();
+        }
+        if self.overflow_is_near() {
+            alone |= self.approach_overflow()?;
+        }
+        if alone {
+            self.single()?;
+            return Ok(ptr::null_mut());
+        }
+        match self.successor(previous) {
+            Ok(block) => self.execute_watched(block),
+            Err(stop) => {
+                self.stopped(stop)?;
+                Ok(ptr::null_mut())
+            }
+        }
+    }
+
+    /// Runs a block and looks at the branch that it ended with.
+    #[inline(always)]
+    fn execute_watched(&mut self, block: *mut Block) -> Exec<*mut Block> {
+        // SAFETY: blocks are freed by `collect` only, which neither this nor `execute` calls.
+        let kind = unsafe { (*block).branch };
+        if kind == Kind::Loop && self.overflow_is_near() {
+            self.single()?; // or it might turn too often
+            return Ok(ptr::null_mut());
+        }
+        let (first, before) = (self.rip(), self.instructions());
+        let done = self.execute(block)?;
+        if kind != Kind::None && !done.is_null() && self.pmu.watched & watch::BRANCHES != 0 {
+            if kind == Kind::Loop {
+                self.earlier_turns(block, first, before);
+            }
+            self.branch_done(block, first);
+        }
+        Ok(done)
+    }
+
+    /// Whether a counter may overflow before the next block ends.
+    #[inline(always)]
+    fn overflow_is_near(&self) -> bool {
+        self.instructions().wrapping_add(LONGEST) >= self.pmu.check_at
+    }
+
+    /// The privilege level has changed: from here on others count.
+    #[cold]
+    fn enter_level(&mut self) {
+        let now = self.instructions();
+        self.pmu.account(now);
+        self.pmu.cpl = self.cpl();
+        self.pmu.check_at = if self.pmu.watched & watch::COUNT != 0 { now } else { u64::MAX };
+    }
+
+    /// A counter may overflow before the next block ends. Takes the interrupt of one that did; tells whether instructions must run alone.
+    #[cold]
+    #[inline(never)]
+    fn approach_overflow(&mut self) -> Exec<bool> {
+        let now = self.instructions();
+        self.pmu.account(now);
+        if self.pmu.fold(self.state.debugctl) {
+            self.choose_watch();
+        }
+        if self.pmu.interrupt {
+            if self.pending & pending::EMULATE != 0 {
+                return Ok(true);
+            }
+            self.pmu.interrupt = false;
+            return Err(if self.pmu.is_nmi() { self.exit_nmi() } else { self.exit_external_interrupt() });
+        }
+        let (room, exact) = self.pmu.headroom(LONGEST);
+        self.pmu.check_at = now.saturating_add(room);
+        Ok(exact)
+    }
+
+    // ---- branches -------------------------------------------------------------------------------------------------------------------
+
+    /// The turns that a LOOP to itself made in one go, but for the last one; `before` is the instruction count where they began.
+    #[inline(never)]
+    fn earlier_turns(&mut self, block: *const Block, at: u64, before: u64) {
+        // SAFETY: as in `execute_watched`.
+        let (instructions, length) = unsafe { ((*block).instructions, (*block).length) };
+        let turns = self.instructions().wrapping_sub(before).wrapping_sub(instructions.into());
+        let (cpl, next) = (self.pmu.cpl, at.wrapping_add(length.into()));
+        for behind in (1..=turns).rev() {
+            let mispredicted = self.pmu.retire(Kind::Loop, cpl, at, next, at, true);
+            self.record(&Transfer { kind: Kind::Loop, from: at, to: at, mispredicted, before: cpl, after: cpl, vector: 0 }, behind);
+        }
+    }
+
+    /// [`Cpu::branch_done`] for an instruction that ran alone.
+    #[inline(never)]
+    pub(super) fn note_branch(&mut self, block: *const Block, first: u64) -> bool {
+        self.branch_done(block, first)
+    }
+
+    /// The branch at the end of `block`, whose first instruction is at `first`, has just run. Returns whether it was taken.
+    #[inline(always)]
+    fn branch_done(&mut self, block: *const Block, first: u64) -> bool {
+        // SAFETY: as in `execute_watched`.
+        let block = unsafe { &*block };
+        let kind = block.branch;
+        let from = truncate(first.wrapping_add(block.last.into()), block.key.size);
+        let next = truncate(first.wrapping_add(block.length.into()), block.key.size);
+        let to = self.rip();
+        let taken = to != next || kind.always_taken() || taken_in_place(self, block);
+        if self.pmu.watched & watch::BRANCHES != 0 {
+            let before = self.pmu.cpl;
+            let mispredicted = self.pmu.retire(kind, before, from, next, to, taken);
+            // What an INT instruction leads to has been recorded at the delivery.
+            if taken && kind != Kind::SoftwareInterrupt {
+                self.record(&Transfer { kind, from, to, mispredicted, before, after: self.cpl(), vector: 0 }, 0);
+            }
+        }
+        taken
+    }
+
+    /// An event that interrupted the code at `from`, with privilege level `before`, is at its handler.
+    #[cold]
+    pub fn note_delivery(&mut self, kind: Kind, vector: u8, from: u64, before: u8) {
+        let transfer = Transfer { kind, from, to: self.rip(), mispredicted: false, before, after: self.cpl(), vector };
+        if kind != Kind::SoftwareInterrupt {
+            self.pmu.retire(kind, before, from, from, transfer.to, true);
+            self.pmu.check_at = self.pmu.check_at.saturating_sub(1);
+        }
+        self.record(&transfer, 0);
+    }
+
+    /// Records a transfer that took place; `behind` instructions have retired since.
+    #[inline(always)]
+    fn record(&mut self, transfer: &Transfer, behind: u64) {
+        if self.pmu.recording {
+            let now = self.instructions().wrapping_sub(behind);
+            self.pmu.record(transfer, now);
+        }
+        if self.pmu.log.is_some() {
+            self.log(transfer);
+        }
+    }
+
+    #[inline(never)]
+    fn log(&mut self, transfer: &Transfer) {
+        let cr3 = self.state.cr3;
+        if self.pmu.log.as_mut().is_some_and(|log| log.record(transfer, cr3)) {
+            self.signal.kick();
+        }
+    }
+
+    /// Whether TF traps behind an instruction, of which `branched` tells whether it was a taken branch (SDM vol. 3, 18.4.3).
+    pub(super) fn step_traps(&self, branched: bool) -> bool {
+        branched || self.state.debugctl & debugctl::BTF == 0
+    }
+
+    // ---- registers, for the guest ---------------------------------------------------------------------------------------------------
+
+    /// Reads an MSR of the PMU; #GP if there is none of this number.
+    pub fn read_pmu(&mut self, index: u32) -> Exec<u64> {
+        self.sync_counters();
+        self.pmu.read(index).map_err(|Refused| self.general_protection())
+    }
+
+    /// Writes one; #GP for a value that it does not take.
+    pub fn write_pmu(&mut self, index: u32, value: u64) -> Exec {
+        self.sync_counters();
+        self.pmu.write(index, value).map_err(|Refused| self.general_protection())?;
+        self.choose_watch();
+        Ok(())
+    }
+
+    /// The counter that RDPMC asks for.
+    pub fn read_counter(&mut self, index: u32) -> Exec<u64> {
+        self.sync_counters();
+        self.pmu.rdpmc(index).map_err(|Refused| self.general_protection())
+    }
+}
+
+/// An instruction pointer of code of `size`.
+#[inline(always)]
+fn truncate(rip: u64, size: CodeSize) -> u64 {
+    match size {
+        CodeSize::Bits64 => rip,
+        CodeSize::Bits32 => rip & 0xffff_ffff,
+        CodeSize::Bits16 => rip & 0xffff,
+    }
+}

@@ -1,0 +1,1 @@
+"""`softkvm perf` and `softkvm trace branches`: profiling a guest from outside, without the guest knowing."""

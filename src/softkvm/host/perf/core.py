@@ -1,0 +1,227 @@
+"""Perf's scheduler of events: contexts of CPUs and tasks on the counters of the CPUs, in the order of their rights.
+
+Answers to Linux 6.1 `kernel/events/core.c`: `ctx_resched()`, `perf_event_sched_in()`, `perf_event_create_kernel_counter()`,
+`perf_event_{enable,disable,pause,period,read_value}()`. Order: the CPU's pinned events, the task's pinned, the CPU's flexible, the task's
+flexible. A pinned event without room is in error until it is enabled anew; a flexible one waits.
+
+One lock guards all events of a `Perf`. Functions that touch the counters of a CPU run where that CPU cannot be in a guest: in the thread of
+the guest on it, or by `host/sched.py` (`Scheduler.call_on()`) from anywhere else.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from softkvm.host.perf.context import EventContext
+from softkvm.host.perf.counters import Counters, Pmu, event_init, make_pmu
+from softkvm.host.perf.event import TASK_TOMBSTONE, Attr, Event, OverflowHandler, Owner, Registers, State
+
+if TYPE_CHECKING:
+    from softkvm.silicon import Core, Model
+
+_PRIORITY = (True, False)
+
+
+class CpuPerf:
+    """`struct perf_cpu_context`: the contexts and the counters of one CPU."""
+
+    def __init__(self, perf: Perf, core: Core, index: int) -> None:
+        """A CPU without events."""
+        self.perf = perf
+        self.index = index
+        self.counters = Counters(core, perf.pmu)
+        self.context = EventContext()
+        self.context.cpu = self
+        self.task: EventContext | None = None
+        """The context of the task that is on the CPU, if it has one."""
+
+    # --- Task switches, called by the scheduler -------------------------------------------------------------------------------------
+
+    def task_sched_in(self, task: EventContext | None) -> None:
+        """`perf_event_task_sched_in()`: the CPU's flexible events make room for the task's pinned ones."""
+        if task is None:
+            return
+        with self.perf.lock:
+            self.task, task.cpu = task, self
+            if task.pinned:
+                self._sched_out(self.context.flexible)
+            self._sched_in()
+            if self.counters.branches is not None:
+                self.counters.branches.task_in(task)
+            self.counters.commit()
+
+    def task_sched_out(self) -> None:
+        """`perf_event_task_sched_out()`."""
+        task = self.task
+        if task is None:
+            return
+        with self.perf.lock:
+            if self.counters.branches is not None:
+                self.counters.branches.task_out(task)
+            self._sched_out(task.flexible)
+            self._sched_out(task.pinned)
+            self.task = task.cpu = None
+            self._sched_in()
+            self.counters.commit()
+
+    # --- Scheduling, with the lock held ---------------------------------------------------------------------------------------------
+
+    def resched(self, context: EventContext, pinned: bool) -> None:
+        """`ctx_resched()`: an event of this kind was added to `context`; those of lower rights make room and try again."""
+        task = self.task
+        if task is not None:
+            self._sched_out(task.flexible)
+            if pinned:
+                self._sched_out(task.pinned)
+        if context is self.context and pinned:
+            self._sched_out(self.context.pinned)
+        if context is self.context or pinned:
+            self._sched_out(self.context.flexible)
+        self._sched_in()
+        self.counters.commit()
+
+    def release(self, event: Event) -> None:
+        """Take an event off the counters, and let others have the room."""
+        if event.state is State.ACTIVE:
+            self._event_sched_out(event)
+            event.state = State.OFF
+            self._sched_in()
+            self.counters.commit()
+
+    def _sched_in(self) -> None:
+        """`perf_event_sched_in()`: what is not on yet, in the order of rights. The first flexible event without room ends its list."""
+        contexts = (self.context,) if self.task is None else (self.context, self.task)
+        for pinned in _PRIORITY:
+            for context in contexts:
+                for event in context.events(pinned):
+                    if event.state is not State.INACTIVE or event.cpu not in (-1, self.index) or self._event_sched_in(event):
+                        continue
+                    if not pinned:
+                        break
+                    event.state = State.ERROR
+
+    def _event_sched_in(self, event: Event) -> bool:
+        """`event_sched_in()`."""
+        if not self.counters.add(event, first_time=not event.has_run):
+            return False
+        event.state, event.oncpu, event.has_run = State.ACTIVE, self.index, True
+        return True
+
+    def _sched_out(self, events: list[Event]) -> None:
+        for event in events:
+            if event.state is State.ACTIVE:
+                self._event_sched_out(event)
+
+    def _event_sched_out(self, event: Event) -> None:
+        """`event_sched_out()`."""
+        self.counters.remove(event)
+        event.state, event.oncpu = State.INACTIVE, -1
+
+    # --- Interrupts -----------------------------------------------------------------------------------------------------------------
+
+    def handle_nmi(self, registers: Registers) -> bool:
+        """`perf_event_nmi_handler()`: an NMI came out of a guest whose registers these are; False if it was not a counter's."""
+        with self.perf.lock:
+            return self.counters.handle_overflows(registers)
+
+
+class Perf:
+    """The perf of one host."""
+
+    def __init__(self, model: Model) -> None:
+        """For cores of `model`."""
+        self.pmu: Pmu = make_pmu(model)
+        self.lock = threading.RLock()
+        """Guards every event, context and counter."""
+
+    def create_kernel_counter(self, attr: Attr, context: EventContext, handler: OverflowHandler | None = None, cpu: int = -1) -> Event:
+        """`perf_event_create_kernel_counter()`: an event of the kernel's own in `context`; OSError for what the silicon cannot do."""
+        return self.create(attr, context, TASK_TOMBSTONE, handler, cpu)
+
+    def create(self, attr: Attr, context: EventContext, owner: Owner, handler: OverflowHandler | None = None, cpu: int = -1) -> Event:
+        """`perf_event_open(2)`: an event on one CPU's or one task's context, on at once unless it is `disabled`; OSError as above."""
+        event = Event(attr, cpu, owner, handler)
+        event_init(self.pmu, event)
+        with self.lock:
+            event.context = context
+            context.events(attr.pinned).append(event)
+            if event.state is State.INACTIVE:
+                self._install(event, context)
+        return event
+
+    def _install(self, event: Event, context: EventContext) -> None:
+        if context.cpu is not None:
+            context.cpu.resched(context, event.attr.pinned)
+
+    def release(self, event: Event) -> None:
+        """`perf_event_release_kernel()`: the event is no more; harmless when repeated."""
+        with self.lock:
+            context = event.context
+            if context is None:
+                return
+            self.disable(event)
+            context.events(event.attr.pinned).remove(event)
+            event.state, event.context = State.DEAD, None
+
+    def enable(self, event: Event) -> None:
+        """`perf_event_enable()`: also out of error."""
+        with self.lock:
+            if event.state in (State.OFF, State.ERROR) and event.context is not None:
+                event.state = State.INACTIVE
+                self._install(event, event.context)
+
+    def disable(self, event: Event) -> None:
+        """`perf_event_disable()`."""
+        with self.lock:
+            if event.state is State.ACTIVE and event.context is not None and event.context.cpu is not None:
+                event.context.cpu.release(event)
+            elif event.state is State.INACTIVE:
+                event.state = State.OFF
+
+    def pause(self, event: Event, reset: bool) -> int:
+        """`perf_event_pause()`: disable the event; its count, which starts again from 0 with `reset`."""
+        with self.lock:
+            self.disable(event)
+            count = event.count
+            if reset:
+                event.count = 0
+            return count
+
+    def set_period(self, event: Event, period: int, reset: bool = False) -> None:
+        """`perf_event_period()`: from now on the event interrupts after `period` more, and again and again; `reset` counts from 0."""
+        with self.lock:
+            counters = self._counters(event)
+            if counters is not None:
+                counters.update(event)
+            if reset:
+                event.count = 0
+            event.hw.sample_period = event.hw.last_period = event.hw.period_left = period
+            if counters is not None:
+                counters.restart(event)
+
+    def gate(self, gates: Mapping[Event, bool]) -> None:
+        """Let events of one context pass or not, without taking their counters away."""
+        with self.lock:
+            changed = None
+            for event, closed in gates.items():
+                event.gated = closed
+                changed = self._counters(event) or changed
+            if changed is not None and changed.on_change is not None:
+                changed.on_change()
+
+    def read(self, event: Event) -> int:
+        """`perf_event_read_value()`: what the event has counted."""
+        with self.lock:
+            counters = self._counters(event)
+            if counters is not None:
+                counters.update(event)
+            return event.count
+
+    @staticmethod
+    def _counters(event: Event) -> Counters | None:
+        """The counters that the event is on."""
+        if event.state is not State.ACTIVE or event.context is None or event.context.cpu is None:
+            return None
+        return event.context.cpu.counters

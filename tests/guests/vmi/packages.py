@@ -1,0 +1,62 @@
+"""Debian's packages for the tests: fetched through apt once, unpacked beside the guest cache, never installed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from softkvm.cli import guest
+
+
+def kernel_version() -> tuple[str, str]:
+    """Release (as `uname -r`) and package version of the cached cloud kernel."""
+    record = guest.Cache(guest.default_directory()).record("vmlinuz-cloud")
+    assert record is not None
+    return record.package.removeprefix("linux-image-"), record.version
+
+
+def unpacked(*packages: str) -> Path:
+    """A directory with the contents of packages, each `NAME` or `NAME=VERSION`; fetched the first time."""
+    root = guest.default_directory() / "tests" / "_".join(packages).replace("=", "-").replace("/", "-")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with (root.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not root.exists():
+            with tempfile.TemporaryDirectory(dir=root.parent) as folder:
+                _fetch(Path(folder), packages)
+                os.rename(Path(folder) / "root", root)
+    return root
+
+
+def _fetch(folder: Path, packages: tuple[str, ...]) -> None:
+    downloads = folder / "debs"
+    downloads.mkdir()
+    command = ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", *packages]
+    subprocess.run(command, cwd=downloads, check=True, capture_output=True)
+    for archive in downloads.glob("*.deb"):
+        subprocess.run(["dpkg-deb", "-x", archive, folder / "root"], check=True)
+
+
+def module(source: Path, output: Path) -> bytes:
+    """A kernel module for the cached cloud kernel, compiled from one C file in the directory `output`."""
+    release, version = kernel_version()
+    common = release.rsplit("-", 2)[0] + "-common"
+    headers = unpacked(f"linux-headers-{release}={version}", f"linux-headers-{common}={version}", f"linux-kbuild-6.1={version}")
+    tree = headers / "usr/src" / f"linux-headers-{release}"
+    (tree / "Makefile").write_text(f"include {headers}/usr/src/linux-headers-{common}/Makefile\n")
+    shutil.copy(source, output)
+    (output / "Makefile").write_text(f"obj-m := {source.stem}.o\n")
+    command = ["make", "-s", "CC=gcc", "-C", str(tree), f"M={output}", "modules"]
+    subprocess.run(command, check=True, capture_output=True)
+    return (output / f"{source.stem}.ko").read_bytes()
+
+
+def debian_module(name: str) -> bytes:
+    """One of Debian's own modules, such as `drivers/net/dummy`."""
+    release, version = kernel_version()
+    image = unpacked(f"linux-image-{release}={version}")
+    return (image / "lib/modules" / release / "kernel" / f"{name}.ko").read_bytes()

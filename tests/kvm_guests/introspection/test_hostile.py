@@ -1,0 +1,185 @@
+"""A peer that wants to hurt: random messages with a sense for the structure, cut anywhere, while the guest runs and makes events.
+
+Nothing that it sends may raise an exception in KVM, keep the guest from its end, or get an answer that is no answer. There are few messages
+here; `KVMI_FUZZ=1000000 pytest -m slow tests/kvm_guests/introspection/test_hostile.py` is the long run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+import socket
+import struct
+import threading
+
+import pytest
+
+from softkvm import kvm
+from softkvm.uapi import kvmi
+from softkvm.uapi.kvmi import Command, Dialect, Error
+from tests.helpers.long_guest import CODE, DATA, END, RAM_SIZE, Guest
+from tests.kvm_guests.introspection.conftest import Hooked
+from tests.kvm_guests.introspection.tool import TIMEOUT, Tool
+
+INTERESTING = (0, 1, 2, 3, 4, 7, 8, 0xFF, 0x1000, 0xFFFF, CODE, DATA, RAM_SIZE, 1 << 31, (1 << 32) - 1, 1 << 63, (1 << 64) - 1)
+ERRORS = {-int(error) for error in Error} | {0}
+LOOP = b"\xcc\x88\x03\x0f\xa2\x0f\x20\xe0\x0f\x22\xe0\xeb\xf3"  # 1: int3; mov [rbx], al; cpuid; mov rax, cr4; mov cr4, rax; jmp 1b
+
+
+class Mutator:
+    """Makes messages: mostly well formed, each wrong in one way at most."""
+
+    def __init__(self, seed: int, dialect: Dialect) -> None:
+        self.random = random.Random(seed)
+        self.dialect = dialect
+        self.events: list[tuple[int, int]] = []
+        """Sequence number and vCPU of events that wait."""
+
+    def number(self, size: int) -> bytes:
+        chosen = self.random.choice(INTERESTING) if self.random.random() < 0.7 else self.random.getrandbits(8 * size)
+        return (chosen & (1 << 8 * size) - 1).to_bytes(size, "little")
+
+    def structure(self, layout: type[ctypes.Structure] | None) -> bytes:
+        if layout is None:
+            return b""
+        data = bytearray(layout())
+        for name in layout.__annotations__:
+            if name.startswith("padding") and self.random.random() < 0.95:
+                continue
+            place = getattr(layout, name)
+            if place.size <= 8:
+                data[place.offset : place.offset + place.size] = self.number(place.size)
+        return bytes(data)
+
+    def command(self) -> bytes:
+        command = self.random.choice(list(self.dialect.commands))
+        message = self.dialect.messages[command]
+        body = struct.pack("<HHI", self.random.choice((0, 0, 0, 1, 99)), 0, 0) if command in self.dialect.vcpu_commands else b""
+        body += self.structure(message.request) + self.random.randbytes(self.random.choice((0, 8, 16, 64, 4096)))
+        return self.frame(self.dialect.commands[command], body)
+
+    def reply(self) -> bytes:
+        seq, vcpu = self.events.pop() if self.events else (self.random.getrandbits(8), 0)
+        body = struct.pack("<HHI", vcpu, 0, 0) + struct.pack("<BBHI", self.random.choice((0, 0, 0, 1)), 0, 0, 0)
+        return self.frame(self.dialect.event_reply, body + self.random.choice((b"", b"", self.number(8))), seq)
+
+    def frame(self, number: int, body: bytes, seq: int | None = None) -> bytes:
+        body = body[: kvmi.MAX_MESSAGE]
+        return struct.pack("<HHI", number, len(body), self.random.getrandbits(32) if seq is None else seq) + body
+
+    def message(self) -> bytes:
+        kind = self.random.random()
+        if self.events and kind < 0.4:
+            return self.reply()
+        if kind < 0.98:
+            return self.command()
+        if kind < 0.99:
+            return self.reply()
+        return self.frame(self.random.getrandbits(16), self.random.randbytes(self.random.randrange(64)))
+
+
+def read_answers(peer: socket.socket, mutator: Mutator, failures: list[str]) -> None:
+    """Every message that comes is an event or an answer in form."""
+    dialect, buffer = mutator.dialect, b""
+    while True:
+        try:
+            data = peer.recv(1 << 16)
+        except OSError:
+            return
+        if not data:
+            return
+        buffer += data
+        while len(buffer) >= 8:
+            number, size, seq = struct.unpack_from("<HHI", buffer)
+            if len(buffer) < 8 + size:
+                break
+            body, buffer = buffer[8 : 8 + size], buffer[8 + size :]
+            if number in (dialect.vm_event, dialect.vcpu_event):
+                mutator.events.append((seq, int.from_bytes(body[10:12] if dialect.split_ids else body[2:4], "little")))
+            elif struct.unpack_from("<i", body)[0] not in ERRORS or struct.unpack_from("<I", body, 4)[0]:
+                failures.append(f"answer to {number}: {body[:16].hex()}")
+
+
+def assault(model: kvm.Model, seed: int, messages: int, dialect: Dialect) -> int:
+    """One connection of a hostile peer; how many messages it could send."""
+    guest = Guest(kvm.System(model), LOOP, rbx=DATA)
+    tool, mutator, failures, sent = Tool(guest, dialect), Mutator(seed, dialect), list[str](), 0
+    tool.start()
+    reader = threading.Thread(target=read_answers, args=(tool.socket, mutator, failures), daemon=True)
+    reader.start()
+    for _ in range(messages):
+        try:
+            tool.socket.sendall(mutator.message())
+        except OSError:
+            break
+        sent += 1
+    tool.socket.close()
+    guest.vm._unhook()
+    guest.ram[CODE : CODE + len(END)] = END
+    guest.vcpu.kvm_run.immediate_exit = 1
+    guest.vcpu.kick()
+    assert tool._thread is not None
+    tool._thread.join(TIMEOUT)
+    alive = tool._thread.is_alive()
+    guest.close()
+    tool.theirs.close()
+    assert not alive, f"seed {seed}: the guest hangs"
+    assert tool.error is None or isinstance(tool.error, OSError), f"seed {seed}: {tool.error!r}"
+    assert not failures, f"seed {seed}: {failures[:3]}"
+    return sent
+
+
+@pytest.mark.parametrize("dialect", kvmi.DIALECTS.values(), ids=lambda dialect: dialect.name)
+def test_random_messages_do_no_harm(model: kvm.Model, dialect: Dialect) -> None:
+    for seed in range(12):
+        assault(model, seed, 150, dialect)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_a_million_random_messages_do_no_harm(model: kvm.Model) -> None:
+    left, seed = int(os.environ.get("KVMI_FUZZ", "20000")), 1000
+    while left > 0:
+        left -= max(1, assault(model, seed, 400, list(kvmi.DIALECTS.values())[seed % 3]))
+        seed += 1
+
+
+def test_messages_cut_anywhere(hooked: Hooked) -> None:
+    tool = hooked()
+    body = struct.pack("<HHI", 4, 0, 0)
+    message = struct.pack("<HHI", kvmi.V9.commands[Command.VM_CHECK_COMMAND], len(body), 5) + body
+    for cut in range(1, len(message)):
+        tool.socket.sendall(message[:cut])
+        tool.socket.sendall(message[cut:])
+        assert tool.answer(5) == (0, b"")
+    tool.socket.sendall(message[:3])
+    tool.socket.shutdown(socket.SHUT_WR)
+    assert tool.closed
+
+
+def test_a_message_that_is_too_large_ends_the_connection(hooked: Hooked) -> None:
+    tool = hooked()
+    tool.send(1, b"", 1)
+    tool.socket.sendall(struct.pack("<HHI", 1, kvmi.MAX_MESSAGE + 1, 2))
+    assert tool.closed
+
+
+def test_commands_beyond_all_measure_end_the_connection(hooked: Hooked) -> None:
+    """The vCPU waits for an answer; its tool sends commands and reads nothing."""
+    tool = hooked(b"\x90" + END)
+    processor = tool.vm.create_vcpu(1)
+    processor.kvm_run.immediate_exit = 1
+    processor.ioctl_lock.acquire()  # as if it were in KVM_RUN, and did not come out
+    try:
+        processor.task = kvm_task = object()  # type: ignore[assignment]
+        assert kvm_task is not None
+        for _ in range(1100):
+            try:
+                tool.socket.sendall(struct.pack("<HHIHHI", kvmi.V9.commands[Command.VCPU_GET_INFO], 8, 1, 1, 0, 0))
+            except OSError:
+                break
+        assert tool.closed
+    finally:
+        processor.task = None
+        processor.ioctl_lock.release()
