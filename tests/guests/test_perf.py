@@ -103,7 +103,7 @@ def test_debians_perf_reads_what_we_record(tmp_path: Path) -> None:
     arguments = ["perf", "record", "-b", "-c", "20011", "-o", str(path), "--timeout", "300", "--with", str(program)]
     subprocess.run([*SOFTKVM, *arguments, "--", "/root/profiled"], capture_output=True, check=True)
     perf = tmp_path / "perf"
-    subprocess.run(["cpio", "-idmu", "--quiet"], stdin=_package().open("rb"), cwd=_made(perf), check=True)
+    subprocess.run(["cpio", "-idmu", "--quiet"], input=_package().read_bytes(), cwd=_made(perf), check=True)
     libraries = f"{perf}/lib/x86_64-linux-gnu:{perf}/usr/lib/x86_64-linux-gnu"
     loader: list[str | Path] = [perf / "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2", "--library-path", libraries, perf / "usr/bin/perf"]
     symbols: list[str | Path] = ["--kallsyms", f"{path}.kallsyms", "--symfs", f"{path}.symfs", "-i", path]

@@ -49,7 +49,7 @@ class Core(fake_engine.Core):
 
     def __init__(self, model: Any, index: int) -> None:
         super().__init__(model, index)
-        self.registers = PmuCore()
+        self.registers = PmuCore(model.vendor == "amd")
 
     def pmu_read(self, index: int) -> int:
         return self.registers.pmu_read(index)
@@ -63,8 +63,8 @@ class Core(fake_engine.Core):
 class Host:
     """Two cores, and as many vCPUs as a test wants, all driven by the test's own thread."""
 
-    def __init__(self, cores: int = 2) -> None:
-        self.system = System(cast(Any, Model("cascadelake")), cores=cores)
+    def __init__(self, cores: int = 2, model: str = "cascadelake") -> None:
+        self.system = System(cast(Any, Model(model)), cores=cores)
         self.vm = self.system.create_vm(clock=VirtualClock())
         self.vm.create_irqchip()
 

@@ -148,6 +148,16 @@ def test_rdpmc_of_no_counter(vcpu: Vcpu, index: int) -> None:
     assert vcpu.pmu.rdpmc(index) is None
 
 
+def test_amds_counters_have_no_global_control() -> None:
+    host = Host(model="epyc")
+    vcpu = host.vcpu()
+    vcpu.load()
+    msr.set(vcpu, 0xC001_0200, 0xC2 | 3 << 16 | 1 << 22, False)
+    assert vcpu.control.perf_controls == 0
+    count(vcpu, 0, 3)
+    assert msr.get(vcpu, 0xC001_0004, False) == 3
+
+
 # --- The event filter and the capability -------------------------------------------------------------------------------------------
 
 
