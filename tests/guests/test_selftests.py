@@ -44,20 +44,9 @@ def qemu_log(kernel: str, cpus: int, folder: Path) -> str:
     initrd.write_bytes(image.initrd)
     command: list[str | Path] = [QEMU, "-accel", "tcg", "-cpu", "max", "-m", "256M", "-smp", str(cpus), "-no-reboot", "-nodefaults"]
     command += ["-kernel", image.kernel, "-initrd", initrd, "-append", f"console=ttyS0 panic=-1 quiet {CHECKS}"]
-    command += [
-        "-display",
-        "none",
-        "-monitor",
-        "none",
-        "-serial",
-        "null",
-        "-serial",
-        f"file:{output}",
-        "-serial",
-        "null",
-        "-serial",
-        "null",
-    ]
+    command += ["-display", "none", "-monitor", "none"]
+    for line in ("null", f"file:{output}", "null", "null"):
+        command += ["-serial", line]
     subprocess.run(command, check=True, timeout=400, stdin=subprocess.DEVNULL)
     return output.read_text(errors="replace")
 
