@@ -67,12 +67,14 @@ fuzz: $(ENGINE) ## Run hostile guests for longer: 20,000 of each kind, and port 
 insn-tables: ## Write tests/insn/user*.ins from what the host's CPU does
 	SOFTKVM_INSN_WRITE=$(abspath tests/insn) cargo test -p softkvm-engine --release --quiet --test insn instructions_of_a_process
 
-bench: $(ENGINE) ## Compare with QEMU's TCG (boot), measure exits and what a second vCPU brings
+bench: $(ENGINE) ## Compare with QEMU's TCG (boot), measure exits, what a second vCPU brings, and what it costs to be watched
 	$(BIN)/python -m benchmarks.boot $(ARGS)
 	$(BIN)/python -m benchmarks.exits
 	$(BIN)/python -m benchmarks.entry
 	$(BIN)/python -m benchmarks.smp
+	$(BIN)/python -m benchmarks.watch
 	$(BIN)/python -m benchmarks.introspection
+	$(BIN)/python -m benchmarks.perf
 
 conformance: $(ENGINE) ## Run kvm-unit-tests from the built checkout that KVM_UNIT_TESTS names, and write docs/conformance.md
 	$(BIN)/python docs/conformance.py $(ARGS)

@@ -249,3 +249,58 @@ def test_threads_take_turns() -> None:
 def test_a_host_has_a_core(limit: int) -> None:
     with pytest.raises(ValueError, match="at least one core"):
         Scheduler(fake_engine.Model("cascadelake"), limit)  # type: ignore[arg-type]
+
+
+# --- Functions on another CPU ------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_runs_here_while_nobody_runs_the_guest(scheduler: Scheduler) -> None:
+    guest = Guest()
+    scheduler.load(guest)
+    assert guest.cpu is not None
+    assert scheduler.call_on(guest.cpu, lambda: 7) == scheduler.call_for(guest, lambda: 7) == 7
+    scheduler.put(guest)
+    assert scheduler.call_for(guest, lambda: 8) == 8
+
+
+def test_a_call_to_a_busy_guest_runs_in_its_thread_once(scheduler: Scheduler) -> None:
+    guest, calls, threads = Guest(), [], []
+    scheduler.load(guest)
+    guest.busy = True
+
+    def interrupt(function: Callable[[], None]) -> None:
+        calls.append(function)
+        thread = threading.Thread(target=function)
+        thread.start()
+        thread.join()
+
+    guest.interrupt_guest = interrupt  # type: ignore[method-assign]
+    assert guest.cpu is not None
+    scheduler.call_on(guest.cpu, lambda: threads.append(threading.current_thread()))
+    calls[0]()
+    assert len(threads) == 1
+    assert threads[0] is not threading.current_thread()
+
+
+def test_what_a_call_raises_comes_out_at_the_caller(scheduler: Scheduler) -> None:
+    guest = Guest()
+    scheduler.load(guest)
+
+    def fail() -> None:
+        raise OSError("no counter")
+
+    with pytest.raises(OSError, match="no counter"):
+        scheduler.call_for(guest, fail)
+
+
+def test_a_guests_events_come_and_go_with_it(scheduler: Scheduler) -> None:
+    first, second = Guest(), Guest()
+    context = scheduler.events(first)
+    scheduler.load(first)
+    cpu = first.cpu
+    assert cpu is not None
+    assert cpu.perf.task is context
+    scheduler.load(second)
+    assert second.cpu is cpu
+    assert cpu.perf.task is None
+    assert scheduler.events(second) is cpu.perf.task

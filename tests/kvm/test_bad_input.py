@@ -107,7 +107,6 @@ STRUCTURES: dict[tuple[str, str], tuple[int, int]] = {
     ("vm", "KVM_SET_IRQCHIP"): (errno.ENXIO, errno.EINVAL),
     ("vm", "KVM_ENABLE_CAP"): (errno.EINVAL, errno.EINVAL),
     ("vm", "KVM_X86_SET_MSR_FILTER"): (errno.EINVAL, errno.EINVAL),
-    ("vm", "KVM_SET_PMU_EVENT_FILTER"): (errno.E2BIG, errno.E2BIG),
     ("vm", "KVM_INTROSPECTION_HOOK"): (errno.EINVAL, errno.EINVAL),
     ("vm", "KVM_INTROSPECTION_COMMAND"): (errno.EINVAL, errno.EINVAL),
     ("vm", "KVM_INTROSPECTION_EVENT"): (errno.EINVAL, errno.EINVAL),

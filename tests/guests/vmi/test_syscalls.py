@@ -23,7 +23,7 @@ LOADER = "ld-linux-x86-64.so.2"
 LIBRARIES = ("libc.so.6", "libunwind.so.8", "libunwind-x86_64.so.8", "libunwind-ptrace.so.0", "liblzma.so.5")
 LINE = re.compile(r"^(\w+)\((.*)\) += +(\?|-?\w+)(?: (E\w+))?")
 IN_ONE_ARGUMENT = re.compile(r'"(?:[^"\\]|\\.)*"(?:\.\.\.)?|\[[^\]]*\]|\{[^}]*\}|[^,\s][^,]*')
-NAMED_ARGUMENTS = frozenset({"clone", "clone3", "rt_sigreturn", "execve"})
+NAMED_ARGUMENTS = frozenset({"clone", "clone3", "rt_sigreturn", "execve", "prctl"})
 """Calls whose arguments strace shows in an order or a form of its own; the program and the words of execve are looked at apart."""
 
 
@@ -34,7 +34,9 @@ def live() -> Iterator[LiveGuest]:
     found = {"/bin/strace": (root / "usr/bin/strace").read_bytes()}
     found[f"/lib64/{LOADER}"] = (root / "lib/x86_64-linux-gnu" / LOADER).read_bytes()
     for name in LIBRARIES:
-        (path,) = (folder / name for folder in (root / "lib/x86_64-linux-gnu", root / "usr/lib/x86_64-linux-gnu") if (folder / name).exists())
+        (path,) = (
+            folder / name for folder in (root / "lib/x86_64-linux-gnu", root / "usr/lib/x86_64-linux-gnu") if (folder / name).exists()
+        )
         found[f"/lib/x86_64-linux-gnu/{name}"] = path.read_bytes()
     with live_guest(found, cpus=2) as made:
         yield made
@@ -42,7 +44,7 @@ def live() -> Iterator[LiveGuest]:
 
 def strace_lines(live: LiveGuest) -> dict[int, list[tuple[str, str, str]]]:
     """Call, arguments and result for each process of strace's last run."""
-    text = live.shell("cd /tmp; for f in t.*; do echo \"== ${f#t.}\"; cat $f; done")
+    text = live.shell('cd /tmp; for f in t.*; do echo "== ${f#t.}"; cat $f; done')
     found: dict[int, list[tuple[str, str, str]]] = {}
     for part in re.split(r"^== ", text, flags=re.MULTILINE)[1:]:
         pid, _, lines = part.partition("\n")

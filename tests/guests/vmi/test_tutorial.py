@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -23,7 +22,9 @@ from tests.guests.vmi.test_rootkit import GETPID, ROOTKIT
 pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(900)]
 
 TUTORIAL = Path(__file__).parents[3] / "docs/introspection.md"
-COMMANDS = [line for block in re.findall(r"^```sh\n(.*?)^```", TUTORIAL.read_text(), re.MULTILINE | re.DOTALL) for line in block.splitlines()]
+COMMANDS = [
+    line for block in re.findall(r"^```sh\n(.*?)^```", TUTORIAL.read_text(), re.MULTILINE | re.DOTALL) for line in block.splitlines()
+]
 RUN = "softkvm run --name web -c 2"
 
 
@@ -68,10 +69,10 @@ class Guest:
 
 
 @pytest.fixture
-def tutorial(tmp_path: Path) -> Iterator[Guest]:
+def tutorial(tmp_path: Path) -> Guest:
     """Where the commands run."""
     pytest.importorskip("volatility3")
-    yield Guest(tmp_path)
+    return Guest(tmp_path)
 
 
 def type_in(process: subprocess.Popen[bytes], line: str) -> None:
@@ -90,9 +91,7 @@ def lock_and_attack(tutorial: Guest, vm: subprocess.Popen[bytes], command: str) 
     shown = tutorial.wait_for("victim", vm)
     while not (victim := re.search(r"^victim (\d+)", shown, re.MULTILINE)):
         shown = tutorial.wait_for("victim", vm)
-    with subprocess.Popen(
-        command, shell=True, env=tutorial.environment, cwd=tutorial.folder, stderr=subprocess.PIPE, text=True
-    ) as lock:
+    with subprocess.Popen(command, shell=True, env=tutorial.environment, cwd=tutorial.folder, stderr=subprocess.PIPE, text=True) as lock:
         assert lock.stderr is not None
         assert "kernel locked" in lock.stderr.readline()
         type_in(vm, f"insmod /rootkit.ko pid={victim[1]} table={table[0]} number={GETPID}")

@@ -10,7 +10,8 @@ MASK = (1 << 48) - 1
 class Core:
     """Registers in a dictionary."""
 
-    def __init__(self) -> None:
+    def __init__(self, amd: bool = False) -> None:
+        self.amd = amd
         self.msrs: dict[int, int] = {}
 
     def pmu_read(self, index: int) -> int:
@@ -24,6 +25,10 @@ class Core:
 
     def count(self, idx: int, by: int) -> None:
         """The counter counts; a wrap sets its status."""
+        if self.amd:
+            msr = 0xC001_0201 + 2 * idx
+            self.msrs[msr] = self.pmu_read(msr) + by & MASK
+            return
         msr = FIXED_CTR0 + idx - FIXED if idx >= FIXED else FULL_WIDTH_PMC0 + idx
         value = self.pmu_read(msr) + by
         if value > MASK:

@@ -196,7 +196,7 @@ class VirtualPmu:
         """`atomic_switch_perf_msrs()`, which Linux does at each entry and this one when something has changed: the core's registers in the
         guest."""
         vcpu = self.vcpu
-        if vcpu.cpu is None:
+        if vcpu.cpu is None or self.perf.pmu.version < 2:  # AMD's counters say themselves whether they count in guests
             return
         counters = vcpu.cpu.perf.counters
         vcpu.control.guest_perf_global_ctrl = on = counters.guest_global_ctrl

@@ -1,0 +1,147 @@
+"""Debian's perf in an unmodified guest, and softkvm's own profile of the same from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(900)]
+
+HERE = Path(__file__).parent
+SOFTKVM = [sys.executable, "-m", "softkvm.cli"]
+SUITE = Path(os.environ.get("KVM_UNIT_TESTS", "/nonexistent"))
+ITERATIONS = 1_000_000
+
+Edges = Counter[tuple[str, str]]
+
+
+def compiled(source: str, target: Path, *flags: str) -> Path:
+    """A test program, built by this machine's compiler."""
+    subprocess.run(["gcc", *flags, "-o", target, HERE / source], check=True)
+    return target
+
+
+def in_guest(command: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """A shell command in a guest with Debian's perf."""
+    arguments = [*SOFTKVM, "run", "--timeout", "800", "--with", "linux-perf", *options, "--", "sh", "-c", command]
+    return subprocess.run(arguments, capture_output=True, text=True, check=False)
+
+
+def shares(edges: Edges) -> dict[tuple[str, str], float]:
+    """Each edge's share in percent, of those that are no accident."""
+    total = sum(edges.values())
+    return {edge: 100 * count / total for edge, count in edges.items() if 100 * count / total >= 1}
+
+
+def inside(program: Path) -> Edges:
+    """`perf record -b` in the guest, and its branches by the functions of the program and the C library."""
+    script = (
+        "cd /tmp && perf record -b -c 30011 -o p.data /root/profiled >&2 && perf script -i p.data -F brstacksym | tr ' ' '\\n'"
+        " | cut -d/ -f1,2 | sed 's/+0x[0-9a-f]*//g' | sort | uniq -c"
+    )
+    result = in_guest(script, "--with", str(program))
+    assert result.returncode == 0, result.stderr
+    edges: Edges = Counter()
+    for count, source, target in re.findall(r"(\d+) (\w+)/(\w+)", result.stdout):
+        edges[plt(source), plt(target)] += int(count)
+    return Counter({edge: count for edge, count in edges.items() if OURS.issuperset(edge)})
+
+
+def outside(program: Path) -> Edges:
+    """Every branch of the program, by the engine's log."""
+    arguments = ["trace", "branches", "--ring", "user", "--process", "profiled", "--json", "--timeout", "800", "--with", str(program)]
+    result = subprocess.run([*SOFTKVM, *arguments, "--", "/root/profiled"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    edges: Edges = Counter()
+    for edge in json.loads(result.stdout):
+        edges[plt(edge["source"]), plt(edge["target"])] += edge["count"]
+    return Counter({edge: count for edge, count in edges.items() if OURS.issuperset(edge)})
+
+
+OURS = {"main", "foo", "bar", "qux", "random", "random_r", "random@plt"}
+
+
+def plt(name: str) -> str:
+    """perf calls the procedure linkage table `_init`, as that is the last symbol before it; we name the file."""
+    return "random@plt" if name in ("_init", "[profiled]") else name
+
+
+def test_the_table_of_the_cover_letter(tmp_path: Path) -> None:
+    program = compiled("profiled.c", tmp_path / "profiled", "-O1")
+    sampled, logged = shares(inside(program)), shares(outside(program))
+    assert sampled.keys() == logged.keys()
+    assert len(logged) >= 15
+    for edge, share in logged.items():
+        assert abs(sampled[edge] - share) <= 2, edge
+
+
+def test_guest_counts_are_exact(tmp_path: Path) -> None:
+    program = compiled("counted.S", tmp_path / "counted", "-nostdlib", "-static")
+    result = in_guest("perf stat -x, -e instructions:u,branches:u /root/counted", "--with", str(program))
+    counts = {name: int(count) for count, name in re.findall(r"^(\d+),,(\w+):u,", result.stderr, re.MULTILINE)}
+    assert counts == {"instructions": 2 * ITERATIONS + 4, "branches": ITERATIONS + 1}
+
+
+def test_the_log_has_every_branch(tmp_path: Path) -> None:
+    program = compiled("counted.S", tmp_path / "counted", "-nostdlib", "-static")
+    arguments = ["trace", "branches", "--ring", "user", "--process", "counted", "--json", "--timeout", "300", "--with", str(program)]
+    result = subprocess.run([*SOFTKVM, *arguments, "--", "/root/counted"], capture_output=True, text=True, check=False)
+    counts = {(edge["source"], edge["target"]): edge["count"] for edge in json.loads(result.stdout)}
+    assert counts["[counted]", "[counted]"] == ITERATIONS - 1
+    assert counts["[counted]", "entry_SYSCALL_64"] == 1
+
+
+def test_debians_perf_reads_what_we_record(tmp_path: Path) -> None:
+    program, path = compiled("profiled.c", tmp_path / "profiled", "-O1"), tmp_path / "out.data"
+    arguments = ["perf", "record", "-b", "-c", "20011", "-o", str(path), "--timeout", "300", "--with", str(program)]
+    subprocess.run([*SOFTKVM, *arguments, "--", "/root/profiled"], capture_output=True, check=True)
+    perf = tmp_path / "perf"
+    subprocess.run(["cpio", "-idmu", "--quiet"], input=_package().read_bytes(), cwd=_made(perf), check=True)
+    libraries = f"{perf}/lib/x86_64-linux-gnu:{perf}/usr/lib/x86_64-linux-gnu"
+    loader: list[str | Path] = [perf / "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2", "--library-path", libraries, perf / "usr/bin/perf"]
+    symbols: list[str | Path] = ["--kallsyms", f"{path}.kallsyms", "--symfs", f"{path}.symfs", "-i", path]
+    columns = ["-F", "overhead,comm,symbol_from,symbol_to"]
+    report = subprocess.run([*loader, "report", "--stdio", *symbols, *columns], capture_output=True, text=True, check=False)
+    assert report.returncode == 0, report.stderr
+    found = {(source, target) for source, target in re.findall(r"profiled +\[\.\] (\w+) +\[\.\] (\w+)", report.stdout)}
+    assert {("main", "foo"), ("foo", "qux"), ("qux", "foo"), ("main", "bar"), ("bar", "qux"), ("random", "random_r")} <= found
+
+
+def _made(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def _package() -> Path:
+    from softkvm.cli import guest
+
+    guest.prepare("cloud", extras=["linux-perf"])
+    return guest.Cache(guest.default_directory()).path("package-linux-perf.cpio")
+
+
+def test_the_flame_graph_names_programs_and_kernel(tmp_path: Path) -> None:
+    program, picture, folded = compiled("profiled.c", tmp_path / "profiled", "-O1"), tmp_path / "f.svg", tmp_path / "f.txt"
+    arguments = ["perf", "flame", "-c", "5003", "-o", str(picture), "--folded", str(folded), "--timeout", "300", "--with", str(program)]
+    subprocess.run([*SOFTKVM, *arguments, "--", "/root/profiled"], capture_output=True, check=True)
+    stacks = folded.read_text()
+    assert re.search(r"^profiled;.*main;foo;qux \d+$", stacks, re.MULTILINE)
+    assert re.search(r"entry_SYSCALL_64_after_hwframe_\[k\];do_syscall_64_\[k\];", stacks)
+    assert picture.read_text().startswith("<svg")
+
+
+@pytest.mark.skipif(not (SUITE / "x86/pmu.flat").exists(), reason="KVM_UNIT_TESTS names no built kvm-unit-tests")
+@pytest.mark.parametrize(("name", "options"), [("pmu", ["-cpu", "max", "-icount", "shift=0"]), ("pmu_pebs", ["-cpu", "host"])])
+def test_kvm_unit_tests(name: str, options: list[str]) -> None:
+    qemu = [sys.executable, "-c", "import sys; from softkvm.cli.qemu import main; sys.exit(main())", "-serial", "stdio"]
+    devices = ["-device", "isa-debug-exit,iobase=0xf4,iosize=0x4", "-device", "pc-testdev", "-kernel", str(SUITE / f"x86/{name}.flat")]
+    result = subprocess.run([*qemu, *options, *devices], capture_output=True, text=True, check=False)
+    assert "SUMMARY" in result.stdout
+    assert "FAIL" not in result.stdout
+    assert result.returncode == 1  # the debug exit's way to say 0

@@ -1,0 +1,212 @@
+"""The virtual PMU: what a guest may know of it, its registers with good and bad values, the event filter, RDPMC, and migration."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from softkvm import silicon
+from softkvm.kvm import msr
+from softkvm.kvm.pmu.filter import EventFilter
+from softkvm.kvm.request import REQ_PMI, REQ_PMU
+from softkvm.kvm.vcpu import Vcpu
+from softkvm.uapi import kvm as uapi
+from tests.kvm.test_lbr import Core, Host
+
+PMC0, EVENTSEL0, FULL0, FIXED0 = 0xC1, 0x186, 0x4C1, 0x309
+FIXED_CTRL, STATUS, CTRL, OVF_CTRL = 0x38D, 0x38E, 0x38F, 0x390
+MASK = (1 << 48) - 1
+BRANCHES = 0xC4 | 3 << 16 | 1 << 22
+INTERRUPT = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(silicon, "Core", Core)
+
+
+@pytest.fixture
+def host() -> Host:
+    return Host()
+
+
+@pytest.fixture
+def vcpu(host: Host) -> Vcpu:
+    vcpu = host.vcpu()
+    vcpu.load()
+    return vcpu
+
+
+def count(vcpu: Vcpu, idx: int, by: int) -> None:
+    """The silicon counts on the counter that the guest's counter `idx` has got."""
+    event = vcpu.pmu.counters[idx].event
+    assert event is not None
+    assert vcpu.cpu is not None
+    core = vcpu.cpu.core
+    assert isinstance(core, Core)
+    core.registers.count(event.hw.idx, by)
+
+
+def test_cpuid_is_version_2(host: Host) -> None:
+    leaf = next(entry for entry in host.system.get_supported_cpuid() if entry.function == 0xA)
+    assert (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) == (0x0730_0402, 0, 0, 0x8603)
+
+
+def test_without_the_leaf_there_is_no_pmu(host: Host) -> None:
+    vcpu = host.vcpu()
+    vcpu.set_cpuid2([entry for entry in vcpu.get_cpuid2() if entry.function != 0xA])
+    for index in (FULL0, FIXED0, FIXED_CTRL, STATUS, CTRL, OVF_CTRL, PMC0 + 2, EVENTSEL0 + 2):
+        with pytest.raises(msr.MsrError):
+            msr.get(vcpu, index, False)
+    assert msr.get(vcpu, PMC0, False) == 0
+
+
+@pytest.mark.parametrize(
+    ("index", "value"),
+    [
+        (EVENTSEL0, 1 << 21),
+        (EVENTSEL0, 1 << 32),
+        (EVENTSEL0 + 4, 0),
+        (PMC0 + 4, 0),
+        (FULL0, 1 << 48),
+        (FIXED0 + 3, 0),
+        (FIXED_CTRL, 0x4),
+        (FIXED_CTRL, 0x1000),
+        (STATUS, 0),
+        (CTRL, 1 << 4),
+        (CTRL, 1 << 35),
+        (OVF_CTRL, 1 << 61),
+    ],
+)
+def test_reserved_bits_are_gp_and_change_nothing(vcpu: Vcpu, index: int, value: int) -> None:
+    with pytest.raises(msr.MsrError):
+        msr.set(vcpu, index, value, False)
+    assert vcpu.get_msrs([EVENTSEL0, FIXED_CTRL, CTRL, STATUS]) == [0, 0, 0, 0]
+
+
+def test_both_names_of_a_counter(vcpu: Vcpu) -> None:
+    msr.set(vcpu, PMC0, 0xFF_8123_4567, False)
+    assert (msr.get(vcpu, PMC0, False), msr.get(vcpu, FULL0, False)) == (0xFFFF_8123_4567,) * 2
+    msr.set(vcpu, FULL0, 0x1234_5678_9ABC, False)
+    assert msr.get(vcpu, PMC0, False) == 0x1234_5678_9ABC
+
+
+def test_a_counter_counts_what_the_silicon_does_while_it_is_on(vcpu: Vcpu) -> None:
+    msr.set(vcpu, EVENTSEL0, BRANCHES, False)
+    assert vcpu.pmu.counters[0].event is None  # GLOBAL_CTRL is off
+    msr.set(vcpu, CTRL, 1, False)
+    count(vcpu, 0, 5)
+    assert msr.get(vcpu, PMC0, False) == 5
+    assert vcpu.control.guest_perf_global_ctrl
+    msr.set(vcpu, CTRL, 0, False)
+    assert not vcpu.control.guest_perf_global_ctrl
+    msr.set(vcpu, CTRL, 1, False)
+    count(vcpu, 0, 2)
+    msr.set(vcpu, EVENTSEL0, 0, False)
+    assert msr.get(vcpu, PMC0, False) == 7
+
+
+def test_an_overflow_is_status_and_interrupt(vcpu: Vcpu) -> None:
+    from softkvm.kvm.pmu.registers import GuestRegisters
+
+    msr.set(vcpu, EVENTSEL0, BRANCHES | INTERRUPT, False)
+    msr.set(vcpu, FULL0, MASK - 2, False)
+    msr.set(vcpu, CTRL, 1, False)
+    count(vcpu, 0, 4)
+    assert vcpu.cpu is not None
+    assert vcpu.cpu.perf.handle_nmi(GuestRegisters(vcpu))
+    assert (msr.get(vcpu, STATUS, False), vcpu.requests & (REQ_PMU | REQ_PMI)) == (1, REQ_PMU | REQ_PMI)
+    vcpu.pmu.handle_event()
+    assert msr.get(vcpu, PMC0, False) == 1
+    msr.set(vcpu, OVF_CTRL, 1, False)
+    assert msr.get(vcpu, STATUS, False) == 0
+
+
+def test_instructions_that_kvm_does_are_counted_by_ring(vcpu: Vcpu) -> None:
+    msr.set(vcpu, EVENTSEL0, 0xC0 | 1 << 17 | 1 << 22, False)  # at CPL 0
+    msr.set(vcpu, EVENTSEL0 + 1, 0xC0 | 1 << 16 | 1 << 22, False)  # elsewhere
+    assert vcpu.retired is None
+    msr.set(vcpu, CTRL, 3, False)
+    assert vcpu.retired is not None
+    vcpu.retired()
+    assert (msr.get(vcpu, PMC0, False), msr.get(vcpu, PMC0 + 1, False)) == (1, 0)
+    msr.set(vcpu, FULL0, MASK, False)
+    vcpu.retired()
+    assert (msr.get(vcpu, PMC0, False), msr.get(vcpu, STATUS, False)) == (0, 1)
+
+
+@pytest.mark.parametrize(("index", "value"), [(0, 0x1234_5678_9ABC), (1 << 31, 0x5678_9ABC), (1 << 30, 77), (1 << 30 | 1 << 31, 77)])
+def test_rdpmc(vcpu: Vcpu, index: int, value: int) -> None:
+    msr.set(vcpu, FULL0, 0x1234_5678_9ABC, False)
+    msr.set(vcpu, FIXED0, 77, False)
+    assert vcpu.pmu.rdpmc(index) == value
+
+
+@pytest.mark.parametrize("index", [4, 64, 32, 1 << 30 | 3, 1 << 30 | 32, 1 << 29, 0x7FFF_FFFF])
+def test_rdpmc_of_no_counter(vcpu: Vcpu, index: int) -> None:
+    assert vcpu.pmu.rdpmc(index) is None
+
+
+def test_amds_counters_have_no_global_control() -> None:
+    host = Host(model="epyc")
+    vcpu = host.vcpu()
+    vcpu.load()
+    msr.set(vcpu, 0xC001_0200, 0xC2 | 3 << 16 | 1 << 22, False)
+    assert vcpu.control.perf_controls == 0
+    count(vcpu, 0, 3)
+    assert msr.get(vcpu, 0xC001_0004, False) == 3
+
+
+# --- The event filter and the capability -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("action", "events", "counts"), [(None, [], True), (0, [0xC4], True), (0, [0xC5], False), (1, [0xC4], False), (1, [0xC5], True)]
+)
+def test_the_filter_decides(host: Host, vcpu: Vcpu, action: int | None, events: list[int], counts: bool) -> None:
+    if action is not None:
+        host.vm.set_pmu_event_filter(uapi.PmuEventFilter(action=action, nevents=len(events)), events)
+    msr.set(vcpu, EVENTSEL0, BRANCHES, False)
+    msr.set(vcpu, CTRL, 1, False)
+    assert (vcpu.pmu.counters[0].event is not None) == counts
+
+
+@pytest.mark.parametrize(
+    ("header", "number", "error"), [({"action": 2}, 0, errno.EINVAL), ({"flags": 1}, 0, errno.EINVAL), ({}, 301, errno.E2BIG)]
+)
+def test_bad_filters(header: dict[str, int], number: int, error: int) -> None:
+    with pytest.raises(OSError, match=r".") as refused:
+        EventFilter.make(uapi.PmuEventFilter(**header), [0] * number)
+    assert refused.value.errno == error
+
+
+def test_user_space_can_take_the_pmu_away_before_there_are_vcpus(host: Host) -> None:
+    request = uapi.EnableCap(cap=uapi.KVM_CAP_PMU_CAPABILITY)
+    request.args[0] = uapi.KVM_PMU_CAP_DISABLE
+    host.vm.enable_cap(request)
+    vcpu = host.vcpu()
+    with pytest.raises(msr.MsrError):
+        msr.get(vcpu, CTRL, False)
+    with pytest.raises(OSError, match="vCPUs"):
+        host.vm.enable_cap(request)
+
+
+# --- Migration ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_counters_move_to_another_vm(host: Host, vcpu: Vcpu) -> None:
+    msr.set(vcpu, EVENTSEL0, BRANCHES | INTERRUPT, False)
+    msr.set(vcpu, FIXED_CTRL, 0xB, False)
+    msr.set(vcpu, CTRL, 1 << 32 | 1, False)
+    count(vcpu, 0, 1234)
+    count(vcpu, 32, 99)
+    indices = [index for index in host.system.get_msr_index_list() if index in {PMC0, EVENTSEL0, FIXED0, FIXED_CTRL, CTRL, STATUS}]
+    assert len(indices) == 6
+    saved = dict(zip(indices, vcpu.get_msrs(indices), strict=True))
+    other = Host().vcpu()
+    assert other.set_msrs(saved) == len(saved)
+    other.load()
+    assert dict(zip(indices, other.get_msrs(indices), strict=True)) == saved
+    count(other, 0, 1)
+    assert other.get_msrs([PMC0]) == [1235]
