@@ -43,7 +43,7 @@ def test_all_cpus_work(guest_run: GuestRun, kernel: str, cpu: str, cpus: int) ->
 
 @pytest.mark.timeout(900)
 def test_as_many_cpus_as_there_can_be(guest_run: GuestRun) -> None:
-    result = guest_run("sh", "-c", "nproc; grep -c apicid /proc/cpuinfo; dmesg", options=("-c", "64", "-m", "1G"), timeout=800)
+    result = guest_run("sh", "-c", "nproc; grep -c ^processor /proc/cpuinfo; dmesg", options=("-c", "64", "-m", "1G"), timeout=800)
     assert result.status == 0, result
     assert result.stdout.startswith("64\n64\n")
     assert "Brought up 1 node, 64 CPUs" in result.stdout
