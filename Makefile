@@ -10,6 +10,7 @@ ARGS ?=
 CASES ?= 5000000
 SEED ?= 1
 LEDGER ?= $(abspath $(VENV))/differential.tsv
+FUZZ ?= 20000
 JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 
 ENGINE_SOURCES := $(shell find engine -name target -prune -o -type f \( -name '*.rs' -o -name '*.toml' \) -print 2>/dev/null) Cargo.toml $(wildcard Cargo.lock)
@@ -23,7 +24,7 @@ export PIP_QUIET := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help boot build test test-fast lint format bench conformance differential insn-tables selftest readme-screen clean prerequisites
+.PHONY: help boot build test test-fast lint format bench conformance differential fuzz insn-tables selftest readme-screen clean prerequisites
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,14 +60,19 @@ differential: $(ENVIRONMENT) ## Compare 5 million generated instructions with th
 	    cargo test -p softkvm-engine --release --quiet --test differential
 	$(BIN)/python docs/differential.py $(LEDGER)
 
+fuzz: $(ENGINE) ## Run hostile guests for longer: 20,000 of each kind, and port and MMIO storms on the whole board (FUZZ=cases)
+	SOFTKVM_HOSTILE_CASES=$(FUZZ) cargo test -p softkvm-engine --release --quiet --test hostile
+	SOFTKVM_STORM_CASES=$$(($(FUZZ) / 100)) $(BIN)/python -m pytest -q tests/vmm/test_storm.py --timeout 3600
+
 insn-tables: ## Write tests/insn/user*.ins from what the host's CPU does
 	SOFTKVM_INSN_WRITE=$(abspath tests/insn) cargo test -p softkvm-engine --release --quiet --test insn instructions_of_a_process
 
-bench: $(ENGINE) ## Compare with QEMU's TCG (boot), measure exits and what a second vCPU brings
+bench: $(ENGINE) ## Compare with QEMU's TCG (boot), measure exits, what a second vCPU brings, and what it costs to be watched
 	$(BIN)/python -m benchmarks.boot $(ARGS)
 	$(BIN)/python -m benchmarks.exits
 	$(BIN)/python -m benchmarks.entry
 	$(BIN)/python -m benchmarks.smp
+	$(BIN)/python -m benchmarks.watch
 	$(BIN)/python -m benchmarks.introspection
 	$(BIN)/python -m benchmarks.perf
 

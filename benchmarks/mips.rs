@@ -1,10 +1,12 @@
-//! Millions of guest instructions per second on small loops, unwatched and with counters, branch records or the branch log on:
+//! Millions of guest instructions per second on small loops, interpreted unwatched and with counters, branch records or the branch log on,
+//! and as host code:
 //! `cargo run --release -p softkvm-engine --example mips`.
 
 use std::alloc::{alloc_zeroed, Layout};
 use std::sync::Arc;
 use std::time::Instant;
 
+use softkvm_engine::jit::Tier;
 use softkvm_engine::memory::nested::NestedPageTable;
 use softkvm_engine::memory::region::Region;
 use softkvm_engine::model::Model;
@@ -68,11 +70,11 @@ fn state() -> State {
 
 /// The rate of `code` in each mode, in one line.
 fn run(name: &str, code: &[u8]) {
-    let rates = Watch::ALL.map(|watch| format!("{:7.0}", rate(code, watch)));
-    println!("{name:12} {}", rates.join(" "));
+    let rates = Watch::ALL.map(|watch| format!("{:7.0}", rate(code, watch, Tier::Interpreter)));
+    println!("{name:12} {} {:7.0}", rates.join(" "), rate(code, Watch::Nothing, Tier::Auto));
 }
 
-fn rate(code: &[u8], watch: Watch) -> f64 {
+fn rate(code: &[u8], watch: Watch, tier: Tier) -> f64 {
     let ram = Arc::new(Region::new(RAM).unwrap());
     // SAFETY: the tables and the code lie inside the region.
     unsafe {
@@ -86,7 +88,7 @@ fn rate(code: &[u8], watch: Watch) -> f64 {
     }
     let npt = Arc::new(NestedPageTable::default());
     npt.map(0, RAM as u64, &ram, 0, 7).unwrap();
-    let mut core = Core::new(Arc::new(Model::new("cascadelake", &[]).unwrap()), 0);
+    let mut core = Core::new(Arc::new(Model::new("cascadelake", &[]).unwrap().with_tier(tier)), 0);
     // SAFETY: zeroes are a valid block; it lives until the process ends.
     let block = unsafe { &mut *alloc_zeroed(Layout::new::<Block>()).cast::<Block>() };
     block.state = state();
@@ -104,7 +106,7 @@ fn rate(code: &[u8], watch: Watch) -> f64 {
 }
 
 fn main() {
-    println!("{:12} {:>7} {:>7} {:>7} {:>7} {:>7}", "MIPS", "plain", "insns", "brs", "LBR", "log");
+    println!("{:12} {:>7} {:>7} {:>7} {:>7} {:>7} {:>7}", "MIPS", "plain", "insns", "brs", "LBR", "log", "host");
     // add rax, rbx; xor rcx, rax; sub rdx, rcx; lea rbx, [rbx+rcx]; and rax, rdx; dec r8; jnz
     run(
         "alu",

@@ -273,6 +273,8 @@ def test_counters_are_printed_at_the_end(machine: type[FakeMachine], capfd: pyte
         (["--restore", "x", "-m", "1G"], "`--restore` excludes memory"),
         (["--restore", "x", "--", "true"], "`--restore` and `-- CMD` exclude each other"),
         (["--name", "a/b"], "'a/b' is not a name for a VM"),
+        (["--introspection", "tool,dialect=v8"], "'v8' is no dialect of KVMI; there are auto, v9, libkvmi, v12"),
+        (["--introspection", "vsock:1"], "'vsock:1' is no vsock address; write vsock:CID:PORT"),
     ],
 )
 def test_bad_input_is_one_sentence_and_125(

@@ -66,6 +66,19 @@ def test_without_any_vm(capsys: pytest.CaptureFixture[str]) -> None:
     assert captured.err == "softkvm: no VM is running\nsoftkvm: no VM is running\n"
 
 
+def test_names_of_running_vms_are_completed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("_SOFTKVM_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", "softkvm pause w")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    with listening("web"), listening("db"), pytest.raises(SystemExit):
+        app.main([])
+    assert capsys.readouterr().out == "plain,web\n"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/nowhere")
+    with pytest.raises(SystemExit):
+        app.main([])
+    assert "plain" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [(["pause", "a/b"], "is not a name for a VM"), (["resume", "other"], "no VM named other is running; there are deaf")],

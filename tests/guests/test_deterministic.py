@@ -18,10 +18,12 @@ _SMP_IS_UP = "smpboot: Total of"
 """What the kernel says when all its CPUs have come up."""
 
 
-def boot(cpus: int, seed: int, cpu: str = "cascadelake", until: str | None = _SMP_IS_UP, pause_at: str | None = None) -> Repetition:
+def boot(
+    cpus: int, seed: int, cpu: str = "cascadelake", until: str | None = _SMP_IS_UP, pause_at: str | None = None, tier: str = "auto"
+) -> Repetition:
     """Boot up to a line of the console, with a stop on the way if asked for, or to power-off."""
     image = guest.prepare("cloud", command=["sh", "-c", "nproc; cat /proc/interrupts; od -N 8 /dev/urandom"])
-    with Machine(image.kernel, image.initrd, "panic=-1", "256M", cpu, cpus=cpus, deterministic=seed) as vm:
+    with Machine(image.kernel, image.initrd, "panic=-1", "256M", cpu, cpus=cpus, deterministic=seed, tier=tier) as vm:
         if pause_at is not None:
             assert vm.run(pause_at, timeout=100).reason.name == "UNTIL"
         stop = vm.run(until, timeout=200)
@@ -36,6 +38,11 @@ def test_two_boots_are_the_same(cpus: int) -> None:
     first = boot(cpus, seed=1)
     assert boot(cpus, seed=1) == first
     assert first.instructions > 10_000_000
+
+
+@pytest.mark.parametrize("tier", ["interpreter", "translator"])
+def test_every_tier_runs_the_same(tier: str) -> None:
+    assert boot(2, seed=1, tier=tier) == boot(2, seed=1)
 
 
 def test_another_seed_is_another_run() -> None:
@@ -54,6 +61,13 @@ def test_a_run_in_two_parts_repeats_too() -> None:
 @pytest.mark.parametrize("cpus", [1, 2, 4])
 def test_two_boots_to_power_off_are_the_same(cpus: int, cpu: str) -> None:
     assert boot(cpus, seed=5, cpu=cpu, until=None) == boot(cpus, seed=5, cpu=cpu, until=None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cpu", ["cascadelake", "epyc"])
+def test_every_tier_runs_the_same_to_power_off(cpu: str) -> None:
+    runs = [boot(2, seed=6, cpu=cpu, until=None, tier=tier) for tier in ("interpreter", "translator", "auto")]
+    assert runs[0] == runs[1] == runs[2]
 
 
 @pytest.mark.slow

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
+from softkvm.cli.guest import apt
 from softkvm.host.ftrace import HEADER
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(300)]
 
 SOFTKVM = [sys.executable, "-m", "softkvm.cli", "run", "--timeout", "200"]
 LINE = re.compile(r" *\S.*-\d+ +\[\d{3}\] [d.][N.][hs.][\d.]\. +\d+\.\d{6}: (?P<event>\w+): .*")
+REPORTED = re.compile(r" *(?P<comm>\S+)-\d+ +\[\d{3}\] +(?P<time>\d+\.\d{6}): (?P<event>\w+): +(?P<fields>.*)")
+"""A line of `trace-cmd report`."""
 PERMISSIVE = {
     "default_action": "allow",
     "rules": [
@@ -46,6 +51,40 @@ def test_a_boot_is_traced_audited_and_filtered(tmp_path: Path) -> None:
     records = [json.loads(line) for line in audited.read_text().splitlines()]
     assert records[0]["call"] == "KVM_CREATE_VM"
     assert sum(record["call"] == "KVM_RUN" for record in records) == text.count(": kvm_userspace_exit: ")
+
+
+def test_trace_cmd_reads_the_trace_of_a_boot(tmp_path: Path, trace_cmd: Path) -> None:
+    """An independent reader, with libtraceevent's own decoders of KVM's events."""
+    traced = tmp_path / "trace.dat"
+    result = softkvm("--trace", "kvm:*", "--trace", "raw_syscalls", "--trace-file", traced, "-c", "2", "--", "true")
+    assert result.returncode == 0, result.stderr
+    libraries = trace_cmd / "usr/lib/x86_64-linux-gnu"
+    environment = {"LD_LIBRARY_PATH": str(libraries), "TRACEEVENT_PLUGIN_DIR": str(libraries / "traceevent/plugins")}
+    command: list[str | Path] = [trace_cmd / "usr/bin/trace-cmd", "report", "-i", traced]
+    report = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert report.stderr == ""
+    lines = report.stdout.splitlines()
+    assert lines[0] == "cpus=2"
+    events = [REPORTED.fullmatch(line) for line in lines[1:]]
+    assert all(events)
+    times = [float(event["time"]) for event in events if event]
+    assert times == sorted(times)
+    exits = [event for event in events if event and event["event"] == "kvm_exit"]
+    assert any(event["fields"].startswith("reason CPUID rip 0x") for event in exits)
+    assert {event["comm"] for event in exits} == {"softkvm-vcpu0", "softkvm-vcpu1"}
+    entries = sum(event["event"] == "kvm_entry" for event in events if event)
+    assert abs(entries - len(exits)) <= 2
+
+
+@pytest.fixture(scope="module")
+def trace_cmd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Debian's trace-cmd with its libraries, unpacked."""
+    folder = tmp_path_factory.mktemp("trace-cmd")
+    with apt.session(lambda _: None) as session:
+        for _, files in session.archives(["trace-cmd", "libtraceevent1", "libtraceevent1-plugin", "libtracefs1"]):
+            with tarfile.open(fileobj=io.BytesIO(files)) as archive:
+                archive.extractall(folder, filter="data")
+    return folder
 
 
 def test_a_vmm_that_is_killed_ends_as_by_sigsys(tmp_path: Path) -> None:

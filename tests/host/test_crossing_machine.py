@@ -15,7 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from softkvm.host import context_tracking, entry
+from softkvm.host import context_tracking, entry, nmi
 from softkvm.host.call import SYS_IOCTL
 from softkvm.host.irqflags import local_irq_disable, local_irq_enable
 from softkvm.host.process import Process
@@ -37,6 +37,8 @@ from tests.host.doubles import RUN, File
 
 FLAGS = (TIF_NEED_RESCHED, TIF_SIGPENDING, TIF_NOTIFY_RESUME, TIF_NOTIFY_SIGNAL, TIF_UPROBE, TIF_PATCH_PENDING, TIF_USER_RETURN_NOTIFY)
 MOMENTS = ("before", "in the call", "in the guest", "in an interrupt", "in work", "between check and entry")
+NMI = -1
+"""In place of a flag: an NMI of the host."""
 
 
 class Vcpu:
@@ -96,6 +98,7 @@ class Crossings(RuleBasedStateMachine):
         self.plan: dict[str, deque[int]] = {moment: deque() for moment in MOMENTS}
         self.queued = 0
         self.done = 0
+        nmi.register_nmi_handler(self.handle_nmi)
 
     @initialize(watched=st.booleans())
     def start(self, watched: bool) -> None:
@@ -105,8 +108,24 @@ class Crossings(RuleBasedStateMachine):
 
     def happen(self, moment: str) -> None:
         """What was planned for this moment."""
-        if self.plan[moment]:
-            self.set(self.plan[moment].popleft())
+        if not self.plan[moment]:
+            return
+        if (planned := self.plan[moment].popleft()) != NMI:
+            self.set(planned)
+            return
+        task = self.task
+        before = (task.context, task.irqs_off, task.lockdep_irqs_off, task.rcu_watching, task.preempt_count, task.flags)
+        nmi.do_nmi(task)
+        assert before == (task.context, task.irqs_off, task.lockdep_irqs_off, task.rcu_watching, task.preempt_count, task.flags)
+
+    def handle_nmi(self) -> bool:
+        """The host's handler: nothing may be rescheduled or waited for in it."""
+        assert nmi.in_nmi(self.task)
+        assert (self.task.irqs_off, self.task.rcu_watching) == (True, True)
+        return True
+
+    def teardown(self) -> None:
+        nmi.unregister_nmi_handler(self.handle_nmi)
 
     def set(self, flag: int) -> None:
         if flag == TIF_USER_RETURN_NOTIFY:
@@ -129,9 +148,9 @@ class Crossings(RuleBasedStateMachine):
         assert not self.task.flags & entry.EXIT_TO_USER_MODE_WORK, "a user-return notifier was not last"
         self.done += 1
 
-    @rule(moment=st.sampled_from(MOMENTS[1:]), flag=st.sampled_from(FLAGS))
+    @rule(moment=st.sampled_from(MOMENTS[1:]), flag=st.sampled_from((*FLAGS, NMI)))
     def plan_ahead(self, moment: str, flag: int) -> None:
-        """Somebody will set a flag at some moment to come."""
+        """Somebody will set a flag, or an NMI will come, at some moment."""
         if moment not in ("in work",) or flag != TIF_USER_RETURN_NOTIFY:
             self.plan[moment].append(flag)
 

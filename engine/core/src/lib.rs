@@ -9,6 +9,7 @@ pub mod exec;
 pub mod fault;
 pub mod flags;
 pub mod interrupts;
+pub mod jit;
 pub mod memory;
 pub mod model;
 pub mod paging;

@@ -104,11 +104,13 @@ fn instruction(random: &mut Random) -> Vec<u8> {
             bytes.push(random.next() as u8);
             bytes
         }
-        3 => with_operands(&[0xf7], true, 2 + random.below(2) as u8, true, random),
+        3 => with_operands(&[[0xf6, 0xf7][random.below(2) as usize]], true, 2 + random.below(4) as u8, true, random),
         4 => with_operands(&[0xff], true, random.below(2) as u8, true, random),
         5 => with_operands(&[0x0f, 0x40 + random.below(16) as u8], true, register(random), true, random),
         6 => with_operands(&[0x0f, 0x90 + random.below(16) as u8], false, 0, true, random),
-        7 => match random.below(3) {
+        7 => match random.below(5) {
+            3 => [with_operands(&[0x0f, 0xba], true, 4 + random.below(4) as u8, true, random), vec![random.next() as u8]].concat(),
+            4 => [with_operands(&[0x6b], true, register(random), true, random), vec![random.next() as u8]].concat(),
             0 => vec![0x50 + [0, 1, 2, 3, 4, 5][random.below(6) as usize]],
             1 => vec![0x58 + [0, 1, 2, 3, 5][random.below(5) as usize]],
             _ => vec![0x48, 0x8d, 0x44 | (register(random) & 3) << 3, 0xbe, 0x10],
@@ -190,10 +192,20 @@ fn run_reference(machine: &mut Machine) {
 
 #[test]
 fn blocks_do_what_single_instructions_do() {
+    compare(None);
+}
+
+#[test]
+fn host_code_does_what_single_instructions_do() {
+    compare(Some(1));
+}
+
+fn compare(translator: Option<u32>) {
     let mut faults = 0;
     for seed in 0..CASES {
         let code = program(&mut Random::new(seed));
         let (mut fast, mut slow) = (machine(&code, seed), machine(&code, seed));
+        fast.cpu.set_translator(translator);
         run_blocks(&mut fast);
         run_reference(&mut slow);
         let view = |machine: &Machine| (machine.cpu.regs[..16].to_vec(), machine.cpu.rip() - CODE, machine.cpu.rflags());

@@ -6,12 +6,14 @@ use std::sync::Arc;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use softkvm_engine::cpu::CodeSize;
+use softkvm_engine::jit::Tier;
 use softkvm_engine::{decode, model};
 
 /// leaf, subleaf, whether the subleaf matters, EAX, EBX, ECX, EDX
 type Leaf = (u32, u32, bool, u32, u32, u32, u32);
 
-/// A CPU model by name, with features switched on and off by name; `tsc_khz` is its TSC's frequency if that is not the host's.
+/// A CPU model by name, with features switched on and off by name; `tsc_khz` is its TSC's frequency if that is not the host's, `tier` how
+/// its cores run code.
 ///
 /// Raises ValueError, which lists the names that exist, for an unknown name or a feature that the engine lacks.
 #[pyclass(frozen, module = "softkvm._engine")]
@@ -22,15 +24,18 @@ pub struct Model {
 #[pymethods]
 impl Model {
     #[new]
-    #[pyo3(signature = (name, features=None, tsc_khz=None))]
-    fn new(name: &str, features: Option<BTreeMap<String, bool>>, tsc_khz: Option<u32>) -> PyResult<Self> {
+    #[pyo3(signature = (name, features=None, tsc_khz=None, tier="auto"))]
+    fn new(name: &str, features: Option<BTreeMap<String, bool>>, tsc_khz: Option<u32>, tier: &str) -> PyResult<Self> {
         let switches: Vec<_> = features.unwrap_or_default().into_iter().collect();
         let model = model::Model::new(name, &switches).map_err(|error| PyValueError::new_err(error.to_string()))?;
         let model = match tsc_khz {
             Some(khz) => model.with_tsc_khz(khz),
             None => model,
         };
-        Ok(Model { model: Arc::new(model) })
+        let tiers = Tier::NAMES.map(|(name, _)| name).join(", ");
+        let found = Tier::NAMES.into_iter().find(|(name, _)| *name == tier);
+        let (_, tier) = found.ok_or_else(|| PyValueError::new_err(format!("no tier is called {tier}: there are {tiers}")))?;
+        Ok(Model { model: Arc::new(model.with_tier(tier)) })
     }
 
     /// Name of the model.

@@ -73,6 +73,16 @@ def _complete_cpu(ctx: click.Context, parameter: click.Parameter, incomplete: st
     return [CompletionItem(name) for name in silicon.model_names() if name.startswith(incomplete)]
 
 
+def _complete_vm(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from softkvm.vmm import ConfigError
+    from softkvm.vmm.monitor import running
+
+    try:
+        return [CompletionItem(name) for name in running() if name.startswith(incomplete)]
+    except ConfigError:  # there is no place for sockets, and so no VM to name; the command itself will say so
+        return []
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110})
 def cli() -> None:
     """KVM without the hardware: unmodified guests on a software CPU."""
@@ -86,6 +96,12 @@ def cli() -> None:
 @click.option("-c", "--cpus", type=int, default=1, metavar="N", help="CPUs of the guest, 1 to 64.")
 @click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=_complete_cpu)
 @click.option("--cores", type=click.IntRange(min=1), metavar="N", help="Cores of the host under all CPUs.  [default: as many as they want]")
+@click.option(
+    "--tier",
+    type=click.Choice(["interpreter", "translator", "auto"]),
+    default="auto",
+    help="How guest code runs: `auto` translates hot code.",
+)
 @click.option("--deterministic", type=click.IntRange(0, (1 << 64) - 1), metavar="SEED", help="Run the same way each time: see below.")
 @click.option("--kvm", multiple=True, metavar="NAME=VALUE", help="Module parameter of KVM, such as nrips=0.")
 @click.option(
@@ -95,7 +111,7 @@ def cli() -> None:
 @click.option("--stats", is_flag=False, flag_value="table", type=click.Choice(["table", "json"]), help="Print counters at the end.")
 @click.option("--json", is_flag=True, help="Print one JSON object about the run in place of the guest's output.")
 @click.option("--trace", multiple=True, metavar="PATTERN|help", help="Record events, such as kvm_exit or 'kvm_*', as ftrace does.")
-@click.option("--trace-file", metavar="FILE", help="Where events go.  [default: standard error]")
+@click.option("--trace-file", metavar="FILE", help="Where events go; *.dat for trace-cmd.  [default: standard error]")
 @click.option("--audit", metavar="FILE", help="Append a JSON line for every KVM call to FILE.")
 @click.option("--ioctl-filter", metavar="FILE", help="Allow only the KVM calls that FILE (JSON) does.")
 @click.option("--introspection", metavar="SOCKET[,OPTION=VALUE...]", help="Let the KVMI tool that listens there look inside: see below.")
@@ -114,6 +130,7 @@ def run(
     cpus: int,
     cpu: str,
     cores: int | None,
+    tier: str,
     deterministic: int | None,
     kvm: tuple[str, ...],
     extras: tuple[str, ...],
@@ -163,6 +180,7 @@ def run(
         cpus=cpus,
         cpu=cpu,
         cores=cores,
+        tier=tier,
         deterministic=deterministic,
         kvm=kvm,
         timeout=timeout,
@@ -205,7 +223,7 @@ def list_(json: bool) -> int:
 
 
 @cli.command(short_help="Stop a VM's CPUs.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=_complete_vm)
 def pause(name: str | None) -> int:
     """Stop the CPUs of the VM NAME, or of the only one that runs, until `softkvm resume`."""
     from softkvm.cli import vms
@@ -214,7 +232,7 @@ def pause(name: str | None) -> int:
 
 
 @cli.command(short_help="Let a paused VM run on.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=_complete_vm)
 def resume(name: str | None) -> int:
     """Let the VM NAME, or the only one that runs, go on after `softkvm pause`."""
     from softkvm.cli import vms
@@ -223,7 +241,7 @@ def resume(name: str | None) -> int:
 
 
 @cli.command(short_help="Save a running VM to a file.")
-@click.argument("name")
+@click.argument("name", shell_complete=_complete_vm)
 @click.argument("file")
 @click.option("--json", is_flag=True, help="Print one JSON object.")
 def snapshot(name: str, file: str, json: bool) -> int:
@@ -237,7 +255,7 @@ def snapshot(name: str, file: str, json: bool) -> int:
 
 
 @cli.command(short_help="Show a running VM's clocks.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=_complete_vm)
 @click.option("--json", is_flag=True, help="Print one JSON object.")
 def tsc(name: str | None, json: bool) -> int:
     """Show the time of the VM NAME, or of the only one that runs: TSC offsets, scaling and generations, master clock and kvmclock.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from softkvm.cli.errors import CliError
+
+if TYPE_CHECKING:
+    from softkvm.vmm.introspection_peer import PeerOptions
 
 StatsFormat = Literal["table", "json"]
 
@@ -21,6 +24,7 @@ class RunOptions:
     cpus: int = 1
     cpu: str = "cascadelake"
     cores: int | None = None
+    tier: str = "auto"
     kvm: tuple[str, ...] = ()
     timeout: float | None = None
     stats: StatsFormat | None = None
@@ -37,6 +41,18 @@ class RunOptions:
     deterministic: int | None = None
     introspection: str | None = None
 
+    def peer(self) -> PeerOptions | None:
+        """`--introspection`; CliError, one sentence."""
+        if self.introspection is None:
+            return None
+        from softkvm.vmm import ConfigError
+        from softkvm.vmm.introspection_peer import PeerOptions
+
+        try:
+            return PeerOptions.parse(self.introspection)
+        except ConfigError as error:
+            raise CliError(str(error)) from error
+
     def check(self) -> None:
         """Raise CliError, one sentence, for options that contradict each other."""
         if self.command and self.initrd is not None:
@@ -45,6 +61,7 @@ class RunOptions:
             raise CliError("packages are added to softkvm's own initramfs, so `-i` and `--with` exclude each other")
         if self.command and self.restore is not None:
             raise CliError("a snapshot goes on with what it was doing, so `--restore` and `-- CMD` exclude each other")
+        self.peer()
         if self.timeout is not None and self.timeout <= 0:
             raise CliError(f"the time-out must be more than 0 seconds, not {self.timeout:g}")
         if self.deterministic is not None and self.cores is not None:

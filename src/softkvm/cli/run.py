@@ -24,7 +24,7 @@ from softkvm.cli.watch import watched
 from softkvm.host.process import Process
 from softkvm.host.seccomp import Killed
 from softkvm.vmm import ConfigError, Machine, SerialBackend, StateError, StopReason
-from softkvm.vmm.introspection_peer import Peer, PeerOptions
+from softkvm.vmm.introspection_peer import Peer
 from softkvm.vmm.monitor import Monitor, commands
 
 _CONSOLE_PORT = 0
@@ -175,6 +175,7 @@ class _Run:
                 cpu=options.cpu,
                 cpus=options.cpus,
                 cores=options.cores,
+                tier=options.tier,
                 kvm_parameters=options.kvm,
                 serial=serial,
                 process=self._process,
@@ -193,12 +194,9 @@ class _Run:
 
     def _open_to_tool(self, machine: Machine, resources: ExitStack) -> None:
         """`--introspection`."""
-        if self._options.introspection is None:
+        options = self._options.peer()
+        if options is None:
             return
-        try:
-            options = PeerOptions.parse(self._options.introspection)
-        except ConfigError as error:
-            raise CliError(str(error)) from error
         peer = Peer(machine.introspection, options, self._options.name or f"softkvm-{os.getpid()}", uuid4(), machine.max_gpa)
         resources.callback(peer.close)
         peer.start()

@@ -1,4 +1,4 @@
-"""Traces in the text form of ftrace's `trace` file, which trace-cmd's and Perfetto's users know.
+"""Traces in the text form of ftrace's `trace` file, which Perfetto and many a script read; or in trace-cmd's own (`host/trace_dat.py`).
 
 Answers to Linux 6.1 `Documentation/trace/ftrace.rst` and `kernel/trace/trace_output.c` (`trace_print_context()`). A line has the thread,
 the core, the state of interrupts and preemption, CLOCK_MONOTONIC in seconds, and the event with its fields.
@@ -17,6 +17,7 @@ from typing import TextIO
 
 from softkvm.host import process, trace
 from softkvm.host.task import TIF_NEED_RESCHED, Task, current
+from softkvm.host.trace_dat import DatFile
 
 HEADER = """\
 # tracer: nop
@@ -32,6 +33,7 @@ HEADER = """\
 """
 _COMM_LENGTH = 15
 _BUFFER = 1 << 16
+_DAT = ".dat"
 
 
 class PatternError(ValueError):
@@ -58,8 +60,28 @@ def events() -> list[tuple[str, str]]:
     return [(f"{point.system}:{point.name}", " ".join(point.fields)) for point in trace.registry.values()]
 
 
+class _Text:
+    """A trace as text."""
+
+    def __init__(self, output: str | Path | TextIO) -> None:
+        self._owned = isinstance(output, str | Path)
+        self._file: TextIO = Path(output).open("w", buffering=_BUFFER) if isinstance(output, str | Path) else output  # noqa: SIM115
+        self._file.write(HEADER)
+
+    def record(self, task: Task, cpu: int, now: int, point: trace.Tracepoint, values: Sequence[object]) -> None:
+        if not self._file.closed:
+            self._file.write(f"{context(task, cpu, now)}{point.name}: {point.print(*values)}\n")
+
+    def close(self) -> None:
+        if self._file.closed:
+            return
+        self._file.flush()
+        if self._owned:
+            self._file.close()
+
+
 class Trace:
-    """Writes events to a file from `start()` to `close()`; a context manager of that."""
+    """Writes events to a file from `start()` to `close()`; a context manager of that. A file `*.dat` has trace-cmd's form."""
 
     def __init__(
         self,
@@ -69,12 +91,12 @@ class Trace:
     ) -> None:
         """Events that match `patterns` go to `output`: all, or those of one VMM. PatternError; OSError if the file cannot be made."""
         self._points = select(patterns)
-        self._owned = isinstance(output, str | Path)
-        self._file: TextIO = Path(output).open("w", buffering=_BUFFER) if isinstance(output, str | Path) else output  # noqa: SIM115
+        binary = isinstance(output, str | Path) and Path(output).suffix == _DAT
+        self._sink = DatFile(str(output), self._points) if binary else _Text(output)
         self._of = of
         self._lock = threading.Lock()
+        self._closed = False
         self._probes: list[tuple[trace.Tracepoint, Callable[..., None]]] = []
-        self._file.write(HEADER)
 
     def start(self) -> None:
         """Begin to record."""
@@ -89,20 +111,18 @@ class Trace:
         for point, probe in probes:
             point.unregister(probe)
         with self._lock:
-            if self._file.closed:
-                return
-            self._file.flush()
-            if self._owned:
-                self._file.close()
+            if not self._closed:
+                self._closed = True
+                self._sink.close()
 
     def _record(self, point: trace.Tracepoint, *values: object) -> None:
         task = current()
         if self._of is not None and (task.call is None or task.call.file.process is not self._of):
             return
-        line = f"{context(task, time.monotonic_ns())}{point.name}: {point.print(*values)}\n"
+        cpu = getattr(task.call.file, "cpu_index", 0) if task.call is not None else 0
         with self._lock:
-            if not self._file.closed:
-                self._file.write(line)
+            if not self._closed:
+                self._sink.record(task, cpu, time.monotonic_ns(), point, values)
 
     def __enter__(self) -> Trace:
         self.start()
@@ -112,9 +132,8 @@ class Trace:
         self.close()
 
 
-def context(task: Task, now: int) -> str:
+def context(task: Task, cpu: int, now: int) -> str:
     """The columns before the event, `now` in ns."""
-    cpu = getattr(task.call.file, "cpu_index", 0) if task.call is not None else 0
     flags = "d" if task.irqs_off else "."
     flags += "N" if task.flags & TIF_NEED_RESCHED else "."
     flags += "h" if task.rcu_irq_nesting else "."

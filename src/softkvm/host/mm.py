@@ -31,6 +31,12 @@ def copy_from_user(hva: int, size: int) -> bytes:
         return bytes(view[offset : offset + size])
 
 
+def view(hva: int, size: int) -> memoryview:
+    """`size` bytes of user memory in place; OSError(EFAULT)."""
+    memory, offset = resolve(hva, size)
+    return memoryview(memory)[offset : offset + size]
+
+
 def copy_to_user(hva: int, data: bytes) -> None:
     """Write bytes; OSError(EFAULT)."""
     memory, offset = resolve(hva, len(data))

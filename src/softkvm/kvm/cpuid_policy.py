@@ -1,7 +1,7 @@
 """Which CPUID bits of the silicon KVM lets a guest have: the tables behind KVM_GET_SUPPORTED_CPUID.
 
 Answers to `kvm_set_cpu_caps()` and `__do_cpuid_func()` of Linux 6.1 `arch/x86/kvm/cpuid.c`. A bit is missing here either because it is a
-host matter (thermal, power, monitoring, debug store) or because no part of this KVM virtualises it yet (VMX, SVM, SGX, SMM, PT).
+host matter (thermal, power, monitoring, debug store) or because no part of this KVM virtualises it yet (VMX, SVM, SGX, PT).
 """
 
 from __future__ import annotations

@@ -141,6 +141,12 @@ class Mmu:
             data += mm.copy_from_user(slot.hva + gpa + len(data) - slot.gpa, count)
         return data
 
+    def page(self, gfn: int) -> memoryview:
+        """A page of guest memory in place; OSError(EFAULT) where there is none."""
+        gpa = gfn << PAGE_SHIFT
+        slot = self._slot(gpa)
+        return mm.view(slot.hva + gpa - slot.gpa, PAGE_SIZE)
+
     def write(self, gpa: int, data: bytes) -> None:
         """`kvm_write_guest()`, logged as dirty; OSError(EFAULT) where there is no memory that may be written."""
         while data:

@@ -32,7 +32,7 @@ from softkvm.kvm.request import (
     REQ_TLB_FLUSH,
     REQ_TRIPLE_FAULT,
 )
-from softkvm.kvm.vcpu_core import IN_GUEST_MODE, OUTSIDE_GUEST_MODE
+from softkvm.kvm.vcpu_requests import IN_GUEST_MODE, OUTSIDE_GUEST_MODE
 from softkvm.silicon import EMULATE_FIRST, EMULATE_ONE
 from softkvm.uapi import kvm as uapi
 from softkvm.uapi.layout import offset_of

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from softkvm.host import mm, trace
+from softkvm.host import trace
 from softkvm.host.sched import Cpu
 from softkvm.host.task import Task, current
 from softkvm.kvm import cpuid, cr, exits, fpu, guest_debug, mce, msr, msr_filter, regs, reset, run, smm, virtual_time
@@ -23,13 +23,11 @@ from softkvm.kvm.ioctl import (
     returns,
     returns_array,
     returns_msr_values,
-    returns_u64,
     takes,
     takes_array,
     takes_msr_indices,
     takes_msr_values,
     takes_signal_set,
-    value,
     zero,
 )
 from softkvm.kvm.irqchip.lapic import Lapic
@@ -38,17 +36,16 @@ from softkvm.kvm.lbr import GuestLbr
 from softkvm.kvm.pmu.vpmu import VirtualPmu
 from softkvm.kvm.request import REQ_EVENT, REQ_GLOBAL_CLOCK_UPDATE, REQ_SMI, REQ_STEAL_UPDATE
 from softkvm.kvm.tsc import VcpuTsc
-from softkvm.kvm.vcpu_core import NO_INTERRUPT, VcpuCore
+from softkvm.kvm.vcpu_core import NO_INTERRUPT
+from softkvm.kvm.vcpu_time import VcpuTime
 from softkvm.kvm.vendor import Handler, setup_controls
 from softkvm.uapi import kvm as uapi
-from softkvm.uapi import series
 
 if TYPE_CHECKING:
     from softkvm.kvm.introspection.vcpu import VcpuIntrospection
     from softkvm.kvm.vm import Vm
 
 MAX_CPUID_ENTRIES = 256
-_ATTRIBUTE_SIZE = 8
 _CR4_INTERCEPTED = regs.CR4_VMXE | regs.CR4_SMXE | regs.CR4_OSXSAVE | regs.CR4_PKE | regs.CR4_PCIDE | regs.CR4_LA57
 """CR4 bits whose change KVM must see: those without which it refuses, and those that CPUID shows."""
 
@@ -60,7 +57,7 @@ def _traced_run(vcpu: Vcpu, task: Task) -> int:
     return result
 
 
-class Vcpu(VcpuCore):
+class Vcpu(VcpuTime):
     """One vCPU. Its ioctls exclude each other (the vCPU mutex); `kick()`, `kick_guest()`, `wake()`, `make_request()` are for any thread."""
 
     introspection: VcpuIntrospection | None = None
@@ -342,49 +339,6 @@ class Vcpu(VcpuCore):
         if not 0 < capabilities & 0xFF <= mce.MAX_BANKS or capabilities & ~(mce.SUPPORTED_CAPABILITIES | mce.FREE_BITS):
             raise OSError(errno.EINVAL, "bad machine check capabilities")
         self.msrs.machine_check.setup(capabilities)
-
-    @ioctl(uapi.KVM_SET_TSC_KHZ, value)
-    def set_tsc_khz(self, khz: int) -> None:
-        """KVM_SET_TSC_KHZ: 0 is the host's rate; OSError(EINVAL) if the silicon cannot scale to it."""
-        self.tsc.set_khz(khz)
-
-    @ioctl(uapi.KVM_GET_TSC_KHZ)
-    def get_tsc_khz(self) -> int:
-        """KVM_GET_TSC_KHZ."""
-        return self.tsc.khz
-
-    @ioctl(series.KVM_GET_TSC_OFFSET, encode=returns_u64)
-    def get_tsc_offset(self) -> int:
-        """KVM_GET_TSC_OFFSET: what is added to the host's (scaled) TSC for L1, modulo 2^64."""
-        return self.tsc.offset
-
-    @ioctl(series.KVM_SET_TSC_OFFSET, pointed_u64)
-    def set_tsc_offset(self, offset: int) -> None:
-        """KVM_SET_TSC_OFFSET: vCPUs that are given the same offset one after the other are in phase."""
-        self.tsc.set_offset(offset)
-
-    @ioctl(uapi.KVM_HAS_DEVICE_ATTR, takes(uapi.DeviceAttr))
-    def has_device_attr(self, attr: uapi.DeviceAttr) -> None:
-        """KVM_HAS_DEVICE_ATTR; OSError(ENXIO) for any attribute but the TSC's offset."""
-        if (attr.group, attr.attr) != (uapi.KVM_VCPU_TSC_CTRL, uapi.KVM_VCPU_TSC_OFFSET):
-            raise OSError(errno.ENXIO, "no such attribute of a vCPU")
-
-    @ioctl(uapi.KVM_GET_DEVICE_ATTR, takes(uapi.DeviceAttr))
-    def get_device_attr(self, attr: uapi.DeviceAttr) -> None:
-        """KVM_GET_DEVICE_ATTR: store the value at `addr`; OSError ENXIO as above, EFAULT."""
-        self.has_device_attr(attr)
-        mm.copy_to_user(attr.addr, self.tsc.offset.to_bytes(_ATTRIBUTE_SIZE, "little"))
-
-    @ioctl(uapi.KVM_SET_DEVICE_ATTR, takes(uapi.DeviceAttr))
-    def set_device_attr(self, attr: uapi.DeviceAttr) -> None:
-        """KVM_SET_DEVICE_ATTR: take the value from `addr`; OSError ENXIO as above, EFAULT."""
-        self.has_device_attr(attr)
-        self.tsc.set_offset(int.from_bytes(mm.copy_from_user(attr.addr, _ATTRIBUTE_SIZE), "little"))
-
-    @ioctl(uapi.KVM_KVMCLOCK_CTRL)
-    def kvmclock_ctrl(self) -> None:
-        """KVM_KVMCLOCK_CTRL: tell the guest that it was paused; OSError(EINVAL) if it has no kvmclock."""
-        self.pvclock.set_guest_paused()
 
     # --- Local APIC and state of execution ------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
-"""What runs of a vCPU: its control block, its shared mapping, the thread and the core under it, and how other threads reach it.
+"""What runs of a vCPU: its control block, its shared mapping, the thread and the core under it.
 
-Answers to Linux 6.1 `virt/kvm/kvm_main.c` (`vcpu_load()`, `kvm_vcpu_kick()`, `kvm_make_request()`, `kvm_vcpu_wake_up()`) and
-`Documentation/virt/kvm/vcpu-requests.rst`. `Vcpu` adds the parts that a guest sees, and the ioctls.
+Answers to Linux 6.1 `virt/kvm/kvm_main.c` (`vcpu_load()`, `vcpu_put()`). `VcpuRequests` is how other threads reach it, `Vcpu` adds the
+parts that a guest sees, and the ioctls.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
 
 from softkvm import silicon
-from softkvm.host import balance, static_call
+from softkvm.host import static_call
 from softkvm.host.sched import Cpu
 from softkvm.host.task import TIF_NEED_RESCHED, TIF_SIGPENDING, Task
 from softkvm.kvm import events, tsc, virtual_time, watch
 from softkvm.kvm.dirty_ring import DirtyRing
 from softkvm.kvm.guest_debug import DebugRegisters
-from softkvm.kvm.ioctl import KvmFile
 from softkvm.kvm.mmu import Fault
-from softkvm.kvm.request import REQ_NMI, REQ_TRIPLE_FAULT
 from softkvm.kvm.smm import SmmState
+from softkvm.kvm.vcpu_requests import OUTSIDE_GUEST_MODE, VcpuRequests
 from softkvm.kvm.vendor import INTERCEPTS
 from softkvm.silicon.control import Intercept, State
 from softkvm.uapi import kvm as uapi
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 MMAP_SIZE = 3 * 4096
 """kvm_run, PIO data, coalesced ring: one page each."""
 NO_INTERRUPT = -1
-OUTSIDE_GUEST_MODE, IN_GUEST_MODE = 0, 1
 _NOT_ARMED = -1
 _RING_OFFSET = uapi.KVM_DIRTY_LOG_PAGE_OFFSET * mmap.PAGESIZE
 
@@ -56,7 +54,7 @@ class OnCore(NamedTuple):
         return {name: count - self.before[name] + self.brought.get(name, 0) for name, count in now.items()}
 
 
-class VcpuCore(KvmFile):
+class VcpuCore(VcpuRequests):
     """The running half of a vCPU. `kick()`, `kick_guest()`, `wake()` and `make_request()` are for any thread, the rest for its own."""
 
     unknown_ioctl = errno.EINVAL
@@ -108,18 +106,10 @@ class VcpuCore(KvmFile):
         """The guest's own: the silicon's, unless a debugger has those."""
 
     def _init_concurrency(self) -> None:
-        """What other threads touch, and what belongs to the run loop."""
-        self.mode = OUTSIDE_GUEST_MODE
-        self.requests = 0
-        self._nmis_queued = 0
-        self._request_lock = threading.Lock()
+        """What belongs to the run loop."""
+        self.init_requests()
         self.wakeup = self.vm.scheduler.wakeup(self)
-        self.blocked = False
-        self.task: Task | None = None
-        self._signalled = False
         self.signal_mask: frozenset[int] | None = None
-        self.cpu: Cpu | None = None
-        """The core that the vCPU is on."""
         self.cpu_index = 0
         """Number of the core that the vCPU is or was on."""
         self.has_run = False
@@ -150,74 +140,6 @@ class VcpuCore(KvmFile):
         """Called for each of them while a counter of the guest wants to know."""
         self.exit_counts = dict.fromkeys(self.handlers, 0)
         """VM exits by the vendor's exit reason."""
-
-    # --- Other threads --------------------------------------------------------------------------------------------------------------
-
-    def make_request(self, request: int) -> None:
-        """Ask for the work of REQ_* before the next VM entry, and make the vCPU notice."""
-        with self._request_lock:
-            self.requests |= request
-        if self.blocked:
-            self.wakeup.set()
-        elif self.mode:
-            self.kick_guest()
-
-    def note_request(self, request: int) -> None:
-        """As `make_request()` in the vCPU's own thread, which will look by itself: nobody is kicked."""
-        with self._request_lock:
-            self.requests |= request
-
-    def queue_nmi(self) -> None:
-        """An NMI has arrived (`kvm_inject_nmi()`): they are counted, as two may wait."""
-        with self._request_lock:
-            self._nmis_queued += 1
-        self.make_request(REQ_NMI)
-
-    def take_nmis(self) -> int:
-        """How many NMIs have arrived since the last call."""
-        with self._request_lock:
-            count, self._nmis_queued = self._nmis_queued, 0
-        return count
-
-    def take_requests(self) -> int:
-        """All requests, which are cleared."""
-        with self._request_lock:
-            requests, self.requests = self.requests, 0
-        return requests
-
-    def clear_request(self, request: int) -> None:
-        """Forget a request."""
-        with self._request_lock:
-            self.requests &= ~request
-
-    def set_triple_fault(self, pending: bool) -> None:
-        """Raise or withdraw a triple fault."""
-        with self._request_lock:
-            self.requests = self.requests | REQ_TRIPLE_FAULT if pending else self.requests & ~REQ_TRIPLE_FAULT
-
-    def wake(self) -> None:
-        """End a wait in HLT, so that the vCPU looks whether it can run."""
-        self.wakeup.set()
-
-    def kick_guest(self) -> None:
-        """Leave guest mode, if in it (`kvm_vcpu_kick()`); KVM_RUN goes on. The caller does not keep the processor from the vCPU."""
-        cpu = self.cpu
-        if self.mode and cpu is not None:
-            cpu.core.kick()
-            if (processor := cpu.core.displaced()) >= 0:
-                balance.step_aside(processor)
-
-    def kick(self) -> None:
-        """Send the vCPU's thread a signal: the KVM_RUN in progress, or the next one, fails with EINTR and KVM_EXIT_INTR."""
-        self._signalled = True
-        task = self.task
-        if task is not None:
-            task.set_flag(TIF_SIGPENDING)
-
-    def notice_flags(self) -> None:
-        """The thread's flags have changed: look at them soon."""
-        self.wakeup.set()
-        self.kick_guest()
 
     # --- The run loop's view --------------------------------------------------------------------------------------------------------
 
@@ -406,12 +328,6 @@ class VcpuCore(KvmFile):
         self.kvm_run.exit_reason = reason
         self.complete_userspace_io = finish
         return 0
-
-    def handle_signal_exit(self) -> None:
-        """A signal ends KVM_RUN."""
-        self._signalled = False
-        self.kvm_run.exit_reason = uapi.KVM_EXIT_INTR
-        self.stats["signal_exits"] += 1
 
     def translate_gva(self, gva: int, access: int) -> int | None:
         """Guest-virtual to guest-physical as the guest's paging has it now, on the loaded core; `access` as for `Core.translate`."""

@@ -43,13 +43,14 @@ to ask: the handler looks at the counters' sign. What comes at the last moment b
 waits in the core for the next entry.
 
 **What is counted.** Instructions retired in the guest (`Exit.instructions` with a privilege filter): an instruction that faults or exits
-is not retired, REP counts once, what the hypervisor skips it adds itself. Each instruction counts at the privilege level that it began
-at. RDPMC and RDMSR tell what was before them; a WRMSR that starts a counter counts, one that stops it does not. Core cycles and reference
+is not retired, REP counts once, what the hypervisor skips it adds itself. Each instruction counts at the privilege level that it began at.
+RDPMC and RDMSR tell what was before them; a WRMSR that starts a counter counts, one that stops it does not. Core cycles and reference
 cycles are the same clock: 1 per retired instruction, 4 more for LOOPcc, 16 more for a mispredicted branch. It stands still outside the
 guest and in HLT, and depends on nothing of the host, so every run of the same code counts the same. Branch events are exact;
-mispredictions come from a stated predictor (`engine/core/src/pmu/predictor.rs`). Page walks are those that the engine makes, whose TLB
-is larger than a processor's. There is no cache, so leaf 0Ah says that the LLC events do not exist. `EVENTS` lists what counts; any other event counts nothing. With CMASK n, at most one event happens in a cycle: 1 counts as
-0 does, more never counts, INV counts the other cycles.
+mispredictions come from a stated predictor (`engine/core/src/pmu/predictor.rs`). Page walks are those that the engine makes, whose TLB is
+larger than a processor's. There is no cache, so leaf 0Ah says that the LLC events do not exist. `EVENTS` lists what counts; any other
+event counts nothing. With CMASK n, at most one event happens in a cycle: 1 counts as 0 does, more never counts, INV counts the other
+cycles.
 
 **Branch log.** `Core.branch_log_start(capacity, rings, low, high)` makes the core write every taken transfer of control in the guest to a
 buffer of `capacity` records; `Core.branch_log_read()` takes them out, oldest first, in records of `BRANCH_RECORD`; `branch_log_stop()`

@@ -20,6 +20,7 @@ from typing import Protocol
 from softkvm.uapi import kvmi
 from softkvm.uapi.kvmi import HandshakeFromTool, HandshakeToTool, Header
 from softkvm.vmi.errors import ChannelClosed
+from softkvm.vmi.memory import Memory
 from softkvm.vmi.session import HEADER_SIZE
 
 _MOST_DESCRIPTORS = 16
@@ -37,6 +38,10 @@ class Channel(Protocol):
 
     def receive(self, timeout: float | None = None) -> tuple[Header, bytes] | None:
         """The next message; None after `timeout` seconds without one; ChannelClosed if there will be none."""
+        ...
+
+    def memory(self) -> Memory | None:
+        """The guest's memory if it lies in this process."""
         ...
 
     def take_descriptors(self) -> list[int]:
@@ -103,6 +108,10 @@ class SocketChannel:
                 self._descriptors += numbers
         while len(self._descriptors) > _MOST_DESCRIPTORS:
             os.close(self._descriptors.pop())
+
+    def memory(self) -> Memory | None:
+        """It lies elsewhere."""
+        return None
 
     def take_descriptors(self) -> list[int]:
         """As `Channel.take_descriptors()`."""

@@ -113,7 +113,7 @@ class Client:
     @cached_property
     def memory(self) -> Memory:
         """The guest's physical memory."""
-        return remote.open_memory(self)
+        return self._channel.memory() or remote.open_memory(self)
 
     def write(self, address: int, data: bytes) -> None:
         """Write guest-physical memory."""

@@ -18,11 +18,11 @@ from softkvm.vmm.irq import default_routing
 from softkvm.vmm.memory import GuestMemory
 
 
-def open_kvm(settings: Hardware, process: kvm.Process, cores: int | None, clock: Clock, seed: int | None) -> kvm.System:
+def open_kvm(settings: Hardware, process: kvm.Process, cores: int | None, clock: Clock, seed: int | None, tier: str) -> kvm.System:
     """/dev/kvm on silicon of the model, deterministic with a seed; ConfigError for a model or a feature that is not to be had."""
     virtual = clock if isinstance(clock, VirtualClock) and seed is not None else None
     try:
-        model = kvm.Model(settings.cpu, dict(settings.features), None if virtual is None else virtual.tsc_khz)
+        model = kvm.Model(settings.cpu, dict(settings.features), None if virtual is None else virtual.tsc_khz, tier)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     turns = None if virtual is None or seed is None else kvm.Turns(model, virtual, seed)

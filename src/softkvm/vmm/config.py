@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from softkvm import kvm
+from softkvm.host.clock import Clock
 from softkvm.vmm import layout
 from softkvm.vmm.errors import ConfigError
 from softkvm.vmm.layout import GIB, KIB, MIB
@@ -17,6 +18,7 @@ SerialBackend = Callable[[bytes], object]
 
 DEFAULT_MEMORY = "512M"
 DEFAULT_CPU = "cascadelake"
+DEFAULT_TIER = "auto"
 
 SMALLEST_MEMORY = 4 * MIB
 LARGEST_MEMORY = layout.RAM_BELOW_4G.size + layout.RAM_ABOVE_4G.size
@@ -59,6 +61,22 @@ class Config(Hardware):
     """Of a deterministic machine."""
     tsc_khz: int | None = None
     """Rate of the guest's TSC, None for the host's."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a machine uses of the process that it is in."""
+
+    serial: Mapping[int, SerialBackend]
+    output_limit: int
+    clock: Clock
+    process: kvm.Process
+    cores: int | None
+    seed: int | None = None
+    """Of a deterministic machine, whose clock is a virtual one."""
+    tsc_khz: int | None = None
+    """Rate of the vCPUs' TSCs."""
+    tier: str = DEFAULT_TIER
 
 
 def check(

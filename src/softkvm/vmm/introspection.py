@@ -119,6 +119,11 @@ class Introspection:
                 if self._watched is watched:
                     self.end()
 
+    @property
+    def holds_a_vcpu(self) -> bool:
+        """Whether a vCPU waits for the tool."""
+        return self._vm.waits_for_tool()
+
     def end(self) -> None:
         """Un-hook at once; nothing happens if nobody is hooked."""
         with self._lock:

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +22,7 @@ from softkvm import kvm
 from softkvm.host.clock import NSEC_PER_SEC, Clock, VirtualClock
 from softkvm.vmm import assembly, config, layout, snapshot
 from softkvm.vmm.board import Board, Chassis
-from softkvm.vmm.config import Hardware, SerialBackend
+from softkvm.vmm.config import Hardware, SerialBackend, Surroundings
 from softkvm.vmm.console import DEFAULT_LIMIT, Console
 from softkvm.vmm.crew import Crew
 from softkvm.vmm.errors import ConfigError, StateError
@@ -43,21 +42,6 @@ _TOOLS_PATIENCE = 1.0
 _AFTER_A_PANIC = frozenset({StopReason.RESET, StopReason.TRIPLE_FAULT})
 
 Text = str | bytes | re.Pattern[str] | re.Pattern[bytes]
-
-
-@dataclass(frozen=True)
-class _Surroundings:
-    """What a machine uses of the process that it is in."""
-
-    serial: Mapping[int, SerialBackend]
-    output_limit: int
-    clock: Clock
-    process: kvm.Process
-    cores: int | None
-    seed: int | None = None
-    """Of a deterministic machine, whose clock is a virtual one."""
-    tsc_khz: int | None = None
-    """Rate of the vCPUs' TSCs."""
 
 
 class _Failure(Exception):
@@ -90,6 +74,7 @@ class Machine:
         cores: int | None = None,
         deterministic: int | None = None,
         tsc_khz: int | None = None,
+        tier: str = config.DEFAULT_TIER,
     ) -> None:
         """Build the machine and load the kernel; nothing runs yet.
 
@@ -101,7 +86,8 @@ class Machine:
         KVM (ioctl filters, audit log, tracer), a new one if none is given; `cores` is how many the host has for all vCPUs together, as
         many as they want if none is given; `tsc_khz` is the rate of the guest's TSCs, the host's if none is given. `deterministic` is a
         seed: the vCPUs then run by turns in virtual time, and every run with the same seed and input is the same (`kvm.Turns`), as long as
-        input comes between runs or from a listener of `serial`. ConfigError for anything that cannot be.
+        input comes between runs or from a listener of `serial`. `tier` is how guest code runs: by the `interpreter`, as host code of the
+        `translator`, or as host code where it is hot (`auto`); what the guest sees is the same. ConfigError for anything that cannot be.
         """
         settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial, kvm_parameters, deterministic, tsc_khz)
         if deterministic is not None and (clock is not None or cores is not None):
@@ -109,7 +95,7 @@ class Machine:
         if clock is None:
             clock = Clock() if deterministic is None else VirtualClock()
         process = process if process is not None else kvm.Process()
-        around = _Surroundings(settings.serial, output_limit, clock, process, cores, deterministic, tsc_khz)
+        around = Surroundings(settings.serial, output_limit, clock, process, cores, deterministic, tsc_khz, tier)
         self._set_up(settings, KernelOrigin(settings), around, test_device)
 
     @classmethod
@@ -132,11 +118,11 @@ class Machine:
             machine = cls.__new__(cls)
             clock = clock if clock is not None else Clock()
             process = process if process is not None else kvm.Process()
-            around = _Surroundings(config.check_serial(serial), output_limit, clock, process, cores)
+            around = Surroundings(config.check_serial(serial), output_limit, clock, process, cores)
             machine._set_up(saved.state.hardware.check(), SnapshotOrigin(saved), around, "test" in saved.state.devices)
             return machine
 
-    def _set_up(self, settings: Hardware, origin: Origin, around: _Surroundings, test_device: bool) -> None:
+    def _set_up(self, settings: Hardware, origin: Origin, around: Surroundings, test_device: bool) -> None:
         self.process = around.process
         self._console = Console(around.output_limit)
         self._settings = settings
@@ -151,13 +137,13 @@ class Machine:
         self._seconds = 0.0
         self._closed = False
         with ExitStack() as resources:
-            system = assembly.open_kvm(settings, around.process, around.cores, around.clock, around.seed)
+            system = assembly.open_kvm(settings, around.process, around.cores, around.clock, around.seed, around.tier)
             self._turns, self._started_ns = system.turns, around.clock.monotonic_ns()
             self._build(system, settings, origin, around, resources, test_device)
             self._resources = resources.pop_all()
 
     def _build(
-        self, system: kvm.System, settings: Hardware, origin: Origin, around: _Surroundings, resources: ExitStack, test_device: bool
+        self, system: kvm.System, settings: Hardware, origin: Origin, around: Surroundings, resources: ExitStack, test_device: bool
     ) -> None:
         self._memory = guest = assembly.allocate(settings.memory)
         resources.callback(guest.close)
@@ -183,7 +169,7 @@ class Machine:
         with self._board.lock:
             origin.start(self._parts)
 
-    def _make_board(self, settings: Hardware, around: _Surroundings, vm: kvm.Vm) -> Board:
+    def _make_board(self, settings: Hardware, around: Surroundings, vm: kvm.Vm) -> Board:
         sinks: list[SerialBackend] = [around.serial.get(port, _discard) for port in range(len(layout.SERIAL_PORTS))]
         sinks[CONSOLE_PORT] = partial(self._print, sinks[CONSOLE_PORT])
         chassis = Chassis(
@@ -266,19 +252,23 @@ class Machine:
 
     def _park(self) -> None:
         """Park all vCPUs. A tool that keeps one of them waiting longer than it takes to answer is un-hooked."""
-        if not self._crew.parks(_TOOLS_PATIENCE):
-            self.introspection.end()
-        self._crew.pause()
+        while not self._crew.parks(_TOOLS_PATIENCE):
+            if self.introspection.holds_a_vcpu:
+                self.introspection.end()
 
     def resume(self) -> None:
         """Take back `pause()`; a guest with kvmclock is told that it was stopped, so that its watchdogs stay quiet."""
         with self._gate:
             if self._paused:
-                for vcpu in self._vcpus:
-                    assembly.tell_of_pause(vcpu)
                 self._paused = False
-                if self._inside_run:
-                    self._crew.resume()
+                self._let_go()
+
+    def _let_go(self) -> None:
+        """Let the vCPUs go on where they were parked within a run."""
+        for vcpu in self._vcpus:
+            assembly.tell_of_pause(vcpu)
+        if self._inside_run and not self._paused:
+            self._crew.resume()
 
     def status(self) -> Status:
         """What the machine is and does now."""
@@ -305,8 +295,7 @@ class Machine:
                     state = snapshot.save(self._settings, self._parts)
                 return snapshot.write(Path(path), state, self._memory)
             finally:
-                if self._inside_run and not self._paused:
-                    self._crew.resume()
+                self._let_go()
 
     def stop(self) -> None:
         """End the run in progress, or the next one if there is none, with INTERRUPTED; callable from any thread."""

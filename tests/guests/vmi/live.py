@@ -20,6 +20,8 @@ from softkvm.vmm import Machine, StopReason
 T = TypeVar("T")
 R = TypeVar("R")
 _PATIENCE = 200
+_QUIET = "loglevel=3"
+"""Only an oops may get in between what commands print."""
 
 
 class LiveGuest:
@@ -27,14 +29,18 @@ class LiveGuest:
 
     def __init__(self, machine: Machine, client: Client) -> None:
         self.machine = machine
+        self._commands = 0
         self.target = Target(client, default_directory() / "vmi")
 
     def shell(self, command: str) -> str:
         """What a command prints in the guest's shell."""
-        self.machine.send(f"echo be''gin; {command}; echo en''d\n")
-        stop = self.machine.run(until=re.compile(r"begin\r?\n(?s:.*?)\bend\r?\n"), timeout=_PATIENCE)
+        self._commands += 1
+        begin, end = f"begin {self._commands}\n", f"end {self._commands}\n"
+        self.machine.send(f"echo be''gin {self._commands}; {command}; echo en''d {self._commands}\n")
+        stop = self.machine.run(until=re.compile(rf"\bend {self._commands}\r?\n"), timeout=_PATIENCE)
         assert stop.reason is StopReason.UNTIL, self.machine.text[-2000:]
-        return stop.detail.replace("\r", "").removeprefix("begin\n").removesuffix("end\n")
+        shown = self.machine.text.replace("\r", "")
+        return shown[shown.rindex(begin) + len(begin) : shown.rindex(end)]
 
     def look(self, function: Callable[[Target], T]) -> T:
         """The result of a function that looks into the guest while it runs."""
@@ -74,7 +80,7 @@ def live_guest(files: Mapping[str, bytes], *, boot: bool = True, **options: Any)
     folders = sorted({str(folder) for path in files for folder in PurePosixPath(path).parents if str(folder) not in "/bin"})
     entries = [cpio.directory(folder) for folder in folders] + [cpio.file(path, data, 0o755) for path, data in files.items()]
     initrd = image.initrd + cpio.archive(entries) if entries else image.initrd
-    with Machine(kernel=image.kernel, initrd=initrd, **options) as machine:
+    with Machine(kernel=image.kernel, initrd=initrd, append=_QUIET, **options) as machine:
         if boot:
             assert machine.run(until="# ", timeout=_PATIENCE).reason is StopReason.UNTIL
         with Client(machine.introspect()) as client:

@@ -23,7 +23,7 @@ LOADER = "ld-linux-x86-64.so.2"
 LIBRARIES = ("libc.so.6", "libunwind.so.8", "libunwind-x86_64.so.8", "libunwind-ptrace.so.0", "liblzma.so.5")
 LINE = re.compile(r"^(\w+)\((.*)\) += +(\?|-?\w+)(?: (E\w+))?")
 IN_ONE_ARGUMENT = re.compile(r'"(?:[^"\\]|\\.)*"(?:\.\.\.)?|\[[^\]]*\]|\{[^}]*\}|[^,\s][^,]*')
-NAMED_ARGUMENTS = frozenset({"clone", "clone3", "rt_sigreturn", "execve"})
+NAMED_ARGUMENTS = frozenset({"clone", "clone3", "rt_sigreturn", "execve", "prctl"})
 """Calls whose arguments strace shows in an order or a form of its own; the program and the words of execve are looked at apart."""
 
 

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -70,10 +69,10 @@ class Guest:
 
 
 @pytest.fixture
-def tutorial(tmp_path: Path) -> Iterator[Guest]:
+def tutorial(tmp_path: Path) -> Guest:
     """Where the commands run."""
     pytest.importorskip("volatility3")
-    yield Guest(tmp_path)
+    return Guest(tmp_path)
 
 
 def type_in(process: subprocess.Popen[bytes], line: str) -> None:

@@ -64,9 +64,9 @@ def test_breakpoints_set_and_removed_while_the_guest_runs(hooked: Hooked) -> Non
     tool.reply(told)
     first, second = (kvmi.GetRegistersReply.from_buffer_copy(tool.do(Command.VCPU_GET_REGISTERS, bytes(8))).regs.rax for _ in range(2))
     assert second >= first >= told.regs().rax
-    tool.do(Command.VM_WRITE_PHYSICAL, struct.pack("<QHHI", CODE, len(END), 0, 0) + END)
     tool.do(Command.VCPU_PAUSE, bytes(8))
     told = tool.event(Event.PAUSE_VCPU)
+    tool.do(Command.VM_WRITE_PHYSICAL, struct.pack("<QHHI", CODE, len(END), 0, 0) + END)
     tool.set_regs(told, rip=CODE)
     tool.reply(told)
     assert tool.finish().event is None

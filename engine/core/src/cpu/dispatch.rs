@@ -283,9 +283,19 @@ impl Cpu {
         Ok(self.fetch_address(next)? as u64 == second)
     }
 
-    /// Runs a block to its end. Returns it if it ended with a branch or fell through, and null if anything else happened.
+    /// Runs a block, and as host code those that follow it. Returns the last one if it ended with a branch or fell through, and null if
+    /// anything else happened.
     #[inline(always)]
-    pub(super) fn execute(&mut self, block: *mut Block) -> Exec<*mut Block> {
+    fn execute(&mut self, block: *mut Block) -> Exec<*mut Block> {
+        match self.translation(block) {
+            Some(body) => self.run_native(block, body),
+            None => self.interpret(block),
+        }
+    }
+
+    /// Runs a block to its end in the interpreter; the result is that of `execute`.
+    #[inline(always)]
+    pub(super) fn interpret(&mut self, block: *mut Block) -> Exec<*mut Block> {
         // SAFETY: blocks are freed by `collect` only, which no handler calls; the last micro-op of a block always stops.
         let (first, instructions) = unsafe { ((*block).uops.as_ptr(), (*block).instructions) };
         self.budget -= i64::from(instructions);
@@ -328,7 +338,7 @@ impl Cpu {
     /// Leaves a block before its end; `left` instructions of it, the one of `uop` included, had been paid for.
     #[cold]
     #[inline(never)]
-    fn leave(&mut self, uop: &Uop, stop: Stop, left: i64) -> Exec {
+    pub(crate) fn leave(&mut self, uop: &Uop, stop: Stop, left: i64) -> Exec {
         if stop == Stop::Leave {
             self.budget += left - 1;
             self.regs[slot::RIP as usize] = self.rip_at(uop.next_offset());

@@ -19,6 +19,8 @@ use crate::cpu::signal::Signal;
 use crate::decode::cache::CodeCache;
 use crate::fault::{vector, Fault};
 use crate::flags::Flags;
+use crate::jit::native::Native;
+use crate::jit::Translator;
 use crate::memory::nested::NestedPageTable;
 use crate::memory::waivers::Waivers;
 use crate::model::Model;
@@ -75,7 +77,7 @@ pub struct Cpu {
     /// Entries of the TLB table that matches the privilege of the running code.
     pub active_table: *const tlb::Entry,
     /// Segment bases as addresses use them: zero for ES, CS, SS and DS in 64-bit mode. Entry 6 is "no segment".
-    bases: [u64; 8],
+    pub(crate) bases: [u64; 8],
     /// RFLAGS without the arithmetic flags.
     pub rflags: u64,
     /// Work for the dispatcher, bits of [`pending`].
@@ -90,6 +92,8 @@ pub struct Cpu {
     pub jump_context: u64,
     /// Instructions that may run before the dispatcher looks at clocks.
     pub budget: i64,
+    /// Runs of a block before it is translated; zero for never.
+    pub(crate) hot: u32,
 
     /// The rest of the architectural state. `gpr`, `rip` and `rflags` in here are stale while the guest runs.
     pub state: State,
@@ -100,6 +104,8 @@ pub struct Cpu {
     pub paging: Context,
     pub tlb: Tlb,
     pub code: CodeCache,
+    pub native: Native,
+    pub translator: Option<Box<Translator>>,
     pub npt: Arc<NestedPageTable>,
     /// Generation of `npt` that the TLB was last flushed for.
     pub nested_generation: u64,
@@ -152,6 +158,7 @@ impl Cpu {
             unused_address_bits: 16,
             jump_context: 0,
             budget: 0,
+            hot: 0,
             state: State::default(),
             control: Control::default(),
             exit: Exit::default(),
@@ -159,6 +166,8 @@ impl Cpu {
             paging: Context::default(),
             tlb: Tlb::default(),
             code: CodeCache::default(),
+            native: Native::default(),
+            translator: None,
             npt: Arc::default(),
             nested_generation: 0,
             signal: Arc::default(),

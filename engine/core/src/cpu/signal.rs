@@ -66,6 +66,11 @@ impl Signal {
         self.attention.load(Ordering::Relaxed)
     }
 
+    /// Address of the pending bits, for host code; it stays as long as the core.
+    pub fn pending_address(&self) -> *const u32 {
+        self.attention.as_ptr()
+    }
+
     /// Takes the pending bits of `mask`, and leaves the others.
     pub fn take(&self, mask: u32) -> u32 {
         self.attention.fetch_and(!mask, Ordering::SeqCst) & mask

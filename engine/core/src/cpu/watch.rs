@@ -10,6 +10,7 @@ use super::{pending, CodeSize, Cpu};
 use crate::decode::block::{self, Block};
 use crate::pmu::branch::{taken_in_place, Kind};
 use crate::pmu::lbr::Transfer;
+use crate::pmu::predictor::Predictor;
 use crate::pmu::registers::Refused;
 use crate::pmu::{debugctl, watch};
 use crate::uop::Exec;
@@ -96,7 +97,7 @@ impl Cpu {
             return Ok(ptr::null_mut());
         }
         let (first, before) = (self.rip(), self.instructions());
-        let done = self.execute(block)?;
+        let done = self.interpret(block)?;
         if kind != Kind::None && !done.is_null() && self.pmu.watched & watch::BRANCHES != 0 {
             if kind == Kind::Loop {
                 self.earlier_turns(block, first, before);
@@ -151,10 +152,13 @@ impl Cpu {
         let (instructions, length) = unsafe { ((*block).instructions, (*block).length) };
         let turns = self.instructions().wrapping_sub(before).wrapping_sub(instructions.into());
         let (cpl, next) = (self.pmu.cpl, at.wrapping_add(length.into()));
-        for behind in (1..=turns).rev() {
+        let recorded = self.pmu.recording || self.pmu.log.is_some();
+        let singly = if recorded { turns } else { turns.min(Predictor::LEARNS) };
+        for behind in (turns - singly + 1..=turns).rev() {
             let mispredicted = self.pmu.retire(Kind::Loop, cpl, at, next, at, true);
             self.record(&Transfer { kind: Kind::Loop, from: at, to: at, mispredicted, before: cpl, after: cpl, vector: 0 }, behind);
         }
+        self.pmu.retire_turns(cpl, turns - singly);
     }
 
     /// [`Cpu::branch_done`] for an instruction that ran alone.

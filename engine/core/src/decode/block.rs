@@ -29,6 +29,7 @@ impl std::hash::Hash for CodeSize {
 }
 
 /// A block that ran behind another one, and where: what a jump-cache entry says, kept beside the block that leads there.
+#[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Link {
     pub rip: u64,
@@ -55,6 +56,11 @@ pub struct Block {
     pub last: u16,
     /// The first two blocks that ran behind this one.
     pub links: [Link; 2],
+    /// Where host code of other blocks enters this one, and where the dispatcher does; null without a translation.
+    pub entry: *const u8,
+    pub body: *const u8,
+    /// Runs by the interpreter.
+    pub heat: u32,
     /// Length in bytes.
     pub length: u32,
     pub key: Key,
@@ -75,6 +81,9 @@ impl Block {
             branch: Kind::None,
             last: 0,
             links: [Link::NONE; 2],
+            entry: std::ptr::null(),
+            body: std::ptr::null(),
+            heat: 0,
             length: 0,
             key,
             reference: Box::default(),
@@ -172,7 +181,7 @@ pub(super) fn decoder<'a>(bytes: &'a [u8], size: CodeSize, model: &Model) -> Dec
 }
 
 /// Decodes instructions that lie wholly in `bytes`, up to one that ends the block.
-fn decode_page(bytes: &[u8], size: CodeSize, model: &Model) -> Vec<Instruction> {
+pub(crate) fn decode_page(bytes: &[u8], size: CodeSize, model: &Model) -> Vec<Instruction> {
     let mut decoder = decoder(bytes, size, model);
     let mut instructions = Vec::with_capacity(16);
     while instructions.len() < MAX_INSTRUCTIONS && decoder.can_decode() {

@@ -12,7 +12,7 @@ use crate::memory::PAGE_OFFSET;
 use crate::uop::Handler;
 
 /// Slots of the jump cache.
-const JUMP_SLOTS: usize = 1 << 14;
+pub const JUMP_SLOTS: usize = 1 << 14;
 /// Blocks that may exist; one more empties the cache, which bounds its memory.
 const MAX_BLOCKS: usize = 1 << 18;
 /// Bytes of code that one bit of a page's line map stands for.
@@ -33,11 +33,13 @@ struct CodePage {
     idle_stores: u32,
 }
 
+/// What was last run at some RIP.
+#[repr(C)]
 #[derive(Clone, Copy)]
-struct Jump {
-    rip: u64,
-    context: u64,
-    block: *mut Block,
+pub struct Jump {
+    pub rip: u64,
+    pub context: u64,
+    pub block: *mut Block,
 }
 
 const NO_JUMP: Jump = Jump { rip: 0, context: u64::MAX, block: std::ptr::null_mut() };
@@ -86,6 +88,18 @@ impl CodeCache {
             return None;
         }
         Some(jump.block)
+    }
+
+    /// Address of the jump cache, for host code; it never moves.
+    pub fn jumps(&self) -> *const Jump {
+        self.jumps.as_ptr()
+    }
+
+    /// Forgets the host code of every block.
+    pub fn forget_translations(&mut self) {
+        for block in self.blocks.iter_mut().flatten() {
+            (block.entry, block.body, block.heat) = (std::ptr::null(), std::ptr::null(), 0);
+        }
     }
 
     /// Remembers that `rip` in `context` runs `block`.

@@ -16,14 +16,20 @@ struct Effect {
 
 /// For each instruction of a block: nobody sees the flags that it leaves.
 pub fn dead_flags(block: &[Instruction]) -> Vec<bool> {
+    let replaced = block.iter().map(|insn| effect(insn).kills);
+    replaced.zip(live_flags(block)).map(|(kills, live)| kills != 0 && kills & live == 0).collect()
+}
+
+/// For each instruction of a block: the flags behind it that somebody sees.
+pub fn live_flags(block: &[Instruction]) -> Vec<u64> {
     let mut live = ARITHMETIC;
-    let mut dead = vec![false; block.len()];
-    for (insn, dead) in block.iter().zip(&mut dead).rev() {
+    let mut after = vec![0; block.len()];
+    for (insn, after) in block.iter().zip(&mut after).rev() {
         let effect = effect(insn);
-        *dead = effect.kills != 0 && effect.kills & live == 0;
+        *after = live;
         live = live & !effect.kills | effect.reads;
     }
-    dead
+    after
 }
 
 fn effect(insn: &Instruction) -> Effect {
@@ -45,10 +51,13 @@ fn kills(insn: &Instruction) -> Option<u64> {
     use Mnemonic::*;
     Some(match insn.mnemonic() {
         Add | Or | Adc | Sbb | And | Sub | Xor | Cmp | Test | Neg => ARITHMETIC,
-        Imul if insn.op_count() > 1 => ARITHMETIC,
+        Imul | Mul => ARITHMETIC,
         Inc | Dec => ARITHMETIC & !CF,
         Shl | Sal | Shr | Sar if counted(insn) => ARITHMETIC,
         Rol | Ror if counted(insn) => CF | OF,
+        // The count may be zero.
+        Shl | Sal | Shr | Sar if insn.op1_kind() == OpKind::Register => 0,
+        Shlx | Shrx | Sarx | Rorx | Xchg | Cwd | Cbw => 0,
         Mov if general(insn) => 0,
         Movzx | Movsx | Movsxd | Lea | Not | Bswap | Nop | Cdq | Cqo | Cdqe | Cwde => 0,
         Cmova | Cmovae | Cmovb | Cmovbe | Cmove | Cmovg | Cmovge | Cmovl | Cmovle | Cmovne | Cmovno | Cmovnp | Cmovns | Cmovo | Cmovp

@@ -5,7 +5,7 @@
 
 pub mod block;
 pub mod cache;
-mod feature;
+pub(crate) mod feature;
 pub mod liveness;
 
 use iced_x86::{Instruction, OpKind, Register};

@@ -14,6 +14,7 @@ use std::fmt;
 pub use features::{Feature, FeatureSet};
 
 use crate::cpu::clock::host_tsc_khz;
+use crate::jit::Tier;
 use crate::memory::nested::PHYSICAL_BITS;
 use crate::paging::unused_bits;
 use crate::state::cr4;
@@ -117,13 +118,14 @@ pub struct Model {
     features: FeatureSet,
     /// Frequency of the TSC in kHz, if it is not the host's.
     tsc_khz: Option<u32>,
+    tier: Tier,
 }
 
 impl Default for Model {
     /// The first part with what the engine implements of it.
     fn default() -> Self {
         let part = PARTS[0];
-        Model { part, features: default_features(part), tsc_khz: None }
+        Model { part, features: default_features(part), tsc_khz: None, tier: Tier::default() }
     }
 }
 
@@ -151,7 +153,17 @@ impl Model {
             }
         }
         drop_orphans(&mut features, &wanted)?;
-        Ok(Model { part, features, tsc_khz: None })
+        Ok(Model { part, features, tsc_khz: None, tier: Tier::default() })
+    }
+
+    /// The same part, whose cores run code as `tier` says.
+    pub fn with_tier(self, tier: Tier) -> Model {
+        Model { tier, ..self }
+    }
+
+    /// How cores run code.
+    pub fn tier(&self) -> Tier {
+        self.tier
     }
 
     /// The same part with a TSC of `khz`, for a core whose time is virtual.

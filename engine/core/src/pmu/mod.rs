@@ -239,6 +239,12 @@ impl Pmu {
         wrong
     }
 
+    /// Notes `turns` of a LOOP that goes on as predicted.
+    pub fn retire_turns(&mut self, cpl: u8, turns: u64) {
+        let stalled = self.tally.add_turns(cpl, turns);
+        self.check_at = self.check_at.saturating_sub(stalled);
+    }
+
     /// Notes a page walk.
     #[cold]
     pub fn walk(&mut self, kind: AccessKind, found: bool) {

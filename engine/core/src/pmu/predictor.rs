@@ -37,6 +37,9 @@ const fn place(address: u64, entries: usize) -> usize {
 }
 
 impl Predictor {
+    /// After so many equal outcomes of a conditional branch, more of them change nothing and are predicted.
+    pub const LEARNS: u64 = STRONGLY_TAKEN as u64;
+
     /// Learns from a branch at `from` with the next instruction at `next`, which went to `to`; tells whether it was mispredicted.
     #[inline(always)]
     pub fn mispredicts(&mut self, kind: Kind, from: u64, next: u64, to: u64, taken: bool) -> bool {

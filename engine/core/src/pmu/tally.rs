@@ -61,6 +61,15 @@ impl Tally {
         stalled
     }
 
+    /// Adds `turns` of a LOOP that are taken and predicted; returns the cycles for which they make the core stall.
+    pub fn add_turns(&mut self, cpl: u8, turns: u64) -> u64 {
+        let totals = &mut self.0[usize::from(cpl != 0)];
+        totals.transfers[Kind::Loop as usize][outcome::TAKEN] += turns;
+        totals.stalled += turns * LOOP;
+        totals.stalls += turns;
+        turns * LOOP
+    }
+
     /// Adds a page walk of code at privilege level `cpl`.
     pub fn add_walk(&mut self, cpl: u8, kind: AccessKind, found: bool) {
         let [completed, all] = &mut self.0[usize::from(cpl != 0)].walks[kind as usize];

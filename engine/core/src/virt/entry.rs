@@ -33,7 +33,10 @@ impl Core {
     /// Core number `index` of a machine with CPUs of `model`.
     pub fn new(model: Arc<Model>, index: u32) -> Self {
         host_tsc_khz(); // measured once, and not at the first entry
-        Core { cpu: Cpu::new(model, Clock::default()), index }
+        let threshold = model.tier().threshold();
+        let mut cpu = Cpu::new(model, Clock::default());
+        cpu.set_translator(threshold);
+        Core { cpu, index }
     }
 
     /// What other threads use to reach the core.
@@ -205,12 +208,16 @@ impl Core {
     /// Everything that the core counts, by name.
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
         let cpu = &*self.cpu;
+        let (translated, flushed, bytes) = cpu.translator.as_ref().map_or((0, 0, 0), |own| (own.translated, own.flushes, own.bytes()));
         vec![
             ("instructions", cpu.instructions()),
             ("blocks_run", cpu.blocks_run),
             ("blocks_decoded", cpu.code.decoded),
             ("blocks_invalidated", cpu.code.invalidated),
             ("blocks_cached", cpu.code.len() as u64),
+            ("blocks_translated", translated),
+            ("translations_flushed", flushed),
+            ("host_code_bytes", bytes as u64),
             ("tlb_fills", cpu.tlb.fills),
             ("tlb_flushes", cpu.tlb.flushes),
             ("page_walks", cpu.walks),

@@ -1,6 +1,6 @@
 //! Differences that are no bugs, each with its reason. Whatever is not in this table fails the run.
 
-use iced_x86::{Code, CodeSize, Instruction, Mnemonic, OpKind, RflagsBits};
+use iced_x86::{Code, CodeSize, CpuidFeature, Instruction, Mnemonic, OpKind, RflagsBits};
 use softkvm_engine::state::rflags;
 
 use super::encode::Encoded;
@@ -132,9 +132,18 @@ pub const REASONS: &[Reason] = &[
         name: "SHA with a misaligned operand",
         text: "Intel's manual gives the SHA instructions exceptions of type 4, so #GP for a misaligned operand; AMD's silicon takes any address.",
         applies: |case| {
-            case.encoded.insn.cpuid_features().contains(&iced_x86::CpuidFeature::SHA)
+            case.encoded.insn.cpuid_features().contains(&CpuidFeature::SHA)
                 && case.engine.fault.is_some_and(|fault| (fault.vector, fault.error) == (GENERAL_PROTECTION, 0))
                 && matches!(vector(case.host), None | Some(12..=14))
+        },
+    },
+    Reason {
+        name: "LOCK before MOV CR0",
+        text: "AMD's silicon takes LOCK MOV CR0 as another way to write MOV CR8, which is privileged; Intel's has no such thing and raises #UD.",
+        applies: |case| {
+            matches!(case.encoded.insn.code(), Code::Mov_r64_cr | Code::Mov_cr_r64 | Code::Mov_r32_cr | Code::Mov_cr_r32)
+                && case.encoded.prefixes().contains(&0xf0)
+                && (vector(case.engine), vector(case.host)) == (Some(6), Some(GENERAL_PROTECTION))
         },
     },
     Reason {
@@ -156,7 +165,8 @@ pub const REASONS: &[Reason] = &[
         name: "place of a fault in a long operand",
         text: "Where an operand of several parts is bad, silicon differs in which bad byte CR2 tells, or which check comes first.",
         applies: |case| {
-            matches!(case.encoded.insn.mnemonic(), Mnemonic::Frstor | Mnemonic::Fnsave | Mnemonic::Fldenv | Mnemonic::Fnstenv)
+            is_x87(&case.encoded.insn)
+                && case.encoded.insn.memory_size().size() >= 10
                 && vector(case.host) == Some(14)
                 && matches!(vector(case.engine), Some(12..=14))
                 && without(case, |image, _| image.fault = None)
@@ -193,6 +203,10 @@ fn touches_mmx(insn: &Instruction) -> bool {
 fn near_branch(encoded: &Encoded) -> bool {
     let insn = &encoded.insn;
     encoded.branch_width().is_some() || insn.is_call_near_indirect() || insn.is_jmp_near_indirect() || insn.mnemonic() == Mnemonic::Ret
+}
+
+fn is_x87(insn: &Instruction) -> bool {
+    insn.code().cpuid_features().iter().any(|feature| matches!(feature, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387))
 }
 
 fn comparison(insn: &Instruction) -> bool {

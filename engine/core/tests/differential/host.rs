@@ -324,6 +324,12 @@ impl Oracle {
         (start..start + (self.length + LONGEST_JUMP) as u64).contains(&rip) && rip != start + self.length as u64
     }
 
+    /// Whether a page fault is at a page of the stub, which the host's CPU has and the guest's has not.
+    pub fn is_stub(&self, fault: &Fault) -> bool {
+        let stub = self.mode.arena..self.mode.arena + SLOT_PAGE_OFFSET;
+        fault.vector == PF as u8 && stub.contains(&fault.address)
+    }
+
     /// A jump from behind an instruction of `length` bytes to the storing half of the stub.
     fn way_back(&self, length: usize) -> Vec<u8> {
         const OPERAND_SIZE: u8 = 0x66;

@@ -9,15 +9,12 @@ import click
 import msgspec
 
 from softkvm.cli import output, status
-from softkvm.cli.errors import CliError
 from softkvm.cli.vmi.attach import attached
 from softkvm.cli.vmi.options import Where
 from softkvm.vmi.linux import files as linux_files
 from softkvm.vmi.linux import log, maps, modules, tasks
 from softkvm.vmi.linux.modules import Module
-from softkvm.vmi.linux.objects import Struct
 from softkvm.vmi.linux.tasks import Process
-from softkvm.vmi.target import Target
 from softkvm.vmi.tools import check as checker
 from softkvm.vmi.tools.check import Report
 
@@ -102,17 +99,10 @@ def dmesg(where: Where, as_json: bool) -> int:
     return status.SUCCESS
 
 
-def _task(target: Target, pid: int) -> Struct:
-    for task in tasks.seen(target.kernel):
-        if task.number("pid") == pid:
-            return task
-    raise CliError(f"the guest has no process {pid}")
-
-
 def memory_map(where: Where, pid: int, as_json: bool) -> int:
     """`maps`."""
     with attached(where) as target, target.still():
-        found = maps.maps(target.kernel, _task(target, pid))
+        found = maps.maps(target.kernel, tasks.find(target.kernel, pid))
     if as_json:
         _json(found)
     else:
@@ -124,7 +114,7 @@ def memory_map(where: Where, pid: int, as_json: bool) -> int:
 def open_files(where: Where, pid: int, as_json: bool) -> int:
     """`files`."""
     with attached(where) as target, target.still():
-        found = list(linux_files.files(target.kernel, _task(target, pid)))
+        found = list(linux_files.files(target.kernel, tasks.find(target.kernel, pid)))
     if as_json:
         _json(found)
     else:

@@ -70,6 +70,11 @@ class IntrospectedFile(KvmFile):
         """How long a vCPU waits for the answer to an event before the tool is given up, 0 for ever; OSError(EFAULT) if not hooked."""
         self._need_session().reply_timeout = seconds
 
+    def waits_for_tool(self) -> bool:
+        """Whether a vCPU waits for the tool's answer to an event now."""
+        session = self.introspection
+        return session is not None and any(vcpu.waiting is not None for vcpu in session.vcpus)
+
     def introspection_leave(self, session: Session) -> None:
         """End that session, if it is still the VM's."""
         with self._hook_lock:

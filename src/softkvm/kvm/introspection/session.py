@@ -59,7 +59,6 @@ class Session:
         self.allowed_commands = ALWAYS_ALLOWED
         self.allowed_events: frozenset[Event] = frozenset()
         self.vm_events: frozenset[Event] = frozenset()
-        self.cleanup = False
         self.reply_timeout = REPLY_TIMEOUT
         self.filters = Filters()
         self.breakpoints: frozenset[int] = frozenset()

@@ -22,7 +22,7 @@ from softkvm.uapi import kvmi
 from softkvm.uapi.kvmi import Action, Event, Reply
 
 if TYPE_CHECKING:
-    from softkvm.kvm.introspection.session import Session
+    from softkvm.kvm.introspection.session import Channel, Session
     from softkvm.kvm.vcpu import Vcpu
 
 MAX_JOBS = 1024
@@ -142,23 +142,14 @@ class VcpuIntrospection:
             return due
 
     def ask(self, event: Event, data: Structure | None = None) -> Reply:
-        """Send an event and wait for the answer, doing the tool's commands meanwhile; CONTINUE as if nobody had asked if it is lost.
-
-        A paused vCPU waits as long as its tool likes; the answer to anything else is due.
-        """
+        """Send an event and wait for the answer, doing the tool's commands meanwhile; CONTINUE as if nobody had asked if it is lost."""
         session = self.session
         channel = session.channel
         if channel is None:
             return self._default(data)
         self.reply, self.awaited, self.waiting = None, session.next_seq(), event
-        deadline = None if event is Event.PAUSE_VCPU or not session.reply_timeout else time.monotonic() + session.reply_timeout
         try:
-            reply = channel.deliver(self, event, self.awaited, data)
-            while reply is None and session.channel is channel:
-                if self._jobs.empty():
-                    channel.wait(self, deadline)
-                self.run_jobs()
-                reply = self.reply
+            reply = channel.deliver(self, event, self.awaited, data) or self._wait(channel, event)
         except Broken as error:
             session.lose(channel, str(error))
             reply = None
@@ -169,8 +160,22 @@ class VcpuIntrospection:
         if reply is None:
             self.registers = None
             return self._default(data)
-        self._apply_registers()
+        if self.registers is not None:
+            self._apply_registers(self.registers)
         return reply
+
+    def _wait(self, channel: Channel, event: Event) -> Reply | None:
+        """For an answer that does not come at once, None if the channel goes; Broken when it was due.
+
+        A paused vCPU waits as long as its tool likes.
+        """
+        session = self.session
+        deadline = None if event is Event.PAUSE_VCPU or not session.reply_timeout else time.monotonic() + session.reply_timeout
+        while self.reply is None and session.channel is channel:
+            if self._jobs.empty():
+                channel.wait(self, deadline)
+            self.run_jobs()
+        return self.reply
 
     @staticmethod
     def _default(data: Structure | None) -> Reply:
@@ -184,12 +189,12 @@ class VcpuIntrospection:
             raise Broken(f"no answer to an event of vCPU {self.index} in time") from None
         job()
 
-    def _apply_registers(self) -> None:
-        new, self.registers = self.registers, None
-        if new is not None:
-            pending = self.vcpu.events.exception_pending
-            regs.set_regs(self.vcpu, new)
-            self.vcpu.events.exception_pending = pending
+    def _apply_registers(self, new: uapi.Regs) -> None:
+        """What VCPU_SET_REGISTERS left; an exception that waits to be injected is kept."""
+        self.registers = None
+        pending = self.vcpu.events.exception_pending
+        regs.set_regs(self.vcpu, new)
+        self.vcpu.events.exception_pending = pending
 
     def take(self, seq: int, reply: Reply) -> None:
         """The answer to the event `seq`: a job, so that commands before it are done before. Broken if it was answered already."""

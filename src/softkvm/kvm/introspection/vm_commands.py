@@ -111,10 +111,9 @@ def _check_range(request: kvmi.Physical) -> None:
 
 
 def control_cleanup(session: Session, request: kvmi.ControlCleanup, trailing: bytes) -> bytes:
-    """VM_CONTROL_CLEANUP: EINVAL unless 0 or 1."""
+    """VM_CONTROL_CLEANUP: EINVAL unless 0 or 1. What a tool leaves behind is cleaned up in any case (`Session.end()`)."""
     if request.enable > 1:
         raise Refused(Error.EINVAL)
-    session.cleanup = bool(request.enable)
     return b""
 
 
@@ -206,10 +205,11 @@ def read_pages(session: Session, request: kvmi.ReadPages, trailing: bytes) -> by
     """VM_READ_PAGES."""
     if not 0 < request.count <= kvmi.MAX_READ_PAGES or len(trailing) < request.count * 8:
         raise Refused(Error.EINVAL)
-    present, pages = 0, [b""]
+    present = 0
+    pages: list[bytes | memoryview] = [b""]
     for n, gfn in enumerate(struct.unpack_from(f"<{request.count}Q", trailing)):
         try:
-            pages.append(session.vm.mmu.read(gfn << PAGE_SHIFT, PAGE_SIZE))
+            pages.append(session.vm.mmu.page(gfn))
         except OSError:
             continue
         present |= 1 << n

@@ -53,6 +53,7 @@ _VARIABLES = {
     "vmalloc_base": "unsigned long",
     "module_addr_min": "unsigned long",
     "module_addr_max": "unsigned long",
+    "taint_flags": "[]taint_flag",
     "cap_last_cap": "int",
     "num_registered_fb": "int",
     "sys_call_table": "[]*void",

@@ -178,7 +178,7 @@ class _Checker:
         return ranges
 
     def _check_pages(self) -> int:
-        """Executable memory in the area of modules that belongs to none of them, nor to what the kernel itself allocates there."""
+        """Memory in the area of modules that can be both written and executed, which the kernel never leaves behind."""
         pages = 0
         for mapping in self._executable():
             pages += mapping.size // PAGE_SIZE

@@ -1,0 +1,108 @@
+"""What the introspection tools cost: the time from attaching to the first list of processes, and a guest under `lock-kernel`.
+
+A Debian guest at its shell. "Attach" is a session over a UNIX socket, the kernel found and its processes listed, in a process that has
+nothing of it in memory, with and without decoded symbols on the disk. The slow-down is that of a pipeline and a series of programs in the
+guest, by the guest's own clock, alternately without and with the lock.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from benchmarks.report import machine_facts, publish
+from softkvm.cli import guest
+from softkvm.vmi.client import Client
+from softkvm.vmi.linux import tasks
+from softkvm.vmi.target import Target
+from softkvm.vmi.tools.lock import KernelLock
+from softkvm.vmm import Machine
+
+LOADS = {
+    "pipeline": "dd if=/dev/zero bs=4096 count=2000 2>/dev/null | sha256sum >/dev/null",
+    "programs": "i=0; while [ $i -lt 30 ]; do /bin/busybox true; i=$((i+1)); done",
+}
+CLOCK = re.compile(r"took ([\d.]+) ([\d.]+) s")
+
+
+@contextmanager
+def running(machine: Machine) -> Iterator[None]:
+    """The machine runs in the block."""
+    thread = threading.Thread(target=machine.run)
+    thread.start()
+    try:
+        yield
+    finally:
+        machine.stop()
+        thread.join()
+
+
+def attach(machine: Machine, cache: Path) -> float:
+    """Seconds from nothing to the list of processes."""
+    with running(machine):
+        started = time.perf_counter()
+        with Client(machine.introspect()) as client:
+            target = Target(client, cache)
+            kernel = target.kernel
+            with target.still():
+                tasks.processes(kernel, target.cr3s())
+            return time.perf_counter() - started
+
+
+def work(machine: Machine, load: str) -> float:
+    """Seconds of the guest's clock for a load."""
+    machine.send(f'a=$(cut -d" " -f1 /proc/uptime); {load}; echo to""ok $a $(cut -d" " -f1 /proc/uptime) s\n')
+    stop = machine.run(until=CLOCK, timeout=300)
+    match = CLOCK.search(stop.detail)
+    if match is None:
+        raise click.ClickException(f"the guest ended by {stop.reason.value}: {stop.detail}")
+    return float(match[2]) - float(match[1])
+
+
+def locked(machine: Machine, load: str, cache: Path) -> float:
+    """The same with the kernel locked."""
+    with Client(machine.introspect()) as client:
+        lock = KernelLock(Target(client, cache))
+        with running(machine):
+            lock.engage_when_booted()
+        tool = threading.Thread(target=lambda: list(lock.records()))
+        tool.start()
+        try:
+            return work(machine, load)
+        finally:
+            lock.stop()
+            tool.join()
+
+
+def _goal(name: str) -> str:
+    return "1.02x" if name.startswith("lock") else "1 s"
+
+
+@click.command()
+@click.option("-n", "--rounds", default=5, show_default=True, help="Runs of each kind.")
+@click.option("--json", "path", type=click.Path(path_type=Path), help="Write the samples to this file.")
+def main(rounds: int, path: Path | None) -> None:
+    """Measure the tools."""
+    image = guest.prepare("cloud")
+    results: dict[str, list[float]] = {}
+    with Machine(kernel=image.kernel, initrd=image.initrd, append="loglevel=3") as machine, tempfile.TemporaryDirectory() as folder:
+        machine.run(until="# ", timeout=300)
+        results["attach to first ps, first time"] = [attach(machine, Path(folder) / str(turn)) for turn in range(rounds)]
+        results["attach to first ps, again"] = [attach(machine, Path(folder) / "0") for _ in range(rounds)]
+        for name, load in LOADS.items():
+            pairs = [(work(machine, load), locked(machine, load, Path(folder) / "0")) for _ in range(rounds)]
+            results[f"lock-kernel, {name}"] = [under / free for free, under in pairs]
+    rows = [(name, f"{statistics.median(taken):.3f}", f"{min(taken):.3f}", _goal(name)) for name, taken in results.items()]
+    publish(f"Introspection tools, median of {rounds}", ("what", "median", "least", "goal"), rows, machine_facts(), results, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+//! The translator: blocks that are hot become host code. The interpreter runs cold code, and every instruction that host code leaves to it.
+//!
+//! A translation is a cache like any other: it is thrown away with its block, and whether one exists changes no guest-visible state. Host
+//! code runs on the same registers, TLB, block links and jump cache as the dispatcher, and returns to it for all work between blocks.
+//!
+//! | file | is |
+//! |---|---|
+//! | `plan` | which instructions become host code |
+//! | `block` | the translation of a block |
+//! | `emit` | pieces of host code: flags, TLB checks, ways between blocks and into the interpreter |
+//! | `registers` | where guest registers are meanwhile |
+//! | `stubs`, `native` | the way in and out, in host code and in Rust |
+//! | `arena` | memory for host code |
+
+mod arena;
+mod block;
+mod emit;
+pub mod native;
+mod plan;
+mod registers;
+mod stubs;
+
+use std::ptr;
+
+use crate::cpu::{CodeSize, Cpu};
+use crate::decode::block::{decode_page, Block};
+use crate::decode::cache::CodeCache;
+use crate::model::Model;
+use arena::Arena;
+use emit::Places;
+use native::Trampoline;
+use plan::Host;
+use stubs::Stubs;
+
+/// Bytes of host code that a core may have.
+const ARENA_SIZE: usize = 64 << 20;
+/// Runs of a block before [`Tier::Auto`] translates it.
+const HOT: u32 = 500;
+
+/// Which code runs as host code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Tier {
+    Interpreter,
+    /// Every block, from its first run on.
+    Translator,
+    /// Blocks that are hot.
+    #[default]
+    Auto,
+}
+
+impl Tier {
+    /// Every tier with its name.
+    pub const NAMES: [(&'static str, Tier); 3] =
+        [("interpreter", Tier::Interpreter), ("translator", Tier::Translator), ("auto", Tier::Auto)];
+
+    /// Runs of a block before it is translated; `None` for never.
+    pub const fn threshold(self) -> Option<u32> {
+        match self {
+            Tier::Interpreter => None,
+            Tier::Translator => Some(1),
+            Tier::Auto => Some(HOT),
+        }
+    }
+}
+
+/// Makes host code for one core.
+pub struct Translator {
+    arena: Arena,
+    stubs: Stubs,
+    places: Places,
+    /// Bytes of the arena that belong to the stubs.
+    base: usize,
+    host: Host,
+    pub translated: u64,
+    pub flushes: u64,
+}
+
+impl Translator {
+    /// `None` where the host gives no memory for code.
+    fn new(cpu: &Cpu) -> Option<Self> {
+        let mut arena = Arena::new(ARENA_SIZE).inspect_err(|error| log::warn!("no memory for host code: {error}")).ok()?;
+        let stubs = stubs::write(&mut arena).unwrap_or_else(|error| unreachable!("the stubs are well formed: {error}"))?;
+        let places = Places {
+            resume: stubs.resume,
+            boundary: stubs.boundary,
+            attention: cpu.signal.pending_address() as u64,
+            jumps: cpu.code.jumps() as u64,
+        };
+        let base = arena.used();
+        Some(Translator { arena, stubs, places, base, host: Host::new(), translated: 0, flushes: 0 })
+    }
+
+    pub fn trampoline(&self) -> Trampoline {
+        self.stubs.trampoline
+    }
+
+    /// Bytes of host code in use.
+    pub fn bytes(&self) -> usize {
+        self.arena.used()
+    }
+
+    /// Translates `block`. No host code may be running: a full arena forgets all.
+    fn translate(&mut self, block: &mut Block, code: &mut CodeCache, model: &Model) {
+        if block.key.size != CodeSize::Bits64 || block.second_page.is_some() || block.breakpoint {
+            return;
+        }
+        let mut bytes = vec![0; block.length as usize];
+        // SAFETY: the block's bytes are in one page of RAM, which stays mapped while the page table holds its region.
+        unsafe { ptr::with_exposed_provenance::<u8>(block.key.host as usize).copy_to(bytes.as_mut_ptr(), bytes.len()) };
+        let instructions = decode_page(&bytes, block.key.size, model);
+        if instructions.len() != block.instructions as usize {
+            return; // another core just wrote there, and the block is about to die
+        }
+        let made = block::translate(block, &instructions, model, self.host, self.places, self.arena.next());
+        let made = made.unwrap_or_else(|error| unreachable!("a block that cannot be assembled: {error}"));
+        let Some(entry) = self.arena.add(&made.bytes) else {
+            self.flushes += 1;
+            code.forget_translations();
+            return self.arena.truncate(self.base);
+        };
+        self.translated += 1;
+        block.entry = entry;
+        block.body = entry.wrapping_add(made.body as usize);
+    }
+}
+
+impl Cpu {
+    /// Turns the translator on, for blocks that ran `threshold` times; or off.
+    pub fn set_translator(&mut self, threshold: Option<u32>) {
+        self.code.forget_translations();
+        self.translator = threshold.and_then(|_| Translator::new(self)).map(Box::new);
+        self.hot = threshold.unwrap_or(0);
+    }
+
+    /// Where the dispatcher enters host code of `block`, which it is about to run; counts the run if there is none yet.
+    #[inline(always)]
+    pub(crate) fn translation(&mut self, block: *mut Block) -> Option<*const u8> {
+        // SAFETY: the dispatcher has just looked the block up, and nobody else has a reference to it.
+        let block = unsafe { &mut *block };
+        if block.body.is_null() {
+            block.heat += 1;
+            if block.heat == self.hot {
+                self.translate(block);
+            }
+        }
+        (!block.body.is_null()).then_some(block.body)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn translate(&mut self, block: &mut Block) {
+        if let Some(translator) = &mut self.translator {
+            translator.translate(block, &mut self.code, &self.model);
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! Which instructions become host code, and what they do to the flags there. All others are run by the interpreter in their place.
+//!
+//! An instruction may be in here only if the host does exactly what the reference handler does, undefined flags included; where hosts
+//! differ in flags that somebody sees, it is left out or has a [`Rule`].
+
+use iced_x86::{Code, ConditionCode, FlowControl, Instruction, Mnemonic, OpKind, Register};
+
+use super::emit::{Overflow, Rule};
+use super::registers;
+use crate::decode::feature;
+use crate::model::Model;
+use crate::state::rflags::ARITHMETIC;
+
+/// How an instruction is translated.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Plan {
+    /// The same instruction with other operands; flags as the rule tells, if it changes any.
+    Same(Rule),
+    Lea,
+    Nothing,
+    Push,
+    Pop,
+    Leave,
+    Conditional,
+    JumpRelative,
+    JumpIndirect,
+    CallRelative,
+    CallIndirect,
+    Return,
+    Interpret,
+}
+
+/// What the host's processor has beyond the base of x86-64.
+#[derive(Clone, Copy)]
+pub struct Host {
+    popcnt: bool,
+    bmi2: bool,
+    movbe: bool,
+}
+
+impl Host {
+    pub fn new() -> Self {
+        Host {
+            popcnt: std::arch::is_x86_feature_detected!("popcnt"),
+            bmi2: std::arch::is_x86_feature_detected!("bmi2"),
+            movbe: std::arch::is_x86_feature_detected!("movbe"),
+        }
+    }
+}
+
+/// The plan for `insn`; `live` are the flags behind it that somebody sees.
+pub fn plan(insn: &Instruction, live: u64, host: Host, model: &Model) -> Plan {
+    if !feature::offers(model, insn) || insn.has_rep_prefix() && insn.mnemonic() != Mnemonic::Ret || insn.has_repne_prefix() {
+        return Plan::Interpret;
+    }
+    match structural(insn) {
+        Plan::Interpret if operands_fit(insn) && lock_fits(insn) => same(insn, live, host).map_or(Plan::Interpret, Plan::Same),
+        other => other,
+    }
+}
+
+/// The plan for instructions that are more than an operation on operands.
+fn structural(insn: &Instruction) -> Plan {
+    match insn.code() {
+        Code::Pushq_imm8 | Code::Pushq_imm32 | Code::Push_r64 => return Plan::Push,
+        Code::Pop_r64 => return Plan::Pop,
+        Code::Leaveq => return Plan::Leave,
+        Code::Retnq | Code::Retnq_imm16 => return Plan::Return,
+        Code::Call_rel32_64 => return Plan::CallRelative,
+        Code::Jmp_rel8_64 | Code::Jmp_rel32_64 => return Plan::JumpRelative,
+        Code::Jmp_rm64 if operands_fit(insn) => return Plan::JumpIndirect,
+        Code::Call_rm64 if operands_fit(insn) => return Plan::CallIndirect,
+        _ => {}
+    }
+    match insn.mnemonic() {
+        Mnemonic::Lea if address_fits(insn) && insn.op0_register().size() >= 4 => Plan::Lea,
+        Mnemonic::Nop | Mnemonic::Endbr64 => Plan::Nothing,
+        _ if insn.is_jcc_short_or_near() && insn.op0_kind() == OpKind::NearBranch64 => Plan::Conditional,
+        _ => Plan::Interpret,
+    }
+}
+
+fn same(insn: &Instruction, live: u64, host: Host) -> Option<Rule> {
+    use Mnemonic::*;
+    let unseen = live & ARITHMETIC == 0;
+    match insn.mnemonic() {
+        Mov | Movzx | Movsx | Movsxd | Cbw | Cwde | Cdqe | Cwd | Cdq | Cqo | Not | Bswap if insn.mnemonic() != Bswap || wide(insn) => {
+            Some(Rule::Exact)
+        }
+        Xchg | Xadd | Add | Or | Adc | Sbb | And | Sub | Xor | Cmp | Test | Inc | Dec | Neg => Some(Rule::Exact),
+        Cmpxchg if in_memory(insn) => Some(Rule::Exact),
+        Shl | Sal | Shr | Sar => shift(insn, unseen),
+        Rol | Ror => (unseen && counted(insn) || count(insn) == Some(1)).then_some(Rule::Exact),
+        Rcl | Rcr => (count(insn) == Some(1)).then_some(Rule::Exact),
+        Shld | Shrd => (unseen && wide(insn)).then_some(Rule::Exact),
+        Imul | Mul => Some(Rule::Product),
+        Popcnt => host.popcnt.then_some(Rule::Exact),
+        Movbe => host.movbe.then_some(Rule::Exact),
+        Shlx | Shrx | Sarx | Rorx => host.bmi2.then_some(Rule::Exact),
+        Bt | Bts | Btr | Btc => (insn.op1_kind() == OpKind::Immediate8 || !in_memory(insn)).then_some(Rule::Exact),
+        Movnti => Some(Rule::Exact),
+        _ if insn.condition_code() != ConditionCode::None && insn.flow_control() == FlowControl::Next => Some(Rule::Exact),
+        _ => None,
+    }
+}
+
+fn shift(insn: &Instruction, unseen: bool) -> Option<Rule> {
+    if unseen {
+        return Some(Rule::Exact);
+    }
+    let bits = 8 * size(insn) as u32;
+    let overflow = match (count(insn)?, insn.mnemonic()) {
+        (0, _) => return None,
+        (1, _) => Overflow::Host,
+        (count, _) if count >= bits => return None,
+        (_, Mnemonic::Shr | Mnemonic::Sar) => Overflow::Clear,
+        _ => Overflow::CarryFromSign,
+    };
+    Some(Rule::Shift(overflow))
+}
+
+/// Bytes of the first operand.
+fn size(insn: &Instruction) -> usize {
+    if insn.op0_kind() == OpKind::Register {
+        insn.op0_register().size()
+    } else {
+        insn.memory_size().size()
+    }
+}
+
+fn wide(insn: &Instruction) -> bool {
+    size(insn) >= 4
+}
+
+/// Masked count of a shift or rotate by an immediate.
+fn count(insn: &Instruction) -> Option<u32> {
+    let mask = if size(insn) == 8 { 63 } else { 31 };
+    (insn.op1_kind() == OpKind::Immediate8).then(|| u32::from(insn.immediate8()) & mask)
+}
+
+fn counted(insn: &Instruction) -> bool {
+    count(insn).is_some_and(|count| count != 0)
+}
+
+fn in_memory(insn: &Instruction) -> bool {
+    (0..insn.op_count()).any(|n| insn.op_kind(n) == OpKind::Memory)
+}
+
+/// Whether all operands are immediates, general registers and at most one address that host code can compute.
+fn operands_fit(insn: &Instruction) -> bool {
+    let memory = in_memory(insn);
+    let high = (0..insn.op_count()).any(|n| insn.op_kind(n) == OpKind::Register && registers::is_high_byte(insn.op_register(n)));
+    (0..insn.op_count()).all(|n| match insn.op_kind(n) {
+        OpKind::Register => {
+            let register = insn.op_register(n);
+            register.is_gpr() && !(high && (memory || needs_rex(register)))
+        }
+        OpKind::Memory => address_fits(insn),
+        OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 | OpKind::FarBranch16 | OpKind::FarBranch32 => false,
+        kind => is_immediate(kind),
+    }) && resident(insn) <= if memory { 1 } else { 2 }
+}
+
+/// Whether the host register of `register` can only be named with a REX prefix.
+fn needs_rex(register: Register) -> bool {
+    registers::host(register.full_register()).is_none_or(|host| host.number() >= 8) || register.size() == 1 && register.number() >= 8
+}
+
+fn is_immediate(kind: OpKind) -> bool {
+    use OpKind::*;
+    matches!(
+        kind,
+        Immediate8 | Immediate16 | Immediate32 | Immediate64 | Immediate8to16 | Immediate8to32 | Immediate8to64 | Immediate32to64
+    )
+}
+
+/// How many register operands stay in memory, and need a scratch register.
+fn resident(insn: &Instruction) -> usize {
+    let operands = (0..insn.op_count()).filter(|n| insn.op_kind(*n) == OpKind::Register);
+    operands.filter(|n| registers::host(insn.op_register(*n).full_register()).is_none()).count()
+}
+
+/// Whether host code can compute the address: 64 bits wide, with a displacement that fits.
+fn address_fits(insn: &Instruction) -> bool {
+    let wide = |register: Register| register == Register::None || register == Register::RIP || register.is_gpr64();
+    wide(insn.memory_base())
+        && wide(insn.memory_index())
+        && i32::try_from(insn.memory_displacement64() as i64).is_ok()
+        && !is_offset(insn.code())
+}
+
+/// MOV with an address in place of a ModRM byte.
+fn is_offset(code: Code) -> bool {
+    use Code::*;
+    matches!(
+        code,
+        Mov_AL_moffs8
+            | Mov_AX_moffs16
+            | Mov_EAX_moffs32
+            | Mov_RAX_moffs64
+            | Mov_moffs8_AL
+            | Mov_moffs16_AX
+            | Mov_moffs32_EAX
+            | Mov_moffs64_RAX
+    )
+}
+
+/// LOCK is kept, where the host's means the same.
+fn lock_fits(insn: &Instruction) -> bool {
+    !insn.has_lock_prefix() || insn.op0_kind() == OpKind::Memory
+}
