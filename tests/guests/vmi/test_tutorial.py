@@ -122,4 +122,4 @@ def test_every_command_of_the_tutorial(tutorial: Guest) -> None:
         assert attacked
     finally:
         vm.kill()
-        vm.wait()
+        vm.communicate()

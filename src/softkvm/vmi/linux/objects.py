@@ -16,7 +16,6 @@ from softkvm.vmi.linux.btf import Btf, Kind
 
 LONGEST_LIST = 1 << 20
 _LONGEST_TEXT = 4096
-_COMPOSITE = (Kind.STRUCT, Kind.UNION)
 
 
 class Reader(Protocol):
@@ -149,10 +148,6 @@ class Struct:
     def members(self) -> Iterator[tuple[str, Field]]:
         """All members by name, those of anonymous parts among them."""
         return ((name, self.field(name)) for name in self.reader.types.layout(self.type.number))
-
-    def is_struct(self, path: str) -> bool:
-        """Whether a member is a structure or union itself."""
-        return self.reader.types.strip(self.field(path).type).kind in _COMPOSITE
 
 
 def read_text(reader: Reader, address: int, limit: int = _LONGEST_TEXT) -> str:
