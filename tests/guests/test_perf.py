@@ -144,4 +144,4 @@ def test_kvm_unit_tests(name: str, options: list[str]) -> None:
     result = subprocess.run([*qemu, *options, *devices], capture_output=True, text=True, check=False)
     assert "SUMMARY" in result.stdout
     assert "FAIL" not in result.stdout
-    assert result.returncode == 1  # the debug exit's way to say 0
+    assert result.returncode in (1, 77)  # what run_tests.sh takes for a pass and for a skip

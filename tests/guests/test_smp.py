@@ -39,3 +39,12 @@ def test_all_cpus_work(guest_run: GuestRun, kernel: str, cpu: str, cpus: int) ->
     assert len(set(sums)) == 1
     assert f"Brought up 1 node, {cpus} CPUs" in result.stdout
     assert COMPLAINT.findall(result.stdout) == []
+
+
+@pytest.mark.timeout(900)
+def test_as_many_cpus_as_there_can_be(guest_run: GuestRun) -> None:
+    result = guest_run("sh", "-c", "nproc; grep -c ^processor /proc/cpuinfo; dmesg", options=("-c", "64", "-m", "1G"), timeout=800)
+    assert result.status == 0, result
+    assert result.stdout.startswith("64\n64\n")
+    assert "Brought up 1 node, 64 CPUs" in result.stdout
+    assert COMPLAINT.findall(result.stdout) == []

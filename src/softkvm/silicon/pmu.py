@@ -48,9 +48,9 @@ RDPMC and RDMSR tell what was before them; a WRMSR that starts a counter counts,
 cycles are the same clock: 1 per retired instruction, 4 more for LOOPcc, 16 more for a mispredicted branch. It stands still outside the
 guest and in HLT, and depends on nothing of the host, so every run of the same code counts the same. Branch events are exact;
 mispredictions come from a stated predictor (`engine/core/src/pmu/predictor.rs`). Page walks are those that the engine makes, whose TLB is
-larger than a processor's. There is no cache, so leaf 0Ah says that the LLC events do not exist. `EVENTS` lists what counts; any other
-event counts nothing. With CMASK n, at most one event happens in a cycle: 1 counts as 0 does, more never counts, INV counts the other
-cycles.
+larger than a processor's. There is no cache: the LLC events, which leaf 0Ah may not deny without a warning of Linux, count the walks for
+data. `EVENTS` lists what counts; any other event counts nothing. With CMASK n, at most one event happens in a cycle: 1 counts as 0 does,
+more never counts, INV counts the other cycles.
 
 **Branch log.** `Core.branch_log_start(capacity, rings, low, high)` makes the core write every taken transfer of control in the guest to a
 buffer of `capacity` records; `Core.branch_log_read()` takes them out, oldest first, in records of `BRANCH_RECORD`; `branch_log_stop()`
@@ -140,6 +140,8 @@ EVENTS: Final = {
         0x02C5: "near calls mispredicted",
         0x04C5: "branches mispredicted",
         0x20C5: "near branches taken and mispredicted",
+        0x4F2E: "last-level cache references: page walks for data",
+        0x412E: "last-level cache misses: page walks for data",
         0x0108: "page walks for loads",
         0x0E08: "page walks for loads that find a page",
         0x0149: "page walks for stores",

@@ -54,10 +54,8 @@ def libraries() -> dict[str, bytes]:
 def test_a_package_brings_the_libraries_that_it_needs() -> None:
     linker = "/lib64/ld-linux-x86-64.so.2"
     archive = tar({"/usr/bin/tool": SHELL.read_bytes(), "/usr/share/doc/tool/README": b""})
-    libc = tar(
-        {**libraries(), "/usr/bin/ldd": b"", "/lib/x86_64-linux-gnu/libunused.so.1": b""},
-        {linker: "/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"},
-    )
+    unused = {"/usr/bin/ldd": b"", "/lib/x86_64-linux-gnu/libunused.so.1": b""}
+    libc = tar({**libraries(), **unused}, {linker: "/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"})
     apt = Apt({"tool": (("libc6", "perl"), archive), "libc6": ((), libc)})
     bundle = packages.Bundle()
     packages.add_package(bundle, cast(Any, apt), "tool")

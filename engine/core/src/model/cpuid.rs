@@ -14,9 +14,8 @@ const CRYSTAL_KHZ: u32 = 1000;
 /// Bytes of an XSAVE area with the legacy region and the header alone.
 const XSAVE_LEGACY: u32 = 576;
 
-/// Leaf A: version 4, four general counters and three fixed ones of 48 bits. There is no cache, so the two events of the last level (bits 3
-/// and 4 of the seven in EBX) are missing.
-const PERFORMANCE_MONITORING: [u32; 4] = [0x0730_0404, 1 << 3 | 1 << 4, 0, 0x603];
+/// Leaf A: version 4, four general counters and three fixed ones of 48 bits, and all seven architectural events.
+const PERFORMANCE_MONITORING: [u32; 4] = [0x0730_0404, 0, 0, 0x603];
 
 /// The state components beyond x87 and SSE: bit in XCR0, the feature behind it, size and standard-format offset in bytes.
 const COMPONENTS: &[(u32, Feature, u32, u32)] = &[

@@ -137,6 +137,8 @@ fn intel_event(select: u64) -> Event {
         0x01c5 => Event::Transfers(CONDITIONAL, MISPREDICTED),
         0x02c5 => Event::Transfers(CALLS, MISPREDICTED),
         0x20c5 => Event::Transfers(NEAR, MISPREDICTED & TAKEN),
+        // No cache is modelled: what the last level sees, and misses, are the walks for data.
+        0x4f2e | 0x412e => Event::DataWalks,
         0x0108 => Event::Walks(AccessKind::Read, false),
         0x0e08 => Event::Walks(AccessKind::Read, true),
         0x0149 => Event::Walks(AccessKind::Write, false),

@@ -24,8 +24,11 @@ const DEFAULT_CASES: u64 = 400;
 const EXITS: usize = 40;
 const INSTRUCTIONS: u64 = 2000;
 
+/// Fills RAM and makes a guest for it.
+type Make = fn(&Region, &mut Random) -> State;
+
 /// What a case is about, by name.
-const TARGETS: [(&str, fn(&Region, &mut Random) -> State); 5] = [
+const TARGETS: [(&str, Make); 5] = [
     ("anything", |ram, random| {
         generate::noise(ram, random);
         generate::anything(random)
