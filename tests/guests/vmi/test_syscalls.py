@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from softkvm.vmi.client import Client
 from softkvm.vmi.tools.alarms import Alarms, Executed
 from softkvm.vmi.tools.arguments import Argument
 from softkvm.vmi.tools.syscalls import Syscall, SyscallTracer
@@ -27,8 +28,16 @@ NAMED_ARGUMENTS = frozenset({"clone", "clone3", "rt_sigreturn", "execve", "prctl
 """Calls whose arguments strace shows in an order or a form of its own; the program and the words of execve are looked at apart."""
 
 
+@pytest.fixture
+def live(booted: LiveGuest) -> Iterator[LiveGuest]:
+    """A session of the test's own with the guest, as every tool has one."""
+    booted.target.client.close()
+    with Client(booted.machine.introspect()) as client:
+        yield LiveGuest(booted.machine, client)
+
+
 @pytest.fixture(scope="module")
-def live() -> Iterator[LiveGuest]:
+def booted() -> Iterator[LiveGuest]:
     """A guest with Debian's strace and the libraries that it needs."""
     root = packages.unpacked("strace", "libc6", "libunwind8", "liblzma5")
     found = {"/bin/strace": (root / "usr/bin/strace").read_bytes()}

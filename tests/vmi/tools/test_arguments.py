@@ -76,3 +76,7 @@ def test_results(value: int, address: bool, shown: str) -> None:
 
 def test_what_a_terminal_would_obey_is_quoted() -> None:
     assert arguments.quote(b'\x1b[2J"\\\n') == '"\\33[2J\\"\\\\\\n"'
+
+
+def test_an_octal_escape_does_not_swallow_a_digit() -> None:
+    assert arguments.quote(b"\x107\x10x") == '"\\0207\\20x"'

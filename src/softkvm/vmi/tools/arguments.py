@@ -165,8 +165,16 @@ def _words(name: str, address: int, space: AddressSpace) -> Argument:
 
 
 def quote(data: bytes) -> str:
-    """Bytes between quotes, with C's escapes."""
-    return '"' + "".join(_ESCAPES.get(byte) or (chr(byte) if 32 <= byte < 127 else f"\\{byte:o}") for byte in data) + '"'
+    """Bytes between quotes, with C's escapes; one in octal has three digits where a digit follows."""
+    return '"' + "".join(_quote_byte(byte, data[at + 1 : at + 2].isdigit()) for at, byte in enumerate(data)) + '"'
+
+
+def _quote_byte(byte: int, digit_follows: bool) -> str:
+    if (escape := _ESCAPES.get(byte)) is not None:
+        return escape
+    if 32 <= byte < 127:
+        return chr(byte)
+    return f"\\{byte:03o}" if digit_follows else f"\\{byte:o}"
 
 
 _ESCAPES = {ord("\n"): "\\n", ord("\t"): "\\t", ord("\r"): "\\r", ord('"'): '\\"', ord("\\"): "\\\\"}
