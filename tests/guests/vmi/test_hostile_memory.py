@@ -49,7 +49,11 @@ def places(kernel: Kernel, tasks_there: list[Struct]) -> Iterator[int]:
 
 def looks(kernel: Kernel, tasks_there: list[Struct]) -> list[Callable[[], object]]:
     """Everything that walks the kernel's structures."""
-    found: list[Callable[[], object]] = [lambda: tasks.processes(kernel), lambda: modules.modules(kernel), lambda: list(log.messages(kernel))]
+    found: list[Callable[[], object]] = [
+        lambda: tasks.processes(kernel),
+        lambda: modules.modules(kernel),
+        lambda: list(log.messages(kernel)),
+    ]
     for task in tasks_there[-3:]:
         found += [lambda task=task: maps.maps(kernel, task), lambda task=task: list(files.files(kernel, task))]  # type: ignore[misc]
     return found

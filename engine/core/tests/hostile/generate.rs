@@ -248,3 +248,29 @@ pub fn anything(random: &mut Random) -> State {
     state.fpu.fcw = 0x37f;
     state
 }
+
+/// Programs the performance monitoring unit, or lets the guest do it: small indices, registers that exist, counters close to overflow.
+pub fn watch(core: &mut Core, block: &mut Block, random: &mut Random) {
+    for _ in 0..4 {
+        let index = match random.below(4) {
+            0 => random.below(0x2000) as u32,
+            1 => [0x1d9, 0x1c8, 0x1c9, 0x345, 0x834, 0x49][random.below(6) as usize],
+            2 => [0xc1, 0x186, 0x309, 0x38c, 0x4c1][random.below(5) as usize] + random.below(8) as u32,
+            _ => 0xc001_0000 + random.below(2) as u32 * 0x200 + random.below(14) as u32,
+        };
+        let value = match random.below(4) {
+            0 => random.next(),
+            1 => random.below(64).wrapping_neg() & 0xffff_ffff_ffff,
+            2 => 0x53_0000 | random.next() & 0xffff,
+            _ => random.next() & 0x7_0000_7fff,
+        };
+        // A refusal is as good as a change.
+        let _refused = core.pmu_write(index, value).is_err() || core.pmu_read(index).is_err();
+    }
+    block.state.debugctl = random.next() & 0x1803;
+    block.control.perf_controls = random.below(4) as u32;
+    block.control.guest_perf_global_ctrl = random.next() & 0x7_0000_000f;
+    if chance(random, 8) {
+        core.branch_log_start(random.below(2000) as usize, Filter { rings: random.next() as u8, low: 0, high: random.next() });
+    }
+}
