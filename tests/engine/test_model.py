@@ -51,3 +51,9 @@ def test_msr_values_follow_the_vendor() -> None:
 def test_errors_name_what_exists(name: str, features: dict[str, bool], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _engine.Model(name, features)
+
+
+def test_tiers() -> None:
+    assert all(_engine.Model("epyc", tier=tier).name == "epyc" for tier in ("interpreter", "translator", "auto"))
+    with pytest.raises(ValueError, match="no tier is called jit: there are interpreter, translator, auto"):
+        _engine.Model("epyc", tier="jit")

@@ -249,7 +249,7 @@ class FakeKvm:
         self.vm = Vm(self)
         self.memory_error: OSError | None = None
 
-    def Model(self, name: str, features: dict[str, bool], tsc_khz: int | None) -> Any:
+    def Model(self, name: str, features: dict[str, bool], tsc_khz: int | None, tier: str) -> Any:
         if name not in ("cascadelake", "epyc"):
             raise ValueError(f"there is no CPU model {name}; there are cascadelake, epyc")
         return SimpleNamespace(name=name, features=features)

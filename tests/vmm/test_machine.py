@@ -328,7 +328,6 @@ def test_output_is_bounded(boot: Boot) -> None:
         ({"append": "x" * 3000}, "kernel command line has"),
         ({"tsc_khz": 20_000_000}, "a TSC of 20000000 kHz is too fast for this silicon, whose own runs at 2000000 kHz"),
         ({"tsc_khz": 1_000_000}, "without TSC scaling no TSC is slower than the host's 2000000 kHz"),
-        ({"tier": "jit"}, "no tier is called jit: there are interpreter, translator, auto"),
         ({"deterministic": -1}, "the seed of a deterministic machine is a number from 0 to 18446744073709551615, not -1"),
         ({"deterministic": 1, "cores": 2}, "a deterministic machine has a clock and a processor of its own"),
     ],
