@@ -89,7 +89,7 @@ def lock_and_attack(tutorial: Guest, vm: subprocess.Popen[bytes], command: str) 
     assert table is not None
     type_in(vm, "sleep 1000 & echo victim $!")
     shown = tutorial.wait_for("victim", vm)
-    while not (victim := re.search(r"^victim (\d+)", shown, re.MULTILINE)):
+    while not (victim := re.search(r"victim (\d+)", shown)):
         shown = tutorial.wait_for("victim", vm)
     with subprocess.Popen(command, shell=True, env=tutorial.environment, cwd=tutorial.folder, stderr=subprocess.PIPE, text=True) as lock:
         assert lock.stderr is not None
