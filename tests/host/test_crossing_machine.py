@@ -42,7 +42,7 @@ NMI = -1
 
 
 class Vcpu:
-    """The run loop in small: the two checks of kvm-core 2.5, and a guest that exits every time it is entered."""
+    """The run loop in small: the two looks at pending work before an entry, and a guest that exits every time it is entered."""
 
     def __init__(self, machine: Crossings) -> None:
         self.machine = machine

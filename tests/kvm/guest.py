@@ -98,3 +98,19 @@ def done(view: control.ControlBlock) -> int | None:
     mode, view.control.emulate = view.control.emulate, 0
     assert mode in (1, 2)
     return 0x10000 if mode == 1 else None
+
+
+class Latch:
+    """A port that counts up when read, and keeps what is written."""
+
+    def __init__(self) -> None:
+        self.value = 0x40
+        self.written: list[int] = []
+
+    def read(self, address: int, size: int) -> int | None:
+        self.value += 1
+        return self.value
+
+    def write(self, address: int, size: int, value: int) -> bool:
+        self.written.append(value)
+        return True

@@ -1,4 +1,4 @@
-"""INS and OUTS: batches (kvm-core reference 1.8, userspace_io_test), widths, devices on both sides, and what goes wrong."""
+"""INS and OUTS: batches (as the kernel's userspace_io_test), widths, devices on both sides, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from softkvm.uapi import kvm as uapi
 from tests import fake_engine
 from tests.fake_engine import as_bytes
 from tests.kvm.conftest import Script
-from tests.kvm.guest import leave, out_of_guest
+from tests.kvm.guest import Latch, leave, out_of_guest
 
 RIP = 0x1000
 PORT = 0x3F8
@@ -28,22 +28,6 @@ def io(vcpu: Vcpu, flags: int, size: int = 1, length: int = 1, count: int = 1, g
 @pytest.fixture(autouse=True)
 def at_rip(vcpu: Vcpu) -> None:
     vcpu.state.rip = RIP
-
-
-class Latch:
-    """A port that counts up when read, and keeps what is written."""
-
-    def __init__(self) -> None:
-        self.value = 0x40
-        self.written: list[int] = []
-
-    def read(self, address: int, size: int) -> int | None:
-        self.value += 1
-        return self.value
-
-    def write(self, address: int, size: int, value: int) -> bool:
-        self.written.append(value)
-        return True
 
 
 def test_devices_in_the_kernel(vcpu: Vcpu, vm: Vm, ram: object, play: Script) -> None:

@@ -1,4 +1,4 @@
-"""Exit handlers that both vendors share: the skip rules (kvm-core reference 1.5-1.7), CPUID, MSRs, XSETBV, CR4, hypercalls."""
+"""Exit handlers that both vendors share: the skip rules, CPUID, MSRs, XSETBV, CR4, hypercalls."""
 
 from __future__ import annotations
 

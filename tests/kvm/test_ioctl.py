@@ -1,4 +1,4 @@
-"""The binary door: numbers and structures reach the same methods, with Linux's errno (kvm-core reference 4.1 and 4.2)."""
+"""The binary door: numbers and structures reach the same methods, with Linux's errno."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KVM_SET_USER_MEMORY_REGION and the dirty log: the errors measured on Linux (kvm-core reference 4.2)."""
+"""KVM_SET_USER_MEMORY_REGION and the dirty log: the errors measured on Linux."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from softkvm.kvm import Vcpu, Vm
 from softkvm.uapi import kvm as uapi
 from tests import fake_engine
 from tests.kvm.conftest import Script
-from tests.kvm.guest import leave, out_of_guest
+from tests.kvm.guest import Latch, leave, out_of_guest
 
 RIP = 0x1000
 PORT = 0x3F8
@@ -56,22 +56,6 @@ def test_a_reset_by_user_space_is_not_skipped_over(vcpu: Vcpu, play: Script) -> 
     vcpu.set_regs(regs)
     out_of_guest(vcpu, play)
     assert vcpu.state.rip == 0xFFF0
-
-
-class Latch:
-    """A port that counts up when read, and keeps what is written."""
-
-    def __init__(self) -> None:
-        self.value = 0x40
-        self.written: list[int] = []
-
-    def read(self, address: int, size: int) -> int | None:
-        self.value += 1
-        return self.value
-
-    def write(self, address: int, size: int, value: int) -> bool:
-        self.written.append(value)
-        return True
 
 
 def test_devices_in_the_kernel(vcpu: Vcpu, vm: Vm, ram: object, play: Script) -> None:

@@ -1,4 +1,4 @@
-"""Registers through the ABI: the reset state, round trips, and the states that Linux refuses (kvm-core reference 4.2)."""
+"""Registers through the ABI: the reset state, round trips, and the states that Linux refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KVM_RUN: the EINTR contract (kvm-core reference 2.5), exits to user space, HLT, SIPI, injection, and what kvm_run holds afterwards."""
+"""KVM_RUN: the EINTR contract, exits to user space, HLT, SIPI, injection, and what kvm_run holds afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`softkvm.kvm.tsc`: synchronisation of writes, offsets, rates. The cases are the rows of kvm-core 3.2."""
+"""`softkvm.kvm.tsc`: synchronisation of writes, offsets, rates. The cases follow `kvm_synchronize_tsc()` of Linux 6.1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors and order of the VM's calls: those measured on Linux (kvm-core reference 4.2)."""
+"""Errors and order of the VM's calls: those measured on Linux."""
 
 from __future__ import annotations
 

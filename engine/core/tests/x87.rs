@@ -4,6 +4,7 @@
 mod common;
 
 use common::host::{Comparison, Registers};
+use common::vector::float80;
 use common::{Machine, Random, DATA, DATA_SIZE};
 use softkvm_engine::state::gpr;
 
@@ -23,34 +24,6 @@ const CLEAR_DIFFERENCES: [u8; 29] = [
 /// PUSHFQ; AND WORD [rdi + 2], not C3, C2, C1, C0; POPFQ. Intel silicon leaves the condition bits of an instruction that an unmasked
 /// exception stopped, and AMD silicon sets them.
 const CLEAR_CONDITIONS: [u8; 8] = [0x9c, 0x66, 0x81, 0x67, 0x02, 0xff, 0xb8, 0x9d];
-
-fn significand(random: &mut Random) -> u64 {
-    match random.below(4) {
-        0 => 1 << 63,
-        1 => u64::MAX,
-        2 => random.next() & 0xffff_ffff_0000_0000 | 1 << 63,
-        _ => random.next() | 1 << 63,
-    }
-}
-
-/// A register: all classes of numbers.
-fn float80(random: &mut Random) -> [u8; 10] {
-    let sign = (random.next() as u16 & 1) << 15;
-    let (exponent, significand) = match random.below(10) {
-        0 => (0, 0),
-        1 => (0x7fff, 1 << 63),
-        2 => (0x7fff, 3 << 62 | random.next() >> 2),
-        3 => (0x7fff, 1 << 63 | random.next() >> 2 | 1),
-        4 => (0, random.next() >> 1),
-        5 => (random.next() as u16 & 0x7fff, random.next()),
-        6 => (random.below(0x7ffe) as u16 + 1, significand(random)),
-        _ => (0x3fff - 20 + random.below(70) as u16, significand(random)),
-    };
-    let mut bytes = [0; 10];
-    bytes[..8].copy_from_slice(&significand.to_le_bytes());
-    bytes[8..].copy_from_slice(&(sign | exponent).to_le_bytes());
-    bytes
-}
 
 struct Bench {
     both: Comparison,

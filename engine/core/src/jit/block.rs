@@ -274,7 +274,7 @@ impl Translation {
     }
 
     fn exit_saved(&mut self, distance: u64, index: usize) -> Emit {
-        let miss = self.out.leaving(index);
+        let miss = self.out.detour(index);
         self.rip_at(distance)?;
         self.out.find_linked(miss)?;
         self.out.go()
@@ -308,7 +308,7 @@ impl Translation {
 
     fn jump_indirect(&mut self, insn: &Instruction, place: Place) -> Emit {
         self.out.clobber_flags(true)?;
-        let miss = self.out.leaving(place.index);
+        let miss = self.out.detour(place.index);
         self.target(insn, miss)?;
         self.out.find_cached(JUMP_SLOTS, miss)?;
         self.out.go()
@@ -316,7 +316,7 @@ impl Translation {
 
     fn call_relative(&mut self, insn: &Instruction, place: Place) -> Emit {
         self.out.clobber_flags(true)?;
-        let miss = self.out.leaving(place.index);
+        let miss = self.out.detour(place.index);
         self.rip_at(insn.near_branch_target())?;
         self.out.find_linked(miss)?;
         self.out.keep_target()?;
@@ -327,7 +327,7 @@ impl Translation {
 
     fn call_indirect(&mut self, insn: &Instruction, place: Place) -> Emit {
         self.out.clobber_flags(true)?;
-        let miss = self.out.leaving(place.index);
+        let miss = self.out.detour(place.index);
         self.target(insn, miss)?;
         self.out.find_cached(JUMP_SLOTS, miss)?;
         self.out.keep_target()?;
@@ -346,7 +346,7 @@ impl Translation {
 
     fn ret(&mut self, insn: &Instruction, place: Place) -> Emit {
         self.out.clobber_flags(true)?;
-        let miss = self.out.leaving(place.index);
+        let miss = self.out.detour(place.index);
         self.stack_slot(0, AccessKind::Read, miss)?;
         self.out.asm.mov(r15, qword_ptr(r14))?;
         self.out.find_cached(JUMP_SLOTS, miss)?;

@@ -238,16 +238,12 @@ impl Emitter {
 
     // ---- the interpreter --------------------------------------------------------------------------------------------------------------
 
-    /// Cold code that runs instruction `index` in the interpreter instead, and does not come back.
-    pub fn leaving(&mut self, index: usize) -> CodeLabel {
+    /// Cold code that runs instruction `index` in the interpreter instead. It comes back where [`Emitter::rejoin`] says, if that is called
+    /// before the next one.
+    pub fn detour(&mut self, index: usize) -> CodeLabel {
         let label = self.asm.create_label();
         self.cold.push(Cold { label, index, back: None });
         label
-    }
-
-    /// Cold code that runs instruction `index` in the interpreter instead; [`Emitter::rejoin`] tells where it comes back.
-    pub fn detour(&mut self, index: usize) -> CodeLabel {
-        self.leaving(index)
     }
 
     /// The last detour comes back here.

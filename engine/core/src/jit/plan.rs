@@ -163,7 +163,7 @@ fn operands_fit(insn: &Instruction) -> bool {
 
 /// Whether the host register of `register` can only be named with a REX prefix.
 fn needs_rex(register: Register) -> bool {
-    registers::host(register.full_register()).is_none_or(|host| host.number() >= 8) || register.size() == 1 && register.number() >= 8
+    registers::host(register.full_register()).is_none_or(|host| host.number() >= 8)
 }
 
 fn is_immediate(kind: OpKind) -> bool {
