@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +15,10 @@ from rich.console import Console
 from benchmarks.guest import cases, machines, run, table
 from benchmarks.guest.results import Report
 from benchmarks.report import machine_facts, program_version
+
+
+_WIDTH = 120
+"""Columns of a table that goes to a file."""
 
 
 def _load() -> str:
@@ -38,7 +43,7 @@ def main(names: tuple[str, ...], tier: str | None, rounds: int, path: Path | Non
     machines.require_qemu()
     facts = machine_facts() | {"qemu": program_version(machines.QEMU), "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")}
     facts |= {"load before": _load()}
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
     with tempfile.TemporaryDirectory() as folder:
         measured = {}
         for result in run.measure(chosen, rounds, tier, Path(folder)):

@@ -37,6 +37,8 @@ class Case:
     setup: Setup = field(default_factory=Setup)
     is_native: bool = False
     """Whether its time without a machine means something."""
+    is_busy: bool = True
+    """Whether it keeps one CPU busy: the host's CPU time is its time then, and does not depend on what else the host does."""
 
 
 ONE = Setup()
@@ -49,7 +51,9 @@ def program(name: str, group: str, goal: float, operation: str, cpus: int = 1) -
     """A case of programs/*.c, in as many processes as the machine has CPUs, but for a dialogue of two processes."""
     jobs = 1 if name.startswith("pipe") else cpus
     title = name if cpus == 1 else f"{name}, {cpus} CPUs"
-    return Case(title, group, goal, operation, f"case {name} {jobs} {DURATION}", ONE if cpus == 1 else TWO, is_native=True)
+    return Case(
+        title, group, goal, operation, f"case {name} {jobs} {DURATION}", ONE if cpus == 1 else TWO, is_native=True, is_busy=cpus == 1
+    )
 
 
 def command(name: str, text: str, setup: Setup = ONE, is_native: bool = False) -> Case:

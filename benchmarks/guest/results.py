@@ -8,17 +8,25 @@ from typing import NamedTuple
 
 import msgspec
 
+from benchmarks.guest.cases import Case
+
 TCG, SOFTKVM, NATIVE = "TCG", "softkvm", "native"
+WALL, CPU = "wall", "CPU"
 MEMORY_ALLOWANCE = 64.0
 """MiB that softkvm may use beyond what TCG uses."""
 
 
 class Sample(NamedTuple):
-    """One measurement: nanoseconds of an operation, checksum of what was computed, peak memory of the machine's process in MiB."""
+    """One measurement."""
 
-    nanoseconds: float
+    wall: float
+    """Nanoseconds of an operation, by the clock of whoever did it."""
+    cpu: float
+    """Nanoseconds of the host's CPUs that the machine's process has used for an operation."""
     checksum: str
+    """Of what was computed."""
     memory: float
+    """Peak of the process, MiB."""
 
 
 class Ratio(NamedTuple):
@@ -30,23 +38,31 @@ class Ratio(NamedTuple):
 
 
 class Result(msgspec.Struct, frozen=True):
-    """One case: nanoseconds of an operation by round and peak MiB, each by who ran it."""
+    """One case: nanoseconds of an operation by round, and peak MiB, each by who ran it."""
 
     name: str
     group: str
     goal: float
     operation: str
-    nanoseconds: dict[str, list[float]]
+    clock: str
+    """Which times are compared, WALL or CPU."""
+    wall: dict[str, list[float]]
+    cpu: dict[str, list[float]]
     memory: dict[str, float]
 
     def median(self, who: str) -> float | None:
-        """Nanoseconds, None where nobody measured it."""
-        return statistics.median(self.nanoseconds[who]) if who in self.nanoseconds else None
+        """Nanoseconds by the case's clock, None where nobody measured it; without a machine the two clocks are one."""
+        times = self.wall if who == NATIVE else self._times()
+        return statistics.median(times[who]) if who in times else None
 
     def ratio(self) -> Ratio:
         """TCG's time to softkvm's of the same round."""
-        ratios = [tcg / softkvm for tcg, softkvm in zip(self.nanoseconds[TCG], self.nanoseconds[SOFTKVM], strict=True)]
+        times = self._times()
+        ratios = [tcg / softkvm for tcg, softkvm in zip(times[TCG], times[SOFTKVM], strict=True)]
         return Ratio(statistics.median(ratios), min(ratios), max(ratios))
+
+    def _times(self) -> dict[str, list[float]]:
+        return self.wall if self.clock == WALL else self.cpu
 
     def is_met(self) -> bool:
         """Whether the ratio is what the goal asks."""
@@ -77,12 +93,14 @@ def check(name: str, samples: dict[str, list[Sample]]) -> None:
         raise ChecksumError(f"{name} computes different things: {text}")
 
 
-def summarise(name: str, group: str, goal: float, operation: str, samples: dict[str, list[Sample]]) -> Result:
+def summarise(case: Case, samples: dict[str, list[Sample]]) -> Result:
     """The result of a case from its samples by who ran it; ChecksumError if they disagree."""
-    check(name, samples)
-    times = {who: [sample.nanoseconds for sample in taken] for who, taken in samples.items()}
-    memory = {who: max(sample.memory for sample in taken) for who, taken in samples.items() if who != NATIVE}
-    return Result(name, group, goal, operation, times, memory)
+    check(case.name, samples)
+    wall = {who: [sample.wall for sample in taken] for who, taken in samples.items()}
+    machines = {who: taken for who, taken in samples.items() if who != NATIVE}
+    cpu = {who: [sample.cpu for sample in taken] for who, taken in machines.items()}
+    memory = {who: max(sample.memory for sample in taken) for who, taken in machines.items()}
+    return Result(case.name, case.group, case.goal, case.operation, CPU if case.is_busy else WALL, wall, cpu, memory)
 
 
 def duration(nanoseconds: float | None) -> str:

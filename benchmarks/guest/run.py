@@ -48,4 +48,4 @@ def _rounds(case: Case, rounds: int, ask: Mapping[str, Callable[[], Sample]]) ->
     for _ in range(rounds):
         for who, one in ask.items():
             samples[who].append(one())
-    return summarise(case.name, case.group, case.goal, case.operation, samples)
+    return summarise(case, samples)

@@ -27,7 +27,9 @@ def cells(result: Result) -> tuple[str, ...]:
 
 def table(results: Sequence[Result], rounds: int) -> Table:
     """A line for each result: green where the goal is met, red where softkvm is the slower one."""
-    drawn = Table(title=f"Times of one operation, medians of {rounds}; ratio: TCG to softkvm; MiB: beyond TCG's", title_justify="left")
+    drawn = Table(
+        title=f"One operation, medians of {rounds}; ratio: TCG's time to softkvm's; MiB: memory beyond TCG's", title_justify="left"
+    )
     for name in COLUMNS:
         drawn.add_column(name, justify="left" if name == "case" else "right", no_wrap=True)
     group = None

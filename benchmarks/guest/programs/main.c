@@ -5,7 +5,7 @@
  *        shell COMMAND...              a command of the shell, once
  *        end                           leave
  *   out  @ready                        once, at the start
- *        @result PASSES NANOSECONDS CHECKSUM
+ *        @result OPERATIONS ALL NANOSECONDS CHECKSUM   ALL: with those that were not timed
  *        @failed REASON
  *
  * Time is CLOCK_MONOTONIC. Passes are repeated until the time is over, so that a case takes as long on any machine; what is compared is the
@@ -97,7 +97,8 @@ static void run_case(const char *name, int jobs, uint64_t duration, struct outco
 	if (!sum.is_sound)
 		printf("@failed two passes of %s differ\n", name);
 	else
-		printf("@result %llu %llu %016llx\n", (unsigned long long)sum.passes * bench->operations, (unsigned long long)sum.nanoseconds,
+		printf("@result %llu %llu %llu %016llx\n", (unsigned long long)sum.passes * bench->operations,
+		       (unsigned long long)(sum.passes + jobs) * bench->operations, (unsigned long long)sum.nanoseconds,
 		       (unsigned long long)shared[0].checksum);
 }
 
@@ -119,7 +120,7 @@ static void run_shell(const char *command)
 	if (status)
 		printf("@failed status %#x of %s\n", status, command);
 	else
-		printf("@result 1 %llu %016llx\n", (unsigned long long)(now() - begin), (unsigned long long)checksum);
+		printf("@result 1 1 %llu %016llx\n", (unsigned long long)(now() - begin), (unsigned long long)checksum);
 }
 
 int main(int argc, char **argv)
