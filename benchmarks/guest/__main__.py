@@ -16,7 +16,6 @@ from benchmarks.guest import cases, machines, run, table
 from benchmarks.guest.results import Report
 from benchmarks.report import machine_facts, program_version
 
-
 _WIDTH = 120
 """Columns of a table that goes to a file."""
 

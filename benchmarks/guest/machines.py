@@ -1,8 +1,8 @@
 """The two machines and the host, each with the program of programs/main.c at the other end of a pipe.
 
 Both machines get the same kernel, initial RAM disk, command line, memory and number of CPUs. They run side by side and are asked in turn,
-so that whatever else the host does slows both; the one that is not asked waits for its serial line and sleeps. Times are taken twice: by the
-guest's clock, and as the CPU time that the host's kernel has charged to the machine's process.
+so that whatever else the host does slows both; the one that is not asked waits for its serial line and sleeps. Times are taken twice: by
+the guest's clock, and as the CPU time that the host's kernel has charged to the machine's process.
 """
 
 from __future__ import annotations
