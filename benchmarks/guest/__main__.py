@@ -15,7 +15,7 @@ from rich.console import Console
 from benchmarks.guest import cases, machines, run, table
 from benchmarks.guest.results import Report
 from benchmarks.report import machine_facts, program_version
-
+from softkvm.cli.errors import CliError
 
 _WIDTH = 120
 """Columns of a table that goes to a file."""
@@ -46,9 +46,12 @@ def main(names: tuple[str, ...], tier: str | None, rounds: int, path: Path | Non
     console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
     with tempfile.TemporaryDirectory() as folder:
         measured = {}
-        for result in run.measure(chosen, rounds, tier, Path(folder)):
-            measured[result.name] = result
-            console.print(f"{result.name}: {result.ratio().median:.2f}", style="dim", highlight=False)
+        try:
+            for result in run.measure(chosen, rounds, tier, Path(folder)):
+                measured[result.name] = result
+                console.print(f"{result.name}: {result.ratio().median:.2f}", style="dim", highlight=False)
+        except CliError as error:
+            raise click.ClickException(str(error)) from error
     report = Report(facts | {"load after": _load()}, rounds, [measured[case.name] for case in chosen])
     console.print(table.table(report.results, rounds))
     console.print(", ".join(f"{name} {value}" for name, value in report.facts.items()), style="dim", highlight=False)
