@@ -304,14 +304,6 @@ class VcpuCore(VcpuRequests):
         if self.cpu is not None:
             self.cpu.core.kick()
 
-    def intercept_ud(self, wanted: bool) -> None:
-        """Exit for #UD because KVM has an instruction to emulate, or only if the module parameter wants it."""
-        bit = 1 << events.UD
-        if wanted or self.vm.parameters.force_emulation_prefix:
-            self.control.exception_bitmap |= bit
-        else:
-            self.control.exception_bitmap &= ~bit
-
     def set_windows(self, windows: int) -> None:
         """Which interrupt and NMI windows (bits of `Control.intercepts`) to exit at."""
         if windows != self.windows:

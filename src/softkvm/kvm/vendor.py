@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from ctypes import memset, sizeof
 from typing import TYPE_CHECKING, Protocol
 
-from softkvm.kvm import events, msr_bitmap
+from softkvm.kvm import msr_bitmap
 from softkvm.silicon.control import Intercept
 from softkvm.uapi.kvm import KVM_X86_DISABLE_EXITS_HLT, KVM_X86_DISABLE_EXITS_MWAIT, KVM_X86_DISABLE_EXITS_PAUSE
 
@@ -89,7 +89,7 @@ class Vendor(Protocol):
 def setup_controls(vcpu: Vcpu) -> None:
     """The controls that a new vCPU starts with."""
     control = vcpu.control
-    control.exception_bitmap = 1 << events.UD if vcpu.vm.parameters.force_emulation_prefix else 0
+    vcpu.update_exception_bitmap()
     control.cr_read = control.cr_write = _CR8_BIT
     control.tsc_multiplier = 1 << 48
     control.pause_gap, control.pause_window = PLE_GAP, PLE_WINDOW
