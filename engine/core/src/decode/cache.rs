@@ -34,7 +34,7 @@ struct CodePage {
 }
 
 /// What was last run at some RIP.
-#[repr(C)]
+#[repr(C, align(32))]
 #[derive(Clone, Copy)]
 pub struct Jump {
     pub rip: u64,
@@ -54,6 +54,8 @@ pub struct CodeCache {
     by_key: AddressMap<Key, BlockId>,
     pages: AddressMap<u64, CodePage>,
     jumps: Box<[Jump]>,
+    /// Host code that leads to the dispatcher, in the place of blocks' own.
+    nowhere: *const u8,
     pub decoded: u64,
     pub invalidated: u64,
 }
@@ -67,6 +69,7 @@ impl Default for CodeCache {
             by_key: AddressMap::default(),
             pages: AddressMap::default(),
             jumps: vec![NO_JUMP; JUMP_SLOTS].into(),
+            nowhere: std::ptr::null(),
             decoded: 0,
             invalidated: 0,
         }
@@ -106,10 +109,11 @@ impl CodeCache {
         self.jumps.as_ptr()
     }
 
-    /// Forgets the host code of every block.
-    pub fn forget_translations(&mut self) {
-        for block in self.blocks.iter_mut().flatten() {
-            (block.entry, block.body, block.heat) = (std::ptr::null(), std::ptr::null(), 0);
+    /// Forgets the host code of every block; `nowhere` stands for it from now on.
+    pub fn forget_translations(&mut self, nowhere: *const u8) {
+        self.nowhere = nowhere;
+        for block in self.blocks.iter_mut().flatten().chain(&mut self.dead) {
+            (block.entry, block.body, block.links, block.heat) = (nowhere, std::ptr::null(), None, 0);
         }
     }
 
@@ -125,7 +129,8 @@ impl CodeCache {
     }
 
     /// Adds a block, whose pages the caller has claimed.
-    pub fn insert(&mut self, block: Block) -> *mut Block {
+    pub fn insert(&mut self, mut block: Block) -> *mut Block {
+        block.entry = self.nowhere;
         self.decoded += 1;
         let id = self.free.pop().unwrap_or_else(|| {
             self.blocks.push(None);
@@ -224,7 +229,7 @@ impl CodeCache {
     fn forget_jumps(&mut self) {
         self.jumps.fill(NO_JUMP);
         for block in self.blocks.iter_mut().flatten().chain(&mut self.dead) {
-            block.links = [Link::NONE; 2];
+            block.followers = [Link::NONE; 2];
         }
     }
 
@@ -242,6 +247,10 @@ impl CodeCache {
             }
         }
         block.valid = false;
+        block.entry = self.nowhere;
+        if let Some(links) = &mut block.links {
+            links.cut();
+        }
         for uop in &mut block.uops {
             uop.run = exec::resume as Handler;
         }

@@ -64,6 +64,13 @@ impl Arena {
         Some(start)
     }
 
+    /// Where the byte that runs at `at` can be written.
+    pub fn writable(&self, at: *const u8) -> *mut u8 {
+        let offset = at as usize - self.executable.as_ptr() as usize;
+        debug_assert!(offset < self.size);
+        self.writable.as_ptr().wrapping_add(offset)
+    }
+
     /// Forgets all code behind the first `used` bytes. None of it may be running, or run again.
     pub fn truncate(&mut self, used: usize) {
         debug_assert!(used <= self.used);

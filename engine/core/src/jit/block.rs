@@ -4,25 +4,32 @@ use iced_x86::Register::{R13, R14, R14D, R15};
 use iced_x86::{Instruction, InstructionInfoFactory, MemorySize, OpAccess, OpKind, Register};
 
 use super::asm::{qword_ptr, Asm, Label};
-use super::emit::{block_rip, cpu_field, in_memory, Emitter, Places, Rule};
+use super::emit::{cpu_field, in_memory, Emitter, Places, Rule};
+use super::exits::ExitSite;
+use super::native::PAGE;
 use super::plan::{plan, Host, Plan};
 use super::registers::{self, host, resized, SCRATCH, STACK};
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
-use crate::decode::cache::JUMP_SLOTS;
 use crate::decode::liveness::live_flags;
+use crate::exec;
 use crate::model::Model;
 use crate::paging::AccessKind;
 use crate::state::rflags::ARITHMETIC;
 use crate::state::seg;
 
-/// Translates `block`, which was made from `instructions`. Returns the distance behind the prologue, where the dispatcher enters; `None`
-/// if an instruction cannot be encoded.
-pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], model: &Model, host: Host, places: Places) -> Option<usize> {
+/// Host code of a block, which the assembler has.
+pub struct Code {
+    /// Where the dispatcher enters it, behind the head.
+    pub body: Label,
+    pub exits: Vec<ExitSite>,
+}
+
+/// Translates `block`, which was made from `instructions`; `None` if an instruction cannot be encoded.
+pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], model: &Model, host: Host, places: Places) -> Option<Code> {
     let live = live_flags(instructions);
     let mut translation = Translation { out: Emitter::new(asm, places, block), info: InstructionInfoFactory::new() };
-    translation.out.prologue(block.instructions);
-    let body = translation.out.asm.len();
+    let body = translation.out.head(block.instructions);
     let mut ended = false;
     for (index, insn) in instructions.iter().enumerate() {
         let before = if index == 0 { ARITHMETIC } else { live[index - 1] };
@@ -30,9 +37,10 @@ pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], mod
         ended = translation.instruction(insn, plan(insn, live[index], host, model), place);
     }
     if !ended {
-        translation.fall_through(instructions.len(), u64::from(block.length));
+        translation.out.save_flags();
+        translation.out.exit(block.length.into(), instructions.last().is_some_and(exec::ends_block));
     }
-    translation.out.finish().then_some(body)
+    Some(Code { body, exits: translation.out.finish()? })
 }
 
 /// An instruction's number in its block, and whether anybody sees the flags before it and behind it.
@@ -59,8 +67,11 @@ impl Translation<'_> {
             Plan::Pop => self.pop(insn, place),
             Plan::Leave => self.leave(place),
             Plan::Interpret => self.out.interpret(place.index),
-            Plan::Conditional => self.conditional(insn, place),
-            Plan::JumpRelative => self.exit(insn.near_branch_target(), place.index),
+            Plan::Conditional => self.conditional(insn),
+            Plan::JumpRelative => {
+                self.out.save_flags();
+                self.out.exit(insn.near_branch_target() as i64, false);
+            }
             Plan::JumpIndirect => self.jump_indirect(insn, place),
             Plan::CallRelative => self.call_relative(insn, place),
             Plan::CallIndirect => self.call_indirect(insn, place),
@@ -173,11 +184,12 @@ impl Translation<'_> {
 
     /// R14 = the effective address of the memory operand, with nothing else changed but R15.
     fn effective_address(&mut self, insn: &Instruction) {
-        let displacement = insn.memory_displacement64() as i32;
+        let mut displacement = insn.memory_displacement64() as i32;
         let base = match insn.memory_base() {
             Register::None => None,
             Register::RIP => {
-                self.out.asm.mov(R14, block_rip());
+                self.out.asm.mov(R14, cpu_field(PAGE));
+                displacement += self.out.offset as i32;
                 Some(Register::R14)
             }
             guest => Some(self.get(guest, Register::R14)),
@@ -258,38 +270,11 @@ impl Translation<'_> {
 
     // ---- ways out of the block ----------------------------------------------------------------------------------------------------------
 
-    /// R15 = RIP `distance` bytes behind the first byte of the block.
-    fn rip_at(&mut self, distance: u64) {
-        self.out.asm.mov(R15, block_rip());
-        self.out.asm.add(R15, distance as i32)
-    }
-
-    /// Goes to `distance` bytes behind the block's first byte. The interpreter runs instruction `index` where there is no way yet.
-    fn exit(&mut self, distance: u64, index: usize) {
-        self.out.save_flags();
-        self.exit_saved(distance, index)
-    }
-
-    fn exit_saved(&mut self, distance: u64, index: usize) {
-        let miss = self.out.detour(index);
-        self.rip_at(distance);
-        self.out.find_linked(miss);
-        self.out.go()
-    }
-
-    /// The block ends without a branch: its last micro-op, behind the instructions, goes on.
-    fn fall_through(&mut self, index: usize, length: u64) {
-        self.exit(length, index)
-    }
-
-    fn conditional(&mut self, insn: &Instruction, place: Place) {
+    fn conditional(&mut self, insn: &Instruction) {
         self.out.save_flags();
         self.out.need_flags();
-        let taken = self.out.asm.create_label();
-        self.out.jump_if(insn, taken);
-        self.exit_saved(insn.next_ip(), place.index);
-        self.out.asm.set_label(taken);
-        self.exit_saved(insn.near_branch_target(), place.index)
+        self.out.exit_if(insn.condition_code(), insn.near_branch_target() as i64);
+        self.out.exit(insn.next_ip() as i64, false);
     }
 
     /// R15 = the target of an indirect branch.
@@ -307,36 +292,29 @@ impl Translation<'_> {
         self.out.clobber_flags(true);
         let miss = self.out.detour(place.index);
         self.target(insn, miss);
-        self.out.find_cached(JUMP_SLOTS, miss);
-        self.out.go()
+        self.out.go_to_r15();
     }
 
     fn call_relative(&mut self, insn: &Instruction, place: Place) {
         self.out.clobber_flags(true);
         let miss = self.out.detour(place.index);
-        self.rip_at(insn.near_branch_target());
-        self.out.find_linked(miss);
-        self.out.keep_target();
         self.push_return(insn, miss);
-        self.rip_at(insn.near_branch_target());
-        self.out.go_to_target()
+        self.out.exit(insn.near_branch_target() as i64, false);
     }
 
     fn call_indirect(&mut self, insn: &Instruction, place: Place) {
         self.out.clobber_flags(true);
         let miss = self.out.detour(place.index);
         self.target(insn, miss);
-        self.out.find_cached(JUMP_SLOTS, miss);
-        self.out.keep_target();
         self.out.keep_rip();
         self.push_return(insn, miss);
         self.out.take_rip();
-        self.out.go_to_target()
+        self.out.go_to_r15();
     }
 
     fn push_return(&mut self, insn: &Instruction, miss: Label) {
         self.stack_slot(-8, AccessKind::Write, miss);
-        self.rip_at(insn.next_ip());
+        self.out.rip_at(insn.next_ip());
         self.out.asm.mov(qword_ptr(R14, 0), R15);
         self.move_stack(-8)
     }
@@ -346,10 +324,9 @@ impl Translation<'_> {
         let miss = self.out.detour(place.index);
         self.stack_slot(0, AccessKind::Read, miss);
         self.out.asm.mov(R15, qword_ptr(R14, 0));
-        self.out.find_cached(JUMP_SLOTS, miss);
         let released = if insn.op_count() > 0 { i32::from(insn.immediate16()) } else { 0 };
         self.move_stack(8 + released);
-        self.out.go()
+        self.out.go_to_r15();
     }
 }
 

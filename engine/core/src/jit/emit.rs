@@ -5,30 +5,26 @@
 
 use std::mem::offset_of;
 
-use iced_x86::Register::{AH, AL, AX, EAX, R13, R13D, R14, R14D, R14L, R15, R15D, RAX, RBP};
+use iced_x86::Register::{AH, AL, AX, EAX, R13, R13D, R14, R14D, R14L, R15, RAX, RBP};
 use iced_x86::{Instruction, Register};
 
-use super::asm::{byte_ptr, dword_ptr, qword_ptr, word_ptr, Asm, Label, Memory};
-use super::native::{FLAGS, TARGET, TARGET_RIP};
+use super::asm::{qword_ptr, word_ptr, Asm, Label, Memory};
+use super::exits::ExitSite;
+use super::native::FLAGS;
 use super::registers;
 use crate::cpu::Cpu;
-use crate::decode::block::{Block, Link};
-use crate::decode::cache::Jump;
+use crate::decode::block::Block;
+use crate::memory::PAGE_OFFSET;
 use crate::paging::tlb;
 use crate::paging::AccessKind;
-use crate::uop::slot;
 
-/// Where fixed things are that host code needs.
+/// Where shared code is.
 #[derive(Clone, Copy)]
 pub struct Places {
-    /// The stub that runs one instruction in the interpreter.
-    pub resume: u64,
-    /// The stub that returns to the dispatcher before a block.
-    pub boundary: u64,
-    /// The core's attention word.
-    pub attention: u64,
-    /// The jump cache.
-    pub jumps: u64,
+    /// The stub that leaves host code for a moment; see [`super::native::detour`].
+    pub detour: u64,
+    /// The stub that returns to the dispatcher at RIP R15.
+    pub unknown: u64,
 }
 
 /// How OF follows from an instruction where host processors differ.
@@ -53,17 +49,23 @@ pub enum Rule {
 /// Code at the end that is rarely run.
 struct Cold {
     label: Label,
-    index: usize,
-    /// Where to go on, and whether host flags are expected there. Nowhere, if the instruction ends the block.
+    /// Why host code is left: a number of [`super::native::detour`].
+    why: u32,
+    /// Where to go on, and whether host flags are expected there. Nowhere, if host code does not come back here.
     back: Option<(Label, bool)>,
 }
 
 /// Host code of one block in the making.
 pub struct Emitter<'a> {
     pub asm: &'a mut Asm,
-    places: Places,
+    pub(super) places: Places,
     block: u64,
+    /// Distance of the block's first byte from the start of its page.
+    pub(super) offset: u64,
+    pub(super) exits: Vec<ExitSite>,
     cold: Vec<Cold>,
+    /// Names the block to the stub.
+    tail: Label,
     /// The host's flags are the guest's.
     host_flags: bool,
     /// `Native::flags` are the guest's.
@@ -82,15 +84,21 @@ pub fn in_memory(guest: Register) -> Memory {
     cpu_field(offset_of!(Cpu, regs) + registers::offset(guest))
 }
 
-/// RIP of the running block.
-pub fn block_rip() -> Memory {
-    cpu_field(offset_of!(Cpu, regs) + slot::RIP as usize * 8)
-}
-
 impl<'a> Emitter<'a> {
-    pub fn new(asm: &'a mut Asm, places: Places, block: *const Block) -> Self {
-        let block = block as u64;
-        Emitter { asm, places, block, cold: Vec::new(), host_flags: false, saved_flags: true, failed: false }
+    pub fn new(asm: &'a mut Asm, places: Places, block: &Block) -> Self {
+        let tail = asm.create_label();
+        Emitter {
+            asm,
+            places,
+            block: std::ptr::from_ref(block) as u64,
+            offset: block.key.host & PAGE_OFFSET,
+            exits: Vec::new(),
+            cold: Vec::new(),
+            tail,
+            host_flags: false,
+            saved_flags: true,
+            failed: false,
+        }
     }
 
     // ---- flags ----------------------------------------------------------------------------------------------------------------------
@@ -215,8 +223,13 @@ impl<'a> Emitter<'a> {
     /// before the next one.
     pub fn detour(&mut self, index: usize) -> Label {
         let label = self.asm.create_label();
-        self.cold.push(Cold { label, index, back: None });
+        self.cold(label, index as u32, None);
         label
+    }
+
+    /// Cold code at `label` that leaves host code.
+    pub(super) fn cold(&mut self, label: Label, why: u32, back: Option<(Label, bool)>) {
+        self.cold.push(Cold { label, why, back });
     }
 
     /// The last detour comes back here.
@@ -232,140 +245,32 @@ impl<'a> Emitter<'a> {
     /// Runs instruction `index` in the interpreter.
     pub fn interpret(&mut self, index: usize) {
         self.save_flags();
-        self.call_resume(index);
+        self.leave_for(index as u32);
         (self.host_flags, self.saved_flags) = (false, true);
     }
 
-    fn call_resume(&mut self, index: usize) {
-        let a = &mut *self.asm;
-        a.mov(R13D, index as i32);
-        a.mov(R14, self.block);
-        a.call(self.places.resume)
+    fn leave_for(&mut self, why: u32) {
+        self.asm.mov(R13D, why as i32);
+        self.asm.call(self.tail);
     }
 
-    // ---- ways between blocks ------------------------------------------------------------------------------------------------------------
+    // ---- the end --------------------------------------------------------------------------------------------------------------------
 
-    /// What another block's jump meets before this block's first instruction: work of the dispatcher, and what the block costs.
-    pub fn prologue(&mut self, instructions: u32) {
-        let a = &mut *self.asm;
-        a.mov(R13, self.places.attention);
-        a.mov(R13D, dword_ptr(R13, 0));
-        a.or(R13D, dword_ptr(RBP, offset_of!(Cpu, pending) as i32));
-        a.jne(self.places.boundary);
-        let budget = cpu_field(offset_of!(Cpu, budget));
-        a.cmp(budget, 0);
-        a.jle(self.places.boundary);
-        a.sub(budget, instructions as i32);
-        a.inc(cpu_field(offset_of!(Cpu, blocks_run)))
-    }
-
-    /// R13 = the host code of the block at the RIP in R15 that ran behind this one before; `miss` if there is none. Clobbers R14.
-    pub fn find_linked(&mut self, miss: Label) {
-        let links = self.block + offset_of!(Block, links) as u64;
-        let (found, second) = (self.asm.create_label(), self.asm.create_label());
-        let a = &mut *self.asm;
-        a.mov(R14, links);
-        a.mov(R13, cpu_field(offset_of!(Cpu, jump_context)));
-        for (n, other) in [(0, second), (1, miss)] {
-            let link = (n * size_of::<Link>()) as i32;
-            if n == 1 {
-                self.asm.set_label(second);
-            }
-            let a = &mut *self.asm;
-            a.cmp(qword_ptr(R14, link + offset_of!(Link, rip) as i32), R15);
-            a.jne(other);
-            a.cmp(qword_ptr(R14, link + offset_of!(Link, context) as i32), R13);
-            a.jne(other);
-            if n == 0 {
-                a.mov(R14, qword_ptr(R14, link + offset_of!(Link, block) as i32));
-                a.jmp(found);
-            } else {
-                a.mov(R14, qword_ptr(R14, link + offset_of!(Link, block) as i32));
-            }
-        }
-        self.asm.set_label(found);
-        self.code_of_block(miss)
-    }
-
-    /// R13 = the host code of the block that the jump cache has for the RIP in R15; `miss` if there is none. Clobbers R14.
-    pub fn find_cached(&mut self, slots: usize, miss: Label) {
-        const { assert!(size_of::<Jump>() == 24) };
-        let jumps = self.places.jumps;
-        let a = &mut *self.asm;
-        a.mov(R14, R15);
-        a.shr(R14, 14);
-        a.xor(R14D, R15D);
-        a.and(R14D, (slots - 1) as i32);
-        a.lea(R14, qword_ptr(R14, 0).index(R14, 2));
-        a.mov(R13, jumps);
-        a.lea(R14, qword_ptr(R13, 0).index(R14, 8));
-        a.cmp(qword_ptr(R14, offset_of!(Jump, rip) as i32), R15);
-        a.jne(miss);
-        a.mov(R13, cpu_field(offset_of!(Cpu, jump_context)));
-        a.cmp(qword_ptr(R14, offset_of!(Jump, context) as i32), R13);
-        a.jne(miss);
-        a.mov(R14, qword_ptr(R14, offset_of!(Jump, block) as i32));
-        self.code_of_block(miss)
-    }
-
-    /// R13 = where other blocks enter the block in R14.
-    fn code_of_block(&mut self, miss: Label) {
-        let a = &mut *self.asm;
-        a.cmp(byte_ptr(R14, offset_of!(Block, valid) as i32), 0);
-        a.je(miss);
-        a.mov(R13, qword_ptr(R14, offset_of!(Block, entry) as i32));
-        a.test(R13, R13);
-        a.je(miss)
-    }
-
-    /// Goes to the block at RIP R15, whose code is in R13.
-    pub fn go(&mut self) {
-        self.asm.mov(block_rip(), R15);
-        self.asm.jmp_indirect(R13)
-    }
-
-    /// Keeps the address of host code in R13 until [`Emitter::go_to_target`].
-    pub fn keep_target(&mut self) {
-        self.asm.mov(cpu_field(TARGET), R13)
-    }
-
-    /// Goes to the block at RIP R15, whose code is the kept target.
-    pub fn go_to_target(&mut self) {
-        self.asm.mov(block_rip(), R15);
-        self.asm.jmp_indirect(cpu_field(TARGET))
-    }
-
-    /// Keeps R15, the target of a call, until [`Emitter::take_rip`].
-    pub fn keep_rip(&mut self) {
-        self.asm.mov(cpu_field(TARGET_RIP), R15)
-    }
-
-    /// R15 = what [`Emitter::keep_rip`] kept.
-    pub fn take_rip(&mut self) {
-        self.asm.mov(R15, cpu_field(TARGET_RIP))
-    }
-
-    /// Jumps if the condition of the conditional branch `insn` holds.
-    pub fn jump_if(&mut self, insn: &Instruction, label: Label) {
-        self.asm.jcc(insn.condition_code(), label);
-    }
-
-    /// Ends the code with its cold part. False if there was an instruction that the encoder refused.
-    pub fn finish(mut self) -> bool {
-        for Cold { label, index, back } in std::mem::take(&mut self.cold) {
+    /// Ends the code with its cold part, and gives the exits. `None` if there was an instruction that the encoder refused.
+    pub fn finish(mut self) -> Option<Vec<ExitSite>> {
+        for Cold { label, why, back } in std::mem::take(&mut self.cold) {
             self.asm.set_label(label);
-            self.call_resume(index);
-            match back {
-                Some((back, host_flags)) => {
-                    if host_flags {
-                        self.restore_flags();
-                    }
-                    self.asm.jmp(back);
-                }
-                None => self.asm.int3(),
+            self.leave_for(why);
+            let Some((back, host_flags)) = back else { continue };
+            if host_flags {
+                self.restore_flags();
             }
+            self.asm.jmp(back);
         }
-        !self.failed
+        self.asm.set_label(self.tail);
+        self.asm.mov(R14, self.block);
+        self.asm.jmp(self.places.detour);
+        (!self.failed).then_some(self.exits)
     }
 
     /// A guest instruction whose operands have been replaced by host registers and addresses.

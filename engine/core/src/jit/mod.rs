@@ -8,7 +8,8 @@
 //! | `plan` | which instructions become host code |
 //! | `block` | the translation of a block |
 //! | `asm` | the assembler |
-//! | `emit` | pieces of host code: flags, TLB checks, ways between blocks and into the interpreter |
+//! | `emit` | pieces of host code: flags, TLB checks, ways into the interpreter |
+//! | `exits`, `link` | from block to block, in host code and in Rust |
 //! | `registers` | where guest registers are meanwhile |
 //! | `stubs`, `native` | the way in and out, in host code and in Rust |
 //! | `arena` | memory for host code |
@@ -17,6 +18,8 @@ mod arena;
 mod asm;
 mod block;
 mod emit;
+mod exits;
+pub mod link;
 pub mod native;
 mod plan;
 mod registers;
@@ -30,7 +33,9 @@ use crate::decode::cache::CodeCache;
 use crate::model::Model;
 use arena::Arena;
 use asm::Asm;
-use emit::Places;
+use block::Code;
+use exits::ExitSite;
+use link::{Exit, Links};
 use native::Trampoline;
 use plan::Host;
 use stubs::Stubs;
@@ -71,7 +76,6 @@ pub struct Translator {
     arena: Arena,
     asm: Asm,
     stubs: Stubs,
-    places: Places,
     /// Bytes of the arena that belong to the stubs.
     base: usize,
     host: Host,
@@ -81,18 +85,12 @@ pub struct Translator {
 
 impl Translator {
     /// `None` where the host gives no memory for code.
-    fn new(cpu: &Cpu) -> Option<Self> {
+    fn new() -> Option<Self> {
         let mut arena = Arena::new(ARENA_SIZE).inspect_err(|error| log::warn!("no memory for host code: {error}")).ok()?;
         let mut asm = Asm::default();
         let stubs = stubs::write(&mut arena, &mut asm)?;
-        let places = Places {
-            resume: stubs.resume,
-            boundary: stubs.boundary,
-            attention: cpu.signal.pending_address() as u64,
-            jumps: cpu.code.jumps() as u64,
-        };
         let base = arena.used();
-        Some(Translator { arena, asm, stubs, places, base, host: Host::new(), translated: 0, flushes: 0 })
+        Some(Translator { arena, asm, stubs, base, host: Host::new(), translated: 0, flushes: 0 })
     }
 
     pub fn trampoline(&self) -> Trampoline {
@@ -117,24 +115,45 @@ impl Translator {
             return; // another core just wrote there, and the block is about to die
         }
         self.asm.begin(self.arena.next());
-        let Some(body) = block::translate(&mut self.asm, block, &instructions, model, self.host, self.places) else { return };
+        let code_of = block::translate(&mut self.asm, block, &instructions, model, self.host, self.stubs.places);
+        let Some(Code { body, exits }) = code_of else { return };
         let Some(entry) = self.arena.add(self.asm.finish()) else {
             self.flushes += 1;
-            code.forget_translations();
+            code.forget_translations(self.nowhere());
             return self.arena.truncate(self.base);
         };
         self.translated += 1;
         block.entry = entry;
-        block.body = entry.wrapping_add(body);
+        block.body = entry.wrapping_add(self.asm.offset(body));
+        let exits = exits.into_iter().map(|site| self.placed(entry, &site)).collect();
+        block.links = Some(Box::new(Links::new(exits)));
+    }
+
+    /// An exit of the translation at `entry`.
+    fn placed(&self, entry: *const u8, site: &ExitSite) -> Exit {
+        let writable = |offset: usize| self.arena.writable(entry.wrapping_add(offset));
+        Exit {
+            distance: site.distance,
+            field: writable(site.end - 4),
+            end: entry as u64 + site.end as u64,
+            unlinked: self.asm.offset(site.unlinked) as i32 - site.end as i32,
+            guards: site.guards.map(|guards| guards.map(writable)),
+        }
+    }
+
+    /// Host code of a block that has none: back to the dispatcher.
+    fn nowhere(&self) -> *const u8 {
+        ptr::with_exposed_provenance(self.stubs.places.unknown as usize)
     }
 }
 
 impl Cpu {
     /// Turns the translator on, for blocks that ran `threshold` times; or off.
     pub fn set_translator(&mut self, threshold: Option<u32>) {
-        self.code.forget_translations();
-        self.translator = threshold.and_then(|_| Translator::new(self)).map(Box::new);
+        self.translator = threshold.and_then(|_| Translator::new()).map(Box::new);
         self.hot = threshold.unwrap_or(0);
+        self.native.set_jumps(self.code.jumps());
+        self.code.forget_translations(self.translator.as_ref().map_or(ptr::null(), |translator| translator.nowhere()));
     }
 
     /// Where the dispatcher enters host code of `block`, which it is about to run; counts the run if there is none yet.

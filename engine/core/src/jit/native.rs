@@ -1,40 +1,79 @@
-//! What host code and the interpreter share while a guest runs: flags in the host's form, and the way back for one instruction.
+//! What host code and Rust code share while a guest runs, and the ways from one to the other.
 
 use std::any::Any;
 use std::mem::offset_of;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 
+use super::link;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
+use crate::decode::cache::Jump;
 use crate::flags::Flags;
+use crate::memory::PAGE_OFFSET;
 use crate::state::rflags::OF;
-use crate::uop::{Exec, Stop};
+use crate::uop::{slot, Exec, Stop};
 
 /// The part of a CPU that host code keeps for itself.
 #[repr(C)]
 pub struct Native {
     /// Arithmetic flags: OF in the low byte (0 or 1), what LAHF gives in the high byte.
     flags: u16,
-    /// Where a call goes while its return address is pushed: host code, and RIP.
-    target: u64,
+    /// Linear page of the running block: with the block's place in it, its RIP.
+    pub(super) page: u64,
+    /// Where a call goes while its return address is pushed.
     target_rip: u64,
-    /// The block that was left by [`resume`].
-    block: *mut Block,
+    /// The jump cache.
+    jumps: *const Jump,
+    /// Where host code goes on after a detour that says so.
+    pub(super) target: *const u8,
+    /// `Cpu::jump_context` when host code was entered.
+    pub(super) context: u64,
+    /// What was taken from the budget; see [`Cpu::keep_from_blocks`].
+    taken: i64,
+    /// The block that was left by a detour.
+    pub(super) block: *mut Block,
     /// The panic that host code must not be unwound for.
     panic: Option<Box<dyn Any + Send>>,
+    /// Jumps that were linked.
+    pub links: u64,
 }
 
 impl Default for Native {
     fn default() -> Self {
-        Native { flags: 0, target: 0, target_rip: 0, block: std::ptr::null_mut(), panic: None }
+        Native {
+            flags: 0,
+            page: 0,
+            target_rip: 0,
+            jumps: std::ptr::null(),
+            target: std::ptr::null(),
+            context: 0,
+            taken: 0,
+            block: std::ptr::null_mut(),
+            panic: None,
+            links: 0,
+        }
     }
 }
 
-/// Offset of the flags in a CPU.
-pub const FLAGS: usize = offset_of!(Cpu, native) + offset_of!(Native, flags);
-/// Offsets of the target of a call in a CPU.
-pub const TARGET_RIP: usize = offset_of!(Cpu, native) + offset_of!(Native, target_rip);
-pub const TARGET: usize = offset_of!(Cpu, native) + offset_of!(Native, target);
+const NATIVE: usize = offset_of!(Cpu, native);
+/// Offsets of fields in a CPU.
+pub const FLAGS: usize = NATIVE + offset_of!(Native, flags);
+pub const PAGE: usize = NATIVE + offset_of!(Native, page);
+pub const TARGET_RIP: usize = NATIVE + offset_of!(Native, target_rip);
+pub const TARGET: usize = NATIVE + offset_of!(Native, target);
+pub const JUMPS: usize = NATIVE + offset_of!(Native, jumps);
+pub const CONTEXT_FIELD: usize = offset_of!(Cpu, jump_context);
+
+/// More than any budget.
+const EVERYTHING: i64 = 1 << 60;
+
+/// Why host code asks Rust code: the number of an instruction of the block, which the interpreter shall run, or one of these.
+pub mod detour {
+    /// The block has not begun, and the budget does not cover it.
+    pub const HEAD: u32 = 0x100;
+    /// The direct exit of this number, added to it, is not linked.
+    pub const LINK: u32 = 0x200;
+}
 
 /// What host code returns besides the numbers of [`Stop`].
 pub mod status {
@@ -44,18 +83,25 @@ pub mod status {
     pub const BOUNDARY: u32 = 0x100;
     /// A handler panicked.
     pub const PANIC: u32 = 0x101;
+    /// Host code goes on at `Native::target`.
+    pub const GO: u32 = 0x102;
 }
 
 /// Host code: the trampoline that enters a block.
 pub type Trampoline = unsafe extern "sysv64" fn(cpu: *mut Cpu, code: *const u8) -> u32;
 
 impl Native {
+    /// Tells host code where the jump cache is.
+    pub fn set_jumps(&mut self, jumps: *const Jump) {
+        self.jumps = jumps;
+    }
+
     fn load(&mut self, flags: Flags) {
         let image = flags.bits();
         self.flags = (image as u16 & 0xff) << 8 | u16::from(image & OF != 0);
     }
 
-    fn flags(&self) -> Flags {
+    pub(super) fn flags(&self) -> Flags {
         Flags::from_bits(u64::from(self.flags >> 8) | if self.flags & 1 != 0 { OF } else { 0 })
     }
 }
@@ -70,8 +116,11 @@ impl Cpu {
         self.budget -= i64::from(unsafe { (*block).instructions });
         self.blocks_run += 1;
         self.native.load(self.flags);
+        (self.native.page, self.native.context) = (self.rip() & !PAGE_OFFSET, self.jump_context);
+        self.keep_from_blocks();
         // SAFETY: `body` is the start of a live block's host code, which keeps to the rules of this module.
         let status = unsafe { trampoline(self, body) };
+        self.give_back();
         match status {
             status::BOUNDARY => {
                 self.flags = self.native.flags();
@@ -80,6 +129,22 @@ impl Cpu {
             status::PANIC => resume_unwind(self.native.panic.take().unwrap_or_else(|| Box::new("a handler panicked"))),
             _ => self.stopped_native(status),
         }
+    }
+
+    /// Takes the budget away if the dispatcher shall look at the CPU before the next block, or find it itself: host code looks at nothing
+    /// else there.
+    pub(super) fn keep_from_blocks(&mut self) {
+        if self.pending != 0 || self.native.context != self.jump_context {
+            self.native.taken = EVERYTHING;
+            self.budget -= EVERYTHING;
+        }
+    }
+
+    /// Takes [`Cpu::keep_from_blocks`] back; tells whether there was something.
+    pub(super) fn give_back(&mut self) -> bool {
+        let taken = std::mem::take(&mut self.native.taken);
+        self.budget += taken;
+        taken != 0
     }
 
     /// A handler stopped host code.
@@ -104,28 +169,57 @@ fn stop(status: u32) -> Option<Stop> {
     STOPS.into_iter().find(|stop| *stop as u32 == status)
 }
 
-/// Runs instruction `index` of `block` with its reference handler; the way back from host code, which has stored all registers.
+/// The way out of host code, which has stored all registers; `why` is one of [`detour`].
 ///
 /// # Safety
 /// Host code of `block` calls this on the CPU that runs it.
-pub unsafe extern "sysv64" fn resume(cpu: *mut Cpu, block: *mut Block, index: u32) -> u32 {
-    // SAFETY: by the caller's promise both are valid, and host code holds no references. The handler may kill the block, which stays
-    // allocated, so nothing but `uop` is borrowed from it meanwhile.
-    let (cpu, uop, handler) = unsafe {
+pub unsafe extern "sysv64" fn leave(cpu: *mut Cpu, block: *mut Block, why: u32) -> u32 {
+    // SAFETY: by the caller's promise, and host code holds no references.
+    let cpu = unsafe { &mut *cpu };
+    // SAFETY: as above.
+    unsafe {
+        match why {
+            detour::LINK.. => link::follow(cpu, block, (why - detour::LINK) as usize),
+            detour::HEAD => head(cpu, block),
+            index => resume(cpu, block, index as usize),
+        }
+    }
+}
+
+/// `block` has been paid for with more than there was: that is too late only where nothing was left before.
+unsafe fn head(cpu: &mut Cpu, block: *mut Block) -> u32 {
+    let kept = cpu.give_back();
+    // SAFETY: the caller's promise is that of `leave`.
+    let (instructions, host) = unsafe { ((*block).instructions, (*block).key.host) };
+    let before = cpu.budget + i64::from(instructions);
+    if !kept && before > 0 {
+        return status::DONE;
+    }
+    cpu.budget = before;
+    cpu.regs[slot::RIP as usize] = cpu.native.page | host & PAGE_OFFSET;
+    status::BOUNDARY
+}
+
+/// Runs instruction `index` of `block` with its reference handler.
+unsafe fn resume(cpu: &mut Cpu, block: *mut Block, index: usize) -> u32 {
+    // SAFETY: the caller's promise is that of `leave`. The handler may kill the block, which stays allocated, so nothing but `uop` is
+    // borrowed from it meanwhile.
+    let (uop, handler, host) = unsafe {
         let (uops, reference) = (&(*block).uops, &(*block).reference);
-        let uop = uops[index as usize];
-        (&mut *cpu, uop, reference.get(index as usize).copied().unwrap_or(uop.run))
+        cpu.at = &raw const uops[index];
+        (uops[index], reference.get(index).copied().unwrap_or(uops[index].run), (*block).key.host)
     };
+    cpu.give_back();
     cpu.flags = cpu.native.flags();
     cpu.native.block = block;
-    // SAFETY: as above.
-    cpu.at = unsafe { &raw const (&(*block).uops)[index as usize] };
+    cpu.regs[slot::RIP as usize] = cpu.native.page | host & PAGE_OFFSET;
     let result = catch_unwind(AssertUnwindSafe(|| handler(cpu, &uop)));
     // SAFETY: as above; a dead block is freed by `collect` only.
     let valid = unsafe { (*block).valid };
     match result {
         Ok(Ok(())) if valid => {
             cpu.native.load(cpu.flags);
+            cpu.keep_from_blocks();
             status::DONE
         }
         Ok(Ok(())) => {

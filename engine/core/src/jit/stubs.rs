@@ -1,4 +1,4 @@
-//! Code that all blocks share: into host code, out of it, and through the interpreter for one instruction.
+//! Code that all blocks share: into host code, out of it, and through Rust code.
 
 use std::mem::offset_of;
 
@@ -6,17 +6,17 @@ use iced_x86::Register::{self, EAX, EDX, R12, R13, R13D, R14, R15, RAX, RBP, RBX
 
 use super::arena::Arena;
 use super::asm::Asm;
-use super::emit::in_memory;
-use super::native::{resume, status, Trampoline};
+use super::emit::{cpu_field, in_memory, Places};
+use super::native::{self, status, Trampoline, TARGET};
 use super::registers::PINNED;
 use crate::cpu::Cpu;
+use crate::uop::slot;
 
 /// Entry points of the shared code.
 #[derive(Clone, Copy)]
 pub struct Stubs {
     pub trampoline: Trampoline,
-    pub resume: u64,
-    pub boundary: u64,
+    pub places: Places,
 }
 
 /// Registers that the System V ABI wants back, in the order in which they are pushed.
@@ -25,7 +25,7 @@ const SAVED: [Register; 6] = [RBX, RBP, R12, R13, R14, R15];
 /// Writes the shared code to an empty arena. `None` if it does not fit.
 pub fn write(arena: &mut Arena, a: &mut Asm) -> Option<Stubs> {
     a.begin(arena.next());
-    let [enter, again, stopped, boundary, leave] = [(); 5].map(|()| a.create_label());
+    let [enter, detour, elsewhere, unknown, out] = [(); 5].map(|()| a.create_label());
 
     // The trampoline: cpu in RDI, code in RSI. Behind it the stack is aligned to 16 bytes.
     a.set_label(enter);
@@ -38,41 +38,45 @@ pub fn write(arena: &mut Arena, a: &mut Asm) -> Option<Stubs> {
     load(a);
     a.jmp_indirect(R13);
 
-    // One instruction in the interpreter: its number in R13, the block in R14.
-    a.set_label(again);
+    // Into Rust code: the reason in R13, the block in R14; behind a `call`.
+    a.set_label(detour);
     store(a);
     a.mov(RDI, RBP);
     a.mov(RSI, R14);
     a.mov(EDX, R13D);
     a.sub(RSP, 8);
-    a.mov(RAX, resume as *const () as u64);
+    a.mov(RAX, native::leave as *const () as u64);
     a.call_indirect(RAX);
     a.add(RSP, 8);
     a.test(EAX, EAX);
-    a.jne(stopped);
+    a.jne(elsewhere);
     load(a);
     a.ret();
-    a.set_label(stopped);
+    a.set_label(elsewhere);
     a.add(RSP, 8);
-    a.jmp(leave);
+    a.cmp(EAX, status::GO as i32);
+    a.jne(out);
+    load(a);
+    a.jmp_indirect(cpu_field(TARGET));
 
-    // Back to the dispatcher before a block.
-    a.set_label(boundary);
+    // Back to the dispatcher at RIP R15.
+    a.set_label(unknown);
+    a.mov(cpu_field(offset_of!(Cpu, regs) + slot::RIP as usize * 8), R15);
     store(a);
     a.mov(EAX, status::BOUNDARY as i32);
-    a.set_label(leave);
+    a.set_label(out);
     a.add(RSP, 8);
     for register in SAVED.into_iter().rev() {
         a.pop(register);
     }
     a.ret();
 
-    let [enter, resume, boundary] = [enter, again, boundary].map(|label| a.offset(label) as u64);
+    let [enter, detour, unknown] = [enter, detour, unknown].map(|label| a.offset(label) as u64);
     let start = arena.add(a.finish())? as u64;
     let enter = start + enter;
     // SAFETY: the code at `enter` follows the System V ABI with the arguments and the result of a `Trampoline`.
     let trampoline = unsafe { std::mem::transmute::<*const u8, Trampoline>(std::ptr::with_exposed_provenance(enter as usize)) };
-    Some(Stubs { trampoline, resume: start + resume, boundary: start + boundary })
+    Some(Stubs { trampoline, places: Places { detour: start + detour, unknown: start + unknown } })
 }
 
 /// Loads the pinned registers from the CPU.

@@ -1,0 +1,112 @@
+//! Links between translations: the jump at the end of one block goes straight to the next one, as long as both live.
+//!
+//! A jump inside a page is right wherever the page is mapped. One to another page is right in one place and for one generation of
+//! translations, which its guards compare; whoever fails them comes here and has them changed. A block that dies has every jump to it sent
+//! back to its own way here.
+
+use super::native::status;
+use crate::cpu::Cpu;
+use crate::decode::block::Block;
+use crate::memory::PAGE_OFFSET;
+use crate::uop::{slot, Stop};
+
+/// A direct way out of a translation.
+#[derive(Clone, Copy)]
+pub struct Exit {
+    /// Distance of the target from the block's first byte.
+    pub distance: i64,
+    /// The distance in the jump, where it can be written.
+    pub field: *mut u8,
+    /// Address of the byte behind it, where it runs.
+    pub end: u64,
+    /// What leads here.
+    pub unlinked: i32,
+    /// The page and the context that the guards compare with, where they can be written.
+    pub guards: Option<[*mut u8; 2]>,
+}
+
+/// A jump to a block.
+struct Incoming {
+    field: *mut u8,
+    unlinked: i32,
+}
+
+/// What a block with a translation has besides.
+pub struct Links {
+    exits: Vec<Exit>,
+    incoming: Vec<Incoming>,
+}
+
+impl Links {
+    pub fn new(exits: Vec<Exit>) -> Self {
+        Links { exits, incoming: Vec::new() }
+    }
+
+    /// Sends every jump to this block back to where it came from.
+    pub fn cut(&mut self) {
+        for Incoming { field, unlinked } in self.incoming.drain(..) {
+            // SAFETY: the field is part of a translation, and all of these are forgotten before their memory is used again.
+            unsafe { field.cast::<i32>().write_unaligned(unlinked) };
+        }
+    }
+}
+
+/// Exit `number` of `block` leads nowhere yet, or somewhere else: links it to the block at its target if that one is translated. Tells where
+/// host code goes on, in `Native::target`, or that the dispatcher does.
+///
+/// # Safety
+/// Host code of `block` asks for this on the CPU that runs it.
+pub unsafe fn follow(cpu: &mut Cpu, block: *mut Block, number: usize) -> u32 {
+    cpu.give_back();
+    // SAFETY: by the caller's promise; the references end here.
+    let (exit, host) = unsafe { ((*block).links.as_ref().and_then(|links| links.exits.get(number).copied()), (*block).key.host) };
+    let Some(exit) = exit else { unreachable!("host code has its exits") };
+    let page = cpu.native.page;
+    let rip = (page | host & PAGE_OFFSET).wrapping_add(exit.distance as u64);
+    cpu.regs[slot::RIP as usize] = rip;
+    if cpu.native.context != cpu.jump_context {
+        return status::BOUNDARY;
+    }
+    // SAFETY: the jump cache forgets blocks before they are freed.
+    let found = cpu.code.jump(rip, cpu.jump_context).filter(|target| unsafe { (**target).valid && !(**target).body.is_null() });
+    let Some(target) = found else { return cpu.left_after(block) };
+    if connect(exit, page, cpu.jump_context, host, target) {
+        cpu.native.links += 1;
+    }
+    cpu.native.page = rip & !PAGE_OFFSET;
+    // SAFETY: as above.
+    cpu.native.target = unsafe { (*target).entry };
+    cpu.keep_from_blocks();
+    status::GO
+}
+
+/// Makes `exit` of the block at `host` jump to `target` from now on.
+fn connect(exit: Exit, page: u64, context: u64, host: u64, target: *mut Block) -> bool {
+    // SAFETY: the caller has just looked it up.
+    let (entry, key) = unsafe { ((*target).entry as u64, (*target).key) };
+    // SAFETY: the fields are part of the running translation, which no reference covers; the source may be the target.
+    unsafe {
+        match exit.guards {
+            Some([page_guard, context_guard]) => {
+                page_guard.cast::<u64>().write_unaligned(page);
+                context_guard.cast::<u64>().write_unaligned(context);
+            }
+            None if key.host != host.wrapping_add(exit.distance as u64) => return false,
+            None => {}
+        }
+        exit.field.cast::<i32>().write_unaligned(entry.wrapping_sub(exit.end) as i32);
+        if let Some(links) = &mut (*target).links {
+            links.incoming.push(Incoming { field: exit.field, unlinked: exit.unlinked });
+        }
+    }
+    true
+}
+
+impl Cpu {
+    /// The dispatcher goes on at RIP, behind `block`.
+    fn left_after(&mut self, block: *mut Block) -> u32 {
+        self.flags = self.native.flags();
+        self.native.block = block;
+        Stop::Next as u32
+    }
+}
