@@ -10,6 +10,7 @@ use iced_x86::Register::{R13, R14, R14D, R15, R15D};
 
 use super::asm::{qword_ptr, Label};
 use super::emit::{cpu_field, Emitter};
+use super::link::NO_GUARD;
 use super::native::{detour, CONTEXT_FIELD, JUMPS, PAGE, TARGET_RIP};
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
@@ -77,7 +78,7 @@ impl Emitter<'_> {
     /// target's page. Returns where these two are kept in the code.
     fn guard(&mut self, distance: i64, unlinked: Label) -> [usize; 2] {
         let guards = [PAGE, CONTEXT_FIELD].map(|field| {
-            self.asm.mov_wide(R13, 1); // what no page and no context is
+            self.asm.mov_wide(R13, NO_GUARD);
             let immediate = self.asm.len() - 8;
             self.asm.cmp(cpu_field(field), R13);
             self.asm.jne(unlinked);

@@ -25,16 +25,44 @@ pub struct Exit {
     pub guards: Option<[*mut u8; 2]>,
 }
 
-/// A jump to a block.
-struct Incoming {
-    field: *mut u8,
-    unlinked: i32,
+/// In the place of a page or a context that a guard compares with: what none is.
+pub const NO_GUARD: u64 = 1;
+
+impl Exit {
+    /// Makes the exit lead here.
+    fn unlink(&self) {
+        // SAFETY: the fields are part of a translation, and all of these are forgotten before their memory is used again.
+        unsafe {
+            match self.guards {
+                // Behind its guards the target's page is entered already.
+                Some([_, context]) => context.cast::<u64>().write_unaligned(NO_GUARD),
+                None => self.field.cast::<i32>().write_unaligned(self.unlinked),
+            }
+        }
+    }
+
+    /// Makes the exit of a block at host address `host`, which runs in linear page `page` in `context`, jump to `target`; false if it cannot.
+    fn link(&self, host: u64, page: u64, context: u64, target: &Block) -> bool {
+        if self.guards.is_none() && target.key.host != host.wrapping_add(self.distance as u64) {
+            return false;
+        }
+        // SAFETY: as above.
+        unsafe {
+            if let Some([page_guard, context_guard]) = self.guards {
+                page_guard.cast::<u64>().write_unaligned(page);
+                context_guard.cast::<u64>().write_unaligned(context);
+            }
+            self.field.cast::<i32>().write_unaligned((target.entry as u64).wrapping_sub(self.end) as i32);
+        }
+        true
+    }
 }
 
 /// What a block with a translation has besides.
 pub struct Links {
     exits: Vec<Exit>,
-    incoming: Vec<Incoming>,
+    /// Exits that were linked to this block.
+    incoming: Vec<Exit>,
 }
 
 impl Links {
@@ -44,10 +72,7 @@ impl Links {
 
     /// Sends every jump to this block back to where it came from.
     pub fn cut(&mut self) {
-        for Incoming { field, unlinked } in self.incoming.drain(..) {
-            // SAFETY: the field is part of a translation, and all of these are forgotten before their memory is used again.
-            unsafe { field.cast::<i32>().write_unaligned(unlinked) };
-        }
+        self.incoming.drain(..).for_each(|exit| exit.unlink());
     }
 }
 
@@ -67,39 +92,17 @@ pub unsafe fn follow(cpu: &mut Cpu, block: *mut Block, number: usize) -> u32 {
     if cpu.native.context != cpu.jump_context {
         return status::BOUNDARY;
     }
-    // SAFETY: the jump cache forgets blocks before they are freed.
-    let found = cpu.code.jump(rip, cpu.jump_context).filter(|target| unsafe { (**target).valid && !(**target).body.is_null() });
-    let Some(target) = found else { return cpu.left_after(block) };
-    if connect(exit, page, cpu.jump_context, host, target) {
+    // SAFETY: the jump cache forgets blocks before they are freed; nobody else has a reference.
+    let found = cpu.code.jump(rip, cpu.jump_context).map(|target| unsafe { &mut *target });
+    let Some(target) = found.filter(|target| target.valid && !target.body.is_null()) else { return cpu.left_after(block) };
+    if exit.link(host, page, cpu.jump_context, target) {
         cpu.native.links += 1;
+        target.links.as_mut().into_iter().for_each(|links| links.incoming.push(exit));
     }
     cpu.native.page = rip & !PAGE_OFFSET;
-    // SAFETY: as above.
-    cpu.native.target = unsafe { (*target).entry };
+    cpu.native.target = target.entry;
     cpu.keep_from_blocks();
     status::GO
-}
-
-/// Makes `exit` of the block at `host` jump to `target` from now on.
-fn connect(exit: Exit, page: u64, context: u64, host: u64, target: *mut Block) -> bool {
-    // SAFETY: the caller has just looked it up.
-    let (entry, key) = unsafe { ((*target).entry as u64, (*target).key) };
-    // SAFETY: the fields are part of the running translation, which no reference covers; the source may be the target.
-    unsafe {
-        match exit.guards {
-            Some([page_guard, context_guard]) => {
-                page_guard.cast::<u64>().write_unaligned(page);
-                context_guard.cast::<u64>().write_unaligned(context);
-            }
-            None if key.host != host.wrapping_add(exit.distance as u64) => return false,
-            None => {}
-        }
-        exit.field.cast::<i32>().write_unaligned(entry.wrapping_sub(exit.end) as i32);
-        if let Some(links) = &mut (*target).links {
-            links.incoming.push(Incoming { field: exit.field, unlinked: exit.unlinked });
-        }
-    }
-    true
 }
 
 impl Cpu {
