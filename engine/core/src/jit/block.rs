@@ -6,6 +6,7 @@ use iced_x86::{Instruction, InstructionInfoFactory, MemorySize, OpAccess, OpKind
 use super::emit::{block_rip, cpu_field, in_memory, r64, Emit, Emitter, Places, Rule};
 use super::plan::{plan, Host, Plan};
 use super::registers::{self, host, resized, SCRATCH, STACK};
+use super::vector;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::decode::cache::JUMP_SLOTS;
@@ -24,15 +25,19 @@ pub struct Code {
 /// Translates `block`, which was made from `instructions`, to run at `at`.
 pub fn translate(block: &Block, instructions: &[Instruction], model: &Model, host: Host, places: Places, at: u64) -> Emit<Code> {
     let live = live_flags(instructions);
-    let mut translation = Translation { out: Emitter::new(places, block)?, info: InstructionInfoFactory::new() };
+    let plans: Vec<Plan> = instructions.iter().zip(&live).map(|(insn, live)| plan(insn, *live, host, model)).collect();
+    let vectors = plans.iter().filter_map(|plan| if let Plan::Vector(width) = plan { Some(*width) } else { None }).max();
+    let out = Emitter::new(places, block, instructions.len(), vectors)?;
+    let mut translation = Translation { out, info: InstructionInfoFactory::new() };
     let mut body = translation.out.asm.create_label();
     translation.out.prologue(block.instructions)?;
     translation.out.set_label(&mut body)?;
+    translation.out.enter_vectors()?;
     let mut ended = false;
     for (index, insn) in instructions.iter().enumerate() {
         let before = if index == 0 { ARITHMETIC } else { live[index - 1] };
         let place = Place { index, seen_before: before != 0, seen_behind: live[index] != 0 };
-        ended = translation.instruction(insn, plan(insn, live[index], host, model), place)?;
+        ended = translation.instruction(insn, plans[index], place)?;
     }
     if !ended {
         translation.fall_through(instructions.len(), u64::from(block.length))?;
@@ -59,6 +64,7 @@ impl Translation {
     fn instruction(&mut self, insn: &Instruction, plan: Plan, place: Place) -> Emit<bool> {
         match plan {
             Plan::Same(rule) => self.same(insn, rule, place)?,
+            Plan::Vector(_) => self.same(&vector::cached(insn), Rule::Exact, place)?,
             Plan::Lea => self.lea(insn)?,
             Plan::Nothing => {}
             Plan::Push => self.push(insn, place)?,
@@ -89,7 +95,7 @@ impl Translation {
             let bytes = insn.memory_size().size();
             let kind = if self.writes(insn, operand) { AccessKind::Write } else { AccessKind::Read };
             self.out.translate(bytes, kind, miss)?;
-            if insn.has_lock_prefix() || insn.mnemonic() == iced_x86::Mnemonic::Xchg {
+            if insn.has_lock_prefix() || insn.mnemonic() == iced_x86::Mnemonic::Xchg || vector::is_aligned(insn) {
                 self.out.require_alignment(bytes, miss)?;
             }
         }
@@ -117,7 +123,7 @@ impl Translation {
             match insn.op_kind(n) {
                 OpKind::Register => {
                     let register = insn.op_register(n);
-                    if registers::is_high_byte(register) {
+                    if registers::is_high_byte(register) || vector::is_vector(register) {
                         continue;
                     }
                     let full = register.full_register();

@@ -9,8 +9,9 @@ use iced_x86::code_asm::registers::get_gpr64;
 use iced_x86::code_asm::*;
 use iced_x86::{Code, ConditionCode, IcedError, Instruction, Register};
 
-use super::native::{FLAGS, TARGET, TARGET_RIP};
+use super::native::{FLAGS, TARGET, TARGET_RIP, VECTORS};
 use super::registers;
+use super::vector::Width;
 use crate::cpu::Cpu;
 use crate::decode::block::{Block, Link};
 use crate::decode::cache::Jump;
@@ -25,6 +26,10 @@ pub type Emit<T = ()> = Result<T, IcedError>;
 pub struct Places {
     /// The stub that runs one instruction in the interpreter.
     pub resume: u64,
+    /// The stub that does so in a block that works on vector registers.
+    pub resume_vectors: u64,
+    /// The stubs that bring the vector registers, XMM or YMM, into the host's.
+    pub gates: [u64; 2],
     /// The stub that returns to the dispatcher before a block.
     pub boundary: u64,
     /// The core's attention word.
@@ -65,6 +70,12 @@ pub struct Emitter {
     pub asm: CodeAssembler,
     places: Places,
     block: u64,
+    /// Number of the block's last instruction.
+    last: usize,
+    /// Vector registers that the block works on.
+    vectors: Option<Width>,
+    /// Where vector registers are asked for, and where they are there.
+    gate: Option<(CodeLabel, CodeLabel)>,
     cold: Vec<Cold>,
     /// The host's flags are the guest's.
     host_flags: bool,
@@ -104,8 +115,18 @@ pub fn block_rip() -> AsmMemoryOperand {
 }
 
 impl Emitter {
-    pub fn new(places: Places, block: *const Block) -> Emit<Self> {
-        Ok(Emitter { asm: CodeAssembler::new(64)?, places, block: block as u64, cold: Vec::new(), host_flags: false, saved_flags: true })
+    pub fn new(places: Places, block: *const Block, instructions: usize, vectors: Option<Width>) -> Emit<Self> {
+        Ok(Emitter {
+            asm: CodeAssembler::new(64)?,
+            places,
+            block: block as u64,
+            last: instructions - 1,
+            vectors,
+            gate: None,
+            cold: Vec::new(),
+            host_flags: false,
+            saved_flags: true,
+        })
     }
 
     /// Sets `label` here; any number of labels may be in one place.
@@ -269,7 +290,8 @@ impl Emitter {
         let a = &mut self.asm;
         a.mov(r13d, index as u32)?;
         a.mov(r14, self.block)?;
-        a.call(self.places.resume)
+        // Behind the last instruction nobody needs them, and it may have changed who may use them.
+        a.call(if self.vectors.is_some() && index < self.last { self.places.resume_vectors } else { self.places.resume })
     }
 
     // ---- ways between blocks ------------------------------------------------------------------------------------------------------------
@@ -286,6 +308,17 @@ impl Emitter {
         a.jle(self.places.boundary)?;
         a.sub(budget, instructions as i32)?;
         a.inc(cpu_field(offset_of!(Cpu, blocks_run)))
+    }
+
+    /// The vector registers that the block works on are in the host's from here on.
+    pub fn enter_vectors(&mut self) -> Emit {
+        let Some(width) = self.vectors else { return Ok(()) };
+        let (missing, mut there) = (self.asm.create_label(), self.asm.create_label());
+        self.asm.cmp(byte_ptr(rbp + VECTORS as i32), width as i32)?;
+        self.asm.jb(missing)?;
+        self.set_label(&mut there)?;
+        self.gate = Some((missing, there));
+        Ok(())
     }
 
     /// R13 = the host code of the block at the RIP in R15 that ran behind this one before; `miss` if there is none. Clobbers R14.
@@ -412,6 +445,12 @@ impl Emitter {
                 }
                 None => self.asm.int3()?,
             }
+        }
+        if let (Some((mut missing, there)), Some(width)) = (self.gate, self.vectors) {
+            self.set_label(&mut missing)?;
+            self.asm.mov(r14, self.block)?;
+            self.asm.call(self.places.gates[usize::from(width == Width::Ymm)])?;
+            self.asm.jmp(there)?;
         }
         let result = self.asm.assemble_options(at, iced_x86::BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS)?;
         let body = result.label_ip(body)? - at;

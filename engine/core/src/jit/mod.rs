@@ -8,7 +8,8 @@
 //! | `plan` | which instructions become host code |
 //! | `block` | the translation of a block |
 //! | `emit` | pieces of host code: flags, TLB checks, ways between blocks and into the interpreter |
-//! | `registers` | where guest registers are meanwhile |
+//! | `registers`, `vector_registers` | where guest registers are meanwhile |
+//! | `vector` | which vector instructions become host code |
 //! | `stubs`, `native` | the way in and out, in host code and in Rust |
 //! | `arena` | memory for host code |
 
@@ -19,6 +20,8 @@ pub mod native;
 mod plan;
 mod registers;
 mod stubs;
+mod vector;
+mod vector_registers;
 
 use std::ptr;
 
@@ -79,15 +82,19 @@ impl Translator {
     /// `None` where the host gives no memory for code.
     fn new(cpu: &Cpu) -> Option<Self> {
         let mut arena = Arena::new(ARENA_SIZE).inspect_err(|error| log::warn!("no memory for host code: {error}")).ok()?;
-        let stubs = stubs::write(&mut arena).unwrap_or_else(|error| unreachable!("the stubs are well formed: {error}"))?;
+        let host = Host::new();
+        let stubs =
+            stubs::write(&mut arena, host.vectors.has_ymm()).unwrap_or_else(|error| unreachable!("the stubs are well formed: {error}"))?;
         let places = Places {
             resume: stubs.resume,
+            resume_vectors: stubs.resume_vectors,
+            gates: stubs.gates,
             boundary: stubs.boundary,
             attention: cpu.signal.pending_address() as u64,
             jumps: cpu.code.jumps() as u64,
         };
         let base = arena.used();
-        Some(Translator { arena, stubs, places, base, host: Host::new(), translated: 0, flushes: 0 })
+        Some(Translator { arena, stubs, places, base, host, translated: 0, flushes: 0 })
     }
 
     pub fn trampoline(&self) -> Trampoline {
