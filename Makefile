@@ -67,8 +67,8 @@ fuzz: $(ENGINE) ## Run hostile guests for longer: 20,000 of each kind, and port 
 insn-tables: ## Write tests/insn/user*.ins from what the host's CPU does
 	SOFTKVM_INSN_WRITE=$(abspath tests/insn) cargo test -p softkvm-engine --release --quiet --test insn instructions_of_a_process
 
-bench: $(ENGINE) ## Compare with QEMU's TCG (boot), measure exits, what a second vCPU brings, and what it costs to be watched
-	$(BIN)/python -m benchmarks.boot $(ARGS)
+bench: $(ENGINE) ## Compare with QEMU's TCG, measure exits, what a second vCPU brings, and what it costs to be watched
+	$(BIN)/python -m benchmarks.guest $(ARGS)
 	$(BIN)/python -m benchmarks.exits
 	$(BIN)/python -m benchmarks.entry
 	$(BIN)/python -m benchmarks.smp

@@ -26,7 +26,7 @@ impl Cpu {
     /// looked at however often the guest exits.
     pub fn run(&mut self) {
         loop {
-            let outcome = if self.pending & pending::WATCHED != 0 { self.run_watched() } else { self.run_unwatched() };
+            let outcome = if self.pmu.watched != 0 { self.run_watched() } else { self.run_unwatched() };
             if outcome.is_err() {
                 return;
             }
@@ -66,7 +66,8 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     fn boundary_unwatched(&mut self) -> Exec<bool> {
-        if self.pending & pending::WATCHED != 0 {
+        self.pending &= !pending::WATCHED;
+        if self.pmu.watched != 0 {
             return Err(Stop::Leave);
         }
         self.boundary()
@@ -119,9 +120,10 @@ impl Cpu {
         self.shorten_budget();
     }
 
-    /// Lets the budget end before the hypervisor's does, whose last instructions run one by one, and in virtual time with the first timer.
+    /// Lets the budget end before the hypervisor's does, whose last instructions run one by one, in virtual time with the first timer, and
+    /// before a counter overflows.
     pub fn shorten_budget(&mut self) {
-        let mut limit = self.budget;
+        let mut limit = self.budget.min(self.until_overflow());
         let wanted = self.control.instruction_budget;
         if wanted != 0 {
             let left = wanted.saturating_sub(self.instructions()).saturating_sub(block::MAX_INSTRUCTIONS as u64);
@@ -286,7 +288,7 @@ impl Cpu {
     /// Runs a block, and as host code those that follow it. Returns the last one if it ended with a branch or fell through, and null if
     /// anything else happened.
     #[inline(always)]
-    fn execute(&mut self, block: *mut Block) -> Exec<*mut Block> {
+    pub(super) fn execute(&mut self, block: *mut Block) -> Exec<*mut Block> {
         match self.translation(block) {
             Some(body) => self.run_native(block, body),
             None => self.interpret(block),

@@ -51,7 +51,7 @@ pub mod pending {
     pub const BUDGET: u32 = 64;
     /// DR7 turns a breakpoint on: run one instruction at a time.
     pub const BREAKPOINTS: u32 = 128;
-    /// Counters count, or branches are recorded: the dispatcher of `watch` runs.
+    /// Counters begin to count, or branches to be recorded: the dispatcher of `watch` takes over.
     pub const WATCHED: u32 = 256;
 }
 

@@ -431,8 +431,8 @@ impl Cpu {
             walk(&self.paging, &tree, &self.waivers, la, privilege, kind).map(|mapping| (mapping, tree.lookup(mapping.gpa)))
         };
         self.walks += 1;
-        if self.pending & pending::WATCHED != 0 {
-            self.pmu.walk(kind, found.is_ok());
+        if self.pmu.watched != 0 {
+            self.note_walk(kind, found.is_ok());
         }
         found.map_err(|error| match error {
             WalkError::Guest(code) => self.raise_page_fault(la, code),
