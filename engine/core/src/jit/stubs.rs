@@ -2,11 +2,11 @@
 
 use std::mem::offset_of;
 
-use iced_x86::code_asm::*;
-use iced_x86::BlockEncoderOptions;
+use iced_x86::Register::{self, EAX, EDX, R12, R13, R13D, R14, R15, R15D, RAX, RBP, RBX, RDI, RSI, RSP};
 
 use super::arena::Arena;
-use super::emit::{in_memory, r64, Emit};
+use super::asm::{byte_ptr, qword_ptr, Asm, Label};
+use super::emit::in_memory;
 use super::native::{resume, status, Trampoline, BLOCK, VECTORS};
 use super::registers::PINNED;
 use super::vector::Width;
@@ -26,112 +26,107 @@ pub struct Stubs {
 }
 
 /// Registers that the System V ABI wants back, in the order in which they are pushed.
-const SAVED: [AsmRegister64; 6] = [rbx, rbp, r12, r13, r14, r15];
+const SAVED: [Register; 6] = [RBX, RBP, R12, R13, R14, R15];
 
 /// Writes the shared code to an empty arena. `None` if it does not fit.
-pub fn write(arena: &mut Arena, has_ymm: bool) -> Emit<Option<Stubs>> {
-    let mut a = CodeAssembler::new(64)?;
-    let [mut enter, mut again, mut again_with_vectors, mut stopped, mut boundary, mut refused, mut leave] =
-        [(); 7].map(|()| a.create_label());
-    let [mut spill, mut fill, mut xmm_gate, mut ymm_gate] = [(); 4].map(|()| a.create_label());
+pub fn write(arena: &mut Arena, a: &mut Asm, has_ymm: bool) -> Option<Stubs> {
+    a.begin(arena.next());
+    let [enter, again, again_with_vectors, stopped, boundary, refused, leave] = [(); 7].map(|()| a.create_label());
+    let [spill, fill, xmm_gate, ymm_gate] = [(); 4].map(|()| a.create_label());
 
     // The trampoline: cpu in RDI, code in RSI. Behind it the stack is aligned to 16 bytes.
-    a.set_label(&mut enter)?;
+    a.set_label(enter);
     for register in SAVED {
-        a.push(register)?;
+        a.push(register);
     }
-    a.sub(rsp, 8)?;
-    a.mov(rbp, rdi)?;
-    a.mov(r13, rsi)?;
-    load(&mut a)?;
-    a.jmp(r13)?;
+    a.sub(RSP, 8);
+    a.mov(RBP, RDI);
+    a.mov(R13, RSI);
+    load(a);
+    a.jmp_indirect(R13);
 
     // One instruction in the interpreter: its number in R13, the block in R14.
-    a.set_label(&mut again)?;
-    a.push(r15)?;
-    a.call(spill)?;
-    call_resume(&mut a, stopped)?;
-    load(&mut a)?;
-    a.ret()?;
+    a.set_label(again);
+    a.push(R15);
+    a.call(spill);
+    call_resume(a, stopped);
+    load(a);
+    a.ret();
 
     // The same with the vector registers back behind it, as wide as they are before it.
-    a.set_label(&mut again_with_vectors)?;
-    a.movzx(r15d, byte_ptr(rbp + VECTORS as i32))?;
-    a.push(r15)?;
-    a.call(spill)?;
-    call_resume(&mut a, stopped)?;
-    load(&mut a)?;
-    a.mov(r13, r15)?;
-    a.jmp(fill)?;
-    a.set_label(&mut stopped)?;
-    a.add(rsp, 8)?;
-    a.jmp(leave)?;
+    a.set_label(again_with_vectors);
+    a.movzx(R15D, byte_ptr(RBP, VECTORS as i32));
+    a.push(R15);
+    a.call(spill);
+    call_resume(a, stopped);
+    load(a);
+    a.mov(R13, R15);
+    a.jmp(fill);
+    a.set_label(stopped);
+    a.add(RSP, 8);
+    a.jmp(leave);
 
     // Back to the dispatcher before a block.
-    a.set_label(&mut boundary)?;
-    a.call(spill)?;
-    store(&mut a)?;
-    a.mov(eax, status::BOUNDARY)?;
-    a.jmp(leave)?;
+    a.set_label(boundary);
+    a.call(spill);
+    store(a);
+    a.mov(EAX, status::BOUNDARY as i32);
+    a.jmp(leave);
 
     // The block in R14, which works on vector registers, begins; behind a `call`. Back to the dispatcher if they may not be used.
-    for (width, gate) in [(Width::Xmm, &mut xmm_gate), (Width::Ymm, &mut ymm_gate)] {
-        a.set_label(gate)?;
-        write_permission(&mut a, width, refused)?;
-        a.call(spill)?;
-        a.mov(r13d, width as u32)?;
-        a.jmp(fill)?;
+    for (width, gate) in [(Width::Xmm, xmm_gate), (Width::Ymm, ymm_gate)] {
+        a.set_label(gate);
+        write_permission(a, width, refused);
+        a.call(spill);
+        a.mov(R13D, width as i32);
+        a.jmp(fill);
     }
-    a.set_label(&mut refused)?;
-    a.add(rsp, 8)?;
-    a.call(spill)?;
-    store(&mut a)?;
-    a.mov(qword_ptr(rbp + BLOCK as i32), r14)?;
-    a.mov(eax, status::REFUSED)?;
-    a.set_label(&mut leave)?;
-    a.add(rsp, 8)?;
+    a.set_label(refused);
+    a.add(RSP, 8);
+    a.call(spill);
+    store(a);
+    a.mov(qword_ptr(RBP, BLOCK as i32), R14);
+    a.mov(EAX, status::REFUSED as i32);
+    a.set_label(leave);
+    a.add(RSP, 8);
     for register in SAVED.into_iter().rev() {
-        a.pop(register)?;
+        a.pop(register);
     }
-    a.ret()?;
+    a.ret();
 
-    a.set_label(&mut spill)?;
-    write_spill(&mut a, has_ymm)?;
-    a.set_label(&mut fill)?;
-    write_fill(&mut a, has_ymm)?;
+    a.set_label(spill);
+    write_spill(a, has_ymm);
+    a.set_label(fill);
+    write_fill(a, has_ymm);
 
-    let result = a.assemble_options(arena.next(), BlockEncoderOptions::RETURN_NEW_INSTRUCTION_OFFSETS)?;
-    let (enter, resume, boundary) = (result.label_ip(&enter)?, result.label_ip(&again)?, result.label_ip(&boundary)?);
-    let resume_vectors = result.label_ip(&again_with_vectors)?;
-    let gates = [result.label_ip(&xmm_gate)?, result.label_ip(&ymm_gate)?];
-    if arena.add(&result.inner.code_buffer).is_none() {
-        return Ok(None);
-    }
+    let places = [enter, again, again_with_vectors, boundary, xmm_gate, ymm_gate].map(|label| a.offset(label) as u64);
+    let start = arena.add(a.finish())? as u64;
+    let [enter, resume, resume_vectors, boundary, xmm_gate, ymm_gate] = places.map(|place| start + place);
     // SAFETY: the code at `enter` follows the System V ABI with the arguments and the result of a `Trampoline`.
     let trampoline = unsafe { std::mem::transmute::<*const u8, Trampoline>(std::ptr::with_exposed_provenance(enter as usize)) };
-    Ok(Some(Stubs { trampoline, resume, resume_vectors, boundary, gates }))
+    Some(Stubs { trampoline, resume, resume_vectors, boundary, gates: [xmm_gate, ymm_gate] })
 }
 
 /// Calls [`resume`] for instruction R13 of block R14, behind one `push` of which R15 is the value afterwards; to `stopped` if it says so.
-fn call_resume(a: &mut CodeAssembler, stopped: CodeLabel) -> Emit {
-    store(a)?;
-    a.mov(rdi, rbp)?;
-    a.mov(rsi, r14)?;
-    a.mov(edx, r13d)?;
-    a.mov(rax, resume as *const () as u64)?;
-    a.call(rax)?;
-    a.pop(r15)?;
-    a.test(eax, eax)?;
-    a.jne(stopped)
+fn call_resume(a: &mut Asm, stopped: Label) {
+    store(a);
+    a.mov(RDI, RBP);
+    a.mov(RSI, R14);
+    a.mov(EDX, R13D);
+    a.mov(RAX, resume as *const () as u64);
+    a.call_indirect(RAX);
+    a.pop(R15);
+    a.test(EAX, EAX);
+    a.jne(stopped);
 }
 
 /// Loads the pinned registers from the CPU.
-fn load(a: &mut CodeAssembler) -> Emit {
-    PINNED.iter().try_for_each(|(guest, host)| a.mov(r64(*host), in_memory(*guest)))
+fn load(a: &mut Asm) {
+    PINNED.iter().for_each(|(guest, host)| a.mov(*host, in_memory(*guest)))
 }
 
 /// Stores the pinned registers to the CPU.
-fn store(a: &mut CodeAssembler) -> Emit {
+fn store(a: &mut Asm) {
     const { assert!(offset_of!(Cpu, regs) == 0) };
-    PINNED.iter().try_for_each(|(guest, host)| a.mov(in_memory(*guest), r64(*host)))
+    PINNED.iter().for_each(|(guest, host)| a.mov(in_memory(*guest), *host))
 }
