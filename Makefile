@@ -55,8 +55,9 @@ format: $(ENVIRONMENT) ## Format Python and Rust sources
 	$(BIN)/ruff format
 	cargo fmt --all
 
-differential: $(ENVIRONMENT) ## Compare 5 million generated instructions with the host's CPU, in code of 64, 32 and 16 bits, and write docs/differential.md
+differential: $(ENGINE) ## Compare 5 million generated instructions with the host's CPU and with Unicorn, and write docs/differential.md
 	SOFTKVM_DIFFERENTIAL_CASES=$(CASES) SOFTKVM_DIFFERENTIAL_SEED=$(SEED) SOFTKVM_DIFFERENTIAL_LEDGER=$(LEDGER) \
+	    SOFTKVM_DIFFERENTIAL_UNICORN=$$($(BIN)/python docs/differential.py --unicorn) \
 	    cargo test -p softkvm-engine --release --quiet --test differential
 	$(BIN)/python docs/differential.py $(LEDGER)
 
