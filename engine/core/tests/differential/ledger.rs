@@ -22,17 +22,8 @@ pub struct Family {
     pub forms: BTreeSet<usize>,
     pub compared: u64,
     pub faults: u64,
-    /// Cases that Unicorn was asked about, by [`super::unicorn::Outcome`].
+    /// Cases in which host and engine are the same and Unicorn was asked, by [`super::unicorn::Outcome`].
     pub unicorn: [u64; 3],
-}
-
-/// Cases with one explanation.
-#[derive(Default)]
-pub struct Explained {
-    pub count: u64,
-    /// Of those, where Unicorn does what the engine does.
-    pub unicorn_agrees: u64,
-    pub instructions: BTreeSet<String>,
 }
 
 /// Counts of a run.
@@ -42,7 +33,7 @@ pub struct Ledger {
     pub instructions: BTreeMap<(&'static str, String), Counts>,
     /// Comparisons of the engine's tiers with each other.
     pub tiers: u64,
-    pub explained: BTreeMap<&'static str, Explained>,
+    pub explained: BTreeMap<&'static str, (u64, BTreeSet<String>)>,
     pub vectors: BTreeMap<u8, u64>,
     pub left: BTreeMap<Left, BTreeSet<String>>,
     pub unreached: BTreeSet<String>,
@@ -70,11 +61,10 @@ impl Ledger {
             mine.unicorn_differs += counts.unicorn_differs;
             mine.by_size.iter_mut().zip(counts.by_size).for_each(|(mine, count)| *mine += count);
         }
-        for (name, explained) in other.explained {
+        for (name, (count, who)) in other.explained {
             let mine = self.explained.entry(name).or_default();
-            mine.count += explained.count;
-            mine.unicorn_agrees += explained.unicorn_agrees;
-            mine.instructions.extend(explained.instructions);
+            mine.0 += count;
+            mine.1.extend(who);
         }
         for (vector, count) in other.vectors {
             *self.vectors.entry(vector).or_default() += count;
@@ -128,10 +118,9 @@ impl Ledger {
             line(&["vector".into(), vector.to_string(), count.to_string()]);
         }
         for reason in REASONS {
-            let Some(explained) = self.explained.get(reason.name) else { continue };
-            let who: Vec<_> = explained.instructions.iter().map(String::as_str).collect();
-            let (count, agrees) = (explained.count.to_string(), explained.unicorn_agrees.to_string());
-            line(&["explained".into(), reason.name.into(), count, agrees, who.join(" "), reason.text.into()]);
+            let Some((count, who)) = self.explained.get(reason.name) else { continue };
+            let who: Vec<_> = who.iter().map(String::as_str).collect();
+            line(&["explained".into(), reason.name.into(), count.to_string(), who.join(" "), reason.text.into()]);
         }
         for (reason, who) in &self.left {
             line(&["left".into(), format!("{reason:?}"), who.len().to_string()]);

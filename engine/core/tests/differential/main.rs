@@ -133,11 +133,6 @@ impl Bench {
         let instruction = self.ledger.instructions.entry(key).or_default();
         instruction.by_size[self.places.mode.size as usize] += 1;
         instruction.faults += u64::from(host.fault.is_some());
-        let second = second.filter(|_| host.fault.is_none());
-        second.inspect(|outcome| counts.unicorn[*outcome as usize] += 1);
-        if second == Some(Outcome::Differs) {
-            instruction.unicorn_differs += 1;
-        }
         if let Some(fault) = host.fault {
             counts.faults += 1;
             *self.ledger.vectors.entry(fault.vector).or_default() += 1;
@@ -148,12 +143,14 @@ impl Bench {
             match explain(&case) {
                 Some(reason) => {
                     let entry = self.ledger.explained.entry(reason.name).or_default();
-                    entry.count += 1;
-                    entry.unicorn_agrees += u64::from(second == Some(Outcome::Agrees));
-                    entry.instructions.insert(format!("{:?}", encoded.insn.mnemonic()));
+                    entry.0 += 1;
+                    entry.1.insert(format!("{:?}", encoded.insn.mnemonic()));
                 }
                 None => self.note(&case),
             }
+        } else if let Some(outcome) = second.filter(|_| host.fault.is_none()) {
+            counts.unicorn[outcome as usize] += 1;
+            instruction.unicorn_differs += u64::from(outcome == Outcome::Differs);
         }
         self.image = host;
     }
