@@ -24,7 +24,7 @@ export PIP_QUIET := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help boot build test test-fast lint format bench conformance differential fuzz insn-tables selftest readme-screen clean prerequisites
+.PHONY: help boot build test test-fast lint format bench performance conformance differential fuzz insn-tables selftest readme-screen clean prerequisites
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ bench: $(ENGINE) ## Compare with QEMU's TCG, measure exits, what a second vCPU b
 	$(BIN)/python -m benchmarks.watch
 	$(BIN)/python -m benchmarks.introspection
 	$(BIN)/python -m benchmarks.perf
+
+performance: $(ENGINE) ## Compare with QEMU's TCG and write docs/performance.md, its figure and its samples
+	$(BIN)/python -m benchmarks.guest --json docs/performance.json --plot docs/performance.svg --page docs/performance.md $(ARGS)
 
 conformance: $(ENGINE) ## Run kvm-unit-tests from the built checkout that KVM_UNIT_TESTS names, and write docs/conformance.md
 	$(BIN)/python docs/conformance.py $(ARGS)

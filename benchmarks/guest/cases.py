@@ -18,9 +18,7 @@ class Setup:
     cpus: int = 1
     memory: str = "512M"
     packages: tuple[str, ...] = ()
-    """Of Debian, beside busybox."""
-    prepare: str = ""
-    """Lines of /init before the first case."""
+    """Of Debian, beside busybox; {release} and {version} stand for the kernel's, such as 6.1.0-9-cloud-amd64 and 6.1.0-9."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,15 @@ class Case:
 
 ONE = Setup()
 TWO = Setup(cpus=2)
+PYTHON = Setup(packages=("python3.11-minimal", "libpython3.11-minimal", "libpython3.11-stdlib"))
+_HEADERS = ("linux-headers-{release}", "linux-headers-{version}-common", "linux-kbuild-6.1", "linux-compiler-gcc-12-x86")
+COMPILER = Setup(memory="1G", packages=(*_HEADERS, "gcc-12", "cpp-12", "binutils-x86-64-linux-gnu", "binutils", "make"))
 NEVER_SLOWER = 1.0
 _COMMAND = "one run"
+_MODULE = (
+    "rm -rf /tmp/driver && cp -r driver /tmp && make -s -C /lib/modules/$(uname -r)/build M=/tmp/driver modules 2>/dev/null"
+    " && sha256sum /tmp/driver/driver.ko"
+)
 
 
 def program(name: str, group: str, goal: float, operation: str, cpus: int = 1) -> Case:
@@ -94,6 +99,8 @@ CASES = (
     program("pipe-round-trip", "system", 4.0, "round trip", cpus=2),
     command("gzip", "./busybox gzip -c busybox", is_native=True),
     command("sha256", "./busybox sha256sum" + " busybox" * 8, is_native=True),
+    command("python", "python3.11 work.py", PYTHON),
+    command("module-compile", _MODULE, COMPILER),
 )
 
 

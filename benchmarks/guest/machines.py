@@ -1,8 +1,8 @@
 """The two machines and the host, each with the program of programs/main.c at the other end of a pipe.
 
 Both machines get the same kernel, initial RAM disk, command line, memory and number of CPUs. They run side by side and are asked in turn,
-so that whatever else the host does slows both; the one that is not asked waits for its serial line and sleeps. Times are taken twice: by the
-guest's clock, and as the CPU time that the host's kernel has charged to the machine's process.
+so that whatever else the host does slows both; the one that is not asked waits for its serial line and sleeps. Times are taken twice: by
+the guest's clock, and as the CPU time that the host's kernel has charged to the machine's process.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from softkvm.cli.guest import cpio
 
 QEMU = "qemu-system-x86_64"
 PROGRAMS = Path(__file__).parent / "programs"
+FILES = Path(__file__).parent / "files"
+"""What commands of the guest work on, copied into it."""
 COMMAND_LINE = "console=ttyS0 panic=-1 quiet loglevel=1"
 FOLDER = "/root"
 PATIENCE = 900.0
@@ -36,7 +38,7 @@ PATIENCE = 900.0
 
 _POWER_OFF = "#!/bin/busybox sh\n/bin/busybox poweroff -f\n"
 _WORK = f"""#!/bin/busybox sh
-export PATH=/bin:/usr/bin HOME={FOLDER}
+export PATH=/usr/bin:/bin HOME={FOLDER}
 /bin/busybox --install -s /bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
@@ -44,7 +46,6 @@ mount -t devtmpfs devtmpfs /dev
 mkdir -p /tmp
 cd {FOLDER}
 ln -s /bin/busybox busybox
-%s
 {FOLDER}/benchmark
 poweroff -f
 """
@@ -78,14 +79,24 @@ def compile_program(folder: Path) -> Path:
 
 def initrd(setup: Setup, program: Path | None, target: Path) -> guest.Guest:
     """Write the initial RAM disk of a setup to `target`: with the program, or one that powers off at once; the guest that it is for."""
-    image = guest.prepare("cloud", extras=setup.packages)
+    image = guest.prepare("cloud", extras=_packages(setup))
     assert isinstance(image.initrd, bytes)
-    init = _POWER_OFF if program is None else _WORK % setup.prepare
-    entries = [cpio.file("/init", init.encode(), 0o755)]
+    entries = [cpio.file("/init", (_WORK if program else _POWER_OFF).encode(), 0o755)]
     if program is not None:
         entries.append(cpio.file(f"{FOLDER}/benchmark", program.read_bytes(), 0o755))
+        for path in sorted(FILES.rglob("*")):
+            name = f"{FOLDER}/{path.relative_to(FILES)}"
+            entries.append(cpio.directory(name) if path.is_dir() else cpio.file(name, path.read_bytes()))
     target.write_bytes(image.initrd + cpio.archive(entries))
     return guest.Guest(image.kernel, target, image.title, announces_shell=False)
+
+
+def _packages(setup: Setup) -> list[str]:
+    """Names of Debian packages, of the kernel's version where they depend on it."""
+    if not setup.packages:
+        return []
+    release = guest.prepare("cloud").title.split()[0].removeprefix("linux-image-")
+    return [name.format(release=release, version=release.removesuffix("-cloud-amd64")) for name in setup.packages]
 
 
 def host_files(folder: Path) -> None:

@@ -16,6 +16,7 @@ def draw(report: Report, path: Path) -> None:
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"svg.hashsalt": "softkvm", "svg.fonttype": "none", "font.size": 9})
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
     results = report.results
     ratios = [result.ratio() for result in results]
@@ -30,6 +31,7 @@ def draw(report: Report, path: Path) -> None:
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(places, [result.name for result in results])
     axes.invert_yaxis()
     axes.set_xlabel("times as fast as QEMU's TCG")

@@ -67,6 +67,32 @@ fn the_walkers_waiver_is_not_the_softwares() {
 }
 
 #[test]
+fn a_store_that_changes_nothing_needs_no_right_where_nobody_cares() {
+    let mut machine = machine(right::READ | right::SAME);
+    machine.poke(DATA, &[5]);
+    assert_eq!(violation(&mut machine, &STORE), None);
+    machine.cpu.set_gpr(gpr::RAX, 0x105);
+    assert_eq!(violation(&mut machine, &[0x66, 0x89, 0x03]), Some(2)); // mov [rbx], ax
+    assert_eq!(violation(&mut machine, &STORE), None);
+    machine.cpu.set_gpr(gpr::RAX, 0);
+    assert_eq!(violation(&mut machine, &STORE), Some(2));
+    assert_eq!(violation(&mut machine, &ADD), Some(2), "what it stores is not known before it reads");
+    assert_eq!(machine.peek(DATA, 2), [5, 0]);
+}
+
+#[test]
+fn a_store_across_pages_is_done_where_it_may_be() {
+    let mut machine = machine(right::READ | right::SAME);
+    machine.cpu.set_gpr(gpr::RBX, DATA - 2);
+    machine.cpu.set_gpr(gpr::RAX, 0x0000_1234);
+    assert_eq!(machine.run(&[0x89, 0x03], 1), Ok(())); // mov [rbx], eax
+    assert_eq!(machine.peek(DATA - 2, 4), [0x34, 0x12, 0, 0]);
+    machine.cpu.set_gpr(gpr::RAX, 0x0001_5678);
+    assert_eq!(machine.run(&[0x89, 0x03], 1), Err(Stop::Exit));
+    assert_eq!(machine.peek(DATA - 2, 4), [0x34, 0x12, 0, 0]);
+}
+
+#[test]
 fn a_breakpoint_is_met_before_its_instruction_and_follows_the_table() {
     let mut machine = Machine::new();
     let npt = Arc::clone(&machine.cpu.npt);

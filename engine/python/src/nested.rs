@@ -8,8 +8,8 @@ use softkvm_engine::memory::nested::{NestedError, NestedPageTable as Table};
 
 use crate::memory::Memory;
 
-/// Rights that exist: read, write, execute.
-const RIGHTS: u8 = 7;
+/// Rights that exist: read, write, execute; and stores that leave memory as it is.
+const RIGHTS: u8 = 15;
 
 /// Guest-physical to host memory with rights per page. A change is in force on every core when the call returns.
 ///
@@ -26,7 +26,8 @@ impl NestedPageTable {
         NestedPageTable { table: Arc::default() }
     }
 
-    /// Maps `[gpa, gpa + size)` to `memory` from `offset` on; `rights` is the sum of 1 read, 2 write, 4 execute.
+    /// Maps `[gpa, gpa + size)` to `memory` from `offset` on; `rights` is the sum of 1 read, 2 write, 4 execute, and 8 for
+    /// stores that leave memory as it is.
     fn map(&self, py: Python<'_>, gpa: u64, size: u64, memory: &Memory, offset: u64, rights: u8) -> PyResult<()> {
         check_rights(rights)?;
         let region = &memory.region;
@@ -62,7 +63,7 @@ impl NestedPageTable {
 
 fn check_rights(rights: u8) -> PyResult<()> {
     if rights & !RIGHTS != 0 {
-        return Err(PyValueError::new_err(format!("{rights:#x} is not a sum of the rights 1, 2 and 4")));
+        return Err(PyValueError::new_err(format!("{rights:#x} is not a sum of the rights 1, 2, 4 and 8")));
     }
     Ok(())
 }

@@ -35,8 +35,11 @@ class DebugRegisters:
 
 
 def set_guest_debug(vcpu: Vcpu, request: uapi.GuestDebug) -> None:
-    """KVM_SET_GUEST_DEBUG; OSError(EBUSY) for an exception to inject while one waits already."""
+    """KVM_SET_GUEST_DEBUG; OSError(EBUSY) for an exception to inject while one waits, or breakpoints that an introspection tool has."""
     control = request.control
+    tool = vcpu.introspection
+    if control & uapi.KVM_GUESTDBG_ENABLE and control & _SW_BP and tool is not None and tool.intercepts_breakpoints:
+        raise OSError(errno.EBUSY, "an introspection tool has the guest's breakpoints")
     if control & (uapi.KVM_GUESTDBG_INJECT_DB | uapi.KVM_GUESTDBG_INJECT_BP):
         if vcpu.events.exception_pending or vcpu.events.exception_injected:
             raise OSError(errno.EBUSY, "an exception waits already")
@@ -55,15 +58,15 @@ def detach(vcpu: Vcpu) -> None:
         vcpu.debug_registers = state
     if control & _STEPS:
         state.rflags &= ~events.RFLAGS_TF
-    vcpu.control.exception_bitmap &= ~_exceptions(control)
     vcpu.control.dr_read = vcpu.control.dr_write = 0
     vcpu.guest_debug = 0
+    vcpu.update_exception_bitmap()
 
 
 def _attach(vcpu: Vcpu, control: int, request: uapi.GuestDebug) -> None:
     state = vcpu.state
     vcpu.guest_debug = control
-    vcpu.control.exception_bitmap |= _exceptions(control)
+    vcpu.update_exception_bitmap()
     if not control & (_STEPS | _HW_BP):
         return
     vcpu.debug_registers = DebugRegisters(list(state.dr), state.dr6, state.dr7)
@@ -76,8 +79,8 @@ def _attach(vcpu: Vcpu, control: int, request: uapi.GuestDebug) -> None:
         _step(vcpu)
 
 
-def _exceptions(control: int) -> int:
-    """What a debugger must see."""
+def exceptions(control: int) -> int:
+    """What a debugger (KVM_GUESTDBG_*) must see."""
     return (1 << events.DB if control & (_STEPS | _HW_BP) else 0) | (1 << events.BP if control & _SW_BP else 0)
 
 

@@ -94,14 +94,14 @@ class Mmu:
             if write:
                 slot.mark_dirty(page)
             rights = RIGHT_R | RIGHT_X | (RIGHT_W if write else 0)
-            self.npt.map(page, PAGE_SIZE, memory, offset, rights & self.track.rights(page >> PAGE_SHIFT))
+            self.npt.map(page, PAGE_SIZE, memory, offset, self.track.limit(rights, self.track.rights(page >> PAGE_SHIFT)))
             return
         rights = RIGHT_R | RIGHT_X | (0 if slot.readonly else RIGHT_W)
         large = page & -LARGE_PAGE
         start = max(large, slot.gpa, page - offset)
         end = min(large + LARGE_PAGE, slot.end, page - offset + memory.size)
         for gpa, size, tracked in self.track.pieces(start, end):
-            self.npt.map(gpa, size, memory, offset - (page - gpa), rights & tracked)
+            self.npt.map(gpa, size, memory, offset - (page - gpa), self.track.limit(rights, tracked))
 
     def restrict(self, pages: Mapping[int, int]) -> None:
         """Give the guest these rights to pages, by gfn, until other ones are given; in force on every core when the call returns.
@@ -118,12 +118,20 @@ class Mmu:
                 else:
                     self._limit(gpa, size, rights)
 
+    def pass_same_stores(self, on: bool) -> None:
+        """See `PageTrack.passes_same_stores`; in force on every core when the call returns."""
+        with self._lock:
+            if self.track.passes_same_stores != on:
+                self.track.passes_same_stores = on
+                for gpa, size, rights in runs((gfn, self.track.rights(gfn)) for gfn in self.track.pages):
+                    self._limit(gpa, size, rights)
+
     def _limit(self, gpa: int, size: int, rights: int) -> None:
         slot = self.slots.find(gpa)
         if slot is None or slot.end < gpa + size or slot.readonly or slot.dirty is not None:
             self.npt.unmap(gpa, size)
         else:
-            self.npt.protect(gpa, size, rights)
+            self.npt.protect(gpa, size, self.track.limit(ALL, rights))
 
     def log_write(self, gpa: int, size: int = 1) -> None:
         """Note a write of the guest that the nested page tables did not see as one."""

@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
 
 from softkvm.kvm.memslots import PAGE_SHIFT
-from softkvm.silicon import RIGHT_R, RIGHT_W, RIGHT_X
+from softkvm.silicon import RIGHT_R, RIGHT_SAME, RIGHT_W, RIGHT_X
 
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu import Vcpu
@@ -40,6 +40,8 @@ class PageTrack:
         """No page is tracked, and nobody asks for one."""
         self._rights: dict[int, int] = {}
         self.node: Node | None = None
+        self.passes_same_stores = False
+        """Whether a plain store that leaves memory as it is needs no RIGHT_W: nobody is asked, and nothing is written."""
 
     def rights(self, gfn: int) -> int:
         """What the guest may do with a page, as far as tracking is concerned."""
@@ -51,6 +53,11 @@ class PageTrack:
             self._rights.pop(gfn, None)
         else:
             self._rights[gfn] = rights
+
+    def limit(self, rights: int, tracked: int) -> int:
+        """What the nested page table says of a page that may have `rights` and is tracked with `tracked`."""
+        same = RIGHT_SAME if self.passes_same_stores and rights & ~tracked & RIGHT_W else 0
+        return rights & tracked | same
 
     @property
     def pages(self) -> list[int]:

@@ -78,7 +78,7 @@ def changed(vcpu: Vcpu, active: bool) -> None:
     if not active:
         vcpu.smm.inside_nmi = False
         vcpu.make_request(REQ_EVENT)
-    vcpu.intercept_ud(active)
+    vcpu.update_exception_bitmap()
     vcpu.use_memory(vcpu.vm.smm_mmu if active else vcpu.vm.mmu)
 
 

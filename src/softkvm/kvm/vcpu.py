@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from softkvm.host import trace
 from softkvm.host.sched import Cpu
 from softkvm.host.task import Task, current
-from softkvm.kvm import cpuid, cr, exits, fpu, guest_debug, mce, msr, msr_filter, regs, reset, run, smm, virtual_time
+from softkvm.kvm import cpuid, cr, events, exits, fpu, guest_debug, mce, msr, msr_filter, regs, reset, run, smm, virtual_time
 from softkvm.kvm.introspection import exits as introspected_exits
 from softkvm.kvm.ioctl import (
     fields,
@@ -137,6 +137,15 @@ class Vcpu(VcpuTime):
         if self.pvclock.steal_msr & MSR_ENABLED:
             self.make_request(REQ_STEAL_UPDATE)
 
+    def update_exception_bitmap(self) -> None:
+        """`vmx_update_exception_bitmap()`: what KVM emulates (RSM, the forced prefix), a debugger in user space, or a tool must see."""
+        bitmap = guest_debug.exceptions(self.guest_debug)
+        if self.smm.active or self.vm.parameters.force_emulation_prefix:
+            bitmap |= 1 << events.UD
+        if self.introspection is not None and self.introspection.intercepts_breakpoints:
+            bitmap |= 1 << events.BP
+        self.control.exception_bitmap = bitmap
+
     def update_cr4_mask(self) -> None:
         """The host owns the CR4 bits that CPUID does not allow, and those whose change CPUID shows."""
         mask = regs.cr4_reserved(self) | _CR4_INTERCEPTED
@@ -228,7 +237,7 @@ class Vcpu(VcpuTime):
 
     @ioctl(uapi.KVM_SET_GUEST_DEBUG, takes(uapi.GuestDebug))
     def set_guest_debug(self, request: uapi.GuestDebug) -> None:
-        """KVM_SET_GUEST_DEBUG; OSError(EBUSY) for an exception to inject while another one waits."""
+        """KVM_SET_GUEST_DEBUG; OSError(EBUSY) for an exception to inject while one waits, or breakpoints that a tool has."""
         guest_debug.set_guest_debug(self, request)
 
     @ioctl(uapi.KVM_GET_VCPU_EVENTS, encode=returns)

@@ -293,6 +293,13 @@ class VcpuCore(VcpuRequests):
         if self.cpu is not None:
             self.cpu.core.set_timer(0 if expiry is None else max(1, self.clock.ns_to_tsc(expiry)))
 
+    def core_interrupted(self) -> None:
+        """An interrupt of the host's came to the core: its timer, if that is due, else a kick, which leaves the timer armed."""
+        armed = self.armed
+        if armed is not None and armed <= self.clock.monotonic_ns():
+            self.disarm_timer()
+            self.clock.run_expired()
+
     def disarm_timer(self) -> None:
         """Stop the core's timer until the next entry arms it again."""
         if self.cpu is not None:
@@ -303,14 +310,6 @@ class VcpuCore(VcpuRequests):
         """Let the next stay in the guest end at once, behind what is injected (`kvm_vcpu_kick()` of itself)."""
         if self.cpu is not None:
             self.cpu.core.kick()
-
-    def intercept_ud(self, wanted: bool) -> None:
-        """Exit for #UD because KVM has an instruction to emulate, or only if the module parameter wants it."""
-        bit = 1 << events.UD
-        if wanted or self.vm.parameters.force_emulation_prefix:
-            self.control.exception_bitmap |= bit
-        else:
-            self.control.exception_bitmap &= ~bit
 
     def set_windows(self, windows: int) -> None:
         """Which interrupt and NMI windows (bits of `Control.intercepts`) to exit at."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from ctypes import memset, sizeof
 from typing import TYPE_CHECKING, Protocol
 
-from softkvm.kvm import events, msr_bitmap
+from softkvm.kvm import msr_bitmap
 from softkvm.silicon.control import Intercept
 from softkvm.uapi.kvm import KVM_X86_DISABLE_EXITS_HLT, KVM_X86_DISABLE_EXITS_MWAIT, KVM_X86_DISABLE_EXITS_PAUSE
 
@@ -38,8 +38,8 @@ INTERCEPTS = sum(
 )
 """What a guest may not do by itself."""
 
-PLE_GAP, PLE_WINDOW = 1 << 14, 1 << 17
-"""TSC cycles between two PAUSEs of one loop, and of a loop before it exits: some turns, and some tens of microseconds."""
+PLE_GAP, PLE_WINDOW, PLE_WINDOW_MAX = 1 << 14, 1 << 17, 1 << 22
+"""TSC cycles between two PAUSEs of one loop: some turns. Of a loop before it exits: some tens of microseconds, to some milliseconds."""
 
 _MSR_TSC = 0x10
 _PASSED_THROUGH = (0x174, 0x175, 0x176, 0xC000_0081, 0xC000_0082, 0xC000_0083, 0xC000_0084, 0xC000_0100, 0xC000_0101, 0xC000_0102)
@@ -89,7 +89,7 @@ class Vendor(Protocol):
 def setup_controls(vcpu: Vcpu) -> None:
     """The controls that a new vCPU starts with."""
     control = vcpu.control
-    control.exception_bitmap = 1 << events.UD if vcpu.vm.parameters.force_emulation_prefix else 0
+    vcpu.update_exception_bitmap()
     control.cr_read = control.cr_write = _CR8_BIT
     control.tsc_multiplier = 1 << 48
     control.pause_gap, control.pause_window = PLE_GAP, PLE_WINDOW

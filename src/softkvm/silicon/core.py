@@ -19,6 +19,7 @@ EXIT_MONITOR_TRAP_AMD = 0x10003
 """`Intercept.MONITOR_TRAP` on AMD silicon, which has no number of its own for it."""
 
 RIGHT_R, RIGHT_W, RIGHT_X = 1, 2, 4
+RIGHT_SAME = 8
 """Rights of a nested page table entry, and access types of `Core.translate` (where 8 = by user mode)."""
 
 WAIVE_WALK = 8

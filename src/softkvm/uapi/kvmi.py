@@ -143,6 +143,7 @@ class FilterField(IntEnum):
     INDEX = 4  # CR: number of the register; MSR: index
     VALUE = 5  # CR, MSR, XSETBV: the new value
     RAX = 6  # the guest's RAX, such as a system call's number
+    CHANGE = 7  # PF: 0 for a plain store that leaves memory as it is, 1 for any other access
 
 
 # --- Framing -----------------------------------------------------------------------------------------------------------------------

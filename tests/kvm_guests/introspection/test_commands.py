@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import struct
 
 import pytest
@@ -162,6 +163,42 @@ def test_breakpoints_are_intercepted_once(tool: Tool) -> None:
     busy = (Error.EBUSY, b"")
     outcomes = [tool.command(Command.VCPU_CONTROL_EVENTS, struct.pack("<HBBI", 3, on, 0, 0)) for on in (0, 1, 1, 0, 0)]
     assert outcomes == [busy, (0, b""), busy, (0, b""), busy]
+
+
+BP, DEBUG = 1 << 3, 1 << 3 | 1 << 1
+SW_BREAKPOINTS = uapi.KVM_GUESTDBG_ENABLE | uapi.KVM_GUESTDBG_USE_SW_BP
+
+
+def test_a_debugger_and_a_tool_do_not_share_breakpoints(tool: Tool) -> None:
+    vcpu, (off, on) = tool.guest.vcpu, (struct.pack("<HBBI", 3, enable, 0, 0) for enable in (0, 1))
+    debug = uapi.GuestDebug(control=SW_BREAKPOINTS)
+    vcpu.set_guest_debug(debug)
+    for request in (on, off):
+        assert tool.command(Command.VCPU_CONTROL_EVENTS, request) == (Error.EBUSY, b"")
+    vcpu.set_guest_debug(uapi.GuestDebug())
+    assert tool.command(Command.VCPU_CONTROL_EVENTS, on) == (0, b"")
+    with pytest.raises(OSError, match="has the guest's breakpoints") as failure:
+        vcpu.set_guest_debug(debug)
+    assert failure.value.errno == errno.EBUSY
+    vcpu.set_guest_debug(uapi.GuestDebug(control=uapi.KVM_GUESTDBG_ENABLE | uapi.KVM_GUESTDBG_SINGLESTEP))
+    vcpu.set_guest_debug(uapi.GuestDebug())
+    assert vcpu.control.exception_bitmap & DEBUG == BP, "who debugs by steps leaves the tool its breakpoints"
+    tool.vm.introspection_unhook()
+    vcpu.set_guest_debug(debug)
+    assert vcpu.control.exception_bitmap & DEBUG == BP
+
+
+@pytest.mark.parametrize("first", ["tool", "debugger"])
+def test_whoever_leaves_takes_only_its_own_breakpoints(tool: Tool, first: str) -> None:
+    """The tool has enabled the event, and was refused the interception."""
+    vcpu = tool.guest.vcpu
+    vcpu.set_guest_debug(uapi.GuestDebug(control=SW_BREAKPOINTS))
+    assert tool.command(Command.VCPU_CONTROL_EVENTS, struct.pack("<HBBI", 3, 1, 0, 0)) == (Error.EBUSY, b"")
+    if first == "tool":
+        tool.vm.introspection_unhook()
+        assert vcpu.control.exception_bitmap & DEBUG == BP
+    vcpu.set_guest_debug(uapi.GuestDebug())
+    assert vcpu.control.exception_bitmap & DEBUG == 0
 
 
 def test_get_registers(hooked: Hooked) -> None:

@@ -159,6 +159,34 @@ def test_filters_of_page_events(hooked: Hooked, field: FilterField, wanted: tupl
     assert tool.guest.ram[DATA] == 6
 
 
+@pytest.mark.parametrize("first", ["filter", "page"])
+def test_stores_that_change_nothing_are_no_events_for_who_does_not_care(hooked: Hooked, first: str) -> None:
+    tool = hooked(b"\x88\x03\x88\x03\xff\xc0\x88\x03\x00\x03" + END, rbx=DATA, rax=6)  # mov [rbx], al; twice; inc eax; mov; add [rbx], al
+    tool.enable(Event.PF)
+    if first == "page":
+        tool.set_access(DATA, Access.R)
+    assert set_filter(tool, Event.PF, FilterField.CHANGE, (1, 1)) == (0, b"")
+    tool.set_access(DATA, Access.R)
+    tool.start()
+    for offset in (0, 6, 8):  # not the second store of 6
+        told = tool.event(Event.PF)
+        assert told.regs().rip == CODE + offset
+        tool.reply(told)
+    assert tool.finish().event is None
+    assert tool.guest.ram[DATA] == 14
+
+
+def test_whoever_cares_again_gets_stores_that_change_nothing(hooked: Hooked) -> None:
+    tool = hooked(b"\x88\x03" + END, rbx=DATA, rax=0)
+    tool.enable(Event.PF)
+    tool.set_access(DATA, Access.R)
+    set_filter(tool, Event.PF, FilterField.CHANGE, (1, 1))
+    set_filter(tool, Event.PF, FilterField.CHANGE)
+    tool.start()
+    tool.reply(tool.event(Event.PF))
+    assert tool.finish().event is None
+
+
 def test_filter_of_a_cr3_value_ignores_masked_bits(hooked: Hooked) -> None:
     copy = 0x7_0000
     tool = hooked(b"\x0f\x22\xd8\x0f\x22\xd9" + END, rax=copy, rcx=PML4)  # mov cr3, rax; mov cr3, rcx
@@ -177,6 +205,7 @@ def test_filter_of_a_cr3_value_ignores_masked_bits(hooked: Hooked) -> None:
 def test_filter_errors(tool: Tool) -> None:
     assert set_filter(tool, Event.PF, FilterField.VALUE, (0, 0)) == (Error.EINVAL, b"")
     assert set_filter(tool, Event.PF, FilterField.GPA, (2, 1)) == (Error.EINVAL, b"")
+    assert set_filter(tool, Event.CR, FilterField.CHANGE, (1, 1)) == (Error.EINVAL, b"")
     assert set_filter(tool, Event.UNHOOK, FilterField.RIP, (0, 1)) == (Error.EINVAL, b"")
     assert set_filter(tool, Event.PF, FilterField.GPA, *[(0, 0)] * 257) == (Error.E2BIG, b"")
     assert tool.command(Command.VM_SET_EVENT_FILTER, struct.pack("<HBBHHQ", 0x77, 0, 0, 0, 0, 0)) == (Error.ENOENT, b"")

@@ -263,7 +263,8 @@ impl Cpu {
         self.code.collect(&self.npt.code);
         let la = self.segment_address(crate::state::seg::CS, rip, 1, AccessKind::Fetch)?;
         let host = self.fetch_address(la)? as u64;
-        let block = match self.code.find(host, self.code_size) {
+        let known = self.code.last_at(rip, host, self.code_size).or_else(|| self.code.find(host, self.code_size));
+        let block = match known {
             Some(block) if self.second_page_matches(block, la)? => block,
             _ => {
                 let block = block::decode(self)?;
@@ -272,9 +273,18 @@ impl Cpu {
         };
         // What only a waiver allows to be fetched is not found again without one.
         if self.waivers.is_empty() {
-            self.code.remember(rip, self.jump_context, block);
+            self.remember(rip, la, block);
         }
         Ok(block)
+    }
+
+    /// Lets the jump cache find `block` at `rip`, which is linear address `la`, as long as the translation of its pages stands.
+    fn remember(&mut self, rip: u64, la: u64, block: *mut Block) {
+        // SAFETY: the cache just returned it, and frees blocks only in `collect`.
+        let crosses = unsafe { (*block).second_page }.is_some();
+        self.tlb.note_code(self.cpl() == 3, la, crosses.then_some((la | PAGE_OFFSET).wrapping_add(1)));
+        self.refresh_table();
+        self.code.remember(rip, self.jump_context, block);
     }
 
     /// Whether the tail of a block that crosses a page is where it was when the block was made.

@@ -17,6 +17,8 @@ pub mod right {
     pub const READ: u8 = 1;
     pub const WRITE: u8 = 2;
     pub const EXECUTE: u8 = 4;
+    /// No right: a store that leaves memory as it is does not need `WRITE`. (For who locks pages and does not care for such stores.)
+    pub const SAME: u8 = 8;
 }
 
 /// Guest-physical addresses have this many bits.

@@ -20,6 +20,17 @@ enum Target {
     Ram(*mut u8),
     /// An access that the hypervisor makes; only while it asked for an emulated instruction.
     Device { gpa: u64, la: u64 },
+    /// Memory that holds what is to be stored, and must not be written: see [`right::SAME`].
+    Unchanged,
+}
+
+/// Whether memory at a host address, in one mapped page, has these bytes already; not if there are none.
+fn holds(host: u64, bytes: &[u8]) -> bool {
+    let mut there = [0; 64];
+    let Some(there) = there.get_mut(..bytes.len()).filter(|there| !there.is_empty()) else { return false };
+    // SAFETY: the caller translated the page, and the bytes are inside it.
+    unsafe { (host as *const u8).copy_to_nonoverlapping(there.as_mut_ptr(), there.len()) };
+    there == bytes
 }
 
 /// Host address of `[la, la + bytes)` if `table` knows the page and allows the access.
@@ -188,7 +199,7 @@ impl Cpu {
 
     /// [`Cpu::target`] of an operand that is read and written.
     fn modified(&mut self, segment: usize, la: u64) -> Exec<Target> {
-        self.target_with(segment, la, AccessKind::Write, right::READ | right::WRITE, self.privilege())
+        self.target_with(segment, la, AccessKind::Write, right::READ | right::WRITE, self.privilege(), &[])
     }
 
     /// Host address of RAM at `la` for a read and a store of `bytes` in one page that the TLB does not let through; the caller reports it
@@ -197,7 +208,7 @@ impl Cpu {
         self.watch(la, bytes, AccessKind::Write);
         Ok(match self.modified(segment, la)? {
             Target::Ram(host) => Some(host),
-            Target::Device { .. } => None,
+            Target::Device { .. } | Target::Unchanged => None,
         })
     }
 
@@ -328,10 +339,10 @@ impl Cpu {
         let first = bytes.min((PAGE_SIZE - (la & PAGE_OFFSET)) as usize);
         let (low, high) = buffer.split_at(first);
         self.check_canonical(segment, la.wrapping_add(bytes as u64 - 1))?;
-        let low_target = self.target(segment, la, AccessKind::Write, privilege)?;
+        let low_target = self.target_with(segment, la, AccessKind::Write, right::WRITE, privilege, low)?;
         if !high.is_empty() {
             let next = la.wrapping_add(first as u64);
-            let target = self.target(segment, next, AccessKind::Write, privilege)?;
+            let target = self.target_with(segment, next, AccessKind::Write, right::WRITE, privilege, high)?;
             self.write_target(low_target, low)?;
             return self.write_target(target, high);
         }
@@ -354,6 +365,7 @@ impl Cpu {
                     piece.copy_from_slice(&data.to_le_bytes()[..piece.len()]);
                 }
             }
+            Target::Unchanged => unreachable!("a read is no store"),
         }
         Ok(())
     }
@@ -372,6 +384,7 @@ impl Cpu {
                     self.device_access(gpa + 8 * n as u64, la + 8 * n as u64, piece.len(), Some(u64::from_le_bytes(data)))?;
                 }
             }
+            Target::Unchanged => {}
         }
         Ok(())
     }
@@ -400,15 +413,23 @@ impl Cpu {
 
     /// Translates one page-bounded access, or raises what stands in its way.
     fn target(&mut self, segment: usize, la: u64, kind: AccessKind, privilege: Privilege) -> Exec<Target> {
-        self.target_with(segment, la, kind, kind.right(), privilege)
+        self.target_with(segment, la, kind, kind.right(), privilege, &[])
     }
 
     /// [`Cpu::target`] for an access that needs the rights `needed` in the nested page table: one that reads and writes is a write to the
-    /// guest's tables, and both to the hypervisor's.
-    fn target_with(&mut self, segment: usize, la: u64, kind: AccessKind, needed: u8, privilege: Privilege) -> Exec<Target> {
+    /// guest's tables, and both to the hypervisor's. `store` is what a plain store is about to write; empty for any other access.
+    fn target_with(&mut self, segment: usize, la: u64, kind: AccessKind, needed: u8, privilege: Privilege, store: &[u8]) -> Exec<Target> {
         self.check_canonical(segment, la)?;
+        if privilege == Privilege::SupervisorAc && kind != AccessKind::Fetch && self.tlb.share_with_ac(la) {
+            if let Some(host) = self.cached_for(privilege, la, 1, kind) {
+                return Ok(Target::Ram(host));
+            }
+        }
         let (mapping, found) = self.map(la, kind, privilege)?;
         let Some(leaf) = found.filter(|leaf| self.waivers.rights(leaf.rights, mapping.gpa) & needed == needed) else {
+            if found.is_some_and(|leaf| leaf.rights & right::SAME != 0 && holds(leaf.host + (la & PAGE_OFFSET), store)) {
+                return Ok(Target::Unchanged);
+            }
             // What a hypervisor waives rights for it answers page by page, before anything is done.
             let asks_first = found.is_some() && !self.waivers.is_empty();
             if self.control.emulate != 0 && kind != AccessKind::Fetch && !asks_first {
@@ -420,7 +441,7 @@ impl Cpu {
             return Err(self.exit_nested(mapping.gpa, Some(la), kind, rights, false));
         };
         let host = leaf.host + (la & PAGE_OFFSET);
-        self.fill_tlb(la, host, leaf.rights, &mapping, privilege);
+        self.fill_tlb(la, host, leaf.rights, &mapping, privilege, kind);
         Ok(Target::Ram(host as *mut u8))
     }
 
@@ -443,18 +464,20 @@ impl Cpu {
         })
     }
 
-    /// A page that may be written and not read gets no write tag, because accesses that do both go by it.
-    fn fill_tlb(&mut self, la: u64, host: u64, rights: u8, mapping: &Mapping, privilege: Privilege) {
+    /// A page that may be written and not read gets no write tag, because accesses that do both go by it. A supervisor page that is not
+    /// global gets a fetch tag only from a fetch, because code there costs each change of address space (see [`tlb::Tlb`]).
+    fn fill_tlb(&mut self, la: u64, host: u64, rights: u8, mapping: &Mapping, privilege: Privilege, kind: AccessKind) {
         const BOTH: u8 = right::READ | right::WRITE;
         let allows = |kind| mapping.allows(&self.paging, privilege, kind);
         let checked = || self.npt.code.contains(host & !PAGE_OFFSET);
         let watched = self.pending & pending::BREAKPOINTS != 0 && self.breakpoints.watch_page(la);
+        let code_expected = kind == AccessKind::Fetch || mapping.global || privilege == Privilege::User;
         let fill = tlb::Fill {
             la,
             host,
             read: !watched && rights & right::READ != 0 && allows(AccessKind::Read),
             write: !watched && rights & BOTH == BOTH && mapping.dirty && allows(AccessKind::Write) && !checked(),
-            fetch: rights & right::EXECUTE != 0 && allows(AccessKind::Fetch),
+            fetch: rights & right::EXECUTE != 0 && code_expected && allows(AccessKind::Fetch),
             global: mapping.global,
             page_shift: mapping.page_shift,
         };
@@ -468,7 +491,7 @@ impl Cpu {
         }
         match self.target(seg::CS, la, AccessKind::Fetch, self.privilege())? {
             Target::Ram(host) => Ok(host),
-            Target::Device { .. } => unreachable!("a fetch is never a device access"),
+            Target::Device { .. } | Target::Unchanged => unreachable!("a fetch is neither a device access nor a store"),
         }
     }
 }

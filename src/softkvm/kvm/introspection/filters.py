@@ -43,13 +43,18 @@ def _rax(vcpu: Vcpu) -> int:
     return int(vcpu.gpr[0])
 
 
+def _change(vcpu: Vcpu) -> int:
+    return 1  # an access that gets here was not let through by the silicon
+
+
 _STATE_FIELDS: dict[FilterField, Callable[[Vcpu], int]] = {FilterField.RIP: _rip, FilterField.CR3: _cr3, FilterField.RAX: _rax}
 """Fields that every event of a vCPU has."""
+_READERS = {**_STATE_FIELDS, FilterField.CHANGE: _change}
 
 
 def has_field(event: Event, field: FilterField) -> bool:
     """Whether events of the kind can be filtered by the field."""
-    return field in _STATE_FIELDS or field in EVENTS[event].filters
+    return field in _STATE_FIELDS or field in EVENTS[event].filters or (event, field) == (Event.PF, FilterField.CHANGE)
 
 
 class Filters:
@@ -66,6 +71,12 @@ class Filters:
             filters[field] = new
         self._filters = {**self._filters, event: filters}
 
+    @property
+    def wants_no_same_stores(self) -> bool:
+        """Whether stores that leave memory as it is make no PF event; the silicon lets them through by itself."""
+        change = self._filters.get(Event.PF, {}).get(FilterField.CHANGE)
+        return change is not None and not change.passes(0)
+
     def passes(self, vcpu: Vcpu, event: Event, data: Structure | None) -> bool:
         """Whether the event is sent."""
         filters = self._filters.get(event)
@@ -73,7 +84,7 @@ class Filters:
             return True
         names = EVENTS[event].filters
         for field, chosen in filters.items():
-            read = _STATE_FIELDS.get(field)
+            read = _READERS.get(field)
             if not chosen.passes(read(vcpu) if read is not None else getattr(data, names[field])):
                 return False
         return True

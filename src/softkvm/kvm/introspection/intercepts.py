@@ -22,7 +22,7 @@ _ALL = (1 << 64) - 1
 
 
 def control_event(introspection: VcpuIntrospection, event: Event, enable: bool) -> None:
-    """Enable or disable an event; Refused(EBUSY) for breakpoints that are intercepted already, or not at all.
+    """Enable or disable an event; Refused(EBUSY) for breakpoints that a debugger or the tool itself has already, or that it has not.
 
     The event counts as enabled or disabled even if the interception is refused, as in v9.
     """
@@ -35,10 +35,11 @@ def control_event(introspection: VcpuIntrospection, event: Event, enable: bool) 
 
 
 def _control_breakpoints(introspection: VcpuIntrospection, enable: bool) -> None:
-    control = introspection.vcpu.control
-    if bool(control.exception_bitmap & _BP) == enable:
+    vcpu, mine = introspection.vcpu, introspection.intercepts_breakpoints
+    if vcpu.control.exception_bitmap & _BP if enable else not mine:
         raise Refused(Error.EBUSY)
-    control.exception_bitmap ^= _BP
+    introspection.intercepts_breakpoints = enable
+    vcpu.update_exception_bitmap()
 
 
 def control_cr(introspection: VcpuIntrospection, number: int, enable: bool) -> None:
@@ -72,8 +73,6 @@ def restore(introspection: VcpuIntrospection) -> None:
     vcpu = introspection.vcpu
     if vcpu.introspection is not introspection:
         return
-    if Event.BREAKPOINT in introspection.enabled:
-        vcpu.control.exception_bitmap &= ~_BP
     vcpu.set_intercept(Intercept.DESCRIPTOR_TABLE, False)
     introspection.set_singlestep(False)
     for number in introspection.control_registers:
@@ -82,3 +81,4 @@ def restore(introspection: VcpuIntrospection) -> None:
         control_msr(introspection, index, False)
     introspection.enabled = frozenset()
     vcpu.set_introspection(None)
+    vcpu.update_exception_bitmap()

@@ -134,6 +134,7 @@ class Session:
             self.lose(channel)
         mmu = self.vm.mmu
         mmu.restrict(dict.fromkeys(mmu.track.pages, ALL))
+        mmu.pass_same_stores(False)
         mmu.track.node = None
         self.set_breakpoints(frozenset())
         for vcpu in self.vcpus:

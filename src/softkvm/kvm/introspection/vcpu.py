@@ -47,6 +47,8 @@ class VcpuIntrospection:
         self.msrs: frozenset[int] = frozenset()
         self.msrs_taken: set[int] = set()
         """Those of them that KVM would let the guest write without an exit."""
+        self.intercepts_breakpoints = False
+        """Whether the tool has the guest's INT3; one who debugs in user space and the tool exclude each other."""
         self.singlestep = False
         self.exception: kvmi.InjectException | None = None
         """Waits to be injected."""

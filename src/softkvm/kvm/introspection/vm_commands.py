@@ -198,6 +198,7 @@ def set_event_filter(session: Session, request: kvmi.SetEventFilter, trailing: b
     if any(first > last for first, last in ranges):
         raise Refused(Error.EINVAL)
     session.filters.set(event, field, Filter(request.mask, bool(request.except_), ranges) if ranges else None)
+    session.vm.mmu.pass_same_stores(session.filters.wants_no_same_stores)
     return b""
 
 
