@@ -59,7 +59,8 @@ def main() -> int:
     parser.add_argument("--tiers", action="store_true", help="run what passes once more with each tier")
     arguments = parser.parse_args()
     try:
-        suite, suite_i386 = _suite("KVM_UNIT_TESTS"), _suite("KVM_UNIT_TESTS_I386") if "KVM_UNIT_TESTS_I386" in os.environ else None
+        suite = _suite("KVM_UNIT_TESTS")
+        suite_i386 = _suite("KVM_UNIT_TESTS_I386") if os.environ.get("KVM_UNIT_TESTS_I386") else None
         found = run(suite, suite_i386)
         passed = [name for verdict, name, _ in found if verdict == "PASS"]
         tiers = {tier: run(suite, suite_i386, passed, tier) for tier in TIERS} if arguments.tiers else {}
@@ -155,12 +156,13 @@ def page(results: list[Result], version: str, date: datetime.date, tiers: dict[s
     lines = [
         "# Conformance",
         "",
-        f"kvm-unit-tests {version}, unmodified, on {date}: **{len(passed)} of {len(results)} configurations pass** (QEMU 7.2 TCG: 29 of 87).",
+        f"kvm-unit-tests {version}, unmodified, on {date}: **{len(passed)} of {len(results)} configurations pass**",
+        "(QEMU 7.2 TCG: 29 of 87).",
         "",
-        "Repeat it with `make conformance KVM_UNIT_TESTS=DIRECTORY KVM_UNIT_TESTS_I386=DIRECTORY`, which runs the suite in two built checkouts,",
-        "for x86-64 and, where a configuration is a 32-bit program, for i386, with `softkvm-qemu` in QEMU's place, and writes this page",
-        "(`docs/conformance.py`). The suite runs with `ACCEL=kvm`, its own time-outs, and in a mount namespace in which the host's files say",
-        "what softkvm's host would: that there is a KVM, and the parameters of its module.",
+        "Repeat it with `make conformance KVM_UNIT_TESTS=DIRECTORY KVM_UNIT_TESTS_I386=DIRECTORY`, which runs the suite in two built",
+        "checkouts, for x86-64 and, where a configuration is a 32-bit program, for i386, with `softkvm-qemu` in QEMU's place, and writes",
+        "this page (`docs/conformance.py`). The suite runs with `ACCEL=kvm`, its own time-outs, and in a mount namespace in which the",
+        "host's files say what softkvm's host would: that there is a KVM, and the parameters of its module.",
         "",
         "## Pass",
         "",

@@ -77,9 +77,10 @@ def unicorn(rows: dict[str, list[list[str]]]) -> list[str]:
     return [
         "### Unicorn, the second oracle",
         "",
-        "Unicorn 2 is the translator of QEMU 5.0 as a library. It is asked about cases of 64- and 32-bit code in which engine and host are the",
-        "same and raise no exception, for families that it has, and about x87 where all exceptions are masked and no stack fault is raised. Not",
-        "looked at are undefined flags and the exception flags of x87 and MXCSR, which it does not keep. Where it differs, the host decides.",
+        "Unicorn 2 is the translator of QEMU 5.0 as a library. It is asked about cases of 64- and 32-bit code in which engine and host",
+        "are the same and raise no exception, for families that it has, and about x87 where all exceptions are masked and no stack fault",
+        "is raised. Not looked at are undefined flags and the exception flags of x87 and MXCSR, which it does not keep. Where it differs,",
+        "the host decides.",
         "",
         "| family | Unicorn agrees | differs | lacks the instruction |",
         "|---|--:|--:|--:|",
