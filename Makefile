@@ -24,7 +24,7 @@ export PIP_QUIET := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help boot build test test-fast lint format bench conformance differential fuzz insn-tables selftest readme-screen clean prerequisites
+.PHONY: help boot build test test-fast lint format bench performance conformance differential fuzz insn-tables selftest readme-screen clean prerequisites
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,14 +67,17 @@ fuzz: $(ENGINE) ## Run hostile guests for longer: 20,000 of each kind, and port 
 insn-tables: ## Write tests/insn/user*.ins from what the host's CPU does
 	SOFTKVM_INSN_WRITE=$(abspath tests/insn) cargo test -p softkvm-engine --release --quiet --test insn instructions_of_a_process
 
-bench: $(ENGINE) ## Compare with QEMU's TCG (boot), measure exits, what a second vCPU brings, and what it costs to be watched
-	$(BIN)/python -m benchmarks.boot $(ARGS)
+bench: $(ENGINE) ## Compare with QEMU's TCG, measure exits, what a second vCPU brings, and what it costs to be watched
+	$(BIN)/python -m benchmarks.guest $(ARGS)
 	$(BIN)/python -m benchmarks.exits
 	$(BIN)/python -m benchmarks.entry
 	$(BIN)/python -m benchmarks.smp
 	$(BIN)/python -m benchmarks.watch
 	$(BIN)/python -m benchmarks.introspection
 	$(BIN)/python -m benchmarks.perf
+
+performance: $(ENGINE) ## Compare with QEMU's TCG and write docs/performance.md, its figure and its samples
+	$(BIN)/python -m benchmarks.guest --json docs/performance.json --plot docs/performance.svg --page docs/performance.md $(ARGS)
 
 conformance: $(ENGINE) ## Run kvm-unit-tests from the built checkout that KVM_UNIT_TESTS names, and write docs/conformance.md
 	$(BIN)/python docs/conformance.py $(ARGS)

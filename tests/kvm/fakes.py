@@ -11,6 +11,7 @@ from softkvm.host.perf.core import Perf
 from softkvm.kvm import cpuid
 from softkvm.kvm.iobus import IoBus
 from softkvm.kvm.irqchip import Irqchip
+from softkvm.kvm.irqchip.apic_map import ApicMap
 from softkvm.kvm.irqchip.lapic import Lapic
 from softkvm.kvm.irqchip.pit import Pit
 from softkvm.kvm.irqchip.routing import Routing
@@ -114,6 +115,7 @@ class FakeVm:
         self.vcpus: list[FakeVcpu] = []
         self.pio_bus, self.mmio_bus = IoBus(self.lock), IoBus(self.lock)
         self.routing = Routing(self)
+        self.apic_map = ApicMap(self)
         self.irqchip: Irqchip | None = None
         self.tsc = VmTsc(self.clock, self.model.vendor, scaling)
         self.kvmclock = VmClock(self)
@@ -159,6 +161,7 @@ class FakeVcpu:
         self.lbr = GuestLbr(cast(Any, self))
         self.lapic: Lapic | None = Lapic(self) if lapic else None
         vm.vcpus.append(self)
+        vm.apic_map.forget()
         self.tsc.synchronize(0)
         cpuid.update_runtime(self)
         self.requests = 0

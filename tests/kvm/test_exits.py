@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from softkvm.host.clock import HrTimer, VirtualClock
 from softkvm.kvm import Vcpu, events, exits
+from softkvm.kvm.vendor import PLE_WINDOW, PLE_WINDOW_MAX
 from softkvm.silicon import control
 from softkvm.uapi import kvm as uapi
 from tests import fake_engine
@@ -171,3 +173,28 @@ def test_user_space_hears_of_a_lower_task_priority(bare_vcpu: Vcpu) -> None:
     assert exits.write_cr8(bare_vcpu, 9) == 1
     assert exits.write_cr8(bare_vcpu, 3) == 0
     assert bare_vcpu.kvm_run.exit_reason == uapi.KVM_EXIT_SET_TPR
+
+
+def test_loops_of_pause_may_be_longer_where_nobody_wants_the_processor(vcpu: Vcpu, play: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    crowded = iter([False, False, True, *[False] * 40])
+    monkeypatch.setattr(vcpu.vm.scheduler, "spin", lambda guest: next(crowded))
+    windows = []
+    for _ in range(43):
+        out_of_guest(vcpu, play, leave(vcpu, "pause", 2))
+        windows.append(vcpu.control.pause_window)
+    assert windows[:4] == [2 * PLE_WINDOW, 4 * PLE_WINDOW, PLE_WINDOW, 2 * PLE_WINDOW]
+    assert windows[-1] == PLE_WINDOW_MAX
+
+
+def test_a_kick_leaves_the_timer_armed_and_the_timer_does_not(vcpu: Vcpu, play: Script, clock: VirtualClock) -> None:
+    rung: list[int] = []
+    timer = HrTimer(clock, rung.append)
+    timer.start(clock.monotonic_ns() + 1000)
+    out_of_guest(vcpu, play, leave(vcpu, "interrupt"))
+    core = fake_engine.Core.cores[-1]
+    armed = core.timer
+    assert (vcpu.armed, rung) == (timer.expiry, [])
+    clock.advance(1000)
+    out_of_guest(vcpu, play, leave(vcpu, "interrupt"))
+    assert len(rung) == 1
+    assert core.timer != armed

@@ -6,6 +6,7 @@ use common::system::HANDLERS;
 use common::watched::*;
 use common::{Machine, CODE};
 use softkvm_engine::fault::vector;
+use softkvm_engine::jit::Tier;
 use softkvm_engine::pmu::branch::Kind;
 use softkvm_engine::pmu::registers::{index, status};
 use softkvm_engine::pmu::{debugctl, lvt};
@@ -35,15 +36,21 @@ fn count(machine: &mut Machine, n: u32, select: u64) {
     set(machine, index::EVTSEL + n, select | EN);
 }
 
-/// The general counters after a run of `code` to its HLT, with these events on.
+/// The general counters after a run of `code` to its HLT, with these events on: the same with host code and without.
 fn counts<const N: usize>(code: &[u8], events: [u64; N]) -> [u64; N] {
-    let mut machine = intel();
-    machine.load(code);
-    for (n, event) in events.into_iter().enumerate() {
-        count(&mut machine, n as u32, event | OS | USR);
-    }
-    assert_eq!(enter(&mut machine), EXIT_HLT);
-    std::array::from_fn(|n| get(&machine, index::PMC + n as u32))
+    let run = |tier: Tier| {
+        let mut machine = intel();
+        machine.cpu.set_translator(tier.threshold());
+        machine.load(code);
+        for (n, event) in events.into_iter().enumerate() {
+            count(&mut machine, n as u32, event | OS | USR);
+        }
+        assert_eq!(enter(&mut machine), EXIT_HLT);
+        std::array::from_fn(|n| get(&machine, index::PMC + n as u32))
+    };
+    let translated = run(Tier::Translator);
+    assert_eq!(run(Tier::Interpreter), translated);
+    translated
 }
 
 // ---- registers ------------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from softkvm import silicon
 from softkvm.host import rseq, trace
 from softkvm.host.perf.context import EventContext
 from softkvm.host.perf.core import CpuPerf, Perf
-from softkvm.host.schedstat import run_delay_ns
+from softkvm.host.schedstat import run_delay_ns, was_preempted
 from softkvm.host.smp import Call
 from softkvm.host.task import Task, current
 
@@ -163,9 +163,11 @@ class Scheduler:
             self._leave(entity, "R")
         self._wait(entity)
 
-    def spin(self, guest: Guest) -> None:
-        """The guest waits for another one in a loop, which may want our processor (`kvm_vcpu_on_spin()`)."""
+    def spin(self, guest: Guest) -> bool:
+        """The guest waits for another one in a loop, which may want our processor (`kvm_vcpu_on_spin()`); whether anybody has wanted it
+        since the thread's last call."""
         os.sched_yield()
+        return was_preempted()
 
     def run_delay(self) -> int:
         """How long the calling thread has been runnable and not run, in ns since it started."""

@@ -149,9 +149,10 @@ class Turns(Scheduler):
         """How long the calling thread has waited for turns, in virtual ns since it started."""
         return current().run_delay
 
-    def spin(self, guest: Guest) -> None:
-        """The guest waits for another one in a loop: that one should run."""
+    def spin(self, guest: Guest) -> bool:
+        """The guest waits for another one in a loop: that one should run, and always wants to."""
         self.schedule(guest)
+        return True
 
     # --- For seats ------------------------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from softkvm.kvm import cpuid, cr, emulate, events, guest_debug, msr, msr_filter
 from softkvm.kvm.mmu import Fault
 from softkvm.kvm.pmu.registers import GuestRegisters
 from softkvm.kvm.request import REQ_EVENT
+from softkvm.kvm.vendor import PLE_WINDOW, PLE_WINDOW_MAX
 from softkvm.uapi import kvm as uapi
 
 if TYPE_CHECKING:
@@ -126,9 +127,11 @@ def handle_nop(vcpu: Vcpu) -> int:
 
 
 def handle_pause(vcpu: Vcpu) -> int:
-    """A loop of PAUSE: whoever the guest waits for may want our processor."""
+    """A loop of PAUSE: whoever the guest waits for may want our processor. Where nobody does, longer loops are let be."""
     result = skip(vcpu)
-    vcpu.vm.scheduler.spin(vcpu)
+    control = vcpu.control
+    crowded = vcpu.vm.scheduler.spin(vcpu)
+    control.pause_window = PLE_WINDOW if crowded else min(2 * control.pause_window, PLE_WINDOW_MAX)
     return result
 
 
@@ -151,8 +154,7 @@ def handle_rdpmc(vcpu: Vcpu) -> int:
 
 def handle_interrupt(vcpu: Vcpu) -> int:
     """A host interrupt: a kick, or the core's timer."""
-    vcpu.disarm_timer()
-    entry.interrupt(current(), vcpu.clock.run_expired)
+    entry.interrupt(current(), vcpu.core_interrupted)
     return 1
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from softkvm.kvm.cpuid import CpuidTable
     from softkvm.kvm.iobus import IoBus
     from softkvm.kvm.irqchip import Irqchip
+    from softkvm.kvm.irqchip.apic_map import ApicMap
     from softkvm.kvm.irqchip.lapic import Lapic
     from softkvm.kvm.irqchip.pit import Pit
     from softkvm.kvm.irqchip.routing import Routing
@@ -95,6 +96,10 @@ class Vm(Protocol):
     @property
     def reserved_ioapic_pins(self) -> int:
         """GSIs below are pins of an IOAPIC in user space."""
+
+    @property
+    def apic_map(self) -> ApicMap:
+        """Local APICs by their physical destinations."""
 
     @property
     def pit(self) -> Pit | None:

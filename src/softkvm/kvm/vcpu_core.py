@@ -293,6 +293,13 @@ class VcpuCore(VcpuRequests):
         if self.cpu is not None:
             self.cpu.core.set_timer(0 if expiry is None else max(1, self.clock.ns_to_tsc(expiry)))
 
+    def core_interrupted(self) -> None:
+        """An interrupt of the host's came to the core: its timer, if that is due, else a kick, which leaves the timer armed."""
+        armed = self.armed
+        if armed is not None and armed <= self.clock.monotonic_ns():
+            self.disarm_timer()
+            self.clock.run_expired()
+
     def disarm_timer(self) -> None:
         """Stop the core's timer until the next entry arms it again."""
         if self.cpu is not None:

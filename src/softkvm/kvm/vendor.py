@@ -38,8 +38,8 @@ INTERCEPTS = sum(
 )
 """What a guest may not do by itself."""
 
-PLE_GAP, PLE_WINDOW = 1 << 14, 1 << 17
-"""TSC cycles between two PAUSEs of one loop, and of a loop before it exits: some turns, and some tens of microseconds."""
+PLE_GAP, PLE_WINDOW, PLE_WINDOW_MAX = 1 << 14, 1 << 17, 1 << 22
+"""TSC cycles between two PAUSEs of one loop: some turns. Of a loop before it exits: some tens of microseconds, to some milliseconds."""
 
 _MSR_TSC = 0x10
 _PASSED_THROUGH = (0x174, 0x175, 0x176, 0xC000_0081, 0xC000_0082, 0xC000_0083, 0xC000_0084, 0xC000_0100, 0xC000_0101, 0xC000_0102)

@@ -20,6 +20,7 @@ from softkvm.kvm.introspection.ioctls import IntrospectionIoctls
 from softkvm.kvm.iobus import IoBus
 from softkvm.kvm.ioctl import fields, ioctl, pointed_u64, returns, returns_first_u32, takes, takes_array, value
 from softkvm.kvm.irqchip import Irqchip
+from softkvm.kvm.irqchip.apic_map import ApicMap
 from softkvm.kvm.irqchip.pit import Pit
 from softkvm.kvm.irqchip.routing import MAX_ROUTES, USERSPACE_SOURCE, Routing
 from softkvm.kvm.kvmclock import VmClock
@@ -70,6 +71,7 @@ class Vm(VmMemory, VmOptions, IntrospectionIoctls):
         self.boot_cpu_id = 0
         self.pio_bus, self.mmio_bus = IoBus(self.lock), IoBus(self.lock)
         self.routing = Routing(self)
+        self.apic_map = ApicMap(self)
         self.irqchip: Irqchip | None = None
         self.pit: Pit | None = None
         self.tsc = VmTsc(clock, self.model.vendor, tsc.has_control(self.model, self.parameters))
@@ -303,6 +305,7 @@ class Vm(VmMemory, VmOptions, IntrospectionIoctls):
                 raise OSError(errno.EEXIST, f"there is a vCPU {vcpu_id}")
             vcpu = Vcpu(self, vcpu_id)
             self.vcpus = [*self.vcpus, vcpu]
+            self.apic_map.forget()
             if self.introspection is not None:
                 self.introspection.add_vcpu(vcpu)
         vcpu.tsc.synchronize(0)

@@ -26,7 +26,7 @@ impl Cpu {
     /// looked at however often the guest exits.
     pub fn run(&mut self) {
         loop {
-            let outcome = if self.pending & pending::WATCHED != 0 { self.run_watched() } else { self.run_unwatched() };
+            let outcome = if self.pmu.watched != 0 { self.run_watched() } else { self.run_unwatched() };
             if outcome.is_err() {
                 return;
             }
@@ -66,7 +66,8 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     fn boundary_unwatched(&mut self) -> Exec<bool> {
-        if self.pending & pending::WATCHED != 0 {
+        self.pending &= !pending::WATCHED;
+        if self.pmu.watched != 0 {
             return Err(Stop::Leave);
         }
         self.boundary()
@@ -119,9 +120,10 @@ impl Cpu {
         self.shorten_budget();
     }
 
-    /// Lets the budget end before the hypervisor's does, whose last instructions run one by one, and in virtual time with the first timer.
+    /// Lets the budget end before the hypervisor's does, whose last instructions run one by one, in virtual time with the first timer, and
+    /// before a counter overflows.
     pub fn shorten_budget(&mut self) {
-        let mut limit = self.budget;
+        let mut limit = self.budget.min(self.until_overflow());
         let wanted = self.control.instruction_budget;
         if wanted != 0 {
             let left = wanted.saturating_sub(self.instructions()).saturating_sub(block::MAX_INSTRUCTIONS as u64);
@@ -261,7 +263,8 @@ impl Cpu {
         self.code.collect(&self.npt.code);
         let la = self.segment_address(crate::state::seg::CS, rip, 1, AccessKind::Fetch)?;
         let host = self.fetch_address(la)? as u64;
-        let block = match self.code.find(host, self.code_size) {
+        let known = self.code.last_at(rip, host, self.code_size).or_else(|| self.code.find(host, self.code_size));
+        let block = match known {
             Some(block) if self.second_page_matches(block, la)? => block,
             _ => {
                 let block = block::decode(self)?;
@@ -270,9 +273,18 @@ impl Cpu {
         };
         // What only a waiver allows to be fetched is not found again without one.
         if self.waivers.is_empty() {
-            self.code.remember(rip, self.jump_context, block);
+            self.remember(rip, la, block);
         }
         Ok(block)
+    }
+
+    /// Lets the jump cache find `block` at `rip`, which is linear address `la`, as long as the translation of its pages stands.
+    fn remember(&mut self, rip: u64, la: u64, block: *mut Block) {
+        // SAFETY: the cache just returned it, and frees blocks only in `collect`.
+        let crosses = unsafe { (*block).second_page }.is_some();
+        self.tlb.note_code(self.cpl() == 3, la, crosses.then_some((la | PAGE_OFFSET).wrapping_add(1)));
+        self.refresh_table();
+        self.code.remember(rip, self.jump_context, block);
     }
 
     /// Whether the tail of a block that crosses a page is where it was when the block was made.
@@ -286,7 +298,7 @@ impl Cpu {
     /// Runs a block, and as host code those that follow it. Returns the last one if it ended with a branch or fell through, and null if
     /// anything else happened.
     #[inline(always)]
-    fn execute(&mut self, block: *mut Block) -> Exec<*mut Block> {
+    pub(super) fn execute(&mut self, block: *mut Block) -> Exec<*mut Block> {
         match self.translation(block) {
             Some(body) => self.run_native(block, body),
             None => self.interpret(block),

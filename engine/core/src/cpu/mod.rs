@@ -51,7 +51,7 @@ pub mod pending {
     pub const BUDGET: u32 = 64;
     /// DR7 turns a breakpoint on: run one instruction at a time.
     pub const BREAKPOINTS: u32 = 128;
-    /// Counters count, or branches are recorded: the dispatcher of `watch` runs.
+    /// Counters begin to count, or branches to be recorded: the dispatcher of `watch` takes over.
     pub const WATCHED: u32 = 256;
 }
 
@@ -64,6 +64,9 @@ pub enum CodeSize {
     Bits32 = 1,
     Bits64 = 2,
 }
+
+/// Bits of `Cpu::jump_context` below the generation.
+const CONTEXT_BITS: u32 = 8;
 
 /// A CPU with a guest on it. `repr(C)` keeps what every instruction touches in the first cache lines.
 #[repr(C, align(64))]
@@ -100,6 +103,8 @@ pub struct Cpu {
     pub control: Control,
     pub exit: Exit,
     pub fault: Fault,
+    /// Base of the last code segment of 16 or 32 bits: `jump_context` stands for code at that base.
+    code_base: u64,
     /// Registers that translation depends on; follows `state`.
     pub paging: Context,
     pub tlb: Tlb,
@@ -163,6 +168,7 @@ impl Cpu {
             control: Control::default(),
             exit: Exit::default(),
             fault: Fault::default(),
+            code_base: 0,
             paging: Context::default(),
             tlb: Tlb::default(),
             code: CodeCache::default(),
@@ -413,6 +419,10 @@ impl Cpu {
         self.media = self.current_media();
         self.unused_address_bits = unused_bits(self.state.cr4);
         let flat = self.code_size == CodeSize::Bits64;
+        if !flat && self.state.segments[seg::CS].base != self.code_base {
+            self.code_base = self.state.segments[seg::CS].base;
+            self.tlb.forget_code();
+        }
         for number in 0..6 {
             let keep = !flat || number == seg::FS || number == seg::GS;
             self.bases[number] = if keep { self.state.segments[number].base } else { 0 };
@@ -431,8 +441,8 @@ impl Cpu {
 
     /// Points `active_table` to the table of the current privilege and address space. Whoever switches or flushes the TLB calls this.
     pub fn refresh_table(&mut self) {
-        let user = u64::from(self.cpl == 3);
-        self.jump_context = u64::from(self.tlb.generation()) << 8 | user << 4 | self.code_size as u64;
+        let user = self.cpl == 3;
+        self.jump_context = self.tlb.generation(user) << CONTEXT_BITS | u64::from(user) << 4 | self.code_size as u64;
         self.active_table = if self.alignment_checked() { tlb::never() } else { self.tlb.table(self.privilege()) };
     }
 }

@@ -8,6 +8,7 @@ use core::ptr;
 
 use super::{pending, CodeSize, Cpu};
 use crate::decode::block::{self, Block};
+use crate::paging::AccessKind;
 use crate::pmu::branch::{taken_in_place, Kind};
 use crate::pmu::lbr::Transfer;
 use crate::pmu::predictor::Predictor;
@@ -28,13 +29,15 @@ impl Cpu {
     /// Ends it: counters stand still outside the guest.
     pub fn end_watch(&mut self) {
         self.watch_from(self.instructions());
-        self.pending &= !pending::WATCHED;
+        (self.pmu.watched, self.pmu.check_at) = (0, u64::MAX);
     }
 
     /// Decides again what to watch. Whoever changes DEBUGCTL or a register of the PMU calls this.
     pub fn choose_watch(&mut self) {
         self.pmu.choose(self.state.debugctl);
-        self.pending = self.pending & !pending::WATCHED | if self.pmu.watched != 0 { pending::WATCHED } else { 0 };
+        if self.pmu.watched != 0 {
+            self.pending |= pending::WATCHED;
+        }
     }
 
     /// For an instruction that reads or writes a register of the PMU, which is the last of its block: all counters are right for the
@@ -45,7 +48,7 @@ impl Cpu {
 
     /// Brings all counters up to date at instruction count `now`, and counts from there on.
     fn watch_from(&mut self, now: u64) {
-        if self.pending & pending::WATCHED != 0 {
+        if self.pmu.watched != 0 {
             self.pmu.account(now);
             self.pmu.fold(self.state.debugctl);
         }
@@ -57,7 +60,7 @@ impl Cpu {
     /// Runs the guest as long as there is something to watch.
     pub(super) fn run_watched(&mut self) -> Exec {
         let mut previous = ptr::null_mut();
-        while self.pending & pending::WATCHED != 0 {
+        while self.pmu.watched != 0 {
             previous = self.step_watched(previous)?;
         }
         Ok(())
@@ -66,8 +69,8 @@ impl Cpu {
     /// One block, as `Cpu::step` runs it.
     #[inline(always)]
     fn step_watched(&mut self, previous: *mut Block) -> Exec<*mut Block> {
-        let work = self.signal.pending() | self.pending & !pending::WATCHED;
-        let mut alone = (work != 0 || self.budget <= 0) && self.boundary()?;
+        self.pending &= !pending::WATCHED;
+        let mut alone = (self.signal.pending() | self.pending != 0 || self.budget <= 0) && self.boundary()?;
         if self.pmu.cpl != self.cpl() {
             self.enter_level();
         }
@@ -87,9 +90,12 @@ impl Cpu {
         }
     }
 
-    /// Runs a block and looks at the branch that it ended with.
+    /// Runs a block and looks at the branch that it ended with. Where only instructions count, the budget tells them.
     #[inline(always)]
     fn execute_watched(&mut self, block: *mut Block) -> Exec<*mut Block> {
+        if self.pmu.watched & watch::BRANCHES == 0 {
+            return self.execute(block);
+        }
         // SAFETY: blocks are freed by `collect` only, which neither this nor `execute` calls.
         let kind = unsafe { (*block).branch };
         if kind == Kind::Loop && self.overflow_is_near() {
@@ -98,7 +104,7 @@ impl Cpu {
         }
         let (first, before) = (self.rip(), self.instructions());
         let done = self.interpret(block)?;
-        if kind != Kind::None && !done.is_null() && self.pmu.watched & watch::BRANCHES != 0 {
+        if kind != Kind::None && !done.is_null() {
             if kind == Kind::Loop {
                 self.earlier_turns(block, first, before);
             }
@@ -140,7 +146,41 @@ impl Cpu {
         }
         let (room, exact) = self.pmu.headroom(LONGEST);
         self.pmu.check_at = now.saturating_add(room);
+        self.shorten_budget();
         Ok(exact)
+    }
+
+    /// Instructions that the budget may have: host code looks at nothing else before it begins a block.
+    pub(super) fn until_overflow(&self) -> i64 {
+        let left = self.pmu.check_at.saturating_sub(self.instructions()).saturating_sub(LONGEST);
+        i64::try_from(left).unwrap_or(i64::MAX)
+    }
+
+    /// `events` more than instructions have happened, so an overflow is nearer than it seemed.
+    fn hasten_overflow(&mut self, events: u64) {
+        if self.pmu.check_at != u64::MAX {
+            self.pmu.check_at = self.pmu.check_at.saturating_sub(events);
+            self.budget -= events as i64;
+            self.budget_start -= events as i64;
+        }
+    }
+
+    /// Notes a page walk.
+    #[cold]
+    pub fn note_walk(&mut self, kind: AccessKind, found: bool) {
+        let cpl = self.pmu.cpl;
+        self.pmu.tally.add_walk(cpl, kind, found);
+        self.hasten_overflow(1);
+    }
+
+    /// Notes a branch or a delivery; returns whether it was mispredicted.
+    #[inline(always)]
+    fn retire(&mut self, kind: Kind, cpl: u8, from: u64, next: u64, to: u64, taken: bool) -> bool {
+        let (mispredicted, stalled) = self.pmu.retire(kind, cpl, from, next, to, taken);
+        if stalled != 0 {
+            self.hasten_overflow(stalled);
+        }
+        mispredicted
     }
 
     // ---- branches -------------------------------------------------------------------------------------------------------------------
@@ -155,10 +195,11 @@ impl Cpu {
         let recorded = self.pmu.recording || self.pmu.log.is_some();
         let singly = if recorded { turns } else { turns.min(Predictor::LEARNS) };
         for behind in (turns - singly + 1..=turns).rev() {
-            let mispredicted = self.pmu.retire(Kind::Loop, cpl, at, next, at, true);
+            let mispredicted = self.retire(Kind::Loop, cpl, at, next, at, true);
             self.record(&Transfer { kind: Kind::Loop, from: at, to: at, mispredicted, before: cpl, after: cpl, vector: 0 }, behind);
         }
-        self.pmu.retire_turns(cpl, turns - singly);
+        let stalled = self.pmu.tally.add_turns(cpl, turns - singly);
+        self.hasten_overflow(stalled);
     }
 
     /// [`Cpu::branch_done`] for an instruction that ran alone.
@@ -179,7 +220,7 @@ impl Cpu {
         let taken = to != next || kind.always_taken() || taken_in_place(self, block);
         if self.pmu.watched & watch::BRANCHES != 0 {
             let before = self.pmu.cpl;
-            let mispredicted = self.pmu.retire(kind, before, from, next, to, taken);
+            let mispredicted = self.retire(kind, before, from, next, to, taken);
             // What an INT instruction leads to has been recorded at the delivery.
             if taken && kind != Kind::SoftwareInterrupt {
                 self.record(&Transfer { kind, from, to, mispredicted, before, after: self.cpl(), vector: 0 }, 0);
@@ -193,8 +234,8 @@ impl Cpu {
     pub fn note_delivery(&mut self, kind: Kind, vector: u8, from: u64, before: u8) {
         let transfer = Transfer { kind, from, to: self.rip(), mispredicted: false, before, after: self.cpl(), vector };
         if kind != Kind::SoftwareInterrupt {
-            self.pmu.retire(kind, before, from, from, transfer.to, true);
-            self.pmu.check_at = self.pmu.check_at.saturating_sub(1);
+            self.retire(kind, before, from, from, transfer.to, true);
+            self.hasten_overflow(1);
         }
         self.record(&transfer, 0);
     }

@@ -90,6 +90,17 @@ impl CodeCache {
         Some(jump.block)
     }
 
+    /// The block that was last run at `rip`, whatever the context, if it is a valid one of the code at `host`.
+    pub fn last_at(&self, rip: u64, host: u64, size: CodeSize) -> Option<*mut Block> {
+        let jump = &self.jumps[jump_slot(rip)];
+        if jump.rip != rip || jump.block.is_null() {
+            return None;
+        }
+        // SAFETY: the jump cache forgets blocks before they are freed.
+        let block = unsafe { &*jump.block };
+        (block.valid && block.key == Key { host, size }).then_some(jump.block)
+    }
+
     /// Address of the jump cache, for host code; it never moves.
     pub fn jumps(&self) -> *const Jump {
         self.jumps.as_ptr()

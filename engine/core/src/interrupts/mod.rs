@@ -196,7 +196,7 @@ impl Cpu {
             (self.vectoring, self.vectoring_error) = (self.event_info(&event), event.error.unwrap_or(0));
             let (from, level) = (self.rip(), self.cpl());
             let outcome = self.vector(&event);
-            if outcome.is_ok() && self.pending & pending::WATCHED != 0 {
+            if outcome.is_ok() && self.pmu.watched != 0 {
                 self.note_delivery(event.branch(), event.vector, from, level);
             }
             if outcome != Err(Stop::Fault) {
@@ -253,7 +253,7 @@ impl Cpu {
     /// A debug exception turns branch records and stepping by branches off (SDM vol. 3, 18.4.1).
     fn stop_branch_debugging(&mut self) {
         self.state.debugctl &= !(debugctl::LBR | debugctl::BTF);
-        if self.pending & pending::WATCHED != 0 {
+        if self.pmu.watched != 0 {
             self.choose_watch();
         }
     }

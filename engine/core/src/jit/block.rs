@@ -1,9 +1,10 @@
 //! The translation of one block.
 
-use iced_x86::code_asm::*;
+use iced_x86::Register::{R13, R14, R14D, R15};
 use iced_x86::{Instruction, InstructionInfoFactory, MemorySize, OpAccess, OpKind, Register};
 
-use super::emit::{block_rip, cpu_field, in_memory, r64, Emit, Emitter, Places, Rule};
+use super::asm::{qword_ptr, Asm, Label};
+use super::emit::{block_rip, cpu_field, in_memory, Emitter, Places, Rule};
 use super::plan::{plan, Host, Plan};
 use super::registers::{self, host, resized, SCRATCH, STACK};
 use crate::cpu::Cpu;
@@ -15,30 +16,23 @@ use crate::paging::AccessKind;
 use crate::state::rflags::ARITHMETIC;
 use crate::state::seg;
 
-/// Host code of a block, and the offset at which the dispatcher enters it.
-pub struct Code {
-    pub bytes: Vec<u8>,
-    pub body: u64,
-}
-
-/// Translates `block`, which was made from `instructions`, to run at `at`.
-pub fn translate(block: &Block, instructions: &[Instruction], model: &Model, host: Host, places: Places, at: u64) -> Emit<Code> {
+/// Translates `block`, which was made from `instructions`. Returns the distance behind the prologue, where the dispatcher enters; `None`
+/// if an instruction cannot be encoded.
+pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], model: &Model, host: Host, places: Places) -> Option<usize> {
     let live = live_flags(instructions);
-    let mut translation = Translation { out: Emitter::new(places, block)?, info: InstructionInfoFactory::new() };
-    let mut body = translation.out.asm.create_label();
-    translation.out.prologue(block.instructions)?;
-    translation.out.set_label(&mut body)?;
+    let mut translation = Translation { out: Emitter::new(asm, places, block), info: InstructionInfoFactory::new() };
+    translation.out.prologue(block.instructions);
+    let body = translation.out.asm.len();
     let mut ended = false;
     for (index, insn) in instructions.iter().enumerate() {
         let before = if index == 0 { ARITHMETIC } else { live[index - 1] };
         let place = Place { index, seen_before: before != 0, seen_behind: live[index] != 0 };
-        ended = translation.instruction(insn, plan(insn, live[index], host, model), place)?;
+        ended = translation.instruction(insn, plan(insn, live[index], host, model), place);
     }
     if !ended {
-        translation.fall_through(instructions.len(), u64::from(block.length))?;
+        translation.fall_through(instructions.len(), u64::from(block.length));
     }
-    let (bytes, body) = translation.out.finish(at, &body)?;
-    Ok(Code { bytes, body })
+    translation.out.finish().then_some(body)
 }
 
 /// An instruction's number in its block, and whether anybody sees the flags before it and behind it.
@@ -49,67 +43,66 @@ struct Place {
     seen_behind: bool,
 }
 
-struct Translation {
-    out: Emitter,
+struct Translation<'a> {
+    out: Emitter<'a>,
     info: InstructionInfoFactory,
 }
 
-impl Translation {
+impl Translation<'_> {
     /// Translates one instruction; true if nothing behind it is reached.
-    fn instruction(&mut self, insn: &Instruction, plan: Plan, place: Place) -> Emit<bool> {
+    fn instruction(&mut self, insn: &Instruction, plan: Plan, place: Place) -> bool {
         match plan {
-            Plan::Same(rule) => self.same(insn, rule, place)?,
-            Plan::Lea => self.lea(insn)?,
+            Plan::Same(rule) => self.same(insn, rule, place),
+            Plan::Lea => self.lea(insn),
             Plan::Nothing => {}
-            Plan::Push => self.push(insn, place)?,
-            Plan::Pop => self.pop(insn, place)?,
-            Plan::Leave => self.leave(place)?,
-            Plan::Interpret => self.out.interpret(place.index)?,
-            Plan::Conditional => self.conditional(insn, place)?,
-            Plan::JumpRelative => self.exit(insn.near_branch_target(), place.index)?,
-            Plan::JumpIndirect => self.jump_indirect(insn, place)?,
-            Plan::CallRelative => self.call_relative(insn, place)?,
-            Plan::CallIndirect => self.call_indirect(insn, place)?,
-            Plan::Return => self.ret(insn, place)?,
+            Plan::Push => self.push(insn, place),
+            Plan::Pop => self.pop(insn, place),
+            Plan::Leave => self.leave(place),
+            Plan::Interpret => self.out.interpret(place.index),
+            Plan::Conditional => self.conditional(insn, place),
+            Plan::JumpRelative => self.exit(insn.near_branch_target(), place.index),
+            Plan::JumpIndirect => self.jump_indirect(insn, place),
+            Plan::CallRelative => self.call_relative(insn, place),
+            Plan::CallIndirect => self.call_indirect(insn, place),
+            Plan::Return => self.ret(insn, place),
         }
         use Plan::*;
-        Ok(matches!(plan, Conditional | JumpRelative | JumpIndirect | CallRelative | CallIndirect | Return))
+        matches!(plan, Conditional | JumpRelative | JumpIndirect | CallRelative | CallIndirect | Return)
     }
 
     // ---- operations -----------------------------------------------------------------------------------------------------------------
 
     /// The same operation on the operands where they are on the host.
-    fn same(&mut self, insn: &Instruction, rule: Rule, place: Place) -> Emit {
+    fn same(&mut self, insn: &Instruction, rule: Rule, place: Place) {
         let (reads, modifies) = (insn.rflags_read(), insn.rflags_modified());
         let memory = (0..insn.op_count()).find(|n| insn.op_kind(*n) == OpKind::Memory);
         if let Some(operand) = memory {
-            self.out.clobber_flags(place.seen_before)?;
+            self.out.clobber_flags(place.seen_before);
             let miss = self.out.detour(place.index);
-            self.operand_address(insn)?;
+            self.operand_address(insn);
             let bytes = insn.memory_size().size();
             let kind = if self.writes(insn, operand) { AccessKind::Write } else { AccessKind::Read };
-            self.out.translate(bytes, kind, miss)?;
+            self.out.translate(bytes, kind, miss);
             if insn.has_lock_prefix() || insn.mnemonic() == iced_x86::Mnemonic::Xchg {
-                self.out.require_alignment(bytes, miss)?;
+                self.out.require_alignment(bytes, miss);
             }
         }
         let partial = modifies != 0 && (modifies != ALL_FLAGS || may_keep_flags(insn));
         if reads & ALL_FLAGS != 0 || partial && place.seen_behind {
-            self.out.need_flags()?;
+            self.out.need_flags();
         }
-        let result = self.with_operands(insn, memory.is_some())?;
+        let result = self.with_operands(insn, memory.is_some());
         if modifies != 0 {
-            self.out.new_flags(rule, result, place.seen_behind)?;
+            self.out.new_flags(rule, result, place.seen_behind);
         }
         if memory.is_some() {
-            self.out.rejoin()?;
+            self.out.rejoin();
         }
-        Ok(())
     }
 
     /// Emits `insn` with its operands replaced: registers by where they live, memory by the address in R14. Returns the host register with
     /// the result, if that is a register; for products in RDX:RAX the low half.
-    fn with_operands(&mut self, insn: &Instruction, in_memory_too: bool) -> Emit<Register> {
+    fn with_operands(&mut self, insn: &Instruction, in_memory_too: bool) -> Register {
         let mut free = if in_memory_too { [SCRATCH[0], SCRATCH[2]] } else { [SCRATCH[0], SCRATCH[1]] }.into_iter();
         let mut changed = *insn;
         let mut stores = Vec::new();
@@ -123,7 +116,7 @@ impl Translation {
                     let full = register.full_register();
                     let place = host(full).unwrap_or_else(|| free.next().unwrap_or_else(|| unreachable!("the plan counts them")));
                     if host(full).is_none() {
-                        self.out.asm.mov(r64(place), in_memory(full))?;
+                        self.out.asm.mov(place, in_memory(full));
                         if self.writes(insn, n) {
                             stores.push((full, place));
                         }
@@ -134,11 +127,15 @@ impl Translation {
                 _ => {}
             }
         }
-        self.out.add(changed)?;
+        self.out.add(changed);
         for (full, place) in stores {
-            self.out.asm.mov(in_memory(full), r64(place))?;
+            self.out.asm.mov(in_memory(full), place);
         }
-        Ok(if changed.op_count() == 1 { accumulator(width(insn)) } else { changed.op0_register() })
+        if changed.op_count() == 1 {
+            accumulator(width(insn))
+        } else {
+            changed.op0_register()
+        }
     }
 
     fn writes(&mut self, insn: &Instruction, operand: u32) -> bool {
@@ -146,212 +143,212 @@ impl Translation {
         matches!(self.info.info(insn).op_access(operand), Write | ReadWrite | CondWrite | ReadCondWrite)
     }
 
-    fn lea(&mut self, insn: &Instruction) -> Emit {
-        self.effective_address(insn)?;
+    fn lea(&mut self, insn: &Instruction) {
+        self.effective_address(insn);
         let target = insn.op0_register();
         if target.size() == 4 {
-            self.out.asm.mov(r14d, r14d)?;
+            self.out.asm.mov(R14D, R14D);
         }
         self.set(target.full_register(), Register::R14)
     }
 
     /// Guest register `guest` = host register `value`.
-    fn set(&mut self, guest: Register, value: Register) -> Emit {
+    fn set(&mut self, guest: Register, value: Register) {
         match host(guest) {
-            Some(host) => self.out.asm.mov(r64(host), r64(value)),
-            None => self.out.asm.mov(in_memory(guest), r64(value)),
+            Some(host) => self.out.asm.mov(host, value),
+            None => self.out.asm.mov(in_memory(guest), value),
         }
     }
 
     /// The host register that has `guest`, loaded to `scratch` if it stays in memory.
-    fn get(&mut self, guest: Register, scratch: Register) -> Emit<Register> {
+    fn get(&mut self, guest: Register, scratch: Register) -> Register {
         if let Some(host) = host(guest) {
-            return Ok(host);
+            return host;
         }
-        self.out.asm.mov(r64(scratch), in_memory(guest))?;
-        Ok(scratch)
+        self.out.asm.mov(scratch, in_memory(guest));
+        scratch
     }
 
     // ---- addresses --------------------------------------------------------------------------------------------------------------------
 
     /// R14 = the effective address of the memory operand, with nothing else changed but R15.
-    fn effective_address(&mut self, insn: &Instruction) -> Emit {
+    fn effective_address(&mut self, insn: &Instruction) {
         let displacement = insn.memory_displacement64() as i32;
         let base = match insn.memory_base() {
             Register::None => None,
             Register::RIP => {
-                self.out.asm.mov(r14, block_rip())?;
+                self.out.asm.mov(R14, block_rip());
                 Some(Register::R14)
             }
-            guest => Some(self.get(guest, Register::R14)?),
+            guest => Some(self.get(guest, Register::R14)),
         };
         let index = match insn.memory_index() {
             Register::None => None,
-            guest => Some(self.get(guest, Register::R15)?),
+            guest => Some(self.get(guest, Register::R15)),
         };
-        let scale = insn.memory_index_scale() as i32;
-        let a = &mut self.out.asm;
+        let scale = insn.memory_index_scale() as u8;
+        let a = &mut *self.out.asm;
         match (base, index) {
-            (Some(base), Some(index)) => a.lea(r14, qword_ptr(r64(base) + r64(index) * scale + displacement)),
-            (Some(base), None) => a.lea(r14, qword_ptr(r64(base) + displacement)),
-            (None, Some(index)) => a.lea(r14, qword_ptr(r64(index) * scale + displacement)),
-            (None, None) => a.mov(r14, i64::from(displacement)),
+            (Some(base), Some(index)) => a.lea(R14, qword_ptr(base, displacement).index(index, scale)),
+            (Some(base), None) => a.lea(R14, qword_ptr(base, displacement)),
+            (None, Some(index)) => a.lea(R14, qword_ptr(Register::None, displacement).index(index, scale)),
+            (None, None) => a.mov(R14, displacement),
         }
     }
 
     /// R14 = the linear address of the memory operand. Clobbers R15 and the flags.
-    fn operand_address(&mut self, insn: &Instruction) -> Emit {
-        self.effective_address(insn)?;
+    fn operand_address(&mut self, insn: &Instruction) {
+        self.effective_address(insn);
         let number = match insn.memory_segment() {
             Register::FS => seg::FS,
             Register::GS => seg::GS,
-            _ => return Ok(()),
+            _ => return,
         };
-        self.out.asm.add(r14, cpu_field(std::mem::offset_of!(Cpu, bases) + 8 * number))
+        self.out.asm.add(R14, cpu_field(std::mem::offset_of!(Cpu, bases) + 8 * number))
     }
 
     // ---- the stack --------------------------------------------------------------------------------------------------------------------
 
     /// R14 = host address of the 8 bytes at RSP + `displacement`.
-    fn stack_slot(&mut self, displacement: i32, kind: AccessKind, miss: CodeLabel) -> Emit {
-        self.out.asm.lea(r14, qword_ptr(r64(STACK) + displacement))?;
+    fn stack_slot(&mut self, displacement: i32, kind: AccessKind, miss: Label) {
+        self.out.asm.lea(R14, qword_ptr(STACK, displacement));
         self.out.translate(8, kind, miss)
     }
 
-    fn move_stack(&mut self, by: i32) -> Emit {
-        self.out.asm.lea(r64(STACK), qword_ptr(r64(STACK) + by))
+    fn move_stack(&mut self, by: i32) {
+        self.out.asm.lea(STACK, qword_ptr(STACK, by))
     }
 
-    fn push(&mut self, insn: &Instruction, place: Place) -> Emit {
-        self.out.clobber_flags(place.seen_before)?;
+    fn push(&mut self, insn: &Instruction, place: Place) {
+        self.out.clobber_flags(place.seen_before);
         let miss = self.out.detour(place.index);
-        self.stack_slot(-8, AccessKind::Write, miss)?;
+        self.stack_slot(-8, AccessKind::Write, miss);
         if insn.op0_kind() == OpKind::Register {
-            let value = self.get(insn.op0_register(), Register::R13)?;
-            self.out.asm.mov(qword_ptr(r14), r64(value))?;
+            let value = self.get(insn.op0_register(), Register::R13);
+            self.out.asm.mov(qword_ptr(R14, 0), value);
         } else {
-            self.out.asm.mov(qword_ptr(r14), insn.immediate(0) as i32)?;
+            self.out.asm.mov(qword_ptr(R14, 0), insn.immediate(0) as i32);
         }
-        self.move_stack(-8)?;
+        self.move_stack(-8);
         self.out.rejoin()
     }
 
-    fn pop(&mut self, insn: &Instruction, place: Place) -> Emit {
-        self.out.clobber_flags(place.seen_before)?;
+    fn pop(&mut self, insn: &Instruction, place: Place) {
+        self.out.clobber_flags(place.seen_before);
         let miss = self.out.detour(place.index);
-        self.stack_slot(0, AccessKind::Read, miss)?;
-        self.move_stack(8)?;
-        self.out.asm.mov(r13, qword_ptr(r14))?;
-        self.set(insn.op0_register(), Register::R13)?;
+        self.stack_slot(0, AccessKind::Read, miss);
+        self.move_stack(8);
+        self.out.asm.mov(R13, qword_ptr(R14, 0));
+        self.set(insn.op0_register(), Register::R13);
         self.out.rejoin()
     }
 
-    fn leave(&mut self, place: Place) -> Emit {
-        self.out.clobber_flags(place.seen_before)?;
+    fn leave(&mut self, place: Place) {
+        self.out.clobber_flags(place.seen_before);
         let miss = self.out.detour(place.index);
-        self.out.asm.mov(r14, in_memory(Register::RBP))?;
-        self.out.translate(8, AccessKind::Read, miss)?;
-        let a = &mut self.out.asm;
-        a.mov(r15, in_memory(Register::RBP))?;
-        a.mov(r13, qword_ptr(r14))?;
-        a.lea(r64(STACK), qword_ptr(r15 + 8))?;
-        a.mov(in_memory(Register::RBP), r13)?;
+        self.out.asm.mov(R14, in_memory(Register::RBP));
+        self.out.translate(8, AccessKind::Read, miss);
+        let a = &mut *self.out.asm;
+        a.mov(R15, in_memory(Register::RBP));
+        a.mov(R13, qword_ptr(R14, 0));
+        a.lea(STACK, qword_ptr(R15, 8));
+        a.mov(in_memory(Register::RBP), R13);
         self.out.rejoin()
     }
 
     // ---- ways out of the block ----------------------------------------------------------------------------------------------------------
 
     /// R15 = RIP `distance` bytes behind the first byte of the block.
-    fn rip_at(&mut self, distance: u64) -> Emit {
-        self.out.asm.mov(r15, block_rip())?;
-        self.out.asm.add(r15, distance as i32)
+    fn rip_at(&mut self, distance: u64) {
+        self.out.asm.mov(R15, block_rip());
+        self.out.asm.add(R15, distance as i32)
     }
 
     /// Goes to `distance` bytes behind the block's first byte. The interpreter runs instruction `index` where there is no way yet.
-    fn exit(&mut self, distance: u64, index: usize) -> Emit {
-        self.out.save_flags()?;
+    fn exit(&mut self, distance: u64, index: usize) {
+        self.out.save_flags();
         self.exit_saved(distance, index)
     }
 
-    fn exit_saved(&mut self, distance: u64, index: usize) -> Emit {
+    fn exit_saved(&mut self, distance: u64, index: usize) {
         let miss = self.out.detour(index);
-        self.rip_at(distance)?;
-        self.out.find_linked(miss)?;
+        self.rip_at(distance);
+        self.out.find_linked(miss);
         self.out.go()
     }
 
     /// The block ends without a branch: its last micro-op, behind the instructions, goes on.
-    fn fall_through(&mut self, index: usize, length: u64) -> Emit {
+    fn fall_through(&mut self, index: usize, length: u64) {
         self.exit(length, index)
     }
 
-    fn conditional(&mut self, insn: &Instruction, place: Place) -> Emit {
-        self.out.save_flags()?;
-        self.out.need_flags()?;
-        let mut taken = self.out.asm.create_label();
-        self.out.jump_if(insn, taken)?;
-        self.exit_saved(insn.next_ip(), place.index)?;
-        self.out.set_label(&mut taken)?;
+    fn conditional(&mut self, insn: &Instruction, place: Place) {
+        self.out.save_flags();
+        self.out.need_flags();
+        let taken = self.out.asm.create_label();
+        self.out.jump_if(insn, taken);
+        self.exit_saved(insn.next_ip(), place.index);
+        self.out.asm.set_label(taken);
         self.exit_saved(insn.near_branch_target(), place.index)
     }
 
     /// R15 = the target of an indirect branch.
-    fn target(&mut self, insn: &Instruction, miss: CodeLabel) -> Emit {
+    fn target(&mut self, insn: &Instruction, miss: Label) {
         if insn.op0_kind() == OpKind::Register {
-            let register = self.get(insn.op0_register(), Register::R15)?;
-            return self.out.asm.mov(r15, r64(register));
+            let register = self.get(insn.op0_register(), Register::R15);
+            return self.out.asm.mov(R15, register);
         }
-        self.operand_address(insn)?;
-        self.out.translate(8, AccessKind::Read, miss)?;
-        self.out.asm.mov(r15, qword_ptr(r14))
+        self.operand_address(insn);
+        self.out.translate(8, AccessKind::Read, miss);
+        self.out.asm.mov(R15, qword_ptr(R14, 0))
     }
 
-    fn jump_indirect(&mut self, insn: &Instruction, place: Place) -> Emit {
-        self.out.clobber_flags(true)?;
+    fn jump_indirect(&mut self, insn: &Instruction, place: Place) {
+        self.out.clobber_flags(true);
         let miss = self.out.detour(place.index);
-        self.target(insn, miss)?;
-        self.out.find_cached(JUMP_SLOTS, miss)?;
+        self.target(insn, miss);
+        self.out.find_cached(JUMP_SLOTS, miss);
         self.out.go()
     }
 
-    fn call_relative(&mut self, insn: &Instruction, place: Place) -> Emit {
-        self.out.clobber_flags(true)?;
+    fn call_relative(&mut self, insn: &Instruction, place: Place) {
+        self.out.clobber_flags(true);
         let miss = self.out.detour(place.index);
-        self.rip_at(insn.near_branch_target())?;
-        self.out.find_linked(miss)?;
-        self.out.keep_target()?;
-        self.push_return(insn, miss)?;
-        self.rip_at(insn.near_branch_target())?;
+        self.rip_at(insn.near_branch_target());
+        self.out.find_linked(miss);
+        self.out.keep_target();
+        self.push_return(insn, miss);
+        self.rip_at(insn.near_branch_target());
         self.out.go_to_target()
     }
 
-    fn call_indirect(&mut self, insn: &Instruction, place: Place) -> Emit {
-        self.out.clobber_flags(true)?;
+    fn call_indirect(&mut self, insn: &Instruction, place: Place) {
+        self.out.clobber_flags(true);
         let miss = self.out.detour(place.index);
-        self.target(insn, miss)?;
-        self.out.find_cached(JUMP_SLOTS, miss)?;
-        self.out.keep_target()?;
-        self.out.keep_rip()?;
-        self.push_return(insn, miss)?;
-        self.out.take_rip()?;
+        self.target(insn, miss);
+        self.out.find_cached(JUMP_SLOTS, miss);
+        self.out.keep_target();
+        self.out.keep_rip();
+        self.push_return(insn, miss);
+        self.out.take_rip();
         self.out.go_to_target()
     }
 
-    fn push_return(&mut self, insn: &Instruction, miss: CodeLabel) -> Emit {
-        self.stack_slot(-8, AccessKind::Write, miss)?;
-        self.rip_at(insn.next_ip())?;
-        self.out.asm.mov(qword_ptr(r14), r15)?;
+    fn push_return(&mut self, insn: &Instruction, miss: Label) {
+        self.stack_slot(-8, AccessKind::Write, miss);
+        self.rip_at(insn.next_ip());
+        self.out.asm.mov(qword_ptr(R14, 0), R15);
         self.move_stack(-8)
     }
 
-    fn ret(&mut self, insn: &Instruction, place: Place) -> Emit {
-        self.out.clobber_flags(true)?;
+    fn ret(&mut self, insn: &Instruction, place: Place) {
+        self.out.clobber_flags(true);
         let miss = self.out.detour(place.index);
-        self.stack_slot(0, AccessKind::Read, miss)?;
-        self.out.asm.mov(r15, qword_ptr(r14))?;
-        self.out.find_cached(JUMP_SLOTS, miss)?;
+        self.stack_slot(0, AccessKind::Read, miss);
+        self.out.asm.mov(R15, qword_ptr(R14, 0));
+        self.out.find_cached(JUMP_SLOTS, miss);
         let released = if insn.op_count() > 0 { i32::from(insn.immediate16()) } else { 0 };
-        self.move_stack(8 + released)?;
+        self.move_stack(8 + released);
         self.out.go()
     }
 }

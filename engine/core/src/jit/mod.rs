@@ -7,12 +7,14 @@
 //! |---|---|
 //! | `plan` | which instructions become host code |
 //! | `block` | the translation of a block |
+//! | `asm` | the assembler |
 //! | `emit` | pieces of host code: flags, TLB checks, ways between blocks and into the interpreter |
 //! | `registers` | where guest registers are meanwhile |
 //! | `stubs`, `native` | the way in and out, in host code and in Rust |
 //! | `arena` | memory for host code |
 
 mod arena;
+mod asm;
 mod block;
 mod emit;
 pub mod native;
@@ -27,6 +29,7 @@ use crate::decode::block::{decode_page, Block};
 use crate::decode::cache::CodeCache;
 use crate::model::Model;
 use arena::Arena;
+use asm::Asm;
 use emit::Places;
 use native::Trampoline;
 use plan::Host;
@@ -35,7 +38,7 @@ use stubs::Stubs;
 /// Bytes of host code that a core may have.
 const ARENA_SIZE: usize = 64 << 20;
 /// Runs of a block before [`Tier::Auto`] translates it.
-const HOT: u32 = 500;
+const HOT: u32 = 32;
 
 /// Which code runs as host code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -66,6 +69,7 @@ impl Tier {
 /// Makes host code for one core.
 pub struct Translator {
     arena: Arena,
+    asm: Asm,
     stubs: Stubs,
     places: Places,
     /// Bytes of the arena that belong to the stubs.
@@ -79,7 +83,8 @@ impl Translator {
     /// `None` where the host gives no memory for code.
     fn new(cpu: &Cpu) -> Option<Self> {
         let mut arena = Arena::new(ARENA_SIZE).inspect_err(|error| log::warn!("no memory for host code: {error}")).ok()?;
-        let stubs = stubs::write(&mut arena).unwrap_or_else(|error| unreachable!("the stubs are well formed: {error}"))?;
+        let mut asm = Asm::default();
+        let stubs = stubs::write(&mut arena, &mut asm)?;
         let places = Places {
             resume: stubs.resume,
             boundary: stubs.boundary,
@@ -87,7 +92,7 @@ impl Translator {
             jumps: cpu.code.jumps() as u64,
         };
         let base = arena.used();
-        Some(Translator { arena, stubs, places, base, host: Host::new(), translated: 0, flushes: 0 })
+        Some(Translator { arena, asm, stubs, places, base, host: Host::new(), translated: 0, flushes: 0 })
     }
 
     pub fn trampoline(&self) -> Trampoline {
@@ -111,16 +116,16 @@ impl Translator {
         if instructions.len() != block.instructions as usize {
             return; // another core just wrote there, and the block is about to die
         }
-        let made = block::translate(block, &instructions, model, self.host, self.places, self.arena.next());
-        let made = made.unwrap_or_else(|error| unreachable!("a block that cannot be assembled: {error}"));
-        let Some(entry) = self.arena.add(&made.bytes) else {
+        self.asm.begin(self.arena.next());
+        let Some(body) = block::translate(&mut self.asm, block, &instructions, model, self.host, self.places) else { return };
+        let Some(entry) = self.arena.add(self.asm.finish()) else {
             self.flushes += 1;
             code.forget_translations();
             return self.arena.truncate(self.base);
         };
         self.translated += 1;
         block.entry = entry;
-        block.body = entry.wrapping_add(made.body as usize);
+        block.body = entry.wrapping_add(body);
     }
 }
 

@@ -1,107 +1,75 @@
-//! The translation look-aside buffer: direct-mapped tables from linear page to host address.
+//! The translation look-aside buffer: every translation that a core has cached, and what else depends on them (SDM vol. 3, 4.10).
 //!
-//! A tag is the linear address of a page when the access it stands for needs no further check, and has its low bits set otherwise, so one
-//! compare decides. Supervisor translations live in one table; those of user and AC-set accesses in a bank per PCID, so that a switch of
-//! address space is a change of bank.
+//! Supervisor translations live in one table, of which a change of address space drops those that are not global; those of user and AC-set
+//! accesses live in a bank per PCID, so that a switch of address space is a change of bank.
+//!
+//! Blocks of code are found by linear address too. What is remembered about that (jump cache, links between blocks) is as old as a
+//! generation: one for supervisor code, whatever the address space, and one per bank for user code. A generation ends only when a page
+//! that code was found at is invalidated.
 
+use std::collections::HashSet;
+use std::hash::BuildHasherDefault;
+
+use super::table::Table;
+pub use super::table::{never, slot, Entry, ENTRIES};
 use super::Privilege;
+use crate::memory::code::AddressHasher;
 use crate::memory::PAGE_OFFSET;
 
-/// Entries of one table.
-pub const ENTRIES: usize = 1024;
-/// PCIDs whose user translations are kept at the same time.
+/// PCIDs whose translations are kept at the same time.
 const BANKS: usize = 8;
-/// Non-global supervisor entries remembered one by one; more of them flush the whole table.
-const LOCAL_MAX: usize = 128;
-const INVALID: u64 = 1;
+/// Members of an [`AddressSet`].
+const SET_MAX: usize = 1 << 13;
 
-/// One translation.
-#[derive(Clone, Copy)]
-#[repr(C)]
-pub struct Entry {
-    pub read: u64,
-    pub write: u64,
-    pub fetch: u64,
-    /// Host address minus linear address.
-    pub addend: u64,
+/// Bits of an address that tell apart the regions in which translations of large pages are remembered: 4 MB for the smaller sizes, 1 GB for
+/// the largest.
+const LARGE_REGION: u64 = !0 << 22;
+const HUGE_REGION: u64 = !0 << 30;
+
+type AddressSet = HashSet<u64, BuildHasherDefault<AddressHasher>>;
+
+/// Where code was found through translations of one kind.
+#[derive(Default)]
+struct CodeView {
+    generation: u64,
+    /// Linear pages.
+    pages: AddressSet,
 }
 
-impl Entry {
-    const EMPTY: Entry = Entry { read: INVALID, write: INVALID, fetch: INVALID, addend: 0 };
+impl CodeView {
+    fn has(&self, la: u64) -> bool {
+        self.pages.contains(&(la & !PAGE_OFFSET))
+    }
 
-    /// Host page of the entry, if it is in use.
-    fn host_page(&self) -> Option<u64> {
-        let tag = [self.read, self.write, self.fetch].into_iter().find(|tag| *tag != INVALID)?;
-        Some(self.addend.wrapping_add(tag))
+    fn has_any_of(&self, la: u64, mask: u64) -> bool {
+        self.pages.iter().any(|page| (page ^ la) & mask == 0)
+    }
+
+    /// Begins another generation, in which nothing has been found yet.
+    fn end(&mut self, next: &mut u64) {
+        *next += 1;
+        self.generation = *next;
+        self.pages.clear();
     }
 }
 
-/// One direct-mapped table.
-pub type Table = Box<[Entry; ENTRIES]>;
-
-fn empty_table() -> Table {
-    Box::new([Entry::EMPTY; ENTRIES])
-}
-
-/// Slot of linear address `la` in a table.
-#[inline(always)]
-pub const fn slot(la: u64) -> usize {
-    (la >> 12) as usize & (ENTRIES - 1)
-}
-
-/// A table that knows nothing, for code whose every access takes the long way.
-pub fn never() -> *const Entry {
-    static NEVER: [Entry; ENTRIES] = [Entry::EMPTY; ENTRIES];
-    NEVER.as_ptr()
-}
-
-/// A set of addresses that may answer "in" for one that is not, in constant space.
-struct Filter([u64; 16]);
-
-impl Filter {
-    const EMPTY: Filter = Filter([0; 16]);
-
-    const fn bit(key: u64) -> (usize, u64) {
-        let hash = key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 54;
-        (hash as usize >> 6, 1 << (hash & 63))
-    }
-    fn insert(&mut self, key: u64) {
-        let (word, bit) = Self::bit(key);
-        self.0[word] |= bit;
-    }
-    fn may_contain(&self, key: u64) -> bool {
-        let (word, bit) = Self::bit(key);
-        self.0[word] & bit != 0
-    }
-}
-
-/// Keys of the filter of large pages: by 4 MB for the smaller sizes, by 1 GB for the largest.
-const fn large_key(la: u64) -> u64 {
-    la >> 22
-}
-const fn huge_key(la: u64) -> u64 {
-    la >> 30 | 1 << 63
-}
-
+/// Translations of one address space.
+#[derive(Default)]
 struct Bank {
     pcid: u16,
-    /// Larger is more recent.
+    /// Larger is more recent; zero for never.
     used: u64,
     user: Table,
     supervisor_ac: Table,
-    /// Changes when the bank's translations change, so that whoever cached one can tell.
-    generation: u32,
-    dirty: bool,
+    code: CodeView,
+    /// `supervisor_ac` may have code that is not global.
+    local_code: bool,
 }
 
 impl Bank {
-    fn clear(&mut self, generation: u32) {
-        self.generation = generation;
-        if self.dirty {
-            self.user.fill(Entry::EMPTY);
-            self.supervisor_ac.fill(Entry::EMPTY);
-            self.dirty = false;
-        }
+    fn remove(&mut self, la: u64) {
+        self.user.remove(la);
+        self.supervisor_ac.remove(la);
     }
 }
 
@@ -122,48 +90,56 @@ pub struct Fill {
 /// Every translation that a core has cached.
 pub struct Tlb {
     supervisor: Table,
-    /// Slots of `supervisor` that a change of address space must drop.
-    local: Vec<u16>,
-    banks: Vec<Bank>,
+    supervisor_code: CodeView,
+    /// `supervisor` may have code that is not global.
+    local_code: bool,
+    banks: [Bank; BANKS],
     current: usize,
     clock: u64,
-    next_generation: u32,
+    /// The last generation of any code.
+    last_generation: u64,
     /// Regions with translations that came from large pages since the last flush.
-    large: Filter,
-    /// Pages that code may have been fetched from since the last flush.
-    fetched: Filter,
+    large: AddressSet,
+    huge: AddressSet,
+    /// There were more than the sets take.
+    large_everywhere: bool,
+    /// Whether banks may hold global pages of the lower and of the upper half of addresses.
+    globals: [bool; 2],
     pub fills: u64,
     pub flushes: u64,
 }
 
 impl Default for Tlb {
     fn default() -> Self {
-        let bank = |n: u16| Bank {
-            pcid: n,
-            used: u64::from(n == 0),
-            user: empty_table(),
-            supervisor_ac: empty_table(),
-            generation: n as u32,
-            dirty: false,
-        };
-        Tlb {
-            supervisor: empty_table(),
-            local: Vec::with_capacity(LOCAL_MAX),
-            banks: (0..BANKS as u16).map(bank).collect(),
+        let mut tlb = Tlb {
+            supervisor: Table::default(),
+            supervisor_code: CodeView::default(),
+            local_code: false,
+            banks: Default::default(),
             current: 0,
             clock: 1,
-            next_generation: BANKS as u32,
-            large: Filter::EMPTY,
-            fetched: Filter::EMPTY,
+            last_generation: 0,
+            large: AddressSet::default(),
+            huge: AddressSet::default(),
+            large_everywhere: false,
+            globals: [false; 2],
             fills: 0,
             flushes: 0,
-        }
+        };
+        tlb.banks[0].used = 1;
+        tlb
     }
+}
+
+/// Number of the half of addresses that `la` is in.
+const fn half(la: u64) -> usize {
+    (la >> 63) as usize
 }
 
 impl Tlb {
     /// The table for accesses of `privilege` in the current address space. The pointer stays valid as long as the TLB: tables are never
     /// reallocated.
+    #[inline(always)]
     pub fn table(&self, privilege: Privilege) -> *const Entry {
         match privilege {
             Privilege::Supervisor => self.supervisor.as_ptr(),
@@ -172,57 +148,93 @@ impl Tlb {
         }
     }
 
-    /// Changes whenever a cached translation of the current address space may have become wrong.
-    #[inline(always)]
-    pub fn generation(&self) -> u32 {
-        self.banks[self.current].generation
-    }
-
     /// Caches a translation.
     pub fn fill(&mut self, privilege: Privilege, fill: Fill) {
         self.fills += 1;
-        let page = fill.la & !PAGE_OFFSET;
-        if fill.page_shift > 12 {
-            self.large.insert(if fill.page_shift > 22 { huge_key(page) } else { large_key(page) });
-        }
-        if fill.fetch {
-            self.fetched.insert(page);
-        }
-        let tag = |allowed: bool| if allowed { page } else { INVALID };
-        let entry = Entry { read: tag(fill.read), write: tag(fill.write), fetch: tag(fill.fetch), addend: fill.host.wrapping_sub(fill.la) };
-        let slot = slot(page);
-        match privilege {
+        self.note_large(&fill);
+        let local_code = fill.fetch && !fill.global;
+        let bank = &mut self.banks[self.current];
+        let table = match privilege {
             Privilege::Supervisor => {
-                if !fill.global {
-                    if self.local.len() == LOCAL_MAX {
-                        self.supervisor.fill(Entry::EMPTY);
-                        self.local.clear();
-                    }
-                    self.local.push(slot as u16);
-                }
-                self.supervisor[slot] = entry;
+                self.local_code |= local_code;
+                &mut self.supervisor
             }
-            Privilege::SupervisorAc => self.banks[self.current].supervisor_ac[slot] = entry,
-            Privilege::User => self.banks[self.current].user[slot] = entry,
-        }
-        if privilege != Privilege::Supervisor {
-            self.banks[self.current].dirty = true;
+            Privilege::SupervisorAc => {
+                bank.local_code |= local_code;
+                &mut bank.supervisor_ac
+            }
+            Privilege::User => &mut bank.user,
+        };
+        table.insert(fill.la, Entry::new(fill.la, fill.host, fill.read, fill.write, fill.fetch), fill.global);
+        self.globals[half(fill.la)] |= fill.global && privilege != Privilege::Supervisor;
+    }
+
+    fn note_large(&mut self, fill: &Fill) {
+        let (set, mask) = match fill.page_shift {
+            ..=12 => return,
+            13..=22 => (&mut self.large, LARGE_REGION),
+            _ => (&mut self.huge, HUGE_REGION),
+        };
+        if set.len() < SET_MAX {
+            set.insert(fill.la & mask);
+        } else {
+            self.large_everywhere |= !set.contains(&(fill.la & mask));
         }
     }
+
+    /// Data at `la` that accesses with EFLAGS.AC set have not met yet: what other supervisor accesses or the user may do there, they may
+    /// do too. Tells whether there was something.
+    pub fn share_with_ac(&mut self, la: u64) -> bool {
+        let bank = &mut self.banks[self.current];
+        let Some((entry, global)) = self.supervisor.find(la).or_else(|| bank.user.find(la)) else { return false };
+        bank.supervisor_ac.insert(la, entry.for_data(), global);
+        self.globals[half(la)] |= global;
+        true
+    }
+
+    // ---- what was found by address ------------------------------------------------------------------------------------------------------
+
+    /// Changes whenever a translation of code of the current address space may have become wrong.
+    #[inline(always)]
+    pub fn generation(&self, user: bool) -> u64 {
+        if user {
+            self.banks[self.current].code.generation
+        } else {
+            self.supervisor_code.generation
+        }
+    }
+
+    /// Notes that a block was found at these linear addresses, with whose translations the generation ends. That may be now.
+    pub fn note_code(&mut self, user: bool, first: u64, second: Option<u64>) {
+        let view = if user { &mut self.banks[self.current].code } else { &mut self.supervisor_code };
+        if view.pages.len() + 2 > SET_MAX {
+            view.end(&mut self.last_generation);
+        }
+        view.pages.extend([first, second.unwrap_or(first)].map(|la| la & !PAGE_OFFSET));
+    }
+
+    /// Ends every generation.
+    pub fn forget_code(&mut self) {
+        let views = self.banks.iter_mut().map(|bank| &mut bank.code).chain([&mut self.supervisor_code]);
+        views.for_each(|view| view.end(&mut self.last_generation));
+    }
+
+    // ---- invalidation -----------------------------------------------------------------------------------------------------------------
 
     /// A new address space (MOV to CR3): `keep` leaves the translations of `pcid` in place.
     pub fn switch(&mut self, pcid: u16, keep: bool) {
         self.drop_local();
+        if self.banks[self.current].local_code {
+            self.supervisor_code.end(&mut self.last_generation);
+        }
         self.clock += 1;
         let found = self.banks.iter().position(|bank| bank.pcid == pcid && bank.used > 0);
-        let fresh = found.is_none() || !keep;
         let index = found.unwrap_or_else(|| {
             let oldest = self.banks.iter().enumerate().min_by_key(|(_, bank)| bank.used);
             oldest.map_or(0, |(index, _)| index)
         });
-        if fresh {
-            let generation = self.fresh_generation();
-            self.banks[index].clear(generation);
+        if found.is_none() || !keep {
+            self.clear_bank(index);
         }
         self.banks[index].pcid = pcid;
         self.banks[index].used = self.clock;
@@ -232,22 +244,22 @@ impl Tlb {
     /// Drops everything, global translations included.
     pub fn flush(&mut self) {
         self.flushes += 1;
-        self.supervisor.fill(Entry::EMPTY);
-        self.local.clear();
-        (self.large, self.fetched) = (Filter::EMPTY, Filter::EMPTY);
-        for index in 0..self.banks.len() {
-            let generation = self.fresh_generation();
-            self.banks[index].clear(generation);
-        }
+        self.supervisor.clear();
+        self.local_code = false;
+        self.supervisor_code.end(&mut self.last_generation);
+        (0..BANKS).for_each(|index| self.clear_bank(index));
+        self.large.clear();
+        self.huge.clear();
+        self.large_everywhere = false;
+        self.globals = [false; 2];
     }
 
     /// Drops the translations of one PCID that are not global; those of the current one are among them when `pcid` is current.
     pub fn flush_pcid(&mut self, pcid: u16) {
         self.drop_local();
-        for index in 0..self.banks.len() {
+        for index in 0..BANKS {
             if self.banks[index].pcid == pcid {
-                let generation = self.fresh_generation();
-                self.banks[index].clear(generation);
+                self.clear_bank(index);
             }
         }
     }
@@ -255,49 +267,79 @@ impl Tlb {
     /// Drops every translation that is not global.
     pub fn flush_local(&mut self) {
         self.drop_local();
-        for index in 0..self.banks.len() {
-            let generation = self.fresh_generation();
-            self.banks[index].clear(generation);
+        (0..BANKS).for_each(|index| self.clear_bank(index));
+    }
+
+    /// Drops the translations of the page of `la` in the current address space, and global ones (INVLPG). Large pages are cached in 4 KB
+    /// pieces, of which any may belong to the one that software names, so where there was one its whole region goes.
+    pub fn invalidate(&mut self, la: u64) {
+        if self.large_everywhere {
+            return self.flush();
+        }
+        if self.huge.contains(&(la & HUGE_REGION)) {
+            return self.invalidate_region(la, HUGE_REGION);
+        }
+        if self.large.contains(&(la & LARGE_REGION)) {
+            return self.invalidate_region(la, LARGE_REGION);
+        }
+        self.supervisor.remove(la);
+        if self.supervisor_code.has(la) {
+            self.supervisor_code.end(&mut self.last_generation);
+        }
+        let (current, everywhere) = (self.current, self.globals[half(la)]);
+        for (_, bank) in self.banks.iter_mut().enumerate().filter(|(index, _)| everywhere || *index == current) {
+            bank.remove(la);
+            if bank.code.has(la) {
+                bank.code.end(&mut self.last_generation);
+            }
         }
     }
 
-    /// Drops the translations of the page of `la` in every table (INVLPG). Large pages are cached in 4 KB pieces, of which any may
-    /// belong to the one that software names, so where there was one everything goes.
-    pub fn invalidate(&mut self, la: u64) {
-        if self.large.may_contain(large_key(la)) || self.large.may_contain(huge_key(la)) {
-            return self.flush();
+    /// [`Tlb::invalidate`] for all pages that have the bits of `mask` in common with `la`.
+    fn invalidate_region(&mut self, la: u64, mask: u64) {
+        self.supervisor.remove_region(la, mask);
+        if self.supervisor_code.has_any_of(la, mask) {
+            self.supervisor_code.end(&mut self.last_generation);
         }
-        let slot = slot(la);
-        let code = self.fetched.may_contain(la & !PAGE_OFFSET);
-        self.supervisor[slot] = Entry::EMPTY;
-        for index in 0..self.banks.len() {
-            self.banks[index].user[slot] = Entry::EMPTY;
-            self.banks[index].supervisor_ac[slot] = Entry::EMPTY;
-            if code {
-                self.banks[index].generation = self.fresh_generation();
+        for bank in &mut self.banks {
+            bank.user.remove_region(la, mask);
+            bank.supervisor_ac.remove_region(la, mask);
+            if bank.code.has_any_of(la, mask) {
+                bank.code.end(&mut self.last_generation);
             }
+        }
+    }
+
+    /// Drops the translations of the page of `la` in the address space `pcid` (INVPCID).
+    pub fn invalidate_in(&mut self, pcid: u16, la: u64) {
+        if self.banks[self.current].pcid == pcid {
+            self.invalidate(la);
+        } else {
+            self.flush_pcid(pcid);
         }
     }
 
     /// Takes the right to write without a check from every translation of the host page at `host`.
     pub fn protect_host_page(&mut self, host: u64) {
         let tables = self.banks.iter_mut().flat_map(|bank| [&mut bank.user, &mut bank.supervisor_ac]);
-        for entry in tables.chain([&mut self.supervisor]).flat_map(|table| table.iter_mut()) {
-            if entry.write != INVALID && entry.host_page() == Some(host) {
-                entry.write = INVALID;
-            }
+        tables.chain([&mut self.supervisor]).for_each(|table| table.protect_host_page(host));
+    }
+
+    fn clear_bank(&mut self, index: usize) {
+        let bank = &mut self.banks[index];
+        bank.user.clear();
+        bank.supervisor_ac.clear();
+        bank.code.end(&mut self.last_generation);
+        if std::mem::take(&mut bank.local_code) {
+            self.supervisor_code.end(&mut self.last_generation);
         }
     }
 
     fn drop_local(&mut self) {
-        for slot in self.local.drain(..) {
-            self.supervisor[slot as usize] = Entry::EMPTY;
+        self.supervisor.clear_local();
+        if std::mem::take(&mut self.local_code) {
+            self.supervisor_code.end(&mut self.last_generation);
         }
-    }
-
-    fn fresh_generation(&mut self) -> u32 {
-        self.next_generation = self.next_generation.wrapping_add(1);
-        self.next_generation
     }
 }
 
@@ -309,8 +351,9 @@ mod tests {
         Fill { la, host: 0x7000_0000, read: true, write: true, fetch, global: false, page_shift }
     }
 
-    fn reads(tlb: &Tlb, la: u64) -> bool {
-        tlb.supervisor[slot(la)].read == la
+    fn reads(tlb: &Tlb, privilege: Privilege, la: u64) -> bool {
+        // SAFETY: a slot is inside its table.
+        unsafe { (*tlb.table(privilege).add(slot(la))).read == la }
     }
 
     #[test]
@@ -319,7 +362,7 @@ mod tests {
         tlb.fill(Privilege::Supervisor, fill(0x40_0000, 12, false));
         tlb.fill(Privilege::Supervisor, fill(0x40_1000, 12, false));
         tlb.invalidate(0x40_0123);
-        assert!(!reads(&tlb, 0x40_0000) && reads(&tlb, 0x40_1000));
+        assert!(!reads(&tlb, Privilege::Supervisor, 0x40_0000) && reads(&tlb, Privilege::Supervisor, 0x40_1000));
     }
 
     #[test]
@@ -328,19 +371,77 @@ mod tests {
         for shift in [21, 30] {
             tlb.fill(Privilege::Supervisor, fill(0x4000_1000, shift, false));
             tlb.invalidate(0x4000_5000);
-            assert!(!reads(&tlb, 0x4000_1000), "page shift {shift}");
+            assert!(!reads(&tlb, Privilege::Supervisor, 0x4000_1000), "page shift {shift}");
         }
     }
 
     #[test]
-    fn only_code_pages_change_the_generation() {
+    fn only_pages_where_code_was_found_end_a_generation() {
         let mut tlb = Tlb::default();
-        tlb.fill(Privilege::User, fill(0x1000, 12, false));
-        let before = tlb.generation();
-        tlb.invalidate(0x1000);
-        assert_eq!(tlb.generation(), before);
         tlb.fill(Privilege::User, fill(0x1000, 12, true));
+        let before = tlb.generation(true);
         tlb.invalidate(0x1000);
-        assert_ne!(tlb.generation(), before);
+        assert_eq!(tlb.generation(true), before);
+        tlb.note_code(true, 0x1234, None);
+        tlb.invalidate(0x2000);
+        assert_eq!(tlb.generation(true), before);
+        tlb.invalidate(0x1000);
+        assert_ne!(tlb.generation(true), before);
+    }
+
+    #[test]
+    fn supervisor_code_outlives_a_change_of_address_space_only_where_it_is_global() {
+        let mut tlb = Tlb::default();
+        tlb.fill(Privilege::Supervisor, Fill { global: true, ..fill(0x1000, 12, true) });
+        tlb.note_code(false, 0x1000, None);
+        let before = tlb.generation(false);
+        tlb.switch(1, true);
+        assert_eq!(tlb.generation(false), before);
+        tlb.fill(Privilege::SupervisorAc, fill(0x2000, 12, true));
+        tlb.switch(0, true);
+        let after = tlb.generation(false);
+        assert_ne!(after, before);
+        tlb.switch(1, true);
+        tlb.switch(0, true);
+        assert_ne!(tlb.generation(false), after, "the bank of 1 still has code of its own");
+    }
+
+    #[test]
+    fn user_code_has_a_generation_for_each_address_space() {
+        let mut tlb = Tlb::default();
+        tlb.switch(1, false);
+        let first = tlb.generation(true);
+        tlb.switch(2, false);
+        assert_ne!(tlb.generation(true), first);
+        tlb.switch(1, true);
+        assert_eq!(tlb.generation(true), first);
+        tlb.switch(1, false);
+        assert_ne!(tlb.generation(true), first);
+    }
+
+    #[test]
+    fn global_pages_are_invalidated_in_every_bank() {
+        let mut tlb = Tlb::default();
+        let kernel = 0xffff_8000_0000_1000;
+        tlb.fill(Privilege::Supervisor, Fill { global: true, ..fill(kernel, 12, false) });
+        assert!(tlb.share_with_ac(kernel) && reads(&tlb, Privilege::SupervisorAc, kernel));
+        tlb.fill(Privilege::User, fill(0x1000, 12, false));
+        assert!(tlb.share_with_ac(0x1000) && !tlb.share_with_ac(0x2000));
+        tlb.switch(1, true);
+        assert!(!reads(&tlb, Privilege::SupervisorAc, kernel), "a bank of its own");
+        tlb.invalidate(kernel);
+        tlb.invalidate(0x1000);
+        tlb.switch(0, true);
+        assert!(!reads(&tlb, Privilege::SupervisorAc, kernel) && !reads(&tlb, Privilege::Supervisor, kernel));
+        assert!(reads(&tlb, Privilege::SupervisorAc, 0x1000), "another address space's");
+    }
+
+    #[test]
+    fn more_large_regions_than_are_told_apart() {
+        let mut tlb = Tlb::default();
+        (0..=SET_MAX as u64).for_each(|n| tlb.fill(Privilege::Supervisor, fill(n << 22, 21, false)));
+        tlb.fill(Privilege::Supervisor, fill((SET_MAX as u64) << 22, 21, false));
+        tlb.invalidate((SET_MAX as u64) << 22 | 0x5000);
+        assert!(!reads(&tlb, Privilege::Supervisor, (SET_MAX as u64) << 22));
     }
 }

@@ -420,6 +420,11 @@ impl Cpu {
     /// guest's tables, and both to the hypervisor's. `store` is what a plain store is about to write; empty for any other access.
     fn target_with(&mut self, segment: usize, la: u64, kind: AccessKind, needed: u8, privilege: Privilege, store: &[u8]) -> Exec<Target> {
         self.check_canonical(segment, la)?;
+        if privilege == Privilege::SupervisorAc && kind != AccessKind::Fetch && self.tlb.share_with_ac(la) {
+            if let Some(host) = self.cached_for(privilege, la, 1, kind) {
+                return Ok(Target::Ram(host));
+            }
+        }
         let (mapping, found) = self.map(la, kind, privilege)?;
         let Some(leaf) = found.filter(|leaf| self.waivers.rights(leaf.rights, mapping.gpa) & needed == needed) else {
             if found.is_some_and(|leaf| leaf.rights & right::SAME != 0 && holds(leaf.host + (la & PAGE_OFFSET), store)) {
@@ -436,7 +441,7 @@ impl Cpu {
             return Err(self.exit_nested(mapping.gpa, Some(la), kind, rights, false));
         };
         let host = leaf.host + (la & PAGE_OFFSET);
-        self.fill_tlb(la, host, leaf.rights, &mapping, privilege);
+        self.fill_tlb(la, host, leaf.rights, &mapping, privilege, kind);
         Ok(Target::Ram(host as *mut u8))
     }
 
@@ -447,8 +452,8 @@ impl Cpu {
             walk(&self.paging, &tree, &self.waivers, la, privilege, kind).map(|mapping| (mapping, tree.lookup(mapping.gpa)))
         };
         self.walks += 1;
-        if self.pending & pending::WATCHED != 0 {
-            self.pmu.walk(kind, found.is_ok());
+        if self.pmu.watched != 0 {
+            self.note_walk(kind, found.is_ok());
         }
         found.map_err(|error| match error {
             WalkError::Guest(code) => self.raise_page_fault(la, code),
@@ -459,18 +464,20 @@ impl Cpu {
         })
     }
 
-    /// A page that may be written and not read gets no write tag, because accesses that do both go by it.
-    fn fill_tlb(&mut self, la: u64, host: u64, rights: u8, mapping: &Mapping, privilege: Privilege) {
+    /// A page that may be written and not read gets no write tag, because accesses that do both go by it. A supervisor page that is not
+    /// global gets a fetch tag only from a fetch, because code there costs each change of address space (see [`tlb::Tlb`]).
+    fn fill_tlb(&mut self, la: u64, host: u64, rights: u8, mapping: &Mapping, privilege: Privilege, kind: AccessKind) {
         const BOTH: u8 = right::READ | right::WRITE;
         let allows = |kind| mapping.allows(&self.paging, privilege, kind);
         let checked = || self.npt.code.contains(host & !PAGE_OFFSET);
         let watched = self.pending & pending::BREAKPOINTS != 0 && self.breakpoints.watch_page(la);
+        let code_expected = kind == AccessKind::Fetch || mapping.global || privilege == Privilege::User;
         let fill = tlb::Fill {
             la,
             host,
             read: !watched && rights & right::READ != 0 && allows(AccessKind::Read),
             write: !watched && rights & BOTH == BOTH && mapping.dirty && allows(AccessKind::Write) && !checked(),
-            fetch: rights & right::EXECUTE != 0 && allows(AccessKind::Fetch),
+            fetch: rights & right::EXECUTE != 0 && code_expected && allows(AccessKind::Fetch),
             global: mapping.global,
             page_shift: mapping.page_shift,
         };

@@ -42,9 +42,34 @@ pub enum Kind {
 }
 
 /// How many kinds there are.
-pub const KINDS: usize = Kind::Interrupt as usize + 1;
+pub const KINDS: usize = Kind::ALL.len();
 
 impl Kind {
+    /// Every kind, in the order of their numbers.
+    pub const ALL: [Kind; 18] = {
+        use Kind::*;
+        [
+            None,
+            Conditional,
+            Loop,
+            Jump,
+            IndirectJump,
+            Call,
+            ZeroCall,
+            IndirectCall,
+            Return,
+            FarJump,
+            FarCall,
+            FarReturn,
+            Syscall,
+            Sysret,
+            Iret,
+            SoftwareInterrupt,
+            Exception,
+            Interrupt,
+        ]
+    };
+
     /// Bit of the kind in a set of kinds.
     pub const fn bit(self) -> u32 {
         1 << self as u32
@@ -148,6 +173,11 @@ mod tests {
 
     fn kind(bits: u32, bytes: &[u8]) -> Kind {
         Kind::of(&Decoder::with_ip(bits, bytes, 0x100, DecoderOptions::NONE).decode())
+    }
+
+    #[test]
+    fn kinds_are_numbered_in_their_order() {
+        assert!(Kind::ALL.iter().enumerate().all(|(n, kind)| *kind as usize == n));
     }
 
     #[test]

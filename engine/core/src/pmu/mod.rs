@@ -18,7 +18,6 @@ pub mod registers;
 pub mod tally;
 
 use crate::model::{Feature, Model};
-use crate::paging::AccessKind;
 use branch::Kind;
 use counter::Counter;
 use lbr::{Lbr, Transfer};
@@ -228,28 +227,12 @@ impl Pmu {
         (room, exact)
     }
 
-    /// Notes a branch or an event's delivery at privilege level `cpl`; returns whether it was mispredicted.
+    /// Notes a branch or an event's delivery at privilege level `cpl`; returns whether it was mispredicted, and the cycles for which it makes
+    /// the core stall.
     #[inline(always)]
-    pub fn retire(&mut self, kind: Kind, cpl: u8, from: u64, next: u64, to: u64, taken: bool) -> bool {
+    pub fn retire(&mut self, kind: Kind, cpl: u8, from: u64, next: u64, to: u64, taken: bool) -> (bool, u64) {
         let wrong = self.predictor.mispredicts(kind, from, next, to, taken);
-        let stalled = self.tally.add(cpl, kind, taken, wrong);
-        if stalled != 0 {
-            self.check_at = self.check_at.saturating_sub(stalled);
-        }
-        wrong
-    }
-
-    /// Notes `turns` of a LOOP that goes on as predicted.
-    pub fn retire_turns(&mut self, cpl: u8, turns: u64) {
-        let stalled = self.tally.add_turns(cpl, turns);
-        self.check_at = self.check_at.saturating_sub(stalled);
-    }
-
-    /// Notes a page walk.
-    #[cold]
-    pub fn walk(&mut self, kind: AccessKind, found: bool) {
-        self.tally.add_walk(self.cpl, kind, found);
-        self.check_at = self.check_at.saturating_sub(1);
+        (wrong, self.tally.add(cpl, kind, taken, wrong))
     }
 
     /// Records a transfer that took place in the LBR stack, when the core's instruction count is `now`.

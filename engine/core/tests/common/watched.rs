@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use iced_x86::{Decoder, DecoderOptions};
 use softkvm_engine::cpu::CodeSize;
+use softkvm_engine::jit::Tier;
 use softkvm_engine::model::Model;
 use softkvm_engine::pmu::branch::Kind;
 use softkvm_engine::pmu::counter::ring;
@@ -24,12 +25,13 @@ pub const EVERYTHING: Filter = Filter { rings: ring::KERNEL | ring::USER, low: 0
 /// One transfer of control: kind, from, to.
 pub type Branch = (Kind, u64, u64);
 
-/// A machine of `model` with descriptor tables in 64-bit mode; the handler of [`SERVICE`] is an IRETQ.
+/// A machine of `model` with descriptor tables in 64-bit mode, which translates all that it can; the handler of [`SERVICE`] is an IRETQ.
 pub fn machine(model: &str) -> Machine {
     let mut machine = Machine::system(CodeSize::Bits64);
     let model = Arc::new(Model::new(model, &[]).expect("a model"));
     machine.cpu.pmu = Pmu::new(&model);
     machine.cpu.model = model;
+    machine.cpu.set_translator(Tier::Translator.threshold());
     machine.cpu.clock.tick = u64::MAX;
     machine.cpu.control.intercepts = 1 << intercept::HLT;
     machine.poke(HANDLERS + 16 * u64::from(SERVICE), &[0x48, 0xcf]);
@@ -66,33 +68,8 @@ pub fn logged(machine: &mut Machine) -> Vec<Branch> {
     bytes
         .chunks(RECORD_SIZE)
         .filter(|record| record[16] != 0)
-        .map(|record| (kind(record[16]), word(&record[..8]), word(&record[8..16])))
+        .map(|record| (Kind::ALL[usize::from(record[16])], word(&record[..8]), word(&record[8..16])))
         .collect()
-}
-
-fn kind(number: u8) -> Kind {
-    use Kind::*;
-    let all = [
-        None,
-        Conditional,
-        Loop,
-        Jump,
-        IndirectJump,
-        Call,
-        ZeroCall,
-        IndirectCall,
-        Return,
-        FarJump,
-        FarCall,
-        FarReturn,
-        Syscall,
-        Sysret,
-        Iret,
-        SoftwareInterrupt,
-        Exception,
-        Interrupt,
-    ];
-    all[usize::from(number)]
 }
 
 /// What single instructions tell: instructions, and every branch with whether it was taken.

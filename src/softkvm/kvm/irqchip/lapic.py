@@ -37,6 +37,8 @@ from softkvm.kvm.msr import MsrError
 _U32 = 0xFFFF_FFFF
 _PAGE = struct.Struct("<" + "I12x" * 64)
 _BITMAP = struct.Struct("<8I")
+_TO_MANY = irq.SHORTHAND_MASK | irq.DEST_LOGICAL
+"""Bits of the ICR without which the destination is one APIC's id, or a broadcast."""
 
 
 class Lapic(LapicCore):
@@ -93,6 +95,7 @@ class Lapic(LapicCore):
 
     def _write_id(self, value: int) -> None:
         self.regs[Reg.ID] = value & 0xFF00_0000
+        self.vcpu.vm.apic_map.forget()
 
     def _write_tpr(self, value: int) -> None:
         self.set_tpr(value & 0xFF)
@@ -118,9 +121,13 @@ class Lapic(LapicCore):
     def _write_icr(self, low: int, dest: int) -> None:
         low &= ~ICR_BUSY
         self.regs[Reg.ICR], self.regs[Reg.ICR2] = low, dest
+        dest_id = dest if self.x2apic else dest >> 24
+        if not low & _TO_MANY and (target := self.vcpu.vm.apic_map.physical(dest_id)) is not None:
+            target.accept(low & irq.DM_MASK, low & 0xFF, bool(low & irq.LEVEL_ASSERT), bool(low & irq.TRIGGER_LEVEL))
+            return
         message = LapicIrq(
             vector=low & 0xFF,
-            dest_id=dest if self.x2apic else dest >> 24,
+            dest_id=dest_id,
             delivery_mode=low & irq.DM_MASK,
             logical=bool(low & irq.DEST_LOGICAL),
             level=bool(low & irq.LEVEL_ASSERT),
@@ -201,6 +208,7 @@ class Lapic(LapicCore):
         with self.lock:
             self.regs[:] = page
             self.isr, self.tmr, self.irr = bitmaps
+        self.vcpu.vm.apic_map.forget()
         self.apic_timer.stop()
         self.apic_timer.set_mode((page[Reg.LVT_TIMER] & LVT_TIMER_MODE) >> 17)
         self.apic_timer.set_divide(page[Reg.TIMER_DIVIDE])

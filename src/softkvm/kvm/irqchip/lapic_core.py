@@ -94,6 +94,7 @@ class LapicCore:
         if changed & value & APIC_BASE_X2APIC:
             self.regs[Reg.ID] = self.vcpu.vcpu_id
             self.regs[Reg.LDR] = x2apic_ldr(self.vcpu.vcpu_id)
+        self.vcpu.vm.apic_map.forget()
 
     def reset(self, init: bool) -> None:
         """RESET, or INIT if `init`: INIT keeps APIC_BASE, the mode and the ids that come with it."""
@@ -108,6 +109,7 @@ class LapicCore:
             self.irr = self.isr = self.tmr = 0
         vcpu.state.cr8 = 0
         regs[Reg.ID], regs[Reg.LDR] = kept
+        vcpu.vm.apic_map.forget()
         regs[Reg.VERSION] = VERSION
         regs[Reg.DFR] = DFR_FLAT
         regs[Reg.SPIV] = 0xFF

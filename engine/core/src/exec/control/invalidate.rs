@@ -42,7 +42,7 @@ fn invalidate_page(cpu: &mut Cpu, uop: &Uop) -> Exec {
 
 /// What INVPCID drops.
 enum Scope {
-    Address(u64),
+    Address(u16, u64),
     Pcid(u16),
     All,
     AllButGlobal,
@@ -59,14 +59,14 @@ fn invalidate_pcid<W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     let address: u64 = cpu.read(uop.segment(), la.wrapping_add(8))?;
     let usable = pcid & !PCID == 0 && (kind > 1 || pcid == 0 || cpu.state.cr4 & cr4::PCIDE != 0);
     let scope = match kind {
-        0 if usable && cpu.canonical_base(address) => Scope::Address(address),
+        0 if usable && cpu.canonical_base(address) => Scope::Address(pcid as u16, address),
         1 if usable => Scope::Pcid(pcid as u16),
         2 if usable => Scope::All,
         3 if usable => Scope::AllButGlobal,
         _ => return Err(cpu.general_protection()),
     };
     match scope {
-        Scope::Address(address) => cpu.tlb.invalidate(address),
+        Scope::Address(pcid, address) => cpu.tlb.invalidate_in(pcid, address),
         Scope::Pcid(pcid) => cpu.tlb.flush_pcid(pcid),
         Scope::All => cpu.tlb.flush(),
         Scope::AllButGlobal => cpu.tlb.flush_local(),
