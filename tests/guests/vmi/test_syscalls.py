@@ -12,6 +12,7 @@ import pytest
 
 from softkvm.vmi.client import Client
 from softkvm.vmi.linux import tasks
+from softkvm.vmi.tools import syscalls
 from softkvm.vmi.tools.alarms import Alarms, Executed
 from softkvm.vmi.tools.arguments import Argument
 from softkvm.vmi.tools.syscalls import Syscall, SyscallTracer
@@ -99,10 +100,13 @@ def compare(theirs: tuple[str, str, str], ours: Syscall) -> str:
     return ""
 
 
-def test_a_pipeline_is_what_strace_says(live: LiveGuest) -> None:
+@pytest.mark.parametrize("end", ["syscall_exit_to_user_mode", "not a function of its own"])
+def test_a_pipeline_is_what_strace_says(live: LiveGuest, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for a kernel that has not got the function where system calls end."""
+    monkeypatch.setattr(syscalls, "_EXIT", end)
     tracer = live.look(SyscallTracer)
     with live.watched(tracer) as records:
-        live.shell(f"strace -ff -X raw -e verbose=none -o /tmp/t sh -c '{PIPELINE}' > /dev/null 2>&1")
+        live.shell(f"rm -rf /tmp/t.* /tmp/d; strace -ff -X raw -e verbose=none -o /tmp/t sh -c '{PIPELINE}' > /dev/null 2>&1")
     ours: defaultdict[int, list[Syscall]] = defaultdict(list)
     for record in records:
         ours[record.pid].append(record)
