@@ -32,7 +32,7 @@ def guest(command: F) -> F:
     """The options that say which guest; the command gets a `Where`."""
 
     @click.option("-n", "--name", metavar="NAME", help="The VM, if several run (see `softkvm list`).")
-    @click.option("--listen", metavar="SOCKET", help="Wait on this UNIX socket for a VMM to connect.")
+    @click.option("--listen", metavar="SOCKET", help="Wait on this UNIX socket, or on vsock:PORT, for a VMM to connect.")
     @click.option("--dialect", type=click.Choice(["v9", "libkvmi", "v12"]), help=f"With --listen: which KVMI.  [default: {_DIALECT}]")
     @click.option("--key", metavar="FILE", help="With --listen: file with the secret that the VMM asks for.")
     @wraps(command)

@@ -1,7 +1,7 @@
 """The system calls of a guest's processes, with arguments and results, as strace(1) has them, but from outside.
 
-Source of truth: Linux 5.8 to 6.12 `arch/x86/entry/{entry_64.S,common.c,syscall_64.c}` and `kernel/entry/common.c`. All 64-bit system calls
-go through `do_syscall_64()`, which is called with the saved registers on top of the stack, and `syscall_exit_to_user_mode()`, before signals
+Source of truth: Linux 5.8 to 6.12 `arch/x86/entry/{entry_64.S,common.c,syscall_64.c}`, `kernel/entry/common.c`. All 64-bit system calls go
+through `do_syscall_64()`, which is called with the saved registers on top of the stack, and `syscall_exit_to_user_mode()`, before signals
 are looked at. Where the latter is not a function of its own (from 6.10 on), they go through `x64_sys_call()`, all but those that seccomp
 refuses, and end where it returns. No breakpoint is in the guest's memory.
 """
