@@ -482,10 +482,6 @@ impl Asm {
     pub fn jne(&mut self, target: impl Into<Target>) {
         self.jcc(ConditionCode::ne, target);
     }
-
-    pub fn int3(&mut self) {
-        self.bytes.push(0xcc);
-    }
 }
 
 /// Bit 3 of a register's number.
@@ -604,11 +600,10 @@ mod tests {
             a.push(R12);
             a.pop(RBX);
             a.test(EAX, EAX);
-            a.int3();
             a.ret();
         });
         let names = "Add_r64_rm64 Or_rm32_r32 And_rm32_imm32 Sub_rm64_imm8 Mov_r64_imm64 Shr_rm32_imm8 Shl_rm32_imm8 Rol_rm8_imm8 Lea_r64_m Movzx_r32_rm16 \
-                     Movzx_r32_rm8 Seto_rm8 Lahf Sahf Push_rm64 Pop_rm64 Test_rm32_r32 Int3 Retnq";
+                     Movzx_r32_rm8 Seto_rm8 Lahf Sahf Push_rm64 Pop_rm64 Test_rm32_r32 Retnq";
         assert_eq!(all.iter().map(name).collect::<Vec<_>>().join(" "), names);
     }
 

@@ -9,6 +9,7 @@ use super::exits::ExitSite;
 use super::native::PAGE;
 use super::plan::{plan, Host, Plan};
 use super::registers::{self, host, resized, SCRATCH, STACK};
+use super::vector;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::decode::liveness::live_flags;
@@ -28,13 +29,17 @@ pub struct Code {
 /// Translates `block`, which was made from `instructions`; `None` if an instruction cannot be encoded.
 pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], model: &Model, host: Host, places: Places) -> Option<Code> {
     let live = live_flags(instructions);
-    let mut translation = Translation { out: Emitter::new(asm, places, block), info: InstructionInfoFactory::new() };
+    let plans: Vec<Plan> = instructions.iter().zip(&live).map(|(insn, live)| plan(insn, *live, host, model)).collect();
+    let vectors = plans.iter().filter_map(|plan| if let Plan::Vector(width) = plan { Some(*width) } else { None }).max();
+    let out = Emitter::new(asm, places, block, vectors);
+    let mut translation = Translation { out, info: InstructionInfoFactory::new() };
     let body = translation.out.head(block.instructions);
+    translation.out.enter_vectors();
     let mut ended = false;
     for (index, insn) in instructions.iter().enumerate() {
         let before = if index == 0 { ARITHMETIC } else { live[index - 1] };
         let place = Place { index, seen_before: before != 0, seen_behind: live[index] != 0 };
-        ended = translation.instruction(insn, plan(insn, live[index], host, model), place);
+        ended = translation.instruction(insn, plans[index], place);
     }
     if !ended {
         translation.out.save_flags();
@@ -61,6 +66,7 @@ impl Translation<'_> {
     fn instruction(&mut self, insn: &Instruction, plan: Plan, place: Place) -> bool {
         match plan {
             Plan::Same(rule) => self.same(insn, rule, place),
+            Plan::Vector(_) => self.same(&vector::cached(insn), Rule::Exact, place),
             Plan::Lea => self.lea(insn),
             Plan::Nothing => {}
             Plan::Push => self.push(insn, place),
@@ -94,7 +100,7 @@ impl Translation<'_> {
             let bytes = insn.memory_size().size();
             let kind = if self.writes(insn, operand) { AccessKind::Write } else { AccessKind::Read };
             self.out.translate(bytes, kind, miss);
-            if insn.has_lock_prefix() || insn.mnemonic() == iced_x86::Mnemonic::Xchg {
+            if insn.has_lock_prefix() || insn.mnemonic() == iced_x86::Mnemonic::Xchg || vector::is_aligned(insn) {
                 self.out.require_alignment(bytes, miss);
             }
         }
@@ -121,7 +127,7 @@ impl Translation<'_> {
             match insn.op_kind(n) {
                 OpKind::Register => {
                     let register = insn.op_register(n);
-                    if registers::is_high_byte(register) {
+                    if registers::is_high_byte(register) || vector::is_vector(register) {
                         continue;
                     }
                     let full = register.full_register();

@@ -6,12 +6,13 @@
 use std::mem::offset_of;
 
 use iced_x86::Register::{AH, AL, AX, EAX, R13, R13D, R14, R14D, R14L, R15, RAX, RBP};
-use iced_x86::{Instruction, Register};
+use iced_x86::{ConditionCode, Instruction, Register};
 
-use super::asm::{qword_ptr, word_ptr, Asm, Label, Memory};
+use super::asm::{byte_ptr, qword_ptr, word_ptr, Asm, Label, Memory};
 use super::exits::ExitSite;
-use super::native::FLAGS;
+use super::native::{FLAGS, VECTORS};
 use super::registers;
+use super::vector::Width;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::memory::PAGE_OFFSET;
@@ -23,6 +24,10 @@ use crate::paging::AccessKind;
 pub struct Places {
     /// The stub that leaves host code for a moment; see [`super::native::detour`].
     pub detour: u64,
+    /// The stub that does so in a block that works on vector registers.
+    pub detour_vectors: u64,
+    /// The stubs that bring the vector registers, XMM or YMM, into the host's.
+    pub gates: [u64; 2],
     /// The stub that returns to the dispatcher at RIP R15.
     pub unknown: u64,
 }
@@ -62,10 +67,16 @@ pub struct Emitter<'a> {
     block: u64,
     /// Distance of the block's first byte from the start of its page.
     pub(super) offset: u64,
+    /// Number of the block's last instruction.
+    last: u32,
+    /// Vector registers that the block works on.
+    vectors: Option<Width>,
+    /// Where vector registers are asked for, and where they are there.
+    gate: Option<(Label, Label)>,
     pub(super) exits: Vec<ExitSite>,
     cold: Vec<Cold>,
-    /// Names the block to the stub.
-    tail: Label,
+    /// Where the block is named to the stub: the plain one, and the one for vectors.
+    tails: [Label; 2],
     /// The host's flags are the guest's.
     host_flags: bool,
     /// `Native::flags` are the guest's.
@@ -85,16 +96,19 @@ pub fn in_memory(guest: Register) -> Memory {
 }
 
 impl<'a> Emitter<'a> {
-    pub fn new(asm: &'a mut Asm, places: Places, block: &Block) -> Self {
-        let tail = asm.create_label();
+    pub fn new(asm: &'a mut Asm, places: Places, block: &Block, vectors: Option<Width>) -> Self {
+        let tails = [(); 2].map(|()| asm.create_label());
         Emitter {
             asm,
             places,
             block: std::ptr::from_ref(block) as u64,
             offset: block.key.host & PAGE_OFFSET,
+            last: block.instructions - 1,
+            vectors,
+            gate: None,
             exits: Vec::new(),
             cold: Vec::new(),
-            tail,
+            tails,
             host_flags: false,
             saved_flags: true,
             failed: false,
@@ -251,10 +265,22 @@ impl<'a> Emitter<'a> {
 
     fn leave_for(&mut self, why: u32) {
         self.asm.mov(R13D, why as i32);
-        self.asm.call(self.tail);
+        // Behind the last instruction nobody needs vector registers, and it may have changed who may use them.
+        let keep = self.vectors.is_some() && why < self.last;
+        self.asm.call(self.tails[usize::from(keep)]);
     }
 
     // ---- the end --------------------------------------------------------------------------------------------------------------------
+
+    /// The vector registers that the block works on are in the host's from here on.
+    pub fn enter_vectors(&mut self) {
+        let Some(width) = self.vectors else { return };
+        let (missing, there) = (self.asm.create_label(), self.asm.create_label());
+        self.asm.cmp(byte_ptr(RBP, VECTORS as i32), width as i32);
+        self.asm.jcc(ConditionCode::b, missing);
+        self.asm.set_label(there);
+        self.gate = Some((missing, there));
+    }
 
     /// Ends the code with its cold part, and gives the exits. `None` if there was an instruction that the encoder refused.
     pub fn finish(mut self) -> Option<Vec<ExitSite>> {
@@ -267,9 +293,18 @@ impl<'a> Emitter<'a> {
             }
             self.asm.jmp(back);
         }
-        self.asm.set_label(self.tail);
-        self.asm.mov(R14, self.block);
-        self.asm.jmp(self.places.detour);
+        if let (Some((missing, there)), Some(width)) = (self.gate, self.vectors) {
+            self.asm.set_label(missing);
+            self.asm.mov(R14, self.block);
+            self.asm.call(self.places.gates[usize::from(width == Width::Ymm)]);
+            self.asm.jmp(there);
+        }
+        let stubs = [self.places.detour, self.places.detour_vectors];
+        for (tail, stub) in self.tails.into_iter().zip(stubs).take(1 + usize::from(self.vectors.is_some())) {
+            self.asm.set_label(tail);
+            self.asm.mov(R14, self.block);
+            self.asm.jmp(stub);
+        }
         (!self.failed).then_some(self.exits)
     }
 

@@ -10,7 +10,8 @@
 //! | `asm` | the assembler |
 //! | `emit` | pieces of host code: flags, TLB checks, ways into the interpreter |
 //! | `exits`, `link` | from block to block, in host code and in Rust |
-//! | `registers` | where guest registers are meanwhile |
+//! | `registers`, `vector_registers` | where guest registers are meanwhile |
+//! | `vector` | which vector instructions become host code |
 //! | `stubs`, `native` | the way in and out, in host code and in Rust |
 //! | `arena` | memory for host code |
 
@@ -24,6 +25,8 @@ pub mod native;
 mod plan;
 mod registers;
 mod stubs;
+mod vector;
+mod vector_registers;
 
 use std::ptr;
 
@@ -88,9 +91,10 @@ impl Translator {
     fn new() -> Option<Self> {
         let mut arena = Arena::new(ARENA_SIZE).inspect_err(|error| log::warn!("no memory for host code: {error}")).ok()?;
         let mut asm = Asm::default();
-        let stubs = stubs::write(&mut arena, &mut asm)?;
+        let host = Host::new();
+        let stubs = stubs::write(&mut arena, &mut asm, host.vectors.has_ymm())?;
         let base = arena.used();
-        Some(Translator { arena, asm, stubs, base, host: Host::new(), translated: 0, flushes: 0 })
+        Some(Translator { arena, asm, stubs, base, host, translated: 0, flushes: 0 })
     }
 
     pub fn trampoline(&self) -> Trampoline {

@@ -24,13 +24,17 @@ pub struct Native {
     target_rip: u64,
     /// The jump cache.
     jumps: *const Jump,
+    /// How much of the guest's vector registers is in the host's: nothing, or a `vector::Width`.
+    vectors: u8,
+    /// MXCSR as Rust code expects it.
+    default_mxcsr: u32,
     /// Where host code goes on after a detour that says so.
     pub(super) target: *const u8,
     /// `Cpu::jump_context` when host code was entered.
     pub(super) context: u64,
     /// What was taken from the budget; see [`Cpu::keep_from_blocks`].
     taken: i64,
-    /// The block that was left by a detour.
+    /// The block that was left by a detour, or that was not begun.
     pub(super) block: *mut Block,
     /// The panic that host code must not be unwound for.
     panic: Option<Box<dyn Any + Send>>,
@@ -45,6 +49,8 @@ impl Default for Native {
             page: 0,
             target_rip: 0,
             jumps: std::ptr::null(),
+            vectors: 0,
+            default_mxcsr: 0x1f80,
             target: std::ptr::null(),
             context: 0,
             taken: 0,
@@ -62,6 +68,9 @@ pub const PAGE: usize = NATIVE + offset_of!(Native, page);
 pub const TARGET_RIP: usize = NATIVE + offset_of!(Native, target_rip);
 pub const TARGET: usize = NATIVE + offset_of!(Native, target);
 pub const JUMPS: usize = NATIVE + offset_of!(Native, jumps);
+pub const BLOCK: usize = NATIVE + offset_of!(Native, block);
+pub const VECTORS: usize = NATIVE + offset_of!(Native, vectors);
+pub const DEFAULT_MXCSR: usize = NATIVE + offset_of!(Native, default_mxcsr);
 pub const CONTEXT_FIELD: usize = offset_of!(Cpu, jump_context);
 
 /// More than any budget.
@@ -85,6 +94,8 @@ pub mod status {
     pub const PANIC: u32 = 0x101;
     /// Host code goes on at `Native::target`.
     pub const GO: u32 = 0x102;
+    /// A block did not begin, although it was paid for, because the interpreter must run it.
+    pub const REFUSED: u32 = 0x103;
 }
 
 /// Host code: the trampoline that enters a block.
@@ -125,6 +136,15 @@ impl Cpu {
             status::BOUNDARY => {
                 self.flags = self.native.flags();
                 Ok(std::ptr::null_mut())
+            }
+            status::REFUSED => {
+                self.flags = self.native.flags();
+                let block = self.native.block;
+                // SAFETY: host code named the block that it did not begin.
+                let (instructions, host) = unsafe { ((*block).instructions, (*block).key.host) };
+                self.budget += i64::from(instructions);
+                self.regs[slot::RIP as usize] = self.native.page | host & PAGE_OFFSET;
+                self.interpret(block)
             }
             status::PANIC => resume_unwind(self.native.panic.take().unwrap_or_else(|| Box::new("a handler panicked"))),
             _ => self.stopped_native(status),

@@ -2,13 +2,15 @@
 
 use std::mem::offset_of;
 
-use iced_x86::Register::{self, EAX, EDX, R12, R13, R13D, R14, R15, RAX, RBP, RBX, RDI, RSI, RSP};
+use iced_x86::Register::{self, EAX, EDX, R12, R13, R13D, R14, R15, R15D, RAX, RBP, RBX, RDI, RSI, RSP};
 
 use super::arena::Arena;
-use super::asm::Asm;
+use super::asm::{byte_ptr, Asm, Label};
 use super::emit::{cpu_field, in_memory, Places};
-use super::native::{self, status, Trampoline, TARGET};
+use super::native::{self, status, Trampoline, BLOCK, TARGET, VECTORS};
 use super::registers::PINNED;
+use super::vector::Width;
+use super::vector_registers::{write_fill, write_permission, write_spill};
 use crate::cpu::Cpu;
 use crate::uop::slot;
 
@@ -23,9 +25,10 @@ pub struct Stubs {
 const SAVED: [Register; 6] = [RBX, RBP, R12, R13, R14, R15];
 
 /// Writes the shared code to an empty arena. `None` if it does not fit.
-pub fn write(arena: &mut Arena, a: &mut Asm) -> Option<Stubs> {
+pub fn write(arena: &mut Arena, a: &mut Asm, has_ymm: bool) -> Option<Stubs> {
     a.begin(arena.next());
-    let [enter, detour, elsewhere, unknown, out] = [(); 5].map(|()| a.create_label());
+    let [enter, detour, detour_vectors, elsewhere, unknown, refused, out] = [(); 7].map(|()| a.create_label());
+    let [spill, fill, xmm_gate, ymm_gate] = [(); 4].map(|()| a.create_label());
 
     // The trampoline: cpu in RDI, code in RSI. Behind it the stack is aligned to 16 bytes.
     a.set_label(enter);
@@ -40,18 +43,21 @@ pub fn write(arena: &mut Arena, a: &mut Asm) -> Option<Stubs> {
 
     // Into Rust code: the reason in R13, the block in R14; behind a `call`.
     a.set_label(detour);
-    store(a);
-    a.mov(RDI, RBP);
-    a.mov(RSI, R14);
-    a.mov(EDX, R13D);
-    a.sub(RSP, 8);
-    a.mov(RAX, native::leave as *const () as u64);
-    a.call_indirect(RAX);
-    a.add(RSP, 8);
-    a.test(EAX, EAX);
-    a.jne(elsewhere);
+    a.push(R15);
+    a.call(spill);
+    call_rust(a, elsewhere);
     load(a);
     a.ret();
+
+    // The same with the vector registers back behind it, as wide as they are before it.
+    a.set_label(detour_vectors);
+    a.movzx(R15D, byte_ptr(RBP, VECTORS as i32));
+    a.push(R15);
+    a.call(spill);
+    call_rust(a, elsewhere);
+    load(a);
+    a.mov(R13, R15);
+    a.jmp(fill);
     a.set_label(elsewhere);
     a.add(RSP, 8);
     a.cmp(EAX, status::GO as i32);
@@ -61,9 +67,26 @@ pub fn write(arena: &mut Arena, a: &mut Asm) -> Option<Stubs> {
 
     // Back to the dispatcher at RIP R15.
     a.set_label(unknown);
+    a.call(spill);
     a.mov(cpu_field(offset_of!(Cpu, regs) + slot::RIP as usize * 8), R15);
     store(a);
     a.mov(EAX, status::BOUNDARY as i32);
+    a.jmp(out);
+
+    // The block in R14, which works on vector registers, begins; behind a `call`. Back to the dispatcher if they may not be used.
+    for (width, gate) in [(Width::Xmm, xmm_gate), (Width::Ymm, ymm_gate)] {
+        a.set_label(gate);
+        write_permission(a, width, refused);
+        a.call(spill);
+        a.mov(R13D, width as i32);
+        a.jmp(fill);
+    }
+    a.set_label(refused);
+    a.add(RSP, 8);
+    a.call(spill);
+    store(a);
+    a.mov(cpu_field(BLOCK), R14);
+    a.mov(EAX, status::REFUSED as i32);
     a.set_label(out);
     a.add(RSP, 8);
     for register in SAVED.into_iter().rev() {
@@ -71,12 +94,31 @@ pub fn write(arena: &mut Arena, a: &mut Asm) -> Option<Stubs> {
     }
     a.ret();
 
-    let [enter, detour, unknown] = [enter, detour, unknown].map(|label| a.offset(label) as u64);
+    a.set_label(spill);
+    write_spill(a, has_ymm);
+    a.set_label(fill);
+    write_fill(a, has_ymm);
+
+    let places = [enter, detour, detour_vectors, unknown, xmm_gate, ymm_gate].map(|label| a.offset(label) as u64);
     let start = arena.add(a.finish())? as u64;
-    let enter = start + enter;
+    let [enter, detour, detour_vectors, unknown, xmm_gate, ymm_gate] = places.map(|place| start + place);
     // SAFETY: the code at `enter` follows the System V ABI with the arguments and the result of a `Trampoline`.
     let trampoline = unsafe { std::mem::transmute::<*const u8, Trampoline>(std::ptr::with_exposed_provenance(enter as usize)) };
-    Some(Stubs { trampoline, places: Places { detour: start + detour, unknown: start + unknown } })
+    Some(Stubs { trampoline, places: Places { detour, detour_vectors, gates: [xmm_gate, ymm_gate], unknown } })
+}
+
+/// Calls Rust code for the reason in R13 and block R14, behind one `push` of which R15 is the value afterwards; to `elsewhere` unless host
+/// code goes on behind.
+fn call_rust(a: &mut Asm, elsewhere: Label) {
+    store(a);
+    a.mov(RDI, RBP);
+    a.mov(RSI, R14);
+    a.mov(EDX, R13D);
+    a.mov(RAX, native::leave as *const () as u64);
+    a.call_indirect(RAX);
+    a.pop(R15);
+    a.test(EAX, EAX);
+    a.jne(elsewhere);
 }
 
 /// Loads the pinned registers from the CPU.
