@@ -4,6 +4,8 @@
 //! [`crate::memory::code`]), so each store to it comes through `CodeCache::invalidate`. A block that dies has its micro-ops replaced, which
 //! stops it even while it runs.
 
+use std::ops::Range;
+
 use super::block::{Block, Key, Link};
 use crate::cpu::CodeSize;
 use crate::exec;
@@ -114,6 +116,20 @@ impl CodeCache {
         self.nowhere = nowhere;
         for block in self.blocks.iter_mut().flatten().chain(&mut self.dead) {
             (block.entry, block.body, block.links, block.heat) = (nowhere, std::ptr::null(), None, 0);
+        }
+    }
+
+    /// Forgets host code at `addresses`, whose place is needed.
+    pub fn forget_translations_at(&mut self, addresses: &Range<u64>) {
+        let nowhere = self.nowhere;
+        for block in self.blocks.iter_mut().flatten().chain(&mut self.dead) {
+            if let Some(links) = block.links.as_mut().filter(|_| addresses.contains(&(block.body as u64))) {
+                links.cut();
+                (block.entry, block.body, block.links, block.heat) = (nowhere, std::ptr::null(), None, 0);
+            }
+        }
+        for block in self.blocks.iter_mut().flatten().chain(&mut self.dead) {
+            block.links.iter_mut().for_each(|links| links.forget(addresses));
         }
     }
 

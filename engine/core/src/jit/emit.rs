@@ -10,7 +10,7 @@ use iced_x86::{ConditionCode, Instruction, Register};
 
 use super::asm::{byte_ptr, qword_ptr, word_ptr, Asm, Label, Memory};
 use super::exits::ExitSite;
-use super::native::{FLAGS, VECTORS};
+use super::native::{detour, FLAGS, VECTORS};
 use super::registers;
 use super::vector::Width;
 use crate::cpu::Cpu;
@@ -237,7 +237,7 @@ impl<'a> Emitter<'a> {
     /// before the next one.
     pub fn detour(&mut self, index: usize) -> Label {
         let label = self.asm.create_label();
-        self.cold(label, index as u32, None);
+        self.cold(label, index as u32 | detour::MISS, None);
         label
     }
 
@@ -266,7 +266,7 @@ impl<'a> Emitter<'a> {
     fn leave_for(&mut self, why: u32) {
         self.asm.mov(R13D, why as i32);
         // Behind the last instruction nobody needs vector registers, and it may have changed who may use them.
-        let keep = self.vectors.is_some() && why < self.last;
+        let keep = self.vectors.is_some() && why & !detour::MISS < self.last;
         self.asm.call(self.tails[usize::from(keep)]);
     }
 

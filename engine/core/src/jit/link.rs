@@ -4,6 +4,8 @@
 //! translations, which its guards compare; whoever fails them comes here and has them changed. A block that dies has every jump to it sent
 //! back to its own way here.
 
+use std::ops::Range;
+
 use super::native::status;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
@@ -70,6 +72,11 @@ impl Links {
         Links { exits, incoming: Vec::new() }
     }
 
+    /// Forgets exits of code at `addresses`, which is not used any more.
+    pub fn forget(&mut self, addresses: &Range<u64>) {
+        self.incoming.retain(|exit| !addresses.contains(&exit.end));
+    }
+
     /// Sends every jump to this block back to where it came from.
     pub fn cut(&mut self) {
         self.incoming.drain(..).for_each(|exit| exit.unlink());
@@ -96,7 +103,7 @@ pub unsafe fn follow(cpu: &mut Cpu, block: *mut Block, number: usize) -> u32 {
     let found = cpu.code.jump(rip, cpu.jump_context).map(|target| unsafe { &mut *target });
     let Some(target) = found.filter(|target| target.valid && !target.body.is_null()) else { return cpu.left_after(block) };
     if exit.link(host, page, cpu.jump_context, target) {
-        cpu.native.links += 1;
+        cpu.native.counts.links += 1;
         target.links.as_mut().into_iter().for_each(|links| links.incoming.push(exit));
     }
     cpu.native.page = rip & !PAGE_OFFSET;

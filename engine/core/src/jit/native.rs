@@ -1,8 +1,11 @@
 //! What host code and Rust code share while a guest runs, and the ways from one to the other.
 
 use std::any::Any;
+use std::collections::HashMap;
 use std::mem::offset_of;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
+
+use iced_x86::{Code, Mnemonic};
 
 use super::link;
 use crate::cpu::Cpu;
@@ -38,8 +41,36 @@ pub struct Native {
     pub(super) block: *mut Block,
     /// The panic that host code must not be unwound for.
     panic: Option<Box<dyn Any + Send>>,
-    /// Jumps that were linked.
+    pub counts: Counts,
+}
+
+/// What happened in host code.
+pub struct Counts {
+    /// Exits that were linked, again or for the first time.
     pub links: u64,
+    /// Instructions that the interpreter ran because of their memory operand.
+    pub misses: u64,
+    /// Instructions that the interpreter ran because there is no host code for them, by `iced_x86::Code`.
+    interpreted: Box<[u64]>,
+}
+
+impl Default for Counts {
+    fn default() -> Self {
+        Counts { links: 0, misses: 0, interpreted: vec![0; Code::values().len()].into() }
+    }
+}
+
+impl Counts {
+    /// How often instructions without host code ran, by mnemonic; the most frequent first.
+    pub fn interpreted(&self) -> Vec<(Mnemonic, u64)> {
+        let mut sums = HashMap::new();
+        for (code, count) in Code::values().zip(&self.interpreted).filter(|(_, count)| **count != 0) {
+            *sums.entry(code.mnemonic()).or_default() += count;
+        }
+        let mut sums: Vec<(Mnemonic, u64)> = sums.into_iter().collect();
+        sums.sort_by_key(|(mnemonic, count)| (std::cmp::Reverse(*count), *mnemonic));
+        sums
+    }
 }
 
 impl Default for Native {
@@ -56,7 +87,7 @@ impl Default for Native {
             taken: 0,
             block: std::ptr::null_mut(),
             panic: None,
-            links: 0,
+            counts: Counts::default(),
         }
     }
 }
@@ -78,6 +109,8 @@ const EVERYTHING: i64 = 1 << 60;
 
 /// Why host code asks Rust code: the number of an instruction of the block, which the interpreter shall run, or one of these.
 pub mod detour {
+    /// With the number of an instruction: host code would do, but its memory operand is not in the TLB, or is otherwise special.
+    pub const MISS: u32 = 0x80;
     /// The block has not begun, and the budget does not cover it.
     pub const HEAD: u32 = 0x100;
     /// The direct exit of this number, added to it, is not linked.
@@ -99,7 +132,7 @@ pub mod status {
 }
 
 /// Host code: the trampoline that enters a block.
-pub type Trampoline = unsafe extern "sysv64" fn(cpu: *mut Cpu, code: *const u8) -> u32;
+pub type Trampoline = unsafe extern "C" fn(cpu: *mut Cpu, code: *const u8) -> u32;
 
 impl Native {
     /// Tells host code where the jump cache is.
@@ -193,7 +226,7 @@ fn stop(status: u32) -> Option<Stop> {
 ///
 /// # Safety
 /// Host code of `block` calls this on the CPU that runs it.
-pub unsafe extern "sysv64" fn leave(cpu: *mut Cpu, block: *mut Block, why: u32) -> u32 {
+pub unsafe extern "C" fn leave(cpu: *mut Cpu, block: *mut Block, why: u32) -> u32 {
     // SAFETY: by the caller's promise, and host code holds no references.
     let cpu = unsafe { &mut *cpu };
     // SAFETY: as above.
@@ -201,7 +234,7 @@ pub unsafe extern "sysv64" fn leave(cpu: *mut Cpu, block: *mut Block, why: u32) 
         match why {
             detour::LINK.. => link::follow(cpu, block, (why - detour::LINK) as usize),
             detour::HEAD => head(cpu, block),
-            index => resume(cpu, block, index as usize),
+            instruction => resume(cpu, block, instruction),
         }
     }
 }
@@ -220,8 +253,9 @@ unsafe fn head(cpu: &mut Cpu, block: *mut Block) -> u32 {
     status::BOUNDARY
 }
 
-/// Runs instruction `index` of `block` with its reference handler.
-unsafe fn resume(cpu: &mut Cpu, block: *mut Block, index: usize) -> u32 {
+/// Runs the instruction of `block` that a detour names with its reference handler.
+unsafe fn resume(cpu: &mut Cpu, block: *mut Block, instruction: u32) -> u32 {
+    let index = (instruction & !detour::MISS) as usize;
     // SAFETY: the caller's promise is that of `leave`. The handler may kill the block, which stays allocated, so nothing but `uop` is
     // borrowed from it meanwhile.
     let (uop, handler, host) = unsafe {
@@ -229,6 +263,10 @@ unsafe fn resume(cpu: &mut Cpu, block: *mut Block, index: usize) -> u32 {
         cpu.at = &raw const uops[index];
         (uops[index], reference.get(index).copied().unwrap_or(uops[index].run), (*block).key.host)
     };
+    match instruction & detour::MISS {
+        0 => cpu.native.counts.interpreted[usize::from(uop.code)] += 1,
+        _ => cpu.native.counts.misses += 1,
+    }
     cpu.give_back();
     cpu.flags = cpu.native.flags();
     cpu.native.block = block;
