@@ -46,7 +46,7 @@ const FEATURES: &[Feature] = {
     ]
 };
 
-/// Later Xeons have these. They spare a guest work: SERIALIZE an IRET per code patch, FSRM a table-driven copy, BHI_CTRL a loop of 200
+/// Later Xeons have these. They spare a guest work: SERIALIZE an IRET per code patch, FSRM a table-driven copy, BHI_CTRL a loop of 110
 /// instructions in each system call, which Linux runs on a virtual Intel CPU without it, whatever ARCH_CAPABILITIES says.
 #[rustfmt::skip]
 const ADDED: &[Feature] =
