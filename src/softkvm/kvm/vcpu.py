@@ -107,7 +107,7 @@ class Vcpu(VcpuTime):
     def sched_out(self) -> None:
         """On no core any more."""
         if self.cpu is not None:
-            self.cpu.perf.counters.on_change = None
+            self.pmu.sched_out(self.cpu)
         super().sched_out()
 
     def update_static_calls(self) -> None:

@@ -153,6 +153,8 @@ fn same(insn: &Instruction, live: u64, host: Host) -> Option<Rule> {
         Mov | Movzx | Movsx | Movsxd | Cbw | Cwde | Cdqe | Cwd | Cdq | Cqo | Not | Bswap if insn.mnemonic() != Bswap || wide(insn) => {
             Some(Rule::Exact)
         }
+        // Of two equal operands the sum is what stays.
+        Xadd if insn.op0_register().full_register() == insn.op1_register().full_register() => None,
         Xchg | Xadd | Add | Or | Adc | Sbb | And | Sub | Xor | Cmp | Test | Inc | Dec | Neg => Some(Rule::Exact),
         Cmpxchg if in_memory(insn) => Some(Rule::Exact),
         Shl | Sal | Shr | Sar => shift(insn, unseen),
