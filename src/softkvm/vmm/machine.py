@@ -415,9 +415,13 @@ class Machine:
         """`output` as text; what is not UTF-8 is replaced."""
         return self.output.decode(errors="replace")
 
+    def counters(self) -> Stats:
+        """The counters now, from any thread, while the machine runs too."""
+        return collect(self._seconds, self._vcpus, self._handlers)
+
     def stats(self) -> Stats:
         """The counters now, and of a deterministic machine the marks of its run."""
-        stats = collect(self._seconds, self._vcpus, self._handlers)
+        stats = self.counters()
         if self._turns is None:
             return stats
         passed = (self._turns.clock.monotonic_ns() - self._started_ns) / NSEC_PER_SEC

@@ -53,4 +53,4 @@ def collect(seconds: float, vcpus: Sequence[kvm.Vcpu], handlers: Sequence[ExitHa
         user_exits.update({REASON_NAMES[reason]: count for reason, count in handler.counts.items() if count})
         counters.update(vcpu.statistics())
     instructions = engine.pop("instructions", 0)
-    return Stats(seconds, instructions, dict(engine), dict(exits.most_common()), dict(user_exits.most_common()), dict(counters))
+    return Stats(seconds, instructions, dict(engine), dict(exits.most_common()), dict(user_exits.most_common()), dict(+counters))
