@@ -48,6 +48,8 @@ class Mmu:
         """Bytes of each vCPU's dirty ring; 0 = slots have bitmaps."""
         self.push_dirty: Callable[[int, int], None] | None = None
         """Takes (slot, page) of a write when there are rings."""
+        self.remote_tlb_flushes: int = 0
+        """How often all cores had to drop what they knew of some pages."""
 
     def set_region(self, region: UserspaceMemoryRegion) -> None:
         """KVM_SET_USER_MEMORY_REGION; OSError as `Memslots.check()`."""
@@ -63,12 +65,20 @@ class Mmu:
             if new is not None:
                 self._forget_devices(new)
             if old is not None:
-                self.npt.unmap(old.gpa, old.size)
+                self._unmap(old.gpa, old.size)
+
+    def _unmap(self, gpa: int, size: int) -> None:
+        self.npt.unmap(gpa, size)
+        self.remote_tlb_flushes += 1
+
+    def _protect(self, gpa: int, size: int, rights: int) -> None:
+        self.npt.protect(gpa, size, rights)
+        self.remote_tlb_flushes += 1
 
     def write_protect(self, gpa: int, size: int) -> None:
         """Make the next write to each of these pages fault, so that it is logged; the lock is held."""
         for start, length, tracked in self.track.pieces(gpa, gpa + size):
-            self.npt.protect(start, length, (RIGHT_R | RIGHT_X) & tracked)
+            self._protect(start, length, (RIGHT_R | RIGHT_X) & tracked)
 
     def fault(self, gpa: int, write: bool) -> Fault:
         """Resolve a guest access that the nested page tables refused."""
@@ -135,7 +145,7 @@ class Mmu:
                 self.track.set(gfn, rights)
             for gpa, size, rights in runs(changed):
                 if rights == ALL:
-                    self.npt.unmap(gpa, size)  # the next access maps it with what the slot allows
+                    self._unmap(gpa, size)  # the next access maps it with what the slot allows
                 else:
                     self._limit(gpa, size, rights)
 
@@ -150,9 +160,9 @@ class Mmu:
     def _limit(self, gpa: int, size: int, rights: int) -> None:
         slot = self.slots.find(gpa)
         if slot is None or slot.end < gpa + size or slot.readonly or slot.dirty is not None:
-            self.npt.unmap(gpa, size)
+            self._unmap(gpa, size)
         else:
-            self.npt.protect(gpa, size, self.track.limit(ALL, rights))
+            self._protect(gpa, size, self.track.limit(ALL, rights))
 
     def log_write(self, gpa: int, size: int = 1) -> None:
         """Note a write of the guest that the nested page tables did not see as one."""

@@ -138,7 +138,7 @@ class VcpuCore(VcpuRequests):
         """Instructions that KVM has retired in the guest's place; the silicon counts those that it has executed itself."""
         self.retired: Callable[[], None] | None = None
         """Called for each of them while a counter of the guest wants to know."""
-        self.exit_counts = dict.fromkeys(self.handlers, 0)
+        self.exit_counts: dict[int, int] = dict.fromkeys(self.handlers, 0)
         """VM exits by the vendor's exit reason."""
 
     # --- The run loop's view --------------------------------------------------------------------------------------------------------
