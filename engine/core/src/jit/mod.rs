@@ -9,6 +9,7 @@
 //! | `block` | the translation of a block |
 //! | `asm` | the assembler |
 //! | `emit` | pieces of host code: flags, TLB checks, ways between blocks and into the interpreter |
+//! | `watched` | what a branch does for those who watch branches |
 //! | `registers` | where guest registers are meanwhile |
 //! | `stubs`, `native` | the way in and out, in host code and in Rust |
 //! | `arena` | memory for host code |
@@ -21,6 +22,7 @@ pub mod native;
 mod plan;
 mod registers;
 mod stubs;
+mod watched;
 
 use std::ptr;
 

@@ -7,6 +7,7 @@ use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::flags::Flags;
+use crate::pmu::Watching;
 use crate::state::rflags::OF;
 use crate::uop::{Exec, Stop};
 
@@ -18,15 +19,16 @@ pub struct Native {
     /// Where a call goes while its return address is pushed: host code, and RIP.
     target: u64,
     target_rip: u64,
-    /// The block that was left by [`resume`].
-    block: *mut Block,
+    /// The block that was last left by [`resume`], and RIP of its first instruction.
+    pub block: *mut Block,
+    pub rip: u64,
     /// The panic that host code must not be unwound for.
     panic: Option<Box<dyn Any + Send>>,
 }
 
 impl Default for Native {
     fn default() -> Self {
-        Native { flags: 0, target: 0, target_rip: 0, block: std::ptr::null_mut(), panic: None }
+        Native { flags: 0, target: 0, target_rip: 0, block: std::ptr::null_mut(), rip: 0, panic: None }
     }
 }
 
@@ -70,8 +72,15 @@ impl Cpu {
         self.budget -= i64::from(unsafe { (*block).instructions });
         self.blocks_run += 1;
         self.native.load(self.flags);
+        let watched = self.pmu.watching != Watching::NONE;
+        if watched {
+            self.mark_update();
+        }
         // SAFETY: `body` is the start of a live block's host code, which keeps to the rules of this module.
         let status = unsafe { trampoline(self, body) };
+        if watched {
+            self.take_update();
+        }
         match status {
             status::BOUNDARY => {
                 self.flags = self.native.flags();
@@ -117,10 +126,17 @@ pub unsafe extern "sysv64" fn resume(cpu: *mut Cpu, block: *mut Block, index: u3
         (&mut *cpu, uop, reference.get(index as usize).copied().unwrap_or(uop.run))
     };
     cpu.flags = cpu.native.flags();
-    cpu.native.block = block;
+    (cpu.native.block, cpu.native.rip) = (block, cpu.rip());
     // SAFETY: as above.
     cpu.at = unsafe { &raw const (&(*block).uops)[index as usize] };
+    let watched = cpu.pmu.watching != Watching::NONE;
+    if watched {
+        cpu.take_update();
+    }
     let result = catch_unwind(AssertUnwindSafe(|| handler(cpu, &uop)));
+    if watched {
+        cpu.mark_update();
+    }
     // SAFETY: as above; a dead block is freed by `collect` only.
     let valid = unsafe { (*block).valid };
     match result {
