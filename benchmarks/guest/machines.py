@@ -114,9 +114,13 @@ def qemu_command(image: guest.Guest, setup: Setup) -> list[str]:
     return [*command, "-nodefaults", "-display", "none", "-serial", "stdio", "-monitor", "none"]
 
 
-def softkvm_command(image: guest.Guest, setup: Setup, tier: str | None) -> list[str]:
-    """softkvm with its default CPU model; `--append` brings what `softkvm run` does not set by itself."""
-    command = [sys.executable, "-m", "softkvm.cli", "run", "-m", setup.memory, "-c", str(setup.cpus), "-k", str(image.kernel)]
+def softkvm_command(image: guest.Guest, setup: Setup, tier: str | None, folder: Path) -> list[str]:
+    """softkvm with its default CPU model; `-p` brings what `softkvm run` does not set by itself.
+
+    Python's bytecode is kept in `folder` as an installation keeps it, whatever the environment says.
+    """
+    command = ["env", "-u", "PYTHONDONTWRITEBYTECODE", f"PYTHONPYCACHEPREFIX={folder / 'bytecode'}", sys.executable, "-m", "softkvm.cli"]
+    command += ["run", "-m", setup.memory, "-c", str(setup.cpus), "-k", str(image.kernel)]
     command += ["-i", str(image.initrd), "-p", "quiet loglevel=1"]
     return [*command, *(["--tier", tier] if tier else [])]
 

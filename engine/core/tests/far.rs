@@ -4,13 +4,15 @@ mod common;
 
 use std::sync::Arc;
 
+use common::guest::Guest;
 use common::system::*;
 use common::{Machine, CODE, STACK_TOP};
 use softkvm_engine::cpu::CodeSize;
 use softkvm_engine::fault::vector;
 use softkvm_engine::model::Model;
-use softkvm_engine::state::{gpr, interruptibility, rflags, seg};
+use softkvm_engine::state::{cr0, gpr, interruptibility, rflags, rights, seg, Segment};
 use softkvm_engine::uop::Stop;
+use softkvm_engine::virt::exits::code;
 
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
 const SYSRETQ: [u8; 3] = [0x48, 0x0f, 0x07];
@@ -310,4 +312,22 @@ fn sti_holds_interrupts_back_once() {
     m.enter_user();
     m.expect_fault(&[0xfb], vector::GP, 0);
     m.expect_fault(&[0xfa], vector::GP, 0);
+}
+
+#[test]
+fn the_same_offset_in_another_real_mode_segment_is_other_code() {
+    let mut guest = Guest::new(&[0xb8, 1, 0, 0xea, 0, 0, 0, 0x02]); // mov ax, 1; jmp 0200:0000
+    guest.poke(0x2000, &[0xb8, 2, 0, 0xea, 0, 0, 0, 0x03]);
+    guest.poke(0x3000, &[0x0f, 0xa2]); // cpuid
+    let data = rights::PRESENT | rights::S | rights::RW | rights::ACCESSED;
+    let state = &mut guest.block().state;
+    for number in 0..6 {
+        let kind = if number == seg::CS { rights::CODE } else { 0 };
+        state.segments[number] = Segment::new((CODE >> 4) as u16, data | kind, 0xffff, CODE);
+    }
+    (state.cr0, state.rip, state.gpr[gpr::RAX]) = (cr0::ET | cr0::NE, 0, 0);
+    guest.block().control.instruction_budget = 100;
+    assert_eq!(guest.enter(), code::CPUID.vmx);
+    let state = &guest.block().state;
+    assert_eq!((state.segments[seg::CS].selector, state.gpr[gpr::RAX]), (0x300, 2));
 }

@@ -12,7 +12,8 @@ import hashlib
 import os
 import socket
 import uuid
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +26,7 @@ from softkvm.vmi.session import HEADER_SIZE
 
 _MOST_DESCRIPTORS = 16
 _CHUNK = 1 << 18
+_VSOCK = "vsock:"
 _NEEDED_OF_HANDSHAKE = 32
 """Bytes up to the name: what every VMM sends."""
 
@@ -136,22 +138,38 @@ class Guest:
     start_time: int
 
 
-def listen(path: str | Path, *, key: bytes | None = None, timeout: float | None = None) -> tuple[SocketChannel, Guest]:
-    """Wait on a new UNIX socket until a VMM connects, and shake hands; the socket's name is gone afterwards.
+def listen(address: str | Path, *, key: bytes | None = None, timeout: float | None = None) -> tuple[SocketChannel, Guest]:
+    """Wait on a new socket until a VMM connects, and shake hands; `address` is a path, whose name is gone afterwards, or `vsock:PORT`.
 
-    `key` is the secret that the VMM may ask for. ChannelClosed if nobody comes in `timeout` seconds; OSError if the socket cannot be made.
+    `key` is the secret that the VMM may ask for. ChannelClosed if nobody comes in `timeout` seconds; OSError if the socket cannot be made,
+    ValueError for what is no port.
     """
-    with closing(socket.socket(socket.AF_UNIX)) as listener:
-        listener.bind(str(path))
+    with _bound(str(address)) as listener:
         try:
             listener.listen(1)
             listener.settimeout(timeout)
             connection, _ = listener.accept()
         except (TimeoutError, BlockingIOError) as error:
-            raise ChannelClosed(f"no VM has connected to {path} in {timeout:g} seconds") from error
-        finally:
-            os.unlink(path)
+            raise ChannelClosed(f"no VM has connected to {address} in {timeout:g} seconds") from error
     return shake_hands(connection, key, timeout)
+
+
+@contextmanager
+def _bound(address: str) -> Iterator[socket.socket]:
+    if address.startswith(_VSOCK):
+        port = int(address.removeprefix(_VSOCK), 0)
+        if not 0 <= port < 1 << 32:
+            raise ValueError(f"{port} is no port of vsock")
+        with closing(socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)) as listener:
+            listener.bind((socket.VMADDR_CID_ANY, port))
+            yield listener
+        return
+    with closing(socket.socket(socket.AF_UNIX)) as listener:
+        listener.bind(address)
+        try:
+            yield listener
+        finally:
+            os.unlink(address)
 
 
 def shake_hands(connection: socket.socket, key: bytes | None = None, timeout: float | None = 10) -> tuple[SocketChannel, Guest]:

@@ -49,9 +49,9 @@ class Client:
         """What the VMM said of its VM, if it introduced itself."""
 
     @classmethod
-    def listen(cls, path: str | Path, *, key: bytes | None = None, timeout: float | None = None, dialect: Dialect = kvmi.V9) -> Client:
-        """Wait on a UNIX socket for a VMM to connect; see `channel.listen()`."""
-        channel, guest = channels.listen(path, key=key, timeout=timeout)
+    def listen(cls, address: str | Path, *, key: bytes | None = None, timeout: float | None = None, dialect: Dialect = kvmi.V9) -> Client:
+        """Wait on a UNIX socket, or on `vsock:PORT`, for a VMM to connect; see `channel.listen()`."""
+        channel, guest = channels.listen(address, key=key, timeout=timeout)
         client = cls(channel, dialect)
         client.guest = guest
         return client

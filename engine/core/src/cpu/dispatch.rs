@@ -308,7 +308,7 @@ impl Cpu {
 
     /// Runs a block to its end in the interpreter; the result is that of `execute`.
     #[inline(always)]
-    pub(super) fn interpret(&mut self, block: *mut Block) -> Exec<*mut Block> {
+    pub(crate) fn interpret(&mut self, block: *mut Block) -> Exec<*mut Block> {
         // SAFETY: blocks are freed by `collect` only, which no handler calls; the last micro-op of a block always stops.
         let (first, instructions) = unsafe { ((*block).uops.as_ptr(), (*block).instructions) };
         self.budget -= i64::from(instructions);

@@ -7,6 +7,7 @@ use super::asm::{qword_ptr, Asm, Label};
 use super::emit::{block_rip, cpu_field, in_memory, Emitter, Places, Rule};
 use super::plan::{plan, Host, Plan};
 use super::registers::{self, host, resized, SCRATCH, STACK};
+use super::vector;
 use super::watched::Branch;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
@@ -21,15 +22,18 @@ use crate::state::seg;
 /// if an instruction cannot be encoded.
 pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], model: &Model, host: Host, places: Places) -> Option<usize> {
     let live = live_flags(instructions);
-    let mut translation =
-        Translation { out: Emitter::new(asm, places, block), info: InstructionInfoFactory::new(), branch: Branch::of(block) };
+    let plans: Vec<Plan> = instructions.iter().zip(&live).map(|(insn, live)| plan(insn, *live, host, model)).collect();
+    let vectors = plans.iter().filter_map(|plan| if let Plan::Vector(width) = plan { Some(*width) } else { None }).max();
+    let out = Emitter::new(asm, places, block, vectors);
+    let mut translation = Translation { out, info: InstructionInfoFactory::new(), branch: Branch::of(block) };
     translation.out.prologue(block.instructions);
     let body = translation.out.asm.len();
+    translation.out.enter_vectors();
     let mut ended = false;
     for (index, insn) in instructions.iter().enumerate() {
         let before = if index == 0 { ARITHMETIC } else { live[index - 1] };
         let place = Place { index, seen_before: before != 0, seen_behind: live[index] != 0 };
-        ended = translation.instruction(insn, plan(insn, live[index], host, model), place);
+        ended = translation.instruction(insn, plans[index], place);
     }
     if !ended {
         translation.fall_through(instructions.len(), u64::from(block.length));
@@ -57,6 +61,7 @@ impl Translation<'_> {
     fn instruction(&mut self, insn: &Instruction, plan: Plan, place: Place) -> bool {
         match plan {
             Plan::Same(rule) => self.same(insn, rule, place),
+            Plan::Vector(_) => self.same(&vector::cached(insn), Rule::Exact, place),
             Plan::Lea => self.lea(insn),
             Plan::Nothing => {}
             Plan::Push => self.push(insn, place),
@@ -87,7 +92,7 @@ impl Translation<'_> {
             let bytes = insn.memory_size().size();
             let kind = if self.writes(insn, operand) { AccessKind::Write } else { AccessKind::Read };
             self.out.translate(bytes, kind, miss);
-            if insn.has_lock_prefix() || insn.mnemonic() == iced_x86::Mnemonic::Xchg {
+            if insn.has_lock_prefix() || insn.mnemonic() == iced_x86::Mnemonic::Xchg || vector::is_aligned(insn) {
                 self.out.require_alignment(bytes, miss);
             }
         }
@@ -114,7 +119,7 @@ impl Translation<'_> {
             match insn.op_kind(n) {
                 OpKind::Register => {
                     let register = insn.op_register(n);
-                    if registers::is_high_byte(register) {
+                    if registers::is_high_byte(register) || vector::is_vector(register) {
                         continue;
                     }
                     let full = register.full_register();

@@ -6,11 +6,12 @@
 use std::mem::offset_of;
 
 use iced_x86::Register::{AH, AL, AX, EAX, R13, R13D, R14, R14D, R14L, R15, R15D, RAX, RBP};
-use iced_x86::{Instruction, Register};
+use iced_x86::{ConditionCode, Instruction, Register};
 
 use super::asm::{byte_ptr, dword_ptr, qword_ptr, word_ptr, Asm, Label, Memory};
-use super::native::{FLAGS, TARGET, TARGET_RIP};
+use super::native::{FLAGS, TARGET, TARGET_RIP, VECTORS};
 use super::registers;
+use super::vector::Width;
 use crate::cpu::Cpu;
 use crate::decode::block::{Block, Link};
 use crate::decode::cache::Jump;
@@ -23,6 +24,10 @@ use crate::uop::slot;
 pub struct Places {
     /// The stub that runs one instruction in the interpreter.
     pub resume: u64,
+    /// The stub that does so in a block that works on vector registers.
+    pub resume_vectors: u64,
+    /// The stubs that bring the vector registers, XMM or YMM, into the host's.
+    pub gates: [u64; 2],
     /// The stub that returns to the dispatcher before a block.
     pub boundary: u64,
     /// The core's attention word.
@@ -63,6 +68,12 @@ pub struct Emitter<'a> {
     pub asm: &'a mut Asm,
     places: Places,
     block: u64,
+    /// Number of the block's last instruction.
+    last: usize,
+    /// Vector registers that the block works on.
+    vectors: Option<Width>,
+    /// Where vector registers are asked for, and where they are there.
+    gate: Option<(Label, Label)>,
     cold: Vec<Cold>,
     /// The host's flags are the guest's.
     host_flags: bool,
@@ -88,9 +99,10 @@ pub fn block_rip() -> Memory {
 }
 
 impl<'a> Emitter<'a> {
-    pub fn new(asm: &'a mut Asm, places: Places, block: *const Block) -> Self {
-        let block = block as u64;
-        Emitter { asm, places, block, cold: Vec::new(), host_flags: false, saved_flags: true, failed: false }
+    pub fn new(asm: &'a mut Asm, places: Places, block: &Block, vectors: Option<Width>) -> Self {
+        let last = block.instructions as usize - 1;
+        let block = std::ptr::from_ref(block) as u64;
+        Emitter { asm, places, block, last, vectors, gate: None, cold: Vec::new(), host_flags: false, saved_flags: true, failed: false }
     }
 
     // ---- flags ----------------------------------------------------------------------------------------------------------------------
@@ -240,7 +252,8 @@ impl<'a> Emitter<'a> {
         let a = &mut *self.asm;
         a.mov(R13D, index as i32);
         a.mov(R14, self.block);
-        a.call(self.places.resume)
+        // Behind the last instruction nobody needs them, and it may have changed who may use them.
+        a.call(if self.vectors.is_some() && index < self.last { self.places.resume_vectors } else { self.places.resume })
     }
 
     // ---- ways between blocks ------------------------------------------------------------------------------------------------------------
@@ -257,6 +270,16 @@ impl<'a> Emitter<'a> {
         a.jle(self.places.boundary);
         a.sub(budget, instructions as i32);
         a.inc(cpu_field(offset_of!(Cpu, blocks_run)))
+    }
+
+    /// The vector registers that the block works on are in the host's from here on.
+    pub fn enter_vectors(&mut self) {
+        let Some(width) = self.vectors else { return };
+        let (missing, there) = (self.asm.create_label(), self.asm.create_label());
+        self.asm.cmp(byte_ptr(RBP, VECTORS as i32), width as i32);
+        self.asm.jcc(ConditionCode::b, missing);
+        self.asm.set_label(there);
+        self.gate = Some((missing, there));
     }
 
     /// R13 = the host code of the block at the RIP in R15 that ran behind this one before; `miss` if there is none. Clobbers R14.
@@ -364,6 +387,12 @@ impl<'a> Emitter<'a> {
                 }
                 None => self.asm.int3(),
             }
+        }
+        if let (Some((missing, there)), Some(width)) = (self.gate, self.vectors) {
+            self.asm.set_label(missing);
+            self.asm.mov(R14, self.block);
+            self.asm.call(self.places.gates[usize::from(width == Width::Ymm)]);
+            self.asm.jmp(there);
         }
         !self.failed
     }

@@ -10,7 +10,8 @@
 //! | `asm` | the assembler |
 //! | `emit` | pieces of host code: flags, TLB checks, ways between blocks and into the interpreter |
 //! | `watched` | what a branch does for those who watch branches |
-//! | `registers` | where guest registers are meanwhile |
+//! | `registers`, `vector_registers` | where guest registers are meanwhile |
+//! | `vector` | which vector instructions become host code |
 //! | `stubs`, `native` | the way in and out, in host code and in Rust |
 //! | `arena` | memory for host code |
 
@@ -22,6 +23,8 @@ pub mod native;
 mod plan;
 mod registers;
 mod stubs;
+mod vector;
+mod vector_registers;
 mod watched;
 
 use std::ptr;
@@ -86,15 +89,18 @@ impl Translator {
     fn new(cpu: &Cpu) -> Option<Self> {
         let mut arena = Arena::new(ARENA_SIZE).inspect_err(|error| log::warn!("no memory for host code: {error}")).ok()?;
         let mut asm = Asm::default();
-        let stubs = stubs::write(&mut arena, &mut asm)?;
+        let host = Host::new();
+        let stubs = stubs::write(&mut arena, &mut asm, host.vectors.has_ymm())?;
         let places = Places {
             resume: stubs.resume,
+            resume_vectors: stubs.resume_vectors,
+            gates: stubs.gates,
             boundary: stubs.boundary,
             attention: cpu.signal.pending_address() as u64,
             jumps: cpu.code.jumps() as u64,
         };
         let base = arena.used();
-        Some(Translator { arena, asm, stubs, places, base, host: Host::new(), translated: 0, flushes: 0 })
+        Some(Translator { arena, asm, stubs, places, base, host, translated: 0, flushes: 0 })
     }
 
     pub fn trampoline(&self) -> Trampoline {

@@ -19,16 +19,20 @@ pub struct Native {
     /// Where a call goes while its return address is pushed: host code, and RIP.
     target: u64,
     target_rip: u64,
-    /// The block that was last left by [`resume`], and RIP of its first instruction.
-    pub block: *mut Block,
+    /// The block that was left by [`resume`], or that was not begun, and RIP of its first instruction.
+    block: *mut Block,
     pub rip: u64,
+    /// How much of the guest's vector registers is in the host's: nothing, or a `vector::Width`.
+    vectors: u8,
+    /// MXCSR as Rust code expects it.
+    default_mxcsr: u32,
     /// The panic that host code must not be unwound for.
     panic: Option<Box<dyn Any + Send>>,
 }
 
 impl Default for Native {
     fn default() -> Self {
-        Native { flags: 0, target: 0, target_rip: 0, block: std::ptr::null_mut(), rip: 0, panic: None }
+        Native { flags: 0, target: 0, target_rip: 0, block: std::ptr::null_mut(), rip: 0, vectors: 0, default_mxcsr: 0x1f80, panic: None }
     }
 }
 
@@ -38,6 +42,12 @@ pub const FLAGS: usize = offset_of!(Cpu, native) + offset_of!(Native, flags);
 pub const TARGET_RIP: usize = offset_of!(Cpu, native) + offset_of!(Native, target_rip);
 pub const TARGET: usize = offset_of!(Cpu, native) + offset_of!(Native, target);
 
+/// Offset of the block that was left.
+pub const BLOCK: usize = offset_of!(Cpu, native) + offset_of!(Native, block);
+/// Offsets of what [`super::vector_registers`] keeps.
+pub const VECTORS: usize = offset_of!(Cpu, native) + offset_of!(Native, vectors);
+pub const DEFAULT_MXCSR: usize = offset_of!(Cpu, native) + offset_of!(Native, default_mxcsr);
+
 /// What host code returns besides the numbers of [`Stop`].
 pub mod status {
     /// The instruction is done, and host code goes on.
@@ -46,6 +56,8 @@ pub mod status {
     pub const BOUNDARY: u32 = 0x100;
     /// A handler panicked.
     pub const PANIC: u32 = 0x101;
+    /// A block did not begin, although it was paid for, because the interpreter must run it.
+    pub const REFUSED: u32 = 0x102;
 }
 
 /// Host code: the trampoline that enters a block.
@@ -85,6 +97,15 @@ impl Cpu {
             status::BOUNDARY => {
                 self.flags = self.native.flags();
                 Ok(std::ptr::null_mut())
+            }
+            status::REFUSED => {
+                self.flags = self.native.flags();
+                let block = self.native.block;
+                self.native.rip = self.rip();
+                // SAFETY: host code named the block that it did not begin.
+                self.budget += i64::from(unsafe { (*block).instructions });
+                self.blocks_run -= 1;
+                self.interpret(block)
             }
             status::PANIC => resume_unwind(self.native.panic.take().unwrap_or_else(|| Box::new("a handler panicked"))),
             _ => self.stopped_native(status),

@@ -7,6 +7,7 @@ use iced_x86::{Code, ConditionCode, FlowControl, Instruction, Mnemonic, OpKind, 
 
 use super::emit::{Overflow, Rule};
 use super::registers;
+use super::vector::{self, Extensions, Width};
 use crate::decode::feature;
 use crate::model::Model;
 use crate::state::rflags::ARITHMETIC;
@@ -16,6 +17,8 @@ use crate::state::rflags::ARITHMETIC;
 pub enum Plan {
     /// The same instruction with other operands; flags as the rule tells, if it changes any.
     Same(Rule),
+    /// The same with vector registers among the operands.
+    Vector(Width),
     Lea,
     Nothing,
     Push,
@@ -36,6 +39,7 @@ pub struct Host {
     popcnt: bool,
     bmi2: bool,
     movbe: bool,
+    pub vectors: Extensions,
 }
 
 impl Host {
@@ -44,6 +48,7 @@ impl Host {
             popcnt: std::arch::is_x86_feature_detected!("popcnt"),
             bmi2: std::arch::is_x86_feature_detected!("bmi2"),
             movbe: std::arch::is_x86_feature_detected!("movbe"),
+            vectors: Extensions::of_host(),
         }
     }
 }
@@ -54,7 +59,10 @@ pub fn plan(insn: &Instruction, live: u64, host: Host, model: &Model) -> Plan {
         return Plan::Interpret;
     }
     match structural(insn) {
-        Plan::Interpret if operands_fit(insn) && lock_fits(insn) => same(insn, live, host).map_or(Plan::Interpret, Plan::Same),
+        Plan::Interpret if operands_fit(insn) && lock_fits(insn) => {
+            let vector = vector::width(insn, host.vectors).map(Plan::Vector);
+            vector.or_else(|| same(insn, live, host).map(Plan::Same)).unwrap_or(Plan::Interpret)
+        }
         other => other,
     }
 }
@@ -87,6 +95,8 @@ fn same(insn: &Instruction, live: u64, host: Host) -> Option<Rule> {
         Mov | Movzx | Movsx | Movsxd | Cbw | Cwde | Cdqe | Cwd | Cdq | Cqo | Not | Bswap if insn.mnemonic() != Bswap || wide(insn) => {
             Some(Rule::Exact)
         }
+        // Of two equal operands the sum is what stays.
+        Xadd if insn.op0_register().full_register() == insn.op1_register().full_register() => None,
         Xchg | Xadd | Add | Or | Adc | Sbb | And | Sub | Xor | Cmp | Test | Inc | Dec | Neg => Some(Rule::Exact),
         Cmpxchg if in_memory(insn) => Some(Rule::Exact),
         Shl | Sal | Shr | Sar => shift(insn, unseen),
@@ -146,14 +156,14 @@ fn in_memory(insn: &Instruction) -> bool {
     (0..insn.op_count()).any(|n| insn.op_kind(n) == OpKind::Memory)
 }
 
-/// Whether all operands are immediates, general registers and at most one address that host code can compute.
+/// Whether all operands are immediates, general or vector registers and at most one address that host code can compute.
 fn operands_fit(insn: &Instruction) -> bool {
     let memory = in_memory(insn);
     let high = (0..insn.op_count()).any(|n| insn.op_kind(n) == OpKind::Register && registers::is_high_byte(insn.op_register(n)));
     (0..insn.op_count()).all(|n| match insn.op_kind(n) {
         OpKind::Register => {
             let register = insn.op_register(n);
-            register.is_gpr() && !(high && (memory || needs_rex(register)))
+            vector::is_vector(register) || register.is_gpr() && !(high && (memory || needs_rex(register)))
         }
         OpKind::Memory => address_fits(insn),
         OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 | OpKind::FarBranch16 | OpKind::FarBranch32 => false,
@@ -176,8 +186,8 @@ fn is_immediate(kind: OpKind) -> bool {
 
 /// How many register operands stay in memory, and need a scratch register.
 fn resident(insn: &Instruction) -> usize {
-    let operands = (0..insn.op_count()).filter(|n| insn.op_kind(*n) == OpKind::Register);
-    operands.filter(|n| registers::host(insn.op_register(*n).full_register()).is_none()).count()
+    let operands = (0..insn.op_count()).filter(|n| insn.op_kind(*n) == OpKind::Register).map(|n| insn.op_register(n));
+    operands.filter(|register| register.is_gpr() && registers::host(register.full_register()).is_none()).count()
 }
 
 /// Whether host code can compute the address: 64 bits wide, with a displacement that fits.

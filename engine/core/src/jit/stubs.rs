@@ -2,13 +2,15 @@
 
 use std::mem::offset_of;
 
-use iced_x86::Register::{self, EAX, EDX, R12, R13, R13D, R14, R15, RAX, RBP, RBX, RDI, RSI, RSP};
+use iced_x86::Register::{self, EAX, EDX, R12, R13, R13D, R14, R15, R15D, RAX, RBP, RBX, RDI, RSI, RSP};
 
 use super::arena::Arena;
-use super::asm::Asm;
+use super::asm::{byte_ptr, qword_ptr, Asm, Label};
 use super::emit::in_memory;
-use super::native::{resume, status, Trampoline};
+use super::native::{resume, status, Trampoline, BLOCK, VECTORS};
 use super::registers::PINNED;
+use super::vector::Width;
+use super::vector_registers::{write_fill, write_permission, write_spill};
 use crate::cpu::Cpu;
 
 /// Entry points of the shared code.
@@ -16,16 +18,21 @@ use crate::cpu::Cpu;
 pub struct Stubs {
     pub trampoline: Trampoline,
     pub resume: u64,
+    /// [`Stubs::resume`] that brings the vector registers back.
+    pub resume_vectors: u64,
     pub boundary: u64,
+    /// Bring the vector registers, XMM or YMM.
+    pub gates: [u64; 2],
 }
 
 /// Registers that the System V ABI wants back, in the order in which they are pushed.
 const SAVED: [Register; 6] = [RBX, RBP, R12, R13, R14, R15];
 
 /// Writes the shared code to an empty arena. `None` if it does not fit.
-pub fn write(arena: &mut Arena, a: &mut Asm) -> Option<Stubs> {
+pub fn write(arena: &mut Arena, a: &mut Asm, has_ymm: bool) -> Option<Stubs> {
     a.begin(arena.next());
-    let [enter, again, stopped, boundary, leave] = [(); 5].map(|()| a.create_label());
+    let [enter, again, again_with_vectors, stopped, boundary, refused, leave] = [(); 7].map(|()| a.create_label());
+    let [spill, fill, xmm_gate, ymm_gate] = [(); 4].map(|()| a.create_label());
 
     // The trampoline: cpu in RDI, code in RSI. Behind it the stack is aligned to 16 bytes.
     a.set_label(enter);
@@ -40,26 +47,46 @@ pub fn write(arena: &mut Arena, a: &mut Asm) -> Option<Stubs> {
 
     // One instruction in the interpreter: its number in R13, the block in R14.
     a.set_label(again);
-    store(a);
-    a.mov(RDI, RBP);
-    a.mov(RSI, R14);
-    a.mov(EDX, R13D);
-    a.sub(RSP, 8);
-    a.mov(RAX, resume as *const () as u64);
-    a.call_indirect(RAX);
-    a.add(RSP, 8);
-    a.test(EAX, EAX);
-    a.jne(stopped);
+    a.push(R15);
+    a.call(spill);
+    call_resume(a, stopped);
     load(a);
     a.ret();
+
+    // The same with the vector registers back behind it, as wide as they are before it.
+    a.set_label(again_with_vectors);
+    a.movzx(R15D, byte_ptr(RBP, VECTORS as i32));
+    a.push(R15);
+    a.call(spill);
+    call_resume(a, stopped);
+    load(a);
+    a.mov(R13, R15);
+    a.jmp(fill);
     a.set_label(stopped);
     a.add(RSP, 8);
     a.jmp(leave);
 
     // Back to the dispatcher before a block.
     a.set_label(boundary);
+    a.call(spill);
     store(a);
     a.mov(EAX, status::BOUNDARY as i32);
+    a.jmp(leave);
+
+    // The block in R14, which works on vector registers, begins; behind a `call`. Back to the dispatcher if they may not be used.
+    for (width, gate) in [(Width::Xmm, xmm_gate), (Width::Ymm, ymm_gate)] {
+        a.set_label(gate);
+        write_permission(a, width, refused);
+        a.call(spill);
+        a.mov(R13D, width as i32);
+        a.jmp(fill);
+    }
+    a.set_label(refused);
+    a.add(RSP, 8);
+    a.call(spill);
+    store(a);
+    a.mov(qword_ptr(RBP, BLOCK as i32), R14);
+    a.mov(EAX, status::REFUSED as i32);
     a.set_label(leave);
     a.add(RSP, 8);
     for register in SAVED.into_iter().rev() {
@@ -67,12 +94,30 @@ pub fn write(arena: &mut Arena, a: &mut Asm) -> Option<Stubs> {
     }
     a.ret();
 
-    let [enter, resume, boundary] = [enter, again, boundary].map(|label| a.offset(label) as u64);
+    a.set_label(spill);
+    write_spill(a, has_ymm);
+    a.set_label(fill);
+    write_fill(a, has_ymm);
+
+    let places = [enter, again, again_with_vectors, boundary, xmm_gate, ymm_gate].map(|label| a.offset(label) as u64);
     let start = arena.add(a.finish())? as u64;
-    let enter = start + enter;
+    let [enter, resume, resume_vectors, boundary, xmm_gate, ymm_gate] = places.map(|place| start + place);
     // SAFETY: the code at `enter` follows the System V ABI with the arguments and the result of a `Trampoline`.
     let trampoline = unsafe { std::mem::transmute::<*const u8, Trampoline>(std::ptr::with_exposed_provenance(enter as usize)) };
-    Some(Stubs { trampoline, resume: start + resume, boundary: start + boundary })
+    Some(Stubs { trampoline, resume, resume_vectors, boundary, gates: [xmm_gate, ymm_gate] })
+}
+
+/// Calls [`resume`] for instruction R13 of block R14, behind one `push` of which R15 is the value afterwards; to `stopped` if it says so.
+fn call_resume(a: &mut Asm, stopped: Label) {
+    store(a);
+    a.mov(RDI, RBP);
+    a.mov(RSI, R14);
+    a.mov(EDX, R13D);
+    a.mov(RAX, resume as *const () as u64);
+    a.call_indirect(RAX);
+    a.pop(R15);
+    a.test(EAX, EAX);
+    a.jne(stopped);
 }
 
 /// Loads the pinned registers from the CPU.

@@ -41,16 +41,16 @@ pub struct Guest {
     core: Core,
     block: OwnedBlock,
     npt: Arc<NestedPageTable>,
+    ram: Arc<Region>,
 }
 
 impl Guest {
     pub fn new(code: &[u8]) -> Self {
         let ram = Arc::new(Region::new(RAM_SIZE).expect("a memfd"));
-        // SAFETY: `code` is far smaller than the region.
-        unsafe { ram.start().add(CODE as usize).copy_from(code.as_ptr(), code.len()) };
         let npt = NestedPageTable::default();
         npt.map(0, RAM_SIZE as u64, &ram, 0, right::READ | right::WRITE | right::EXECUTE).expect("an aligned range");
-        let mut guest = Guest { core: Core::new(Arc::new(Model::default()), 0), block: OwnedBlock::new(), npt: Arc::new(npt) };
+        let mut guest = Guest { core: Core::new(Arc::new(Model::default()), 0), block: OwnedBlock::new(), npt: Arc::new(npt), ram };
+        guest.poke(CODE, code);
         let state = &mut guest.block().state;
         let data = rights::PRESENT | rights::S | rights::RW | rights::ACCESSED | rights::DB | rights::GRANULARITY;
         for number in 0..6 {
@@ -64,6 +64,13 @@ impl Guest {
 
     pub fn block(&mut self) -> &mut Block {
         self.block.get()
+    }
+
+    /// Writes guest-physical memory.
+    pub fn poke(&mut self, gpa: u64, bytes: &[u8]) {
+        assert!(gpa as usize + bytes.len() <= RAM_SIZE);
+        // SAFETY: inside the region, by the test above.
+        unsafe { self.ram.start().add(gpa as usize).copy_from(bytes.as_ptr(), bytes.len()) };
     }
 
     pub fn core(&mut self) -> &mut Core {
