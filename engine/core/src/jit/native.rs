@@ -4,6 +4,7 @@ use std::any::Any;
 use std::mem::offset_of;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 
+use super::x87;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::flags::Flags;
@@ -22,6 +23,12 @@ pub struct Native {
     block: *mut Block,
     /// How much of the guest's vector registers is in the host's: nothing, or a `vector::Width`.
     vectors: u8,
+    /// 1 if the guest's x87 unit is in the host's, or just was and is in `image`.
+    pub(super) x87: u8,
+    /// `vectors` and `x87` as they are to be again behind an instruction in the interpreter.
+    kept: u16,
+    /// The x87 unit on its way from the guest to the host or back.
+    pub(super) image: x87::Image,
     /// MXCSR as Rust code expects it.
     default_mxcsr: u32,
     /// The panic that host code must not be unwound for.
@@ -30,7 +37,18 @@ pub struct Native {
 
 impl Default for Native {
     fn default() -> Self {
-        Native { flags: 0, target: 0, target_rip: 0, block: std::ptr::null_mut(), vectors: 0, default_mxcsr: 0x1f80, panic: None }
+        Native {
+            flags: 0,
+            target: 0,
+            target_rip: 0,
+            block: std::ptr::null_mut(),
+            vectors: 0,
+            x87: 0,
+            kept: 0,
+            image: x87::Image::default(),
+            default_mxcsr: 0x1f80,
+            panic: None,
+        }
     }
 }
 
@@ -44,7 +62,13 @@ pub const TARGET: usize = offset_of!(Cpu, native) + offset_of!(Native, target);
 pub const BLOCK: usize = offset_of!(Cpu, native) + offset_of!(Native, block);
 /// Offsets of what [`super::vector_registers`] keeps.
 pub const VECTORS: usize = offset_of!(Cpu, native) + offset_of!(Native, vectors);
+pub const X87: usize = offset_of!(Cpu, native) + offset_of!(Native, x87);
+pub const KEPT: usize = offset_of!(Cpu, native) + offset_of!(Native, kept);
+pub const IMAGE: usize = offset_of!(Cpu, native) + offset_of!(Native, image);
 pub const DEFAULT_MXCSR: usize = offset_of!(Cpu, native) + offset_of!(Native, default_mxcsr);
+
+/// The part of `Native::kept` that is about the x87 unit.
+const KEPT_X87: u16 = 1 << 8;
 
 /// What host code returns besides the numbers of [`Stop`].
 pub mod status {
@@ -84,6 +108,9 @@ impl Cpu {
         self.native.load(self.flags);
         // SAFETY: `body` is the start of a live block's host code, which keeps to the rules of this module.
         let status = unsafe { trampoline(self, body) };
+        if self.native.x87 != 0 {
+            self.take_x87(None);
+        }
         match status {
             status::BOUNDARY => {
                 self.flags = self.native.flags();
@@ -138,6 +165,10 @@ pub unsafe extern "sysv64" fn resume(cpu: *mut Cpu, block: *mut Block, index: u3
     };
     cpu.flags = cpu.native.flags();
     cpu.native.block = block;
+    if cpu.native.x87 != 0 {
+        // SAFETY: as above.
+        cpu.take_x87(Some((unsafe { &*block }, index as usize)));
+    }
     // SAFETY: as above.
     cpu.at = unsafe { &raw const (&(*block).uops)[index as usize] };
     let result = catch_unwind(AssertUnwindSafe(|| handler(cpu, &uop)));
@@ -146,6 +177,9 @@ pub unsafe extern "sysv64" fn resume(cpu: *mut Cpu, block: *mut Block, index: u3
     match result {
         Ok(Ok(())) if valid => {
             cpu.native.load(cpu.flags);
+            if cpu.native.kept & KEPT_X87 != 0 {
+                cpu.give_x87();
+            }
             status::DONE
         }
         Ok(Ok(())) => {
