@@ -28,6 +28,8 @@ from softkvm.vmi.session import HEADER_SIZE
 _MOST_DESCRIPTORS = 16
 _ANCILLARY = socket.CMSG_SPACE(4 * _MOST_DESCRIPTORS)
 _CHUNK = 1 << 18
+_WITHIN_A_MESSAGE = 15.0
+"""Seconds that a message may stand still before it is whole."""
 _VSOCK = "vsock:"
 _NEEDED_OF_HANDSHAKE = 32
 """Bytes up to the name: what every VMM sends."""
@@ -86,8 +88,8 @@ class SocketChannel:
             return None
         header = Header.from_buffer_copy(self._buffer)
         end = HEADER_SIZE + header.size
-        if len(self._buffer) < end:
-            self._fill(end, None)
+        if len(self._buffer) < end and not self._fill(end, _WITHIN_A_MESSAGE):
+            raise ChannelClosed("the VM has stopped in the middle of a message")
         body = bytes(self._buffer[HEADER_SIZE:end])
         del self._buffer[:end]
         return header, body
