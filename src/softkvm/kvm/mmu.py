@@ -19,6 +19,8 @@ from softkvm.silicon import RIGHT_R, RIGHT_W, RIGHT_X
 from softkvm.uapi.kvm import KVM_DIRTY_LOG_INITIALLY_SET, UserspaceMemoryRegion
 
 LARGE_PAGE = 2 << 20
+DEVICE_LIMIT = 64
+"""Pages that the nested page table knows as a device's; the others are found by their slot each time."""
 
 
 class Fault(Enum):
@@ -38,6 +40,8 @@ class Mmu:
         self.slots = Memslots(max_gpa, address_space)
         self.npt = silicon.NestedPageTable()
         self.track = PageTrack()
+        self._devices: set[int] = set()
+        """Pages without a slot that the nested page table says so of."""
         self.manual_protect = 0
         """KVM_DIRTY_LOG_*: user space protects pages itself, by KVM_CLEAR_DIRTY_LOG."""
         self.ring_size = 0
@@ -56,6 +60,8 @@ class Mmu:
                 if self.manual_protect & KVM_DIRTY_LOG_INITIALLY_SET and (old is None or old.dirty is None):
                     new.mark_all_dirty()
             self.slots.install(old, new)
+            if new is not None:
+                self._forget_devices(new)
             if old is not None:
                 self.npt.unmap(old.gpa, old.size)
 
@@ -67,6 +73,8 @@ class Mmu:
     def fault(self, gpa: int, write: bool) -> Fault:
         """Resolve a guest access that the nested page tables refused."""
         if self.slots.find(gpa) is None:
+            if gpa & -PAGE_SIZE not in self._devices:
+                self._note_device(gpa & -PAGE_SIZE)
             return Fault.MMIO
         with self._lock:
             slot = self.slots.find(gpa)
@@ -80,6 +88,19 @@ class Mmu:
                 return Fault.UNMAPPED
             self._map(slot, page, write, *backing)
         return Fault.FIXED
+
+    def _note_device(self, page: int) -> None:
+        """`mark_mmio_spte()`: the next access there comes as one to a device, and not as a violation. A guest may touch any address."""
+        with self._lock:
+            if self.slots.find(page) is None and len(self._devices) < DEVICE_LIMIT and self.track.rights(page >> PAGE_SHIFT) == ALL:
+                self._devices.add(page)
+                self.npt.map_device(page, PAGE_SIZE)
+
+    def _forget_devices(self, slot: Slot) -> None:
+        """Memory is there now (`kvm_mmu_invalidate_mmio_sptes()`)."""
+        for page in [page for page in self._devices if slot.gpa <= page < slot.end]:
+            self._devices.remove(page)
+            self.npt.unmap(page, PAGE_SIZE)
 
     def _allowed(self, gpa: int, write: bool) -> bool:
         """Whether the page is mapped and only tracking, if anything, is in the way of the access."""

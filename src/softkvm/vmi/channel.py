@@ -10,6 +10,7 @@ import array
 import ctypes
 import hashlib
 import os
+import select
 import socket
 import uuid
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from softkvm.vmi.memory import Memory
 from softkvm.vmi.session import HEADER_SIZE
 
 _MOST_DESCRIPTORS = 16
+_ANCILLARY = socket.CMSG_SPACE(4 * _MOST_DESCRIPTORS)
 _CHUNK = 1 << 18
 _VSOCK = "vsock:"
 _NEEDED_OF_HANDSHAKE = 32
@@ -60,7 +62,11 @@ class SocketChannel:
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
+        self._socket.settimeout(None)
+        self._poll = select.poll()
+        self._poll.register(connection, select.POLLIN)
         self._descriptors: list[int] = []
+        self._chunk = memoryview(bytearray(_CHUNK))
         self._buffer = bytearray()
 
     def fileno(self) -> int:
@@ -70,7 +76,6 @@ class SocketChannel:
     def send(self, message: bytes) -> None:
         """As `Channel.send()`."""
         try:
-            self._socket.settimeout(None)
             self._socket.sendall(message)
         except OSError as error:
             raise ChannelClosed(f"the VM is gone: {error.strerror}") from error
@@ -89,15 +94,14 @@ class SocketChannel:
 
     def _fill(self, size: int, timeout: float | None) -> bool:
         try:
-            self._socket.settimeout(timeout)
             while len(self._buffer) < size:
-                data, ancillary, _, _ = self._socket.recvmsg(_CHUNK, socket.CMSG_SPACE(4 * _MOST_DESCRIPTORS))
+                if timeout is not None and not self._poll.poll(timeout * 1000):
+                    return False
+                length, ancillary, _, _ = self._socket.recvmsg_into([self._chunk], _ANCILLARY)
                 self._keep(ancillary)
-                if not data:
+                if not length:
                     raise ChannelClosed("the VM has closed the introspection channel")
-                self._buffer += data
-        except (TimeoutError, BlockingIOError):
-            return False
+                self._buffer += self._chunk[:length]
         except OSError as error:
             raise ChannelClosed(f"the VM is gone: {error.strerror}") from error
         return True

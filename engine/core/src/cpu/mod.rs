@@ -86,7 +86,7 @@ pub struct Cpu {
     pub rflags: u64,
     /// Work for the dispatcher, bits of [`pending`].
     pub pending: u32,
-    cpl: u8,
+    pub(crate) cpl: u8,
     pub code_size: CodeSize,
     /// Bits of [`mode::media`]: why a vector or x87 instruction may not run.
     pub media: u8,
