@@ -17,7 +17,7 @@ ENGINE_SOURCES := $(shell find engine -name target -prune -o -type f \( -name '*
 ENVIRONMENT := $(VENV)/.stamp-environment
 ENGINE := $(VENV)/.stamp-engine
 
-export KVM_UNIT_TESTS
+export KVM_UNIT_TESTS KVM_UNIT_TESTS_I386
 
 # pip and maturin (which calls pip) speak up only when something fails.
 export PIP_QUIET := 1
@@ -55,14 +55,17 @@ format: $(ENVIRONMENT) ## Format Python and Rust sources
 	$(BIN)/ruff format
 	cargo fmt --all
 
-differential: $(ENVIRONMENT) ## Compare 5 million generated instructions with the host's CPU, in code of 64, 32 and 16 bits, and write docs/differential.md
+differential: $(ENGINE) ## Compare 5 million generated instructions with the host's CPU and with Unicorn, and write docs/differential.md
 	SOFTKVM_DIFFERENTIAL_CASES=$(CASES) SOFTKVM_DIFFERENTIAL_SEED=$(SEED) SOFTKVM_DIFFERENTIAL_LEDGER=$(LEDGER) \
+	    SOFTKVM_DIFFERENTIAL_UNICORN=$$($(BIN)/python docs/differential.py --unicorn) \
 	    cargo test -p softkvm-engine --release --quiet --test differential
 	$(BIN)/python docs/differential.py $(LEDGER)
 
-fuzz: $(ENGINE) ## Run hostile guests for longer: 20,000 of each kind, and port and MMIO storms on the whole board (FUZZ=cases)
+fuzz: $(ENGINE) ## Run hostile guests for longer: 20,000 of each kind, port and MMIO storms on the whole board, and a million KVMI messages each way (FUZZ=cases)
 	SOFTKVM_HOSTILE_CASES=$(FUZZ) cargo test -p softkvm-engine --release --quiet --test hostile
 	SOFTKVM_STORM_CASES=$$(($(FUZZ) / 100)) $(BIN)/python -m pytest -q tests/vmm/test_storm.py --timeout 3600
+	SOFTKVM_KVMI_MESSAGES=$$(($(FUZZ) * 50)) $(BIN)/python -m pytest -q -k million \
+	    tests/kvm_guests/introspection/test_hostile.py tests/vmi/test_hostile_server.py
 
 insn-tables: ## Write tests/insn/user*.ins from what the host's CPU does
 	SOFTKVM_INSN_WRITE=$(abspath tests/insn) cargo test -p softkvm-engine --release --quiet --test insn instructions_of_a_process
@@ -79,7 +82,7 @@ bench: $(ENGINE) ## Compare with QEMU's TCG, measure exits, what a second vCPU b
 performance: $(ENGINE) ## Compare with QEMU's TCG and write docs/performance.md, its figure and its samples
 	$(BIN)/python -m benchmarks.guest --json docs/performance.json --plot docs/performance.svg --page docs/performance.md $(ARGS)
 
-conformance: $(ENGINE) ## Run kvm-unit-tests from the built checkout that KVM_UNIT_TESTS names, and write docs/conformance.md
+conformance: $(ENGINE) ## Run kvm-unit-tests from the built checkouts that KVM_UNIT_TESTS and KVM_UNIT_TESTS_I386 name, and write docs/conformance.md
 	$(BIN)/python docs/conformance.py $(ARGS)
 
 selftest: $(ENGINE) ## Check the installation with the built-in guest: no network, no apt

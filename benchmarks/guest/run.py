@@ -26,7 +26,9 @@ def measure(cases: Sequence[Case], rounds: int, tier: str | None, folder: Path) 
 
 def _boots(case: Case, rounds: int, tier: str | None, folder: Path) -> Result:
     image = machines.initrd(case.setup, None, folder / "boot.cpio")
-    commands = {TCG: machines.qemu_command(image, case.setup), SOFTKVM: machines.softkvm_command(image, case.setup, tier)}
+    commands = {TCG: machines.qemu_command(image, case.setup), SOFTKVM: machines.softkvm_command(image, case.setup, tier, folder)}
+    for command in commands.values():  # files come into memory, and Python's bytecode into its place
+        machines.whole_run(command)
     return _rounds(case, rounds, {who: partial(machines.whole_run, command) for who, command in commands.items()})
 
 
@@ -35,7 +37,7 @@ def _requests(cases: Sequence[Case], setup: Setup, rounds: int, tier: str | None
     with (
         machines.serving(NATIVE, [program], folder) as native,
         machines.serving(TCG, machines.qemu_command(image, setup)) as tcg,
-        machines.serving(SOFTKVM, machines.softkvm_command(image, setup, tier)) as softkvm,
+        machines.serving(SOFTKVM, machines.softkvm_command(image, setup, tier, folder), count=machines.counters) as softkvm,
     ):
         for case in cases:
             servers = {NATIVE: native} if case.is_native else {}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from softkvm.cli import qemu, qemu_cpu
+from softkvm.cli import qemu, qemu_cpu, qemu_run
 from softkvm.vmm import ConfigError, Stop, StopReason
+from softkvm.vmm.config import MOST_CPUS
 
 KVM_UNIT_TESTS = [
     *("--no-reboot", "-nodefaults", "-global", "kvm-pit.lost_tick_policy=discard", "-device", "pc-testdev"),
@@ -34,6 +37,8 @@ def test_the_command_line_of_kvm_unit_tests() -> None:
         (["-smp", "64000"], r"SMP CPUs.* \(64\)$"),
         (["-smp", "many"], "not a number of CPUs"),
         (["-machine", "accel=xen"], "invalid accelerator xen"),
+        (["-accel", "xen"], "invalid accelerator xen"),
+        (["-accel", "kvm,tier=cranelift"], "the tiers are interpreter, translator, auto"),
         (["-M", "q35,kernel-irqchip=split"], "interrupt controllers"),
         (["-machine", "vmport=on"], "VMware"),
         (["-display", "gtk"], "only none"),
@@ -49,6 +54,23 @@ def test_what_is_refused(arguments: list[str], words: str) -> None:
 def test_machine_properties() -> None:
     assert qemu.parse(["-machine", "pit=off"]).warnings
     assert not qemu.parse(["-machine", "q35,accel=tcg,kernel-irqchip=on"]).warnings
+
+
+def test_accelerators_and_their_tier() -> None:
+    assert qemu.parse(["-machine", "accel=kvm,tier=interpreter"]).tier == "interpreter"
+    assert qemu.parse(["-accel", "tcg,tier=translator"]).tier == "translator"
+    assert qemu.parse(["-accel", "tcg"]).tier is None
+
+
+def test_the_limit_of_cpus_is_the_machines() -> None:
+    assert qemu.parse(["-smp", str(MOST_CPUS)]).cpus == MOST_CPUS
+    with pytest.raises(qemu.UsageError):
+        qemu.parse(["-smp", str(MOST_CPUS + 1)])
+
+
+def test_a_probe_does_not_load_the_machine() -> None:
+    code = "import sys; from softkvm.cli import qemu; qemu.main(['-device', '?']); sys.exit('softkvm.vmm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0
 
 
 def test_probes(capfd: pytest.CaptureFixture[str]) -> None:
@@ -82,7 +104,7 @@ def test_bad_settings_are_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixt
     ],
 )
 def test_exit_status(stop: Stop, status: int) -> None:
-    assert qemu._status(stop) == status
+    assert qemu_run._status(stop) == status
 
 
 def test_cpu_names() -> None:

@@ -7,10 +7,12 @@ import errno
 import pytest
 
 from softkvm import silicon
+from softkvm.host.perf.event import Attr
 from softkvm.kvm import msr
 from softkvm.kvm.pmu.filter import EventFilter
-from softkvm.kvm.request import REQ_PMI, REQ_PMU
+from softkvm.kvm.request import REQ_PMI
 from softkvm.kvm.vcpu import Vcpu
+from softkvm.silicon.control import Intercept
 from softkvm.uapi import kvm as uapi
 from tests.kvm.test_lbr import Core, Host
 
@@ -94,13 +96,13 @@ def test_both_names_of_a_counter(vcpu: Vcpu) -> None:
 
 def test_a_counter_counts_what_the_silicon_does_while_it_is_on(vcpu: Vcpu) -> None:
     msr.set(vcpu, EVENTSEL0, BRANCHES, False)
-    assert vcpu.pmu.counters[0].event is None  # GLOBAL_CTRL is off
+    assert vcpu.control.guest_perf_global_ctrl == 0
     msr.set(vcpu, CTRL, 1, False)
     count(vcpu, 0, 5)
     assert msr.get(vcpu, PMC0, False) == 5
-    assert vcpu.control.guest_perf_global_ctrl
+    assert vcpu.control.guest_perf_global_ctrl == 1
     msr.set(vcpu, CTRL, 0, False)
-    assert not vcpu.control.guest_perf_global_ctrl
+    assert vcpu.control.guest_perf_global_ctrl == 0
     msr.set(vcpu, CTRL, 1, False)
     count(vcpu, 0, 2)
     msr.set(vcpu, EVENTSEL0, 0, False)
@@ -116,8 +118,7 @@ def test_an_overflow_is_status_and_interrupt(vcpu: Vcpu) -> None:
     count(vcpu, 0, 4)
     assert vcpu.cpu is not None
     assert vcpu.cpu.perf.handle_nmi(GuestRegisters(vcpu))
-    assert (msr.get(vcpu, STATUS, False), vcpu.requests & (REQ_PMU | REQ_PMI)) == (1, REQ_PMU | REQ_PMI)
-    vcpu.pmu.handle_event()
+    assert (msr.get(vcpu, STATUS, False), vcpu.requests & REQ_PMI) == (1, REQ_PMI)
     assert msr.get(vcpu, PMC0, False) == 1
     msr.set(vcpu, OVF_CTRL, 1, False)
     assert msr.get(vcpu, STATUS, False) == 0
@@ -126,9 +127,10 @@ def test_an_overflow_is_status_and_interrupt(vcpu: Vcpu) -> None:
 def test_instructions_that_kvm_does_are_counted_by_ring(vcpu: Vcpu) -> None:
     msr.set(vcpu, EVENTSEL0, 0xC0 | 1 << 17 | 1 << 22, False)  # at CPL 0
     msr.set(vcpu, EVENTSEL0 + 1, 0xC0 | 1 << 16 | 1 << 22, False)  # elsewhere
-    assert vcpu.retired is None
-    msr.set(vcpu, CTRL, 3, False)
     assert vcpu.retired is not None
+    vcpu.retired()
+    assert msr.get(vcpu, PMC0, False) == 0
+    msr.set(vcpu, CTRL, 3, False)
     vcpu.retired()
     assert (msr.get(vcpu, PMC0, False), msr.get(vcpu, PMC0 + 1, False)) == (1, 0)
     msr.set(vcpu, FULL0, MASK, False)
@@ -146,6 +148,68 @@ def test_rdpmc(vcpu: Vcpu, index: int, value: int) -> None:
 @pytest.mark.parametrize("index", [4, 64, 32, 1 << 30 | 3, 1 << 30 | 32, 1 << 29, 0x7FFF_FFFF])
 def test_rdpmc_of_no_counter(vcpu: Vcpu, index: int) -> None:
     assert vcpu.pmu.rdpmc(index) is None
+
+
+def passes(vcpu: Vcpu, index: int, write: bool) -> bool:
+    return not vcpu.block.msr_bitmap[0][int(write)][index >> 3] & 1 << (index & 7)
+
+
+def test_a_guest_has_the_counters_that_it_uses_by_itself(host: Host, vcpu: Vcpu) -> None:
+    registers = (PMC0, FULL0, FIXED0, CTRL)
+    assert not any(passes(vcpu, index, write) for index in (*registers, STATUS) for write in (False, True))
+    msr.set(vcpu, EVENTSEL0, BRANCHES, False)
+    msr.set(vcpu, FIXED0, 77, False)
+    msr.set(vcpu, FIXED_CTRL, 0xB, False)
+    assert all(passes(vcpu, index, write) for index in registers for write in (False, True))
+    assert (passes(vcpu, STATUS, False), passes(vcpu, STATUS, True), passes(vcpu, OVF_CTRL, True)) == (True, False, False)
+    assert not any(passes(vcpu, index, True) for index in (EVENTSEL0, FIXED_CTRL, PMC0 + 1, FIXED0 + 1))
+    assert not vcpu.control.intercepts >> Intercept.RDPMC & 1
+    vcpu.control.guest_perf_global_ctrl = 1 << 32 | 1  # as an exit saves it
+    count(vcpu, 32, 5)
+    assert vcpu.cpu is not None
+    assert vcpu.cpu.core.pmu_read(FULL0 + 1) == 0
+    msr.set(vcpu, FULL0 + 1, 99, False)
+    assert vcpu.cpu.core.pmu_read(FULL0 + 1) == 99  # where RDPMC finds it
+
+    theirs = host.host_event(vcpu.cpu, Attr(config=0xC5, pinned=True))
+    assert not any(passes(vcpu, index, write) for index in (*registers, STATUS) for write in (False, True))
+    assert vcpu.control.intercepts >> Intercept.RDPMC & 1
+    assert (msr.get(vcpu, CTRL, False), msr.get(vcpu, FIXED0, False)) == (1 << 32 | 1, 82)
+    assert vcpu.control.guest_perf_global_ctrl == 1 << 32 | 1 | 1 << theirs.hw.idx
+    host.release(vcpu.cpu, theirs)
+    assert passes(vcpu, CTRL, True)
+    assert vcpu.control.guest_perf_global_ctrl == 1 << 32 | 1
+
+
+def test_the_status_goes_with_the_vcpu(host: Host, vcpu: Vcpu) -> None:
+    msr.set(vcpu, EVENTSEL0, BRANCHES, False)
+    msr.set(vcpu, FULL0, MASK, False)
+    msr.set(vcpu, CTRL, 1, False)
+    count(vcpu, 0, 3)
+    assert vcpu.cpu is not None
+    core = vcpu.cpu.core
+    assert core.pmu_read(STATUS) == 1
+    host.system.scheduler.put(vcpu)
+    assert core.pmu_read(STATUS) == 0
+    assert vcpu.pmu.global_status == 1
+    vcpu.load()
+    assert core.pmu_read(STATUS) == 1
+    msr.set(vcpu, OVF_CTRL, 1, False)
+    assert (core.pmu_read(STATUS), msr.get(vcpu, FULL0, False)) == (0, 2)
+
+
+def test_a_guest_with_fewer_counters_than_the_silicon_has_exits(host: Host) -> None:
+    vcpu = host.vcpu()
+    entries = vcpu.get_cpuid2()
+    next(entry for entry in entries if entry.function == 0xA).eax = 0x0730_0202
+    vcpu.set_cpuid2(entries)
+    vcpu.load()
+    msr.set(vcpu, EVENTSEL0, BRANCHES, False)
+    msr.set(vcpu, CTRL, 1, False)
+    assert not passes(vcpu, CTRL, True)
+    assert vcpu.control.intercepts >> Intercept.RDPMC & 1
+    count(vcpu, 0, 3)
+    assert vcpu.pmu.rdpmc(0) == 3
 
 
 def test_amds_counters_have_no_global_control() -> None:

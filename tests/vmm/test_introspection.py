@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -16,6 +18,7 @@ import pytest
 
 from softkvm.uapi import kvmi
 from softkvm.uapi.kvmi import Command, Event
+from softkvm.vmi.client import Client
 from softkvm.vmm import ConfigError, Machine, StopReason
 from softkvm.vmm.introspection_peer import Peer, PeerOptions
 from softkvm.vmm.monitor import Monitor, commands
@@ -25,6 +28,7 @@ HALT = bytes.fromhex("fa f4 ebfd")  # cli; again: hlt; jmp again
 EXIT = bytes.fromhex("b000e6f4")
 NAME, ID = "the-vm", UUID(int=0x1234)
 TIMEOUT = 20
+VMADDR_CID_LOCAL, VSOCK_PORT = 1, 0x6B766D69
 
 Boot = Callable[..., Machine]
 
@@ -77,7 +81,7 @@ def answer(key: str | None = None, extra: bytes = b"") -> bytes:
 
 
 @contextlib.contextmanager
-def peer_of(machine: Machine, path: Path, settings: str = "") -> Iterator[Peer]:
+def peer_of(machine: Machine, path: Path | str, settings: str = "") -> Iterator[Peer]:
     """`--introspection PATH,reconnect=0,...`"""
     options = PeerOptions.parse(f"{path},reconnect=0{settings}")
     peer = Peer(machine.introspection, options, NAME, ID, machine.max_gpa)
@@ -109,6 +113,53 @@ def test_tool_that_listens_gets_the_vm(boot: Boot, listener: Listener, tmp_path:
         assert hello.struct_size == (104 if dialect == "v12" else 96)
         assert ask(peer, version)[:12] == struct.pack("<iII", 0, 0, 1)
         peer.close()
+
+
+class VsockInPlace(socket.socket):
+    """vsock for a kernel that has no loopback for it: the same calls over an abstract UNIX socket."""
+
+    def __init__(self, family: int = -1, kind: int = -1, proto: int = -1, fileno: int | None = None) -> None:
+        super().__init__(socket.AF_UNIX if family == socket.AF_VSOCK else family, kind, proto, fileno)
+
+    def bind(self, address: Any) -> None:
+        super().bind(self.local(address))
+
+    def connect(self, address: Any) -> None:
+        super().connect(self.local(address))
+
+    @staticmethod
+    def local(address: Any) -> Any:
+        return f"\0softkvm-test-{os.getpid()}-{address[1]}" if isinstance(address, tuple) else address
+
+
+def has_vsock_loopback() -> bool:
+    """Whether this kernel has the module vsock_loopback."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as server:
+        server.bind((socket.VMADDR_CID_ANY, socket.VMADDR_PORT_ANY))
+        server.listen()
+        with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as client:
+            client.settimeout(0.2)
+            client.connect((VMADDR_CID_LOCAL, server.getsockname()[1]))
+            return True
+    return False
+
+
+def test_tool_that_listens_on_vsock(boot: Boot, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_vsock_loopback():
+        monkeypatch.setattr(socket, "socket", VsockInPlace)
+    machine = boot(HALT)
+    with ThreadPoolExecutor(1) as pool, peer_of(machine, f"vsock:{VMADDR_CID_LOCAL}:{VSOCK_PORT}"):
+        client = pool.submit(Client.listen, f"vsock:{VSOCK_PORT}", timeout=TIMEOUT).result(TIMEOUT)
+        with client:
+            assert client.guest is not None
+            assert (client.guest.name, client.guest.uuid) == (NAME, ID)
+            assert client.vcpus == 1
+
+
+@pytest.mark.parametrize("address", ["vsock:", "vsock:1", "vsock:x:1", "vsock:1:-1", "vsock:1:4294967296", "vsock:4294967296:1"])
+def test_what_is_no_vsock_address(address: str) -> None:
+    with pytest.raises(ConfigError, match="write vsock:CID:PORT"):
+        PeerOptions.parse(address)
 
 
 def test_tool_that_comes_back(boot: Boot, listener: Listener, tmp_path: Path) -> None:

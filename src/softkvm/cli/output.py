@@ -56,13 +56,6 @@ def plain(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
-def escape(text: str) -> str:
-    """Text of a guest's for a table's cell, where it is not to be taken for markup either."""
-    from rich.markup import escape as escape_markup
-
-    return escape_markup(plain(text))
-
-
 _GROUPS = {
     "engine": "the silicon",
     "exits": "VM exits",

@@ -8,24 +8,22 @@ itself only warns, as for CPU features, warned about.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from softkvm.cli import qemu_cpu, status
-from softkvm.vmm import ConfigError, Machine, Stop, StopReason
-from softkvm.vmm.config import MOST_CPUS
+from softkvm.cli import status
 
-_PROGRAM = "softkvm-qemu"
-_FAILURE = 1
-_STDOUT = 1
+PROGRAM = "softkvm-qemu"
+FAILURE = 1
+STDOUT = 1
 _VERSION = "QEMU emulator version 7.2.0 (its command line, spoken by softkvm)"
 """The words that scripts look for, with the version whose options are taken."""
 _DEBUG_EXIT = ("isa-debug-exit", {"iobase": "0xf4", "iosize": "0x4"})
+_MOST_CPUS = 64
+"""What `Machine` takes."""
+_TIERS = ("interpreter", "translator", "auto")
 _DEVICES = {"isa-debug-exit": "ISA", "pc-testdev": "ISA"}
-_SUCCESSFUL = frozenset({StopReason.POWER_OFF, StopReason.RESET, StopReason.TRIPLE_FAULT})
-"""Ends after which QEMU, told not to reboot, leaves with status 0."""
 
 
 class UsageError(Exception):
@@ -44,6 +42,8 @@ class Invocation:
     cpu: str = "qemu64"
     serial: str = "null"
     test_device: bool = False
+    tier: str | None = None
+    """How guest code runs, if that was said."""
     virtual_time: bool = False
     """Guest time follows its instructions, as with QEMU's `-icount`."""
     answer: str | None = None
@@ -56,14 +56,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         invocation = parse(sys.argv[1:] if arguments is None else arguments)
         if invocation.answer is not None:
-            os.write(_STDOUT, f"{invocation.answer}\n".encode())
+            os.write(STDOUT, f"{invocation.answer}\n".encode())
             return 0
-        return _run(invocation)
+        if invocation.kernel is None:
+            raise UsageError("no -kernel was given, and the machine has no firmware and no disk to boot from")
+        if not os.path.exists(invocation.kernel):
+            raise UsageError(f"could not open kernel file {invocation.kernel!r}: No such file or directory")
     except BrokenPipeError:
         return status.BROKEN_PIPE
-    except (UsageError, ConfigError) as error:
-        print(f"{_PROGRAM}: {error}", file=sys.stderr)
-        return _FAILURE
+    except UsageError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return FAILURE
+    from softkvm.cli import qemu_run  # half a second, which a probe does not need
+
+    return qemu_run.run(invocation)
 
 
 def parse(arguments: Sequence[str]) -> Invocation:
@@ -75,7 +81,7 @@ def parse(arguments: Sequence[str]) -> Invocation:
         if option in _FLAGS:
             continue
         if option in ("help", "h", "version"):
-            invocation.answer = _VERSION if option == "version" else f"{_VERSION}\nusage: {_PROGRAM} -kernel FILE [options]"
+            invocation.answer = _VERSION if option == "version" else f"{_VERSION}\nusage: {PROGRAM} -kernel FILE [options]"
             return invocation
         if option not in _OPTIONS:
             raise UsageError(f"{word}: invalid option")
@@ -110,24 +116,37 @@ def _smp(invocation: Invocation, text: str) -> None:
     number = properties.get("cpus", first.removeprefix("cpus="))
     if not number.isdecimal() or not int(number):
         raise UsageError(f"-smp {text}: {number!r} is not a number of CPUs")
-    if int(number) > MOST_CPUS:
+    if int(number) > _MOST_CPUS:
         # The scripts of kvm-unit-tests look for these words and take the last one as the limit.
-        raise UsageError(f"number of SMP CPUs requested ({number}) exceeds the maximum of the machine ({MOST_CPUS})")
+        raise UsageError(f"number of SMP CPUs requested ({number}) exceeds the maximum of the machine ({_MOST_CPUS})")
     invocation.cpus = int(number)
 
 
 def _machine(invocation: Invocation, text: str) -> None:
     first, properties = _properties(text if "=" in text.split(",")[0] else text + ",")
     properties.update([tuple(first.split("=", 1))] if "=" in first else [])  # type: ignore[list-item]  # two words each
-    accelerator = properties.get("accel", "tcg")
-    if accelerator not in ("tcg", "kvm"):
-        raise UsageError(f"-machine {text}: invalid accelerator {accelerator}")
+    if "accel" in properties:
+        _accelerator(invocation, f"-machine {text}", properties["accel"], properties)
     if properties.get("kernel-irqchip", "on") != "on":
         raise UsageError(f"-machine {text}: the interrupt controllers are KVM's")
     if properties.get("vmport", "off") != "off":
         raise UsageError(f"-machine {text}: the machine has no VMware port")
     if properties.get("pit", "on") == "off":
         invocation.warnings.append("the timer cannot be left out: pit=off has no effect")
+
+
+def _accel(invocation: Invocation, text: str) -> None:
+    name, properties = _properties(text)
+    _accelerator(invocation, f"-accel {text}", name, properties)
+
+
+def _accelerator(invocation: Invocation, option: str, name: str, properties: dict[str, str]) -> None:
+    """Either name means softkvm; its own property is `tier`."""
+    if name not in ("tcg", "kvm"):
+        raise UsageError(f"{option}: invalid accelerator {name}")
+    invocation.tier = properties.get("tier", invocation.tier)
+    if invocation.tier not in (None, *_TIERS):
+        raise UsageError(f"{option}: the tiers are {', '.join(_TIERS)}")
 
 
 def _serial(invocation: Invocation, text: str) -> None:
@@ -169,7 +188,7 @@ _OPTIONS: dict[str | None, Callable[[Invocation, str], None]] = {
     "device": _device,
     "machine": _machine,
     "M": _machine,
-    "accel": _only("accel", "tcg", "kvm"),
+    "accel": _accel,
     "serial": _serial,
     "icount": _icount,
     "display": _only("display", "none"),
@@ -177,40 +196,3 @@ _OPTIONS: dict[str | None, Callable[[Invocation, str], None]] = {
     "global": _only("global", "kvm-pit.lost_tick_policy=discard"),
     "overcommit": _only("overcommit", "cpu-pm=on", "cpu-pm=off"),
 }
-
-
-def _run(invocation: Invocation) -> int:
-    if invocation.kernel is None:
-        raise UsageError("no -kernel was given, and the machine has no firmware and no disk to boot from")
-    if not os.path.exists(invocation.kernel):
-        raise UsageError(f"could not open kernel file {invocation.kernel!r}: No such file or directory")
-    cpu, warnings = qemu_cpu.translate(invocation.cpu)
-    for warning in invocation.warnings + warnings:
-        print(f"{_PROGRAM}: warning: {warning}", file=sys.stderr)
-    with Machine(
-        kernel=invocation.kernel,
-        initrd=invocation.initrd,
-        append=invocation.append,
-        memory=invocation.memory,
-        cpu=cpu,
-        cpus=invocation.cpus,
-        serial={0: _print} if invocation.serial == "stdio" else None,
-        test_device=invocation.test_device,
-        deterministic=0 if invocation.virtual_time else None,
-    ) as machine:
-        signal.signal(signal.SIGTERM, lambda *_: machine.stop())
-        return _status(machine.run())
-
-
-def _print(data: bytes) -> None:
-    while data:
-        data = data[os.write(_STDOUT, data) :]
-
-
-def _status(stop: Stop) -> int:
-    if stop.reason is StopReason.EXIT and stop.status is not None:
-        return stop.status & 0xFF
-    if stop.reason in _SUCCESSFUL:
-        return 0
-    print(f"{_PROGRAM}: the guest ended by {stop.reason.value} at {stop.rip:#x}: {stop.detail}", file=sys.stderr)
-    return _FAILURE

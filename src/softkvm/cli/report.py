@@ -6,7 +6,6 @@ ran, where its vCPU stood and its counters.
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import sys
 import time
@@ -31,9 +30,11 @@ class Report(msgspec.Struct, frozen=True):
 
 def softkvm_version() -> str:
     """The version of the installed distribution."""
+    from importlib import metadata  # here, because it brings a mail parser with it
+
     try:
-        return importlib.metadata.version("softkvm")
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version("softkvm")
+    except metadata.PackageNotFoundError:
         return "from a source tree, not installed"
 
 

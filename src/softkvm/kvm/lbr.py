@@ -97,12 +97,13 @@ class GuestLbr:
     # --- Interception ---------------------------------------------------------------------------------------------------------------
 
     def pass_through(self) -> None:
-        """Let the guest use the records without exits."""
+        """Let the guest use the records without exits, and read DEBUGCTL; what it writes there is KVM's to judge."""
         if self.layout is not None and not self.passed_through:
             self.passed_through = True
             for msr in self.layout.msrs():
                 msr_bitmap.pass_through(self.vcpu, msr, write=False)
                 msr_bitmap.pass_through(self.vcpu, msr, write=True)
+            msr_bitmap.pass_through(self.vcpu, n.IA32_DEBUGCTL, write=False)
             self._guard_entry()
 
     def intercept(self) -> None:
@@ -112,6 +113,7 @@ class GuestLbr:
             for msr in self.layout.msrs():
                 msr_bitmap.intercept(self.vcpu, msr, write=False)
                 msr_bitmap.intercept(self.vcpu, msr, write=True)
+            msr_bitmap.intercept(self.vcpu, n.IA32_DEBUGCTL, write=False)
             self._guard_entry()
 
     def _guard_entry(self) -> None:

@@ -25,8 +25,9 @@ exit as every MSR does. LVTPC is never the guest's.
 
 **VM entry and exit**, Intel silicon:
 - `Control.perf_controls` bit `LOAD_GUEST_GLOBAL_CTRL`: entry loads GLOBAL_CTRL from `Control.guest_perf_global_ctrl`; reserved bits in it
-  fail the entry (invalid guest state). Bit `LOAD_HOST_GLOBAL_CTRL`: exit loads it from `Control.host_perf_global_ctrl`. Without them it
-  stays what it was. This is the atomic switch that `exclude_host` and `exclude_guest` are made of.
+  fail the entry (invalid guest state). Bit `SAVE_GUEST_GLOBAL_CTRL`: exit saves it there, for a guest that writes it without exits. Bit
+  `LOAD_HOST_GLOBAL_CTRL`: exit loads it from `Control.host_perf_global_ctrl`. Without them it stays what it was. This is the atomic switch
+  that `exclude_host` and `exclude_guest` are made of.
 - `State.debugctl` is loaded at every entry and saved at every exit ("load/save debug controls"), and the core's DEBUGCTL is zero after an
   exit: the host writes its own back if it wants it.
 - The LBR stack, TOS, LBR_SELECT and all counters are untouched by entry and exit: who shares a core saves and restores them. AMD silicon
@@ -67,6 +68,7 @@ from typing import Final
 
 LOAD_GUEST_GLOBAL_CTRL: Final = 1 << 0
 LOAD_HOST_GLOBAL_CTRL: Final = 1 << 1
+SAVE_GUEST_GLOBAL_CTRL: Final = 1 << 2
 """Bits of `Control.perf_controls`."""
 
 NMI_EXIT_INFO: Final = 0x8000_0202

@@ -10,9 +10,11 @@ import array
 import ctypes
 import hashlib
 import os
+import select
 import socket
 import uuid
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -24,7 +26,11 @@ from softkvm.vmi.memory import Memory
 from softkvm.vmi.session import HEADER_SIZE
 
 _MOST_DESCRIPTORS = 16
+_ANCILLARY = socket.CMSG_SPACE(4 * _MOST_DESCRIPTORS)
 _CHUNK = 1 << 18
+_WITHIN_A_MESSAGE = 15.0
+"""Seconds that a message may stand still before it is whole."""
+_VSOCK = "vsock:"
 _NEEDED_OF_HANDSHAKE = 32
 """Bytes up to the name: what every VMM sends."""
 
@@ -58,7 +64,11 @@ class SocketChannel:
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
+        self._socket.settimeout(None)
+        self._poll = select.poll()
+        self._poll.register(connection, select.POLLIN)
         self._descriptors: list[int] = []
+        self._chunk = memoryview(bytearray(_CHUNK))
         self._buffer = bytearray()
 
     def fileno(self) -> int:
@@ -68,7 +78,6 @@ class SocketChannel:
     def send(self, message: bytes) -> None:
         """As `Channel.send()`."""
         try:
-            self._socket.settimeout(None)
             self._socket.sendall(message)
         except OSError as error:
             raise ChannelClosed(f"the VM is gone: {error.strerror}") from error
@@ -79,23 +88,22 @@ class SocketChannel:
             return None
         header = Header.from_buffer_copy(self._buffer)
         end = HEADER_SIZE + header.size
-        if len(self._buffer) < end:
-            self._fill(end, None)
+        if len(self._buffer) < end and not self._fill(end, _WITHIN_A_MESSAGE):
+            raise ChannelClosed("the VM has stopped in the middle of a message")
         body = bytes(self._buffer[HEADER_SIZE:end])
         del self._buffer[:end]
         return header, body
 
     def _fill(self, size: int, timeout: float | None) -> bool:
         try:
-            self._socket.settimeout(timeout)
             while len(self._buffer) < size:
-                data, ancillary, _, _ = self._socket.recvmsg(_CHUNK, socket.CMSG_SPACE(4 * _MOST_DESCRIPTORS))
+                if timeout is not None and not self._poll.poll(timeout * 1000):
+                    return False
+                length, ancillary, _, _ = self._socket.recvmsg_into([self._chunk], _ANCILLARY)
                 self._keep(ancillary)
-                if not data:
+                if not length:
                     raise ChannelClosed("the VM has closed the introspection channel")
-                self._buffer += data
-        except (TimeoutError, BlockingIOError):
-            return False
+                self._buffer += self._chunk[:length]
         except OSError as error:
             raise ChannelClosed(f"the VM is gone: {error.strerror}") from error
         return True
@@ -136,22 +144,38 @@ class Guest:
     start_time: int
 
 
-def listen(path: str | Path, *, key: bytes | None = None, timeout: float | None = None) -> tuple[SocketChannel, Guest]:
-    """Wait on a new UNIX socket until a VMM connects, and shake hands; the socket's name is gone afterwards.
+def listen(address: str | Path, *, key: bytes | None = None, timeout: float | None = None) -> tuple[SocketChannel, Guest]:
+    """Wait on a new socket until a VMM connects, and shake hands; `address` is a path, whose name is gone afterwards, or `vsock:PORT`.
 
-    `key` is the secret that the VMM may ask for. ChannelClosed if nobody comes in `timeout` seconds; OSError if the socket cannot be made.
+    `key` is the secret that the VMM may ask for. ChannelClosed if nobody comes in `timeout` seconds; OSError if the socket cannot be made,
+    ValueError for what is no port.
     """
-    with closing(socket.socket(socket.AF_UNIX)) as listener:
-        listener.bind(str(path))
+    with _bound(str(address)) as listener:
         try:
             listener.listen(1)
             listener.settimeout(timeout)
             connection, _ = listener.accept()
         except (TimeoutError, BlockingIOError) as error:
-            raise ChannelClosed(f"no VM has connected to {path} in {timeout:g} seconds") from error
-        finally:
-            os.unlink(path)
+            raise ChannelClosed(f"no VM has connected to {address} in {timeout:g} seconds") from error
     return shake_hands(connection, key, timeout)
+
+
+@contextmanager
+def _bound(address: str) -> Iterator[socket.socket]:
+    if address.startswith(_VSOCK):
+        port = int(address.removeprefix(_VSOCK), 0)
+        if not 0 <= port < 1 << 32:
+            raise ValueError(f"{port} is no port of vsock")
+        with closing(socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)) as listener:
+            listener.bind((socket.VMADDR_CID_ANY, port))
+            yield listener
+        return
+    with closing(socket.socket(socket.AF_UNIX)) as listener:
+        listener.bind(address)
+        try:
+            yield listener
+        finally:
+            os.unlink(address)
 
 
 def shake_hands(connection: socket.socket, key: bytes | None = None, timeout: float | None = 10) -> tuple[SocketChannel, Guest]:

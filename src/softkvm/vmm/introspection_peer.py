@@ -27,6 +27,7 @@ HANDSHAKE_TIMEOUT = 10.0
 RECONNECT = 5.0
 """Seconds between two attempts to reach a tool."""
 _VSOCK = "vsock:"
+_U32 = (1 << 32) - 1
 _NAME_SIZE = 63
 
 _log = logging.getLogger(__name__)
@@ -73,7 +74,9 @@ class PeerOptions:
         try:
             cid, port = (int(part, 0) for part in self.address.removeprefix(_VSOCK).split(":"))
         except ValueError:
-            raise ConfigError(f"{self.address!r} is no vsock address; write vsock:CID:PORT") from None
+            cid = port = -1
+        if not (0 <= cid <= _U32 and 0 <= port <= _U32):
+            raise ConfigError(f"{self.address!r} is no vsock address; write vsock:CID:PORT")
         return socket.AF_VSOCK, (cid, port)
 
 

@@ -41,7 +41,6 @@ def test_the_command_is_in_the_tree() -> None:
 
 def test_a_guests_text_is_harmless() -> None:
     assert output.plain("\x1b]0;owned\x07[b]") == "?]0;owned?[b]"
-    assert output.escape("[red]name") == "\\[red]name"
 
 
 def process(pid: int, ppid: int) -> Process:

@@ -66,10 +66,11 @@ class LiveGuest:
         thread = threading.Thread(target=lambda: records.extend(dispatcher.records()))
         thread.start()
         try:
+            assert dispatcher.wait_until_armed(_PATIENCE)
             yield records
         finally:
             dispatcher.stop()
-            self.look(lambda _: thread.join())  # a vCPU that was stopped in the middle of an event comes with it once more
+            thread.join(_PATIENCE)
 
 
 @contextmanager

@@ -78,7 +78,8 @@ def test_a_rootkit_is_stopped_and_the_guest_lives_on(live: LiveGuest) -> None:
     lock = KernelLock(live.target)
     live.look(lambda target: lock.engage_when_booted())
     with live.watched(lock) as attempts:
-        hide_and_hook(live, "entry=1")
+        hide_and_hook(live, "entry=1", "descriptors=1")
+        assert "gdt whole, idt whole" in live.shell("dmesg | grep rootkit")
         assert "uid=0" in live.shell("id")
         assert "rootkit" in live.shell("lsmod")
     (table,) = (attempt for attempt in attempts if attempt.what == "read-only data")
@@ -90,7 +91,12 @@ def test_a_rootkit_is_stopped_and_the_guest_lives_on(live: LiveGuest) -> None:
     (entry,) = (attempt for attempt in attempts if attempt.what == "MSR LSTAR")
     assert entry.stopped
     assert entry.process == "insmod"
-    assert {attempt.what for attempt in attempts} == {"read-only data", "MSR LSTAR", "CR0"}
+    descriptors = [attempt.where for attempt in attempts if attempt.what == "global descriptor table"]
+    assert [re.sub(r"CPU [01]", "CPU", where) for where in descriptors] == ["descriptor 7 of CPU", "descriptor 12 of CPU"]
+    (idtr,) = (attempt for attempt in attempts if attempt.what == "IDTR")
+    assert idtr.where.startswith("rootkit+")
+    assert {attempt.what for attempt in attempts} == {"read-only data", "MSR LSTAR", "CR0", "global descriptor table", "IDTR"}
+    assert all(attempt.stopped for attempt in attempts if attempt.what != "CR0")
     report = live.still(check)
     assert {finding.check for finding in report.findings} == {"processes"}
     assert re.search(r"Oops|BUG|general protection", live.machine.text) is None
@@ -108,6 +114,8 @@ def test_what_a_kernel_does_itself_is_no_attack(files: dict[str, bytes]) -> None
                 module = name.rsplit("/", 1)[-1]
                 live.shell(f"insmod /{module}.ko; rmmod {module}; insmod /{module}.ko")
             live.shell("echo 1 > /proc/sys/kernel/sched_schedstats; echo 0 > /proc/sys/kernel/sched_schedstats")
+            live.shell("echo 0 > /sys/devices/system/cpu/cpu1/online; echo 1 > /sys/devices/system/cpu/cpu1/online")
+            assert live.shell("cat /sys/devices/system/cpu/online").strip() == "0-1"
             assert live.shell("cut -d' ' -f1 /proc/modules").split() == [name.rsplit("/", 1)[-1] for name in reversed(DEBIAN_MODULES)]
         assert [attempt for attempt in attempts if not attempt.legal] == []
         assert Site.JUMP_LABEL.value in {attempt.legal for attempt in attempts}

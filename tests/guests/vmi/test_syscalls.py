@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import signal
 from collections import defaultdict
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 from softkvm.vmi.client import Client
+from softkvm.vmi.linux import tasks
+from softkvm.vmi.tools import syscalls
 from softkvm.vmi.tools.alarms import Alarms, Executed
 from softkvm.vmi.tools.arguments import Argument
 from softkvm.vmi.tools.syscalls import Syscall, SyscallTracer
@@ -97,10 +100,13 @@ def compare(theirs: tuple[str, str, str], ours: Syscall) -> str:
     return ""
 
 
-def test_a_pipeline_is_what_strace_says(live: LiveGuest) -> None:
+@pytest.mark.parametrize("end", ["syscall_exit_to_user_mode", "not a function of its own"])
+def test_a_pipeline_is_what_strace_says(live: LiveGuest, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for a kernel that has not got the function where system calls end."""
+    monkeypatch.setattr(syscalls, "_EXIT", end)
     tracer = live.look(SyscallTracer)
     with live.watched(tracer) as records:
-        live.shell(f"strace -ff -X raw -e verbose=none -o /tmp/t sh -c '{PIPELINE}' > /dev/null 2>&1")
+        live.shell(f"rm -rf /tmp/t.* /tmp/d; strace -ff -X raw -e verbose=none -o /tmp/t sh -c '{PIPELINE}' > /dev/null 2>&1")
     ours: defaultdict[int, list[Syscall]] = defaultdict(list)
     for record in records:
         ours[record.pid].append(record)
@@ -125,6 +131,28 @@ def test_only_one_process(live: LiveGuest) -> None:
         live.shell("ls / > /dev/null; sleep 2")
     assert {record.pid for record in records} == {pid}
     live.shell(f"kill {pid}")
+
+
+def test_tools_one_after_the_other_in_one_session(live: LiveGuest) -> None:
+    live.shell("while :; do cat /proc/uptime; done > /dev/null & echo $! > /tmp/busy")
+    for _ in range(3):
+        with live.watched(live.look(SyscallTracer)) as calls:
+            live.shell("ls / > /dev/null")
+        assert len(calls) > 50
+        found = live.still(lambda target: tasks.processes(target.kernel, target.cr3s()))
+        assert not any(process.hidden_from for process in found)
+        with live.watched(live.look(Alarms)) as alarms:
+            live.shell("/bin/busybox true")
+        assert ("/bin/busybox", "true") in [alarm.arguments for alarm in alarms if isinstance(alarm, Executed)]
+    live.shell("kill $(cat /tmp/busy)")
+
+
+def test_a_tool_that_takes_no_more_leaves_the_guest_running(live: LiveGuest) -> None:
+    live.shell("while :; do cat /proc/uptime; done > /dev/null & echo $! > /tmp/busy")
+    first = live.look(lambda target: list(itertools.islice(SyscallTracer(target).records(), 20)))
+    assert len(first) == 20
+    assert live.look(lambda target: len(tasks.consistent(target.kernel))) > 40
+    assert live.shell("kill $(cat /tmp/busy); echo alive").split()[-1] == "alive"
 
 
 def test_alarms(live: LiveGuest) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from softkvm.host.perf.intel import FIXED, FIXED_CTR0, FULL_WIDTH_PMC0, GLOBAL_OVF_CTRL, GLOBAL_STATUS
+from softkvm.host.perf.intel import FIXED, FIXED_CTR0, FULL_WIDTH_PMC0, GLOBAL_OVF_CTRL, GLOBAL_STATUS, GLOBAL_STATUS_SET
 
 MASK = (1 << 48) - 1
 
@@ -20,6 +20,8 @@ class Core:
     def pmu_write(self, index: int, value: int) -> None:
         if index == GLOBAL_OVF_CTRL:
             self.msrs[GLOBAL_STATUS] = self.pmu_read(GLOBAL_STATUS) & ~value
+        elif index == GLOBAL_STATUS_SET:
+            self.msrs[GLOBAL_STATUS] = self.pmu_read(GLOBAL_STATUS) | value
         else:
             self.msrs[index] = value
 

@@ -10,10 +10,10 @@ import pytest
 from softkvm.host.perf.context import EventContext
 from softkvm.host.perf.core import CpuPerf, Perf
 from softkvm.host.perf.event import Attr, Event, State
-from softkvm.host.perf.intel import FIXED
+from softkvm.host.perf.intel import FIXED, FULL_WIDTH_PMC0, GLOBAL_STATUS
 from softkvm.host.task import current
 from softkvm.uapi.perf import PERF_TYPE_HARDWARE, BranchSample, Hardware, SampleFormat
-from tests.host.perf.silicon import Core, Model, Registers
+from tests.host.perf.silicon import MASK, Core, Model, Registers
 
 INSTRUCTIONS, CYCLES, BRANCHES = 0xC0, 0x3C, 0xC4
 BRANCH_STACK = Attr(config=INSTRUCTIONS, sample_type=SampleFormat.BRANCH_STACK, branch_sample_type=BranchSample.ANY)
@@ -135,14 +135,36 @@ def test_a_new_period_counts_from_now(host: Host) -> None:
     assert seen == [70]
 
 
-def test_pause_takes_the_count_and_starts_again_from_zero(host: Host) -> None:
+def test_pause_takes_the_count(host: Host) -> None:
     host.cpu.task_sched_in(host.task)
     event = host.on_task(Attr(config=BRANCHES))
     host.core.count(event.hw.idx, 7)
-    assert host.perf.pause(event, reset=True) == 7
+    assert host.perf.pause(event) == 7
     host.perf.enable(event)
     host.core.count(event.hw.idx, 2)
-    assert host.perf.read(event) == 2
+    assert host.perf.read(event) == 9
+
+
+def test_a_lent_counter_is_the_one_asked_for_and_has_the_guests_value(host: Host) -> None:
+    overflows: list[Event] = []
+    host.cpu.task_sched_in(host.task)
+    attr = Attr(config=INSTRUCTIONS, counter=2, pinned=True, disabled=True, exclude_host=True)
+    event = host.perf.create_kernel_counter(attr, host.task, lambda event, _registers: overflows.append(event))
+    host.perf.write(event, MASK - 2)
+    host.perf.enable(event)
+    assert (event.hw.idx, host.core.pmu_read(FULL_WIDTH_PMC0 + 2)) == (2, MASK - 2)
+    assert host.cpu.counters.guest_global_ctrl == 0
+    host.core.count(2, 5)
+    assert host.cpu.handle_nmi(Registers())
+    assert (overflows, host.perf.read(event), host.core.pmu_read(GLOBAL_STATUS)) == ([event], 2, 0)
+    host.cpu.task_sched_out()
+    host.core.pmu_write(FULL_WIDTH_PMC0 + 2, 77)
+    host.cpu.task_sched_in(host.task)
+    assert host.core.pmu_read(FULL_WIDTH_PMC0 + 2) == 2
+    host.cpu.counters.guest_status = 1 << 2
+    host.core.count(2, MASK)
+    assert host.cpu.handle_nmi(Registers())
+    assert (len(overflows), host.core.pmu_read(GLOBAL_STATUS)) == (2, 1 << 2)
 
 
 # --- The branch records ------------------------------------------------------------------------------------------------------------

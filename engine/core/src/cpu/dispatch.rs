@@ -263,7 +263,8 @@ impl Cpu {
         self.code.collect(&self.npt.code);
         let la = self.segment_address(crate::state::seg::CS, rip, 1, AccessKind::Fetch)?;
         let host = self.fetch_address(la)? as u64;
-        let known = self.code.last_at(rip, host, self.code_size).or_else(|| self.code.find(host, self.code_size));
+        let key = self.code_key(host);
+        let known = self.code.last_at(rip, &key).or_else(|| self.code.find(&key));
         let block = match known {
             Some(block) if self.second_page_matches(block, la)? => block,
             _ => {
@@ -307,7 +308,7 @@ impl Cpu {
 
     /// Runs a block to its end in the interpreter; the result is that of `execute`.
     #[inline(always)]
-    pub(super) fn interpret(&mut self, block: *mut Block) -> Exec<*mut Block> {
+    pub(crate) fn interpret(&mut self, block: *mut Block) -> Exec<*mut Block> {
         // SAFETY: blocks are freed by `collect` only, which no handler calls; the last micro-op of a block always stops.
         let (first, instructions) = unsafe { ((*block).uops.as_ptr(), (*block).instructions) };
         self.budget -= i64::from(instructions);

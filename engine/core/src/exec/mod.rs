@@ -67,7 +67,7 @@ pub fn handler(insn: &Instruction, size: CodeSize) -> Option<Handler> {
 }
 
 /// Whether the dispatcher must look at the CPU after this instruction although it is not a branch: it may change the mode, the
-/// privilege, the address space or what interrupts may do.
+/// privilege, the address space, what interrupts may do, or the control words of floating point.
 pub fn ends_block(insn: &Instruction) -> bool {
     stack::ends_block(insn)
         || control::ends_block(insn)
@@ -75,6 +75,8 @@ pub fn ends_block(insn: &Instruction) -> bool {
         || far::ends_block(insn)
         || msr::ends_block(insn)
         || xsave::ends_block(insn)
+        || sse::ends_block(insn)
+        || x87::ends_block(insn)
 }
 
 /// Handler of the micro-op behind a block that does not end in a branch.

@@ -9,7 +9,10 @@
 //! | `block` | the translation of a block |
 //! | `asm` | the assembler |
 //! | `emit` | pieces of host code: flags, TLB checks, ways between blocks and into the interpreter |
-//! | `registers` | where guest registers are meanwhile |
+//! | `watched` | what a branch does for those who watch branches |
+//! | `registers`, `vector_registers` | where guest registers are meanwhile |
+//! | `integer` | integer instructions that take several of the host's |
+//! | `vector`, `x87` | which vector, MMX and x87 instructions become host code |
 //! | `stubs`, `native` | the way in and out, in host code and in Rust |
 //! | `arena` | memory for host code |
 
@@ -17,10 +20,15 @@ mod arena;
 mod asm;
 mod block;
 mod emit;
+mod integer;
 pub mod native;
 mod plan;
 mod registers;
 mod stubs;
+mod vector;
+mod vector_registers;
+mod watched;
+mod x87;
 
 use std::ptr;
 
@@ -84,15 +92,20 @@ impl Translator {
     fn new(cpu: &Cpu) -> Option<Self> {
         let mut arena = Arena::new(ARENA_SIZE).inspect_err(|error| log::warn!("no memory for host code: {error}")).ok()?;
         let mut asm = Asm::default();
-        let stubs = stubs::write(&mut arena, &mut asm)?;
+        let host = Host::new();
+        let stubs = stubs::write(&mut arena, &mut asm, host.vectors.has_ymm())?;
         let places = Places {
             resume: stubs.resume,
+            resume_keeping: stubs.resume_keeping,
+            xmm: stubs.xmm,
+            ymm: stubs.ymm,
+            x87: stubs.x87,
             boundary: stubs.boundary,
             attention: cpu.signal.pending_address() as u64,
             jumps: cpu.code.jumps() as u64,
         };
         let base = arena.used();
-        Some(Translator { arena, asm, stubs, places, base, host: Host::new(), translated: 0, flushes: 0 })
+        Some(Translator { arena, asm, stubs, places, base, host, translated: 0, flushes: 0 })
     }
 
     pub fn trampoline(&self) -> Trampoline {

@@ -4,9 +4,11 @@ use std::any::Any;
 use std::mem::offset_of;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 
+use super::x87;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::flags::Flags;
+use crate::pmu::Watching;
 use crate::state::rflags::OF;
 use crate::uop::{Exec, Stop};
 
@@ -18,15 +20,38 @@ pub struct Native {
     /// Where a call goes while its return address is pushed: host code, and RIP.
     target: u64,
     target_rip: u64,
-    /// The block that was left by [`resume`].
+    /// The block that was left by [`resume`], or that was not begun, and RIP of its first instruction.
     block: *mut Block,
+    pub rip: u64,
+    /// How much of the guest's vector registers is in the host's: nothing, or a `vector::Width`.
+    vectors: u8,
+    /// 1 if the guest's x87 unit is in the host's, or just was and is in `image`.
+    pub(super) x87: u8,
+    /// `vectors` and `x87` as they are to be again behind an instruction in the interpreter.
+    kept: u16,
+    /// The x87 unit on its way from the guest to the host or back.
+    pub(super) image: x87::Image,
+    /// MXCSR as Rust code expects it.
+    default_mxcsr: u32,
     /// The panic that host code must not be unwound for.
     panic: Option<Box<dyn Any + Send>>,
 }
 
 impl Default for Native {
     fn default() -> Self {
-        Native { flags: 0, target: 0, target_rip: 0, block: std::ptr::null_mut(), panic: None }
+        Native {
+            flags: 0,
+            target: 0,
+            target_rip: 0,
+            block: std::ptr::null_mut(),
+            rip: 0,
+            vectors: 0,
+            x87: 0,
+            kept: 0,
+            image: x87::Image::default(),
+            default_mxcsr: 0x1f80,
+            panic: None,
+        }
     }
 }
 
@@ -36,6 +61,18 @@ pub const FLAGS: usize = offset_of!(Cpu, native) + offset_of!(Native, flags);
 pub const TARGET_RIP: usize = offset_of!(Cpu, native) + offset_of!(Native, target_rip);
 pub const TARGET: usize = offset_of!(Cpu, native) + offset_of!(Native, target);
 
+/// Offset of the block that was left.
+pub const BLOCK: usize = offset_of!(Cpu, native) + offset_of!(Native, block);
+/// Offsets of what [`super::vector_registers`] keeps.
+pub const VECTORS: usize = offset_of!(Cpu, native) + offset_of!(Native, vectors);
+pub const X87: usize = offset_of!(Cpu, native) + offset_of!(Native, x87);
+pub const KEPT: usize = offset_of!(Cpu, native) + offset_of!(Native, kept);
+pub const IMAGE: usize = offset_of!(Cpu, native) + offset_of!(Native, image);
+pub const DEFAULT_MXCSR: usize = offset_of!(Cpu, native) + offset_of!(Native, default_mxcsr);
+
+/// The part of `Native::kept` that is about the x87 unit.
+const KEPT_X87: u16 = 1 << 8;
+
 /// What host code returns besides the numbers of [`Stop`].
 pub mod status {
     /// The instruction is done, and host code goes on.
@@ -44,6 +81,8 @@ pub mod status {
     pub const BOUNDARY: u32 = 0x100;
     /// A handler panicked.
     pub const PANIC: u32 = 0x101;
+    /// A block did not begin, although it was paid for, because the interpreter must run it.
+    pub const REFUSED: u32 = 0x102;
 }
 
 /// Host code: the trampoline that enters a block.
@@ -70,12 +109,31 @@ impl Cpu {
         self.budget -= i64::from(unsafe { (*block).instructions });
         self.blocks_run += 1;
         self.native.load(self.flags);
+        let watched = self.pmu.watching != Watching::NONE;
+        if watched {
+            self.mark_update();
+        }
         // SAFETY: `body` is the start of a live block's host code, which keeps to the rules of this module.
         let status = unsafe { trampoline(self, body) };
+        if self.native.x87 != 0 {
+            self.take_x87(None);
+        }
+        if watched {
+            self.take_update();
+        }
         match status {
             status::BOUNDARY => {
                 self.flags = self.native.flags();
                 Ok(std::ptr::null_mut())
+            }
+            status::REFUSED => {
+                self.flags = self.native.flags();
+                let block = self.native.block;
+                self.native.rip = self.rip();
+                // SAFETY: host code named the block that it did not begin.
+                self.budget += i64::from(unsafe { (*block).instructions });
+                self.blocks_run -= 1;
+                self.interpret(block)
             }
             status::PANIC => resume_unwind(self.native.panic.take().unwrap_or_else(|| Box::new("a handler panicked"))),
             _ => self.stopped_native(status),
@@ -117,15 +175,29 @@ pub unsafe extern "sysv64" fn resume(cpu: *mut Cpu, block: *mut Block, index: u3
         (&mut *cpu, uop, reference.get(index as usize).copied().unwrap_or(uop.run))
     };
     cpu.flags = cpu.native.flags();
-    cpu.native.block = block;
+    (cpu.native.block, cpu.native.rip) = (block, cpu.rip());
+    if cpu.native.x87 != 0 {
+        // SAFETY: as above.
+        cpu.take_x87(Some((unsafe { &*block }, index as usize)));
+    }
     // SAFETY: as above.
     cpu.at = unsafe { &raw const (&(*block).uops)[index as usize] };
+    let watched = cpu.pmu.watching != Watching::NONE;
+    if watched {
+        cpu.take_update();
+    }
     let result = catch_unwind(AssertUnwindSafe(|| handler(cpu, &uop)));
+    if watched {
+        cpu.mark_update();
+    }
     // SAFETY: as above; a dead block is freed by `collect` only.
     let valid = unsafe { (*block).valid };
     match result {
         Ok(Ok(())) if valid => {
             cpu.native.load(cpu.flags);
+            if cpu.native.kept & KEPT_X87 != 0 {
+                cpu.give_x87();
+            }
             status::DONE
         }
         Ok(Ok(())) => {

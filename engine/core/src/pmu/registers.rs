@@ -147,6 +147,11 @@ impl Pmu {
         !self.amd && value & !self.counter_bits() == 0
     }
 
+    /// GLOBAL_CTRL, which a VM exit saves.
+    pub fn global_control(&self) -> u64 {
+        self.global_control
+    }
+
     /// Loads GLOBAL_CTRL at a VM entry or exit; everything has been folded.
     pub fn load_global_control(&mut self, value: u64) {
         if self.global_control != value {

@@ -51,6 +51,8 @@ pub mod perf {
     pub const LOAD_GUEST: u32 = 1;
     /// Exit loads it from `host_perf_global_ctrl`.
     pub const LOAD_HOST: u32 = 2;
+    /// Exit saves it to `guest_perf_global_ctrl`.
+    pub const SAVE_GUEST: u32 = 4;
 }
 
 /// What the hypervisor asks of the silicon for the next run.

@@ -97,6 +97,7 @@ impl Core {
             (*block).control.emulate = cpu.control.emulate;
             (*block).control.waiver_count = cpu.control.waiver_count;
             (*block).control.random = cpu.control.random;
+            (*block).control.guest_perf_global_ctrl = cpu.control.guest_perf_global_ctrl;
         }
         cpu.exit.reason
     }
@@ -179,6 +180,9 @@ impl Core {
         cpu.signal.set_running(false);
         cpu.end_watch();
         cpu.pmu.leave_guest();
+        if cpu.control.perf_controls & perf::SAVE_GUEST != 0 {
+            cpu.control.guest_perf_global_ctrl = cpu.pmu.global_control();
+        }
         if cpu.control.perf_controls & perf::LOAD_HOST != 0 {
             cpu.pmu.load_global_control(cpu.control.host_perf_global_ctrl);
         }

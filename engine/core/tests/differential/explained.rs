@@ -205,11 +205,13 @@ fn near_branch(encoded: &Encoded) -> bool {
     encoded.branch_width().is_some() || insn.is_call_near_indirect() || insn.is_jmp_near_indirect() || insn.mnemonic() == Mnemonic::Ret
 }
 
-fn is_x87(insn: &Instruction) -> bool {
+/// Whether it is an instruction of the x87 FPU.
+pub fn is_x87(insn: &Instruction) -> bool {
     insn.code().cpuid_features().iter().any(|feature| matches!(feature, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387))
 }
 
-fn comparison(insn: &Instruction) -> bool {
+/// Whether it is an x87 comparison, which sets condition codes or flags.
+pub fn comparison(insn: &Instruction) -> bool {
     use Mnemonic::*;
     let mnemonic = insn.mnemonic();
     matches!(mnemonic, Fcom | Fcomp | Fcompp | Fucom | Fucomp | Fucompp | Ficom | Ficomp | Ftst)

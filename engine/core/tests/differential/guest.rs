@@ -2,6 +2,7 @@
 
 use softkvm_engine::cpu::CodeSize;
 use softkvm_engine::decode::block::{self, Block};
+use softkvm_engine::jit::Tier;
 use softkvm_engine::model::Model;
 use softkvm_engine::state::{cr0, cr4, rflags, rights, seg, Segment};
 use softkvm_engine::uop::Stop;
@@ -50,6 +51,12 @@ impl Guest {
         Guest { machine, mode, block: None }
     }
 
+    /// The same guest, whose blocks run as host code from their first run on.
+    pub fn translated(mut self) -> Self {
+        self.machine.cpu.set_translator(Tier::Translator.threshold());
+        self
+    }
+
     /// The operands.
     pub fn data(&mut self) -> &mut [u8] {
         self.machine.slice(DATA, DATA_SIZE)
@@ -73,7 +80,7 @@ impl Guest {
         self.store_registers(image);
     }
 
-    /// The same as the dispatcher does it, by the handlers of a block. The block goes on to the next INT3.
+    /// The same as the dispatcher does it, by the handlers of a block or as host code. The block goes on to the next INT3.
     pub fn run_block(&mut self, image: &mut Image) {
         self.load_registers(image);
         let cpu = &mut self.machine.cpu;

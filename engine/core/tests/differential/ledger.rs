@@ -12,6 +12,8 @@ pub struct Counts {
     /// Comparisons in code of 16, 32 and 64 bits.
     pub by_size: [u64; 3],
     pub faults: u64,
+    /// Cases in which Unicorn says something else than engine and host.
+    pub unicorn_differs: u64,
 }
 
 /// Counts of one family.
@@ -20,6 +22,8 @@ pub struct Family {
     pub forms: BTreeSet<usize>,
     pub compared: u64,
     pub faults: u64,
+    /// Cases in which host and engine are the same and Unicorn was asked, by [`super::unicorn::Outcome`].
+    pub unicorn: [u64; 3],
 }
 
 /// Counts of a run.
@@ -48,11 +52,13 @@ impl Ledger {
             mine.forms.extend(family.forms);
             mine.compared += family.compared;
             mine.faults += family.faults;
+            mine.unicorn.iter_mut().zip(family.unicorn).for_each(|(mine, count)| *mine += count);
         }
         self.tiers += other.tiers;
         for (name, counts) in other.instructions {
             let mine = self.instructions.entry(name).or_default();
             mine.faults += counts.faults;
+            mine.unicorn_differs += counts.unicorn_differs;
             mine.by_size.iter_mut().zip(counts.by_size).for_each(|(mine, count)| *mine += count);
         }
         for (name, (count, who)) in other.explained {
@@ -69,6 +75,14 @@ impl Ledger {
         self.unreached.extend(other.unreached);
         self.unexplained.extend(other.unexplained);
         self.unexplained_count += other.unexplained_count;
+    }
+
+    /// An oracle that contradicts engine and host more often than its own bugs do is not set up right.
+    pub fn check_unicorn(&self) {
+        for (name, family) in &self.families {
+            let [agrees, differs, _] = family.unicorn;
+            assert!(agrees >= differs, "{name}: Unicorn differs in {differs} cases and agrees in {agrees}");
+        }
     }
 
     /// The ledger as lines `kind<TAB>name<TAB>numbers...`, for `docs/differential.md`.
@@ -90,11 +104,15 @@ impl Ledger {
                 family.forms.len().to_string(),
                 family.compared.to_string(),
                 family.faults.to_string(),
+                family.unicorn.map(|count| count.to_string()).join("\t"),
             ]);
         }
         for ((family, name), counts) in &self.instructions {
             let [bits16, bits32, bits64] = counts.by_size.map(|count| count.to_string());
             line(&["instruction".into(), (*family).into(), name.clone(), bits64, bits32, bits16, counts.faults.to_string()]);
+            if counts.unicorn_differs > 0 {
+                line(&["unicorn".into(), (*family).into(), name.clone(), counts.unicorn_differs.to_string()]);
+            }
         }
         for (vector, count) in &self.vectors {
             line(&["vector".into(), vector.to_string(), count.to_string()]);

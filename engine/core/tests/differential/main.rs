@@ -1,7 +1,8 @@
-//! Differential runs: generated instructions on the engine and on the host's CPU, the whole user-visible state compared.
+//! Differential runs: generated instructions on the engine, on the host's CPU and on Unicorn, the whole user-visible state compared.
 //!
 //! `SOFTKVM_DIFFERENTIAL_CASES` sets how many comparisons are made, `SOFTKVM_DIFFERENTIAL_SEED` where the generator starts,
-//! `SOFTKVM_DIFFERENTIAL_ONLY` keeps the forms whose name contains it, `SOFTKVM_DIFFERENTIAL_LEDGER` names a file for the counts.
+//! `SOFTKVM_DIFFERENTIAL_ONLY` keeps the forms whose name contains it, `SOFTKVM_DIFFERENTIAL_LEDGER` names a file for the counts,
+//! `SOFTKVM_DIFFERENTIAL_UNICORN` is the path of libunicorn; without it the host is the only oracle.
 #![cfg(target_arch = "x86_64")]
 
 #[path = "../common/mod.rs"]
@@ -14,6 +15,7 @@ mod host;
 mod image;
 mod ledger;
 mod mode;
+mod unicorn;
 mod values;
 
 use std::time::Instant;
@@ -31,6 +33,7 @@ use guest::{Guest, FLAGS};
 use host::{Oracle, SLOT_OFFSET};
 use image::Image;
 use ledger::Ledger;
+use unicorn::{Outcome, Unicorn};
 use values::{aim, Places, Values};
 
 const DEFAULT_CASES: u64 = 200_000;
@@ -51,10 +54,13 @@ fn model() -> Model {
     Model::new("cascadelake", &everything).expect("names of features that the engine implements")
 }
 
-/// Both CPUs and what feeds them.
+/// The CPUs and what feeds them.
 struct Bench {
     oracle: Oracle,
+    unicorn: Option<Unicorn>,
     guest: Guest,
+    /// Runs blocks as host code.
+    translated: Guest,
     places: Places,
     values: Values,
     random: Random,
@@ -66,11 +72,23 @@ impl Bench {
     fn new(size: CodeSize, number: u16, seed: u64) -> Self {
         let mut oracle = Oracle::new(size, number);
         let mut guest = Guest::new(model(), oracle.mode());
+        let translated = Guest::new(model(), oracle.mode()).translated();
+        let unicorn = setting("UNICORN").and_then(|path| Unicorn::new(&path, oracle.mode()));
         let places = Places::new(oracle.mode());
         let mut random = Random::new(seed);
         oracle.data().iter_mut().for_each(|byte| *byte = random.next() as u8);
         guest.data().copy_from_slice(oracle.data());
-        Bench { oracle, guest, places, values: Values::new(places), random, image: Image::default(), ledger: Ledger::default() }
+        Bench {
+            oracle,
+            unicorn,
+            guest,
+            translated,
+            places,
+            values: Values::new(places),
+            random,
+            image: Image::default(),
+            ledger: Ledger::default(),
+        }
     }
 
     /// Compares one encoding of `code` with several states.
@@ -82,6 +100,9 @@ impl Bench {
         aim(&mut encoded, &self.places, &mut self.random);
         self.oracle.load(&encoded.bytes);
         self.guest.load(&encoded.bytes);
+        if let Some(unicorn) = &mut self.unicorn {
+            unicorn.load(&encoded.bytes);
+        }
         for _ in 0..STATES {
             self.values.fill(&encoded.insn, &mut self.image, self.oracle.data(), &mut self.random);
             self.guest.data().copy_from_slice(self.oracle.data());
@@ -100,6 +121,7 @@ impl Bench {
         if apart {
             return;
         }
+        let second = self.ask_unicorn(encoded, &before, &engine);
         self.oracle.run(&mut host);
         host.rflags &= FLAGS;
         engine.rflags &= FLAGS;
@@ -126,13 +148,25 @@ impl Bench {
                 }
                 None => self.note(&case),
             }
+        } else if let Some(outcome) = second.filter(|_| host.fault.is_none()) {
+            counts.unicorn[outcome as usize] += 1;
+            instruction.unicorn_differs += u64::from(outcome == Outcome::Differs);
         }
         self.image = host;
     }
 
-    /// Compares the two ways in which the engine runs an instruction, as far as a block of more instructions allows.
+    /// What Unicorn makes of the case, of which the engine has made `engine`; `None` where it is no authority.
+    fn ask_unicorn(&mut self, encoded: &Encoded, before: &Image, engine: &Image) -> Option<Outcome> {
+        let unicorn = self.unicorn.as_mut()?;
+        if engine.fault.is_some() || !unicorn::knows(&encoded.insn) || !unicorn::knows_state(engine) {
+            return None;
+        }
+        Some(unicorn.compare(encoded, before, self.oracle.data(), engine, self.guest.data()))
+    }
+
+    /// Compares the ways in which the engine runs an instruction, as far as a block of more instructions allows.
     fn compare_tiers(&mut self, encoded: &Encoded) {
-        let (mut reference, mut block) = (self.image, self.image);
+        let mut reference = self.image;
         self.guest.run(&mut reference);
         let memory = self.guest.data().to_vec();
         self.guest.data().copy_from_slice(self.oracle.data());
@@ -141,17 +175,21 @@ impl Bench {
         if gone || reference.rflags & rflags::TF != 0 {
             return;
         }
-        self.guest.run_block(&mut block);
         reference.rflags &= FLAGS;
-        block.rflags &= FLAGS;
-        let same = reference == block && memory == self.guest.data();
-        self.guest.data().copy_from_slice(self.oracle.data());
-        self.ledger.tiers += 1;
-        if !same {
-            let text = format!("{:02x?}: reference and block differ: {:?}", encoded.bytes, reference.differences(&block));
-            self.ledger.unexplained_count += 1;
-            self.ledger.unexplained.push(text);
+        self.translated.load(&encoded.bytes);
+        for (tier, guest) in [("block", &mut self.guest), ("host code", &mut self.translated)] {
+            let mut other = self.image;
+            guest.data().copy_from_slice(self.oracle.data());
+            guest.run_block(&mut other);
+            other.rflags &= FLAGS;
+            self.ledger.tiers += 1;
+            if other != reference || memory != guest.data() {
+                let text = format!("{:02x?}: reference and {tier} differ: {:?}", encoded.bytes, reference.differences(&other));
+                self.ledger.unexplained_count += 1;
+                self.ledger.unexplained.push(text);
+            }
         }
+        self.guest.data().copy_from_slice(self.oracle.data());
     }
 
     fn note(&mut self, case: &Case) {
@@ -229,6 +267,9 @@ fn generated_instructions_match_the_host() {
         });
     }
     assert!(ledger.compared() > 0, "no form is called {only}");
+    if only.is_empty() {
+        ledger.check_unicorn();
+    }
     let table = ledger.table(seed, start.elapsed().as_secs_f64());
     if let Some(path) = setting("LEDGER") {
         std::fs::write(&path, &table).unwrap_or_else(|error| panic!("cannot write {path}: {error}"));

@@ -1,4 +1,5 @@
-//! The instruction tables of `tests/insn`, run by every tier of the engine: reference handlers one by one, and blocks of fast ones.
+//! The instruction tables of `tests/insn`, run by every tier of the engine: reference handlers one by one, blocks
+//! of fast ones, and blocks as host code.
 //!
 //! `SOFTKVM_INSN_WRITE` names a folder to which the tables of the user worlds are written from what the host's CPU does (`make insn-tables`).
 #![cfg(target_arch = "x86_64")]
@@ -40,6 +41,11 @@ use table::{items, Case, State};
 pub enum Tier {
     Reference,
     Block,
+    Translated,
+}
+
+impl Tier {
+    const ALL: [Tier; 3] = [Tier::Reference, Tier::Block, Tier::Translated];
 }
 
 const DESCRIBED: usize = 20;
@@ -86,9 +92,10 @@ fn instructions_of_a_process_do_what_the_tables_say() {
     let cases = tables();
     for (world, size) in user::WORLDS {
         let mode = user::mode(size);
-        let mut guest = Guest::new(user::model(), mode);
-        for case in cases.iter().filter(|case| case.world == world) {
-            for tier in [Tier::Reference, Tier::Block] {
+        for tier in Tier::ALL {
+            let guest = Guest::new(user::model(), mode);
+            let mut guest = if tier == Tier::Translated { guest.translated() } else { guest };
+            for case in cases.iter().filter(|case| case.world == world) {
                 let (found, wanted) = user::run(&mut guest, mode, case, tier);
                 check(case, tier, &found, &wanted, &mut failures);
                 count += 1;
@@ -102,7 +109,7 @@ fn instructions_of_a_process_do_what_the_tables_say() {
 fn instructions_of_a_kernel_do_what_the_tables_say() {
     let (mut failures, mut count) = (Vec::new(), 0);
     for case in tables().iter().filter(|case| !case.world.starts_with("user")) {
-        for tier in [Tier::Reference, Tier::Block] {
+        for tier in Tier::ALL {
             let (found, wanted) = system::run(case, tier);
             check(case, tier, &found, &wanted, &mut failures);
             count += 1;

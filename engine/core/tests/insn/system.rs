@@ -1,6 +1,7 @@
 //! The worlds `system64`, `system32` and `real16`: ring 0 with the descriptor tables of `common/system.rs`; `.user` is ring 3 of them.
 
 use softkvm_engine::cpu::CodeSize;
+use softkvm_engine::jit;
 use softkvm_engine::state::{rflags, seg};
 use softkvm_engine::uop::Stop;
 
@@ -40,15 +41,20 @@ pub fn run(case: &Case, tier: Tier) -> (State, State) {
     }
     let end = if case.after.image.fault.is_some() { CODE } else { CODE + case.code.len() as u64 };
     let rip = case.rip.unwrap_or(end);
-    if tier == Tier::Block && case.after.image.fault.is_none() {
+    if tier != Tier::Reference && case.after.image.fault.is_none() {
         machine.poke(code_base(case) + rip, &[INT3]);
     }
     let before = machine.peek(0, RAM);
     let mut image = case.before.image;
     load(&mut machine, &image);
+    machine.cpu.control.exception_bitmap = u32::MAX;
     image.fault = match tier {
         Tier::Reference => reference(&mut machine),
         Tier::Block => block(&mut machine),
+        Tier::Translated => {
+            machine.cpu.set_translator(jit::Tier::Translator.threshold());
+            block(&mut machine)
+        }
     };
     store(&machine, &mut image);
     let after = machine.peek(0, RAM);
@@ -88,20 +94,25 @@ fn reference(machine: &mut Machine) -> Option<Fault> {
             let address = if fault.vector == PF { fault.payload } else { 0 };
             Some(Fault { vector: fault.vector, error: fault.error.unwrap_or(0), address })
         }
-        Err(stop) => panic!("{stop:?} of one instruction without a hypervisor"),
+        // A gate refused the instruction's event.
+        Err(Stop::Exit) => Some(intercepted(machine)),
+        Err(stop) => panic!("{stop:?} of one instruction"),
     }
 }
 
 fn block(machine: &mut Machine) -> Option<Fault> {
-    let cpu = &mut machine.cpu;
-    cpu.control.exception_bitmap = u32::MAX;
-    cpu.budget = 1000;
-    cpu.run();
-    let exit = cpu.exit;
-    assert_eq!(exit.reason, 0, "an exit that is no exception, at {:#x}", cpu.rip());
+    machine.cpu.budget = 1000;
+    machine.cpu.run();
+    Some(intercepted(machine)).filter(|fault| fault.vector != BP)
+}
+
+/// The exception that the last exit is for.
+fn intercepted(machine: &Machine) -> Fault {
+    let exit = machine.cpu.exit;
+    assert_eq!(exit.reason, 0, "an exit that is no exception, at {:#x}", machine.cpu.rip());
     let vector = exit.interruption as u8;
     let address = if vector == PF { exit.qualification } else { 0 };
-    (vector != BP).then_some(Fault { vector, error: exit.interruption_error, address })
+    Fault { vector, error: exit.interruption_error, address }
 }
 
 fn mask(mut state: State, undefined: u64) -> State {

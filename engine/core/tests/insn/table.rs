@@ -168,6 +168,8 @@ pub fn items(old: &State, new: &State) -> String {
             list.push(format!("xmm{n}={}", hex(&b.area.xmm[n])));
         }
     }
+    let selectors = new.selectors.iter().filter(|(n, selector)| old.selectors.get(n).is_some_and(|other| other != *selector));
+    list.extend(selectors.map(|(n, selector)| format!("{}={selector:x}", SEGMENTS[*n])));
     let mut run: Option<(u64, Vec<u8>)> = None;
     for (at, byte) in new.memory.iter().filter(|(at, byte)| old.memory.get(at).copied().unwrap_or(0) != **byte) {
         match &mut run {

@@ -57,7 +57,7 @@ pub fn run(guest: &mut Guest, mode: Mode, case: &Case, tier: Tier) -> (State, St
     let mut image: Image = case.before.image;
     match tier {
         Tier::Reference => guest.run(&mut image),
-        Tier::Block => guest.run_block(&mut image),
+        Tier::Block | Tier::Translated => guest.run_block(&mut image),
     }
     let found = State { image, memory: used(guest.data()), ..State::default() };
     let mut wanted = State { memory: used(&from_memory(&case.after.memory)), ..case.after.clone() };

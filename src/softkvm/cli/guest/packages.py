@@ -13,11 +13,6 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
-from elftools.common.exceptions import ELFError
-from elftools.elf.dynamic import DynamicSegment
-from elftools.elf.elffile import ELFFile
-from elftools.elf.segments import InterpSegment
-
 from softkvm.cli.errors import CliError
 from softkvm.cli.guest import cpio
 from softkvm.cli.guest.apt import Apt, Package
@@ -60,6 +55,12 @@ class Bundle:
 
 def needed(program: bytes) -> set[str]:
     """Names of the libraries that an ELF file is linked with, its dynamic linker included; nothing for what is no sound ELF file."""
+    # Here, because a guest without packages starts sooner without them.
+    from elftools.common.exceptions import ELFError
+    from elftools.elf.dynamic import DynamicSegment
+    from elftools.elf.elffile import ELFFile
+    from elftools.elf.segments import InterpSegment
+
     try:
         elf = ELFFile(io.BytesIO(program))
         if elf.elfclass != 64:

@@ -39,6 +39,8 @@ def _listen(where: Where) -> Client:
     try:
         key = Path(where.key).read_bytes() if where.key is not None else None
         return Client.listen(where.listen, key=key, timeout=_CONNECT_TIMEOUT, dialect=kvmi.DIALECTS[where.dialect])
+    except ValueError as error:
+        raise CliError(f"{where.listen} is no address to listen on; write a path, or vsock:PORT") from error
     except OSError as error:
         raise CliError(f"{error.filename or where.listen} cannot be used: {error.strerror}") from error
 

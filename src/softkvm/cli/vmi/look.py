@@ -43,7 +43,7 @@ def processes(where: Where, as_json: bool, as_tree: bool) -> int:
 
 def _process_row(process: Process) -> tuple[str, ...]:
     numbers = (process.pid, process.ppid, process.uid)
-    return (*map(str, numbers), process.state, str(process.threads), output.escape(_command(process)), _hidden(process).strip())
+    return (*map(str, numbers), process.state, str(process.threads), output.plain(_command(process)), _hidden(process).strip())
 
 
 def _command(process: Process) -> str:
@@ -84,7 +84,7 @@ def loaded_modules(where: Where, as_json: bool) -> int:
 def _module_row(module: Module) -> tuple[str, ...]:
     hidden = f"HIDDEN from {', '.join(view.value for view in module.hidden_from)}" if module.hidden_from else ""
     numbers = (f"{module.base:#x}", str(module.size), str(module.references))
-    return (output.escape(module.name), *numbers, module.state, module.taints, hidden)
+    return (output.plain(module.name), *numbers, module.state, module.taints, hidden)
 
 
 def dmesg(where: Where, as_json: bool) -> int:
@@ -118,7 +118,7 @@ def open_files(where: Where, pid: int, as_json: bool) -> int:
     if as_json:
         _json(found)
     else:
-        rows = [(str(f.descriptor), f.mode, f"{f.flags:#o}", str(f.position), str(f.inode), output.escape(f.path)) for f in found]
+        rows = [(str(f.descriptor), f.mode, f"{f.flags:#o}", str(f.position), str(f.inode), output.plain(f.path)) for f in found]
         output.table(f"Files of process {pid}", ("fd", "mode", "flags", "position", "inode", "path"), rows, on_stdout=True)
     return status.SUCCESS
 

@@ -15,6 +15,7 @@ from softkvm.cli import output, status
 from softkvm.cli.vmi.attach import attached
 from softkvm.cli.vmi.options import Where
 from softkvm.uapi.kvmi import Access
+from softkvm.vmi.linux import tasks
 from softkvm.vmi.target import Target
 from softkvm.vmi.tools.alarms import Alarm, Alarms, CredentialsChanged, Executed, ModuleLoaded
 from softkvm.vmi.tools.dispatch import Dispatcher
@@ -23,6 +24,8 @@ from softkvm.vmi.tools.syscalls import Syscall, SyscallTracer
 from softkvm.vmi.tools.watch import Breakpoint, Hit, Watchpoint, resolve
 
 R = TypeVar("R")
+_ENDED_BY_VM = 1
+"""Exit status of what was to go on until its own end: a guest that was locked is locked no more."""
 _ACCESS = {"r": Access.R, "w": Access.W, "x": Access.X}
 
 
@@ -47,10 +50,14 @@ def _stream(
     with attached(where) as target:
         dispatcher = make(target)
         with _until_interrupted(dispatcher):
+            dispatcher.arm()
             output.say(ready)
             for record in dispatcher.records(timeout):
                 line = msgspec.json.encode(record).decode() if as_json else output.plain(show(record))
                 click.echo(line)
+    if dispatcher.lost:
+        output.say("the VM has ended the session: it was shut down, reset or saved")
+        return _ENDED_BY_VM
     return status.SUCCESS
 
 
@@ -60,8 +67,13 @@ def syscalls(where: Where, timeout: float | None, as_json: bool, pids: tuple[int
     def show(call: Syscall) -> str:
         return f"{call.pid:>5} {call.process:<15} {call}"
 
+    def make(target: Target) -> SyscallTracer:
+        for pid in pids:
+            tasks.find(target.kernel, pid)
+        return SyscallTracer(target, pids, follow=follow)
+
     whom = f"of {', '.join(map(str, pids))}" if pids else "of all processes"
-    return _stream(where, timeout, as_json, f"system calls {whom}", lambda target: SyscallTracer(target, pids, follow=follow), show)
+    return _stream(where, timeout, as_json, f"system calls {whom}", make, show)
 
 
 def alarms(where: Where, timeout: float | None, as_json: bool) -> int:
@@ -118,6 +130,6 @@ def lock_kernel(where: Where, timeout: float | None, as_json: bool, verbose: boo
 
 
 def _show_attempt(attempt: Attempt) -> str:
-    outcome = attempt.legal or ("STOPPED" if attempt.stopped else "PUT BACK" if attempt.restored else "NOT STOPPED")
-    who = f"process {attempt.pid} ({attempt.process}) at {attempt.code} ({attempt.rip:#x})" if attempt.rip else "somebody"
+    outcome = attempt.legal or ("STOPPED" if attempt.stopped else "NOT STOPPED")
+    who = f"process {attempt.pid} ({attempt.process}) at {attempt.code} ({attempt.rip:#x})"
     return f"{outcome}: {who} writes {attempt.what} at {attempt.where}"

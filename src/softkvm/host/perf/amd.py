@@ -5,7 +5,7 @@ Answers to APM vol. 2, 13.2 (performance monitoring counters, PERFCTR_CORE) and 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from softkvm.host.perf.branches import Layout
@@ -79,7 +79,6 @@ class AmdPmu:
         """Stop the counter."""
         core.pmu_write(PERF_CTL0 + 2 * idx, 0)
 
-    def take_overflows(self, core: Core, active: Collection[int]) -> int:
-        """A bitmap of the counters that have overflowed: perf starts them in the upper half, so those that are in the lower."""
-        sign = 1 << self.width - 1
-        return sum(1 << idx for idx in active if not core.pmu_read(self.counter(idx)) & sign)
+    def take_overflows(self, core: Core, active: Mapping[int, int], _kept: int) -> int:
+        """A bitmap of the counters that have overflowed: those that read less than before."""
+        return sum(1 << idx for idx, seen in active.items() if core.pmu_read(self.counter(idx)) < seen)

@@ -11,7 +11,6 @@ the guest on it, or by `host/sched.py` (`Scheduler.call_on()`) from anywhere els
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from softkvm.host.perf.context import EventContext
@@ -180,36 +179,29 @@ class Perf:
             elif event.state is State.INACTIVE:
                 event.state = State.OFF
 
-    def pause(self, event: Event, reset: bool) -> int:
-        """`perf_event_pause()`: disable the event; its count, which starts again from 0 with `reset`."""
+    def pause(self, event: Event) -> int:
+        """`perf_event_pause()`: disable the event; its count."""
         with self.lock:
             self.disable(event)
-            count = event.count
-            if reset:
-                event.count = 0
-            return count
+            return event.count
 
-    def set_period(self, event: Event, period: int, reset: bool = False) -> None:
-        """`perf_event_period()`: from now on the event interrupts after `period` more, and again and again; `reset` counts from 0."""
+    def set_period(self, event: Event, period: int) -> None:
+        """`perf_event_period()`: from now on the event interrupts after `period` more, and again and again."""
         with self.lock:
             counters = self._counters(event)
             if counters is not None:
                 counters.update(event)
-            if reset:
-                event.count = 0
             event.hw.sample_period = event.hw.last_period = event.hw.period_left = period
             if counters is not None:
                 counters.restart(event)
 
-    def gate(self, gates: Mapping[Event, bool]) -> None:
-        """Let events of one context pass or not, without taking their counters away."""
+    def write(self, event: Event, value: int) -> None:
+        """Set the counter of an event that is lent."""
         with self.lock:
-            changed = None
-            for event, closed in gates.items():
-                event.gated = closed
-                changed = self._counters(event) or changed
-            if changed is not None and changed.on_change is not None:
-                changed.on_change()
+            event.count = value
+            counters = self._counters(event)
+            if counters is not None:
+                counters.restart(event)
 
     def read(self, event: Event) -> int:
         """`perf_event_read_value()`: what the event has counted."""

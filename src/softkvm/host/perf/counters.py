@@ -8,7 +8,7 @@ counters need no stopping while the host works on them, and an event that exclud
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from softkvm.host.perf import amd, intel
@@ -17,6 +17,7 @@ from softkvm.host.perf.event import NO_INDEX, Attr, Event, Registers
 from softkvm.uapi.perf import PERF_TYPE_HARDWARE, PERF_TYPE_RAW
 
 if TYPE_CHECKING:
+    from softkvm.host.perf.context import EventContext
     from softkvm.silicon import Core, Model
 
 
@@ -59,8 +60,9 @@ class Pmu(Protocol):
     def disable(self, core: Core, idx: int) -> None:
         """Stop a counter."""
 
-    def take_overflows(self, core: Core, active: Collection[int]) -> int:
-        """A bitmap of the counters that have overflowed, of which the silicon then knows no more."""
+    def take_overflows(self, core: Core, active: Mapping[int, int], kept: int) -> int:
+        """A bitmap of the counters that have overflowed, of which the silicon then knows no more but for those that are `kept`. `active`
+        has what each counter that is on read last."""
 
 
 def make_pmu(model: Model) -> Pmu:
@@ -108,7 +110,7 @@ def schedule_events(pmu: Pmu, events: list[Event]) -> dict[Event, int] | None:
     if not compatible(events):
         return None
     assignment = {event: NO_INDEX for event in events if event.no_counter}
-    wanted = [(pmu.candidates(pmu.raw_config(event.hw.config)), event) for event in events if not event.no_counter]
+    wanted = [(_candidates(pmu, event), event) for event in events if not event.no_counter]
     wanted.sort(key=lambda item: (item[0].bit_count(), item[1].hw.assigned == NO_INDEX))
     free = -1
     for candidates, event in wanted:
@@ -117,6 +119,11 @@ def schedule_events(pmu: Pmu, events: list[Event]) -> dict[Event, int] | None:
         assignment[event] = idx = _choose(candidates & free, event.hw.assigned)
         free &= ~(1 << idx)
     return assignment
+
+
+def _candidates(pmu: Pmu, event: Event) -> int:
+    """A bitmap of the counters that the event can be on."""
+    return 1 << event.attr.counter if event.attr.is_lent else pmu.candidates(pmu.raw_config(event.hw.config))
 
 
 def _choose(free: int, old: int) -> int:
@@ -138,6 +145,10 @@ class Counters:
         self.branches = BranchRecords(core, pmu.layout) if pmu.layout is not None else None
         self.on_change: Callable[[], None] | None = None
         """Called when `guest_global_ctrl` or `guest_debugctl` may have changed: whoever enters guests here wants to know."""
+        self.guest_status = 0
+        """Counters whose bits of GLOBAL_STATUS the guest itself reads and clears."""
+        self._wrapped = 0
+        """Counters that were read behind an overflow of which the silicon keeps no status."""
         self._max_period = max_period(pmu)
         self._mask = (1 << pmu.width) - 1
         self._ready = False
@@ -146,12 +157,12 @@ class Counters:
 
     @property
     def guest_global_ctrl(self) -> int:
-        """`intel_guest_get_msrs()`: the counters that run in guest mode."""
-        on = 0
-        for idx, event in self._on.items():
-            if not (event.gated or event.attr.exclude_guest):
-                on |= 1 << idx
-        return on
+        """`intel_guest_get_msrs()`: the counters that run in guest mode; those that are lent run as the guest likes."""
+        return sum(1 << idx for idx, event in self._on.items() if not (event.attr.is_lent or event.attr.exclude_guest))
+
+    def belong_to(self, context: EventContext | None) -> bool:
+        """Whether no event but those of `context` is here."""
+        return all(event.context is context for event in self.events)
 
     @property
     def guest_debugctl(self) -> int:
@@ -201,8 +212,8 @@ class Counters:
         idx = event.hw.idx
         if idx == NO_INDEX:
             return
-        self.set_period(event)
         self._on[idx] = event
+        self.restart(event)
         self.pmu.enable(self.core, idx, event.hw.config)
 
     def stop(self, event: Event) -> None:
@@ -237,21 +248,32 @@ class Counters:
             return
         now = self.core.pmu_read(self.pmu.counter(hw.idx))
         delta = now - hw.prev_count & self._mask
+        if now < hw.prev_count and self.pmu.version < 2:
+            self._wrapped |= 1 << hw.idx
         hw.prev_count = now
+        if event.attr.is_lent:
+            event.count = now
+            return
         event.count += delta
         hw.period_left -= delta
 
     def restart(self, event: Event) -> None:
-        """Load the counter for a period that has changed."""
-        if event.hw.idx != NO_INDEX:
+        """Load the counter for a period that has changed, or with the value that its guest wants."""
+        hw = event.hw
+        if event.attr.is_lent and hw.idx != NO_INDEX:
+            hw.prev_count = event.count
+            self.core.pmu_write(self.pmu.counter(hw.idx), event.count)
+        elif hw.idx != NO_INDEX:
             self.set_period(event)
 
     def handle_overflows(self, registers: Registers) -> bool:
         """`intel_pmu_handle_irq()`: tell the events whose period has ended; False if no counter of ours has overflowed."""
-        status = self.pmu.take_overflows(self.core, tuple(self._on))
+        seen = {idx: event.hw.prev_count for idx, event in self._on.items()}
+        status = self.pmu.take_overflows(self.core, seen, self.guest_status) | self._wrapped
         for idx, event in sorted(self._on.items()):
             if status >> idx & 1:
                 self.update(event)
-                if self.set_period(event) and event.handler is not None:
+                if (event.attr.is_lent or self.set_period(event)) and event.handler is not None:
                     event.handler(event, registers)
+        self._wrapped = 0
         return status != 0

@@ -59,6 +59,13 @@ class Attr:
     exclude_kernel: bool = False
     exclude_host: bool = False
     exclude_guest: bool = False
+    counter: int = NO_INDEX
+    """The one counter that the event can be on, which is lent to a guest as it is: value and overflows are the guest's."""
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether the event's counter is a guest's: `Event.count` is then what it reads, and is loaded into it."""
+        return self.counter != NO_INDEX
 
     @property
     def has_branch_stack(self) -> bool:
@@ -116,7 +123,7 @@ class Hardware:
 class Event:
     """`struct perf_event`. All of it belongs to the lock of the `Perf` that made it."""
 
-    __slots__ = ("attr", "context", "count", "cpu", "gated", "handler", "has_run", "hw", "no_counter", "oncpu", "owner", "state")
+    __slots__ = ("attr", "context", "count", "cpu", "handler", "has_run", "hw", "no_counter", "oncpu", "owner", "state")
 
     def __init__(self, attr: Attr, cpu: int, owner: Owner, handler: OverflowHandler | None) -> None:
         """An event that `Perf` has yet to put into a context. The owner is known from the start, for `event_init()` asks for it."""
@@ -131,8 +138,6 @@ class Event:
         self.count = 0
         self.has_run = False
         """Whether it was ever on a CPU."""
-        self.gated = False
-        """Stopped by whoever it counts for, who wants it back at once: it keeps its counter, which is off in the guest's GLOBAL_CTRL."""
         self.no_counter = False
         """`PERF_EV_CAP_NO_COUNTER`: the event owns the branch stack and needs nothing else."""
         self.hw = Hardware(attr.sample_period)

@@ -6,7 +6,7 @@ Linux's: general counters from 0, fixed ones from 32.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from softkvm.host.perf.branches import Layout
@@ -22,7 +22,7 @@ FIXED = 32
 
 PMC0, EVENTSEL0, FULL_WIDTH_PMC0 = 0xC1, 0x186, 0x4C1
 FIXED_CTR0, FIXED_CTR_CTRL = 0x309, 0x38D
-GLOBAL_STATUS, GLOBAL_CTRL, GLOBAL_OVF_CTRL = 0x38E, 0x38F, 0x390
+GLOBAL_STATUS, GLOBAL_CTRL, GLOBAL_OVF_CTRL, GLOBAL_STATUS_SET = 0x38E, 0x38F, 0x390, 0x391
 PERF_CAPABILITIES = 0x345
 
 EVENTSEL_USR, EVENTSEL_OS, EVENTSEL_EDGE, EVENTSEL_PIN = 1 << 16, 1 << 17, 1 << 18, 1 << 19
@@ -113,10 +113,10 @@ class IntelPmu:
         shift = (idx - FIXED) * 4
         core.pmu_write(FIXED_CTR_CTRL, core.pmu_read(FIXED_CTR_CTRL) & ~(0xF << shift) | field << shift)
 
-    def take_overflows(self, core: Core, _active: Collection[int]) -> int:
+    def take_overflows(self, core: Core, _active: Mapping[int, int], kept: int) -> int:
         """A bitmap of the counters that have overflowed; the status is cleared, which also ends a freeze, and LVTPC unmasked."""
         status = core.pmu_read(GLOBAL_STATUS)
-        if status:
-            core.pmu_write(GLOBAL_OVF_CTRL, status)
+        if status & ~kept:
+            core.pmu_write(GLOBAL_OVF_CTRL, status & ~kept)
         core.pmu_write(MSR_LVTPC, LVTPC_NMI)
         return status

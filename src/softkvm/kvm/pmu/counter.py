@@ -1,6 +1,7 @@
 """One counter of a guest, and the host's perf event behind it.
 
 Answers to Linux 6.1 `arch/x86/kvm/pmu.c`: `struct kvm_pmc`, `reprogram_counter()`, `pmc_{pause,resume}_counter()`, `kvm_perf_overflow()`.
+The event is on the silicon's counter of the same number, and has the guest's value in it.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from softkvm.host.perf import intel
-from softkvm.host.perf.event import Attr, Event, Registers
+from softkvm.host.perf.event import Attr, Event, Registers, State
 from softkvm.host.perf.intel import EVENTSEL_INT, EVENTSEL_OS, EVENTSEL_USR, FIXED, FIXED_EVENTS
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Counter:
         self.idx = idx
         self.bit = 1 << idx
         self.value = 0
-        """What was counted before the event's own count."""
+        """What it reads while no event has it."""
         self.eventsel = 0
         """The event select register of a general counter, and what it would be of a fixed one."""
         self.event: Event | None = None
@@ -36,7 +37,7 @@ class Counter:
         """Overflows interrupt the guest."""
         self.used = False
         """The guest has touched the counter in this time slice."""
-        self._paused = False
+        self._paused = True
         self._config = 0
 
     def set_fixed_control(self, field: int) -> None:
@@ -62,23 +63,26 @@ class Counter:
     # --- The event ------------------------------------------------------------------------------------------------------------------
 
     def reprogram(self) -> None:
-        """`reprogram_counter()`: an event as the registers want it, or none that counts."""
+        """`reprogram_counter()`: an event as the registers want it, or none that counts. GLOBAL_CTRL lets it count."""
         self.pause()
-        if not (self.wanted and self.enabled and self.pmu.allows(self)):
+        if not (self.wanted and self.pmu.allows(self)):
             return
-        if self.eventsel == self._config and self.event is not None:
-            self._resume(self.event)
-            return
-        self.release()
-        self._config = self.eventsel
-        self._create()
+        if self.eventsel != self._config or self.event is None:
+            self.release()
+            self._config = self.eventsel
+            self._create()
+        if self.event is not None:
+            self.pmu.perf.write(self.event, self.value)
+            self._paused = False
+            self.pmu.perf.enable(self.event)
 
     def _create(self) -> None:
         eventsel, pmu = self.eventsel, self.pmu
         attr = Attr(
             config=eventsel & pmu.raw_event_mask,
-            sample_period=self._period(),
+            counter=self.idx,
             pinned=True,
+            disabled=True,
             exclude_host=True,
             exclude_user=not eventsel & EVENTSEL_USR,
             exclude_kernel=not eventsel & EVENTSEL_OS,
@@ -87,35 +91,14 @@ class Counter:
             self.event = pmu.perf.create_kernel_counter(attr, pmu.task_events, self._overflow)
         except OSError:
             return  # an event that the host's PMU does not have counts nothing, as in Linux
-        self.intr, self._paused = bool(eventsel & EVENTSEL_INT), False
+        self.intr = bool(eventsel & EVENTSEL_INT)
         pmu.event_count += 1
 
     def pause(self) -> None:
         """`pmc_pause_counter()`: stop the event, and take over its count."""
         if self.event is not None and not self._paused:
-            self.value = self.value + self.pmu.perf.pause(self.event, reset=True) & self.pmu.mask
+            self.value = self.pmu.perf.pause(self.event)
             self._paused = True
-
-    def _resume(self, event: Event) -> None:
-        self.pmu.perf.gate({event: False})
-        self.pmu.perf.set_period(event, self._period())
-        self.pmu.perf.enable(event)
-        self._paused = False
-
-    def next_period(self) -> None:
-        """After an overflow: the next one is when the counter wraps, however often it was written since."""
-        if self.event is not None and not self._paused:
-            self._restart(self.event, self.read())
-
-    def _restart(self, event: Event, value: int) -> None:
-        self.value = value
-        self.pmu.perf.set_period(event, self._period(), reset=True)
-
-    @property
-    def gate(self) -> Event | None:
-        """The event that GLOBAL_CTRL switches without programming anything anew; None if there is none as the registers want it."""
-        usable = self.wanted and not self._paused and self.eventsel == self._config and self.pmu.allows(self)
-        return self.event if usable else None
 
     def release(self) -> None:
         """`pmc_stop_counter()`: let the event go; the count stays."""
@@ -126,9 +109,10 @@ class Counter:
             self._config = 0
             self.pmu.event_count -= 1
 
-    def _period(self) -> int:
-        """Counts until the counter wraps (`get_sample_period()`)."""
-        return -self.value & self.pmu.mask or self.pmu.mask + 1
+    @property
+    def owned(self) -> bool:
+        """Whether the silicon's counter of this number is the guest's now."""
+        return self.event is not None and self.event.state is State.ACTIVE
 
     def _overflow(self, _event: Event, _registers: Registers) -> None:
         """`kvm_perf_overflow()`, in the host's NMI handler."""
@@ -138,17 +122,14 @@ class Counter:
 
     def read(self) -> int:
         """`pmc_read_counter()`."""
-        value = self.value
-        if self.event is not None and not self._paused:
-            value += self.pmu.perf.read(self.event)
-        return value & self.pmu.mask
+        return self.value if self.event is None or self._paused else self.pmu.perf.read(self.event)
 
     def write(self, value: int) -> None:
-        """Set the counter, also while it runs; the event's period follows."""
-        value &= self.pmu.mask
+        """Set the counter, also while it runs."""
+        self.value = value & self.pmu.mask
         if self.event is not None and not self._paused:
-            self._restart(self.event, value)
-        self.value = value
+            self.pmu.perf.write(self.event, self.value)
+        self.pmu.written(self)
 
     def retire(self) -> None:
         """`kvm_pmu_incr_counter()`: one more, which KVM has counted in the silicon's place."""

@@ -59,7 +59,7 @@ def refresh(vcpu: Vcpu, pmu: VirtualPmu) -> None:
     pmu.has_global_ctrl = version > 1
     pmu.global_ctrl_mask = (1 << generic) - 1 | (1 << fixed) - 1 << FIXED
     if not pmu.has_global_ctrl:
-        pmu.global_ctrl = pmu.global_ctrl_mask
+        pmu.set_global_ctrl(pmu.global_ctrl_mask)
 
 
 # --- Registers ---------------------------------------------------------------------------------------------------------------------
@@ -122,8 +122,10 @@ def _get_fixed(vcpu: Vcpu, index: int, _host: bool) -> int:
     return _counter(vcpu, index, FIXED_CTR0, FIXED).read()
 
 
-def _set_fixed(vcpu: Vcpu, index: int, value: int, _host: bool) -> None:
-    _counter(vcpu, index, FIXED_CTR0, FIXED).write(value & vcpu.pmu.mask)
+def _set_fixed(vcpu: Vcpu, index: int, value: int, host: bool) -> None:
+    counter = _counter(vcpu, index, FIXED_CTR0, FIXED)
+    require(host or not value & ~vcpu.pmu.mask, index)
+    counter.write(value)
 
 
 def _get_fixed_ctr_ctrl(vcpu: Vcpu, index: int, _host: bool) -> int:

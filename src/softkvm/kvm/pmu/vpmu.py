@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from softkvm.host.perf.context import EventContext
 from softkvm.host.perf.core import Perf
-from softkvm.host.perf.event import Event
 from softkvm.host.perf.intel import EVENTSEL_CMASK, EVENTSEL_EDGE, EVENTSEL_INV, EVENTSEL_OS, EVENTSEL_USR, FIXED
 from softkvm.kvm import regs
 from softkvm.kvm.irqchip.lapic_registers import Reg
 from softkvm.kvm.pmu.counter import Counter
+from softkvm.kvm.pmu.passthrough import PassThrough
 from softkvm.kvm.request import REQ_PMI, REQ_PMU
-from softkvm.silicon.pmu import LOAD_GUEST_GLOBAL_CTRL, LOAD_HOST_GLOBAL_CTRL
+from softkvm.silicon.pmu import LOAD_GUEST_GLOBAL_CTRL, LOAD_HOST_GLOBAL_CTRL, SAVE_GUEST_GLOBAL_CTRL
 
 if TYPE_CHECKING:
     from softkvm.host.sched import Cpu
@@ -43,14 +43,13 @@ class VirtualPmu:
         self.raw_event_mask = 0
         self.eventsel_reserved = 0
         self.has_global_ctrl = False
-        self.global_ctrl = 0
-        self.global_status = 0
+        self._global_ctrl = self._global_status = 0
         self.fixed_ctr_ctrl = 0
         self.global_ctrl_mask = 0
         """The counters that GLOBAL_CTRL can switch."""
         self.event_count = 0
         """Counters with an event behind them."""
-        self._pending = 0
+        self.access = PassThrough(self)
         self._need_cleanup = False
         self._counting = False
 
@@ -82,8 +81,7 @@ class VirtualPmu:
         for counter in self.counters.values():
             counter.release()
             counter.value = counter.eventsel = 0
-        self.global_ctrl = self.global_status = self.fixed_ctr_ctrl = 0
-        self._pending = 0
+        self._global_ctrl = self._global_status = self.fixed_ctr_ctrl = 0
         self._update_retire()
 
     # --- Programming ----------------------------------------------------------------------------------------------------------------
@@ -104,21 +102,30 @@ class VirtualPmu:
                 counter.set_fixed_control(value >> shift & 0xF)
                 self.reprogram(counter)
 
+    @property
+    def global_ctrl(self) -> int:
+        """GLOBAL_CTRL; while the guest has it by itself, the silicon has saved it at the last exit."""
+        return self.vcpu.control.guest_perf_global_ctrl if self.access.on else self._global_ctrl
+
     def set_global_ctrl(self, value: int) -> None:
         """Write GLOBAL_CTRL: counters go on and off together."""
-        changed = value ^ self.global_ctrl
-        self.global_ctrl = value
-        gates: dict[Event, bool] = {}
-        for counter in self._of(changed):
+        for counter in self._of(value ^ self.global_ctrl):
             counter.used = True
-            event = counter.gate
-            if event is not None:
-                gates[event] = not value & counter.bit
-            elif counter.wanted:
-                counter.reprogram()
-        if gates:
-            self.perf.gate(gates)
+        self._global_ctrl = self.vcpu.control.guest_perf_global_ctrl = value
+        self.switch_host_registers()
         self._update_retire()
+
+    @property
+    def global_status(self) -> int:
+        """GLOBAL_STATUS: what has overflowed; while the guest has it by itself, the silicon keeps it."""
+        return self.access.status if self.access.on else self._global_status
+
+    @global_status.setter
+    def global_status(self, value: int) -> None:
+        if self.access.on:
+            self.access.status = value
+        else:
+            self._global_status = value
 
     def reprogram(self, counter: Counter) -> None:
         """A counter's registers have changed."""
@@ -139,13 +146,14 @@ class VirtualPmu:
     def _update_retire(self) -> None:
         """Let `exits.step_over()` report instructions while a counter wants to know."""
         instructions = self.vcpu.vendor.pmu_instructions
-        counting = any(self._counts(counter, instructions) for counter in self.counters.values())
+        counting = any(self._counts(counter, instructions, self.access.on) for counter in self.counters.values())
         if counting != self._counting:
             self._counting = counting
             self.vcpu.retired = self.instruction_retired if counting else None
 
-    def _counts(self, counter: Counter, code: int) -> bool:
-        return counter.wanted and counter.enabled and counter.eventsel & self.raw_event_mask & ~_MODIFIERS == code and self.allows(counter)
+    def _counts(self, counter: Counter, code: int, whether_enabled_or_not: bool = False) -> bool:
+        wanted = counter.wanted and (whether_enabled_or_not or counter.enabled)
+        return wanted and counter.eventsel & self.raw_event_mask & ~_MODIFIERS == code and self.allows(counter)
 
     def instruction_retired(self) -> None:
         """`kvm_pmu_trigger_event(PERF_COUNT_HW_INSTRUCTIONS)`: KVM has executed an instruction for the guest."""
@@ -158,19 +166,13 @@ class VirtualPmu:
     # --- Overflow -------------------------------------------------------------------------------------------------------------------
 
     def overflowed(self, counter: Counter) -> None:
-        """`__kvm_perf_overflow()`: set the status, ask for the interrupt, and start the next period before the next entry."""
+        """`__kvm_perf_overflow()`: set the status, ask for the interrupt."""
         self.global_status |= counter.bit
-        requests = REQ_PMU
         if counter.intr:
-            requests |= REQ_PMI
-        self._pending |= counter.bit
-        self.vcpu.make_request(requests)
+            self.vcpu.make_request(REQ_PMI)
 
     def handle_event(self) -> None:
         """`kvm_pmu_handle_event()`, for REQ_PMU."""
-        pending, self._pending = self._pending, 0
-        for counter in self._of(pending):
-            counter.next_period()
         if self._need_cleanup:
             self._cleanup()
 
@@ -192,6 +194,11 @@ class VirtualPmu:
             self._need_cleanup = True
             self.vcpu.make_request(REQ_PMU)
 
+    def sched_out(self, cpu: Cpu) -> None:
+        """The vCPU leaves `cpu`, whose registers are then somebody else's."""
+        cpu.perf.counters.on_change = None
+        self._let_pass(frozenset())
+
     def switch_host_registers(self) -> None:
         """`atomic_switch_perf_msrs()`, which Linux does at each entry and this one when something has changed: the core's registers in the
         guest."""
@@ -199,9 +206,31 @@ class VirtualPmu:
         if vcpu.cpu is None or self.perf.pmu.version < 2:  # AMD's counters say themselves whether they count in guests
             return
         counters = vcpu.cpu.perf.counters
-        vcpu.control.guest_perf_global_ctrl = on = counters.guest_global_ctrl
-        vcpu.control.perf_controls = LOAD_GUEST_GLOBAL_CTRL | LOAD_HOST_GLOBAL_CTRL if on else 0
+        owned = frozenset(idx for idx, counter in self.counters.items() if counter.owned)
+        self._let_pass(owned if counters.belong_to(self._task_events) else frozenset())
+        if self.access.on:
+            vcpu.control.perf_controls = LOAD_GUEST_GLOBAL_CTRL | SAVE_GUEST_GLOBAL_CTRL | LOAD_HOST_GLOBAL_CTRL
+        else:
+            lent = sum(1 << idx for idx in owned)
+            vcpu.control.guest_perf_global_ctrl = on = counters.guest_global_ctrl | self._global_ctrl & lent
+            vcpu.control.perf_controls = LOAD_GUEST_GLOBAL_CTRL | LOAD_HOST_GLOBAL_CTRL if on else 0
         vcpu.lbr.set_host_debugctl(counters.guest_debugctl)
+
+    def _let_pass(self, owned: frozenset[int]) -> None:
+        """Let the guest use the counters in `owned`, and with them the global registers, without exits."""
+        if self.access.on and not owned:
+            self._global_ctrl, self._global_status = self.global_ctrl, self.global_status
+        passing = self.access.on
+        self.access.set(owned)
+        if self.access.on and not passing:
+            self.vcpu.control.guest_perf_global_ctrl = self._global_ctrl
+            self.access.status = self._global_status
+        if self.access.on != passing:
+            self._update_retire()
+
+    def written(self, counter: Counter) -> None:
+        """A counter has another value, which RDPMC reads without an exit while the guest has some of them."""
+        self.access.mirror(counter)
 
     def _cleanup(self) -> None:
         """`kvm_pmu_cleanup()`: release what the guest has left alone for a whole slice and has switched off."""

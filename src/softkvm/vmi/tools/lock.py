@@ -1,31 +1,34 @@
 """The kernel's code, read-only data, descriptor tables and system call MSRs, locked from outside.
 
 Source of truth: Linux 6.1 `arch/x86/kernel/vmlinux.lds.S` (sections), `arch/x86/mm/init_64.c` (`mark_rodata_ro()`: what the kernel itself
-holds read-only from then on), `arch/x86/kernel/idt.c`, `arch/x86/include/asm/desc.h`. A write that is not legal does not happen: the guest
-goes on behind the instruction, and whoever wrote is reported.
+holds read-only from then on), `arch/x86/kernel/idt.c`, `arch/x86/include/asm/{desc,segment}.h`. A write that is not legal does not happen:
+the guest goes on behind the instruction, and whoever wrote is reported.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cached_property
 
 import msgspec
 
-from softkvm.uapi.kvmi import Access
-from softkvm.vmi.errors import KernelNotFound, UnknownName, Unreadable
-from softkvm.vmi.events import CrEvent, HiddenBreakpointEvent, MsrEvent, PageEvent, VcpuEvent
+from softkvm.uapi.kvm import Regs
+from softkvm.uapi.kvmi import Access, Descriptor, Event, FilterField
+from softkvm.vmi.errors import KernelNotFound, Unreadable, VmiError
+from softkvm.vmi.events import CrEvent, DescriptorEvent, HiddenBreakpointEvent, MsrEvent, PageEvent, VcpuEvent
 from softkvm.vmi.linux import modules
 from softkvm.vmi.linux.btf import Kind
 from softkvm.vmi.linux.objects import Struct
 from softkvm.vmi.linux.patching import Patching
 from softkvm.vmi.memory import PAGE_MASK, PAGE_SIZE
 from softkvm.vmi.target import Target
-from softkvm.vmi.tools.dispatch import Dispatcher
+from softkvm.vmi.tools import instructions
+from softkvm.vmi.tools.dispatch import Dispatcher, OnPage
 
 _LSTAR = 0xC000_0082
 _AFTER_MARK_READONLY = "rcu_end_inkernel_boot"
 """What `kernel_init()` calls next, in every version since 4.13."""
-_LONGEST_INSTRUCTION = 15
+_LONG_MODE = 8
 _LARGEST_SECTION = 1 << 28
 
 MSRS = {
@@ -43,9 +46,11 @@ CR0_WP = 1 << 16
 CR4_LOCKED = 1 << 20 | 1 << 21 | 1 << 11
 """SMEP, SMAP and UMIP."""
 
-# In a GDT the kernel itself changes the descriptors of the task state (8, 9: busy) and of thread-local storage (12 to 14).
-_GDT_SIZE = 16 * 8
-_GDT_FIXED = ((0, 8 * 8), (10 * 8, 12 * 8), (15 * 8, 16 * 8))
+_GDT_LEGAL = {range(8 * 8, 10 * 8): "task state", range(12 * 8, 15 * 8): "thread-local storage", range(15 * 8, 16 * 8): "CPU number"}
+"""What the kernel itself changes in a GDT: when a CPU starts, and for 32-bit processes when they are switched."""
+_TABLE_REGISTERS = {Descriptor.IDTR: "IDTR", Descriptor.GDTR: "GDTR"}
+_EARLY_IDT = "bringup_idt_table"
+"""What a CPU that starts has before its own."""
 
 
 class Attempt(msgspec.Struct, frozen=True):
@@ -62,8 +67,6 @@ class Attempt(msgspec.Struct, frozen=True):
     code: str
     """RIP as a symbol."""
     stopped: bool
-    restored: bool = False
-    """Whether it was done and has been undone."""
     legal: str = ""
     """Why it was let through, such as `jump label`; empty if it was not legal."""
 
@@ -75,7 +78,10 @@ class KernelLock(Dispatcher[Attempt]):
         super().__init__(target)
         self._verbose = verbose
         self._what: dict[int, str] = {}
-        self._gdts: dict[int, bytes] = {}
+        self._gdts: dict[int, int] = {}
+        """CPU by guest-physical address."""
+        self._tables: set[int] = set()
+        """Pages of tables that GDTR and IDTR may be loaded with."""
         self._module_pages: dict[int, list[int]] = {}
         self.engaged = False
         """Whether the locks are on."""
@@ -109,8 +115,9 @@ class KernelLock(Dispatcher[Attempt]):
             self.engage()
 
     def engage(self) -> None:
-        """Lock now."""
+        """Lock now. A store that leaves memory as it is harms nobody, and the kernel makes three in the GDT at each switch of processes."""
         self.engaged = True
+        self.only(Event.PF, FilterField.CHANGE, [(1, 1)])
         self._lock_sections()
         self._lock_tables()
         self._lock_registers()
@@ -126,20 +133,15 @@ class KernelLock(Dispatcher[Attempt]):
     def _lock_tables(self) -> None:
         kernel = self.target.kernel
         idt = kernel.symbols["idt_table"]
-        self._lock("interrupt descriptor table", idt, idt + PAGE_SIZE, Access.R)
+        self._tables.update(self._lock("interrupt descriptor table", idt, idt + PAGE_SIZE, Access.R))
         for cpu in kernel.cpus:
-            physical = kernel.physical(kernel.percpu("gdt_page", cpu))
-            self._gdts[physical] = _fixed_part(self.target.client.memory.read(physical, _GDT_SIZE))
-
-    def turn(self) -> None:
-        """Put back what somebody has changed in a GDT. A lock on its page would cost three events at every context switch."""
-        for cpu, (physical, good) in enumerate(self._gdts.items()):
-            if _fixed_part(found := self.target.client.memory.read(physical, _GDT_SIZE)) != good:
-                for start, end in _GDT_FIXED:
-                    self.target.client.write(physical + start, good[start:end])
-                entry = next(at for at in range(0, _GDT_SIZE, 8) if _fixed_part(found)[at : at + 8] != good[at : at + 8])
-                where = f"descriptor {entry // 8} of CPU {cpu}"
-                self.note(Attempt("global descriptor table", physical + entry, where, 0, "", 0, "", stopped=False, restored=True))
+            gdt = kernel.percpu("gdt_page", cpu)
+            (page,) = self._lock("global descriptor table", gdt, gdt + PAGE_SIZE, Access.R, self._gdt)
+            self._gdts[page] = cpu
+            self._tables.add(page)
+        if _EARLY_IDT in kernel.symbols:
+            self._tables.add(kernel.physical(kernel.symbols[_EARLY_IDT]))
+        self.on_descriptor(self._load_table)
 
     def _lock_registers(self) -> None:
         for index in MSRS:
@@ -168,10 +170,10 @@ class KernelLock(Dispatcher[Attempt]):
     def _module_goes(self, event: HiddenBreakpointEvent) -> None:
         self.release(self._module_pages.pop(event.regs.rdi, ()))
 
-    def _lock(self, what: str, start: int, end: int, access: Access) -> list[int]:
+    def _lock(self, what: str, start: int, end: int, access: Access, judge: OnPage | None = None) -> list[int]:
         pages = self._physical_pages(start, end)
         self._what.update(dict.fromkeys(pages, what))
-        self.protect(pages, access, self._page)
+        self.protect(pages, access, judge or self._page)
         return pages
 
     def _physical_pages(self, start: int, end: int) -> list[int]:
@@ -191,14 +193,55 @@ class KernelLock(Dispatcher[Attempt]):
             return  # data that is executed, code that is read: the rights are those of the kernel's own page tables
         what = self._what.get(event.gpa & ~PAGE_MASK, "")
         address = self._image_address(event)
-        legal = self._legal(event, address)
+        self._judge(event, what, address, "", self._legal(event, address))
+
+    def _judge(self, event: PageEvent, what: str, address: int, where: str, legal: str) -> None:
+        """Let a write through that is legal, and report it if that is wanted; stop any other."""
         if legal:
             event.continue_()
             if self._verbose:
-                self._report(event, what, address, stopped=False, legal=legal)
+                self._report(event, what, address, where, stopped=False, legal=legal)
+        else:
+            self._report(event, what, address, where, stopped=self._skip(event))
+
+    def _gdt(self, event: PageEvent) -> None:
+        """A descriptor changes."""
+        if event.access is not Access.W:
             return
-        stopped = self._skip(event)
-        self._report(event, what, address, stopped=stopped)
+        page, offset = event.gpa & ~PAGE_MASK, event.gpa & PAGE_MASK
+        instruction, symbols = instructions.at(self.target, event), self.target.kernel.symbols
+        legal = ""
+        if instruction is not None and symbols["_text"] <= event.regs.rip < symbols["_etext"]:
+            last = offset + max(1, instructions.operand_size(instruction)) - 1
+            legal = next((why for part, why in _GDT_LEGAL.items() if offset in part and last in part), "")
+        where = f"descriptor {offset // 8} of CPU {self._gdts[page]}"
+        self._judge(event, self._what[page], event.gva or event.gpa, where, legal)
+
+    def _load_table(self, event: DescriptorEvent) -> None:
+        """GDTR or IDTR is loaded: it may be with a table that is locked, and while a CPU starts, before it is in 64-bit code."""
+        name = _TABLE_REGISTERS.get(event.register)
+        if name is None or not event.write or event.arch.mode != _LONG_MODE:
+            return
+        table = self._new_table(event)
+        if self._page_of(table) not in self._tables:
+            self._report(event, name, table, stopped=self._skip(event))
+
+    def _new_table(self, event: DescriptorEvent) -> int:
+        """The address that LGDT or LIDT loads; 0 if it cannot be seen."""
+        instruction = instructions.at(self.target, event)
+        if instruction is None:
+            return 0
+        operand = instructions.operand_address(event, instruction)
+        try:
+            return int.from_bytes(instructions.space(self.target, event).read(operand + 2, 8), "little")
+        except Unreadable:
+            return 0
+
+    def _page_of(self, address: int) -> int | None:
+        try:
+            return self.target.kernel.physical(address) & ~PAGE_MASK
+        except Unreadable:
+            return None
 
     def _image_address(self, event: PageEvent) -> int:
         """The address in the kernel image of what is written, whichever alias it is written through."""
@@ -208,7 +251,11 @@ class KernelLock(Dispatcher[Attempt]):
         return event.gva if event.gva is not None else event.gpa
 
     def _legal(self, event: PageEvent, address: int) -> str:
-        return self._patching.site(self._text_address(event, address)).value if self._patching.is_poking(event.cr3) else ""
+        """Why a write is let through. A kernel whose structures have been bent so far that this cannot be told patches nothing any more."""
+        try:
+            return self._patching.site(self._text_address(event, address)).value if self._patching.is_poking(event.cr3) else ""
+        except VmiError:
+            return ""
 
     def _text_address(self, event: PageEvent, address: int) -> int:
         """Where the poked instruction is: for a module, its own address instead of the alias."""
@@ -221,13 +268,13 @@ class KernelLock(Dispatcher[Attempt]):
                     return start + (event.gpa & PAGE_MASK)
         return address
 
-    def _skip(self, event: PageEvent) -> bool:
-        """Send the vCPU on behind the instruction; where it cannot be decoded the write is let through, and reported as not stopped."""
-        length = instruction_length(self.target, event)
-        if not length:
+    def _skip(self, event: PageEvent | DescriptorEvent) -> bool:
+        """Send the vCPU on behind the instruction; where it cannot be decoded it is let through, and reported as not stopped."""
+        instruction = instructions.at(self.target, event)
+        if instruction is None:
             return False
-        regs = event.regs
-        regs.rip += length
+        regs = Regs.from_buffer_copy(event.regs)
+        regs.rip += instruction.len
         self.target.client.set_registers(event.vcpu, regs)
         event.retry()
         return True
@@ -245,45 +292,25 @@ class KernelLock(Dispatcher[Attempt]):
         event.continue_(event.new | lost if stopped else event.new)
         self._report(event, f"CR{event.number}", event.number, stopped=stopped)
 
-    def _report(self, event: VcpuEvent, what: str, address: int, *, stopped: bool, legal: str = "") -> None:
-        kernel, task = self.target.kernel, self.target.task(event)
+    def _report(self, event: VcpuEvent, what: str, address: int, where: str = "", *, stopped: bool, legal: str = "") -> None:
+        task = self._task(event)
         pid, name = (task.number("pid"), task.text("comm")) if task is not None else (0, "")
         rip = event.regs.rip
-        where = kernel.symbols.describe(address)
+        where = where or describe(self.target, address)
         self.note(Attempt(what, address, where, pid, name, rip, describe(self.target, rip), stopped, legal=legal))
 
-
-def _fixed_part(gdt: bytes) -> bytes:
-    """A GDT with zeros where the kernel may write."""
-    kept = bytearray(len(gdt))
-    for start, end in _GDT_FIXED:
-        kept[start:end] = gdt[start:end]
-    return bytes(kept)
+    def _task(self, event: VcpuEvent) -> Struct | None:
+        try:
+            return self.target.task(event)
+        except VmiError:
+            return None
 
 
 def describe(target: Target, address: int) -> str:
     """An address as a symbol of the kernel, or as a place in a module, also in one that hides."""
     text = target.kernel.symbols.describe(address)
     if text.startswith("0x"):
-        try:
-            owner = modules.owner(modules.modules(target.kernel), address)
-        except (UnknownName, Unreadable):
-            return text
-        if owner is not None:
-            return modules.describe(owner, address)
+        with suppress(VmiError):  # whatever the guest has made of its lists, the number is right
+            if (owner := modules.owner(modules.modules(target.kernel), address)) is not None:
+                return modules.describe(owner, address)
     return text
-
-
-def instruction_length(target: Target, event: VcpuEvent) -> int:
-    """Bytes of the instruction at RIP; 0 if it cannot be read or decoded."""
-    from iced_x86 import Decoder  # loaded when somebody writes what is locked, which is not often
-
-    kernel = target.kernel
-    try:
-        code = kernel.space.read_available(event.regs.rip, _LONGEST_INSTRUCTION)
-    except Unreadable:
-        return 0
-    if not code:
-        return 0
-    instruction = Decoder(64, code, ip=event.regs.rip).decode()
-    return 0 if instruction.is_invalid else int(instruction.len)

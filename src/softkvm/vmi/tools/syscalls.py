@@ -1,13 +1,13 @@
 """The system calls of a guest's processes, with arguments and results, as strace(1) has them, but from outside.
 
-Source of truth: Linux 6.1.85 and later `arch/x86/entry/{common,syscall_64}.c`. All 64-bit system calls go through `x64_sys_call()`, whose
-arguments are the saved registers and the number. A breakpoint there and one where it returns see every call, and neither is in the guest's
-memory.
+Source of truth: Linux 5.8 to 6.12 `arch/x86/entry/{entry_64.S,common.c,syscall_64.c}`, `kernel/entry/common.c`. All 64-bit system calls go
+through `do_syscall_64()`, which is called with the saved registers on top of the stack, and `syscall_exit_to_user_mode()`, before signals
+are looked at. Where the latter is not a function of its own (from 6.10 on), they go through `x64_sys_call()`, all but those that seccomp
+refuses, and end where it returns. No breakpoint is in the guest's memory.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable
 
 import msgspec
@@ -22,7 +22,7 @@ from softkvm.vmi.tools import arguments
 from softkvm.vmi.tools.arguments import Argument, Kind
 from softkvm.vmi.tools.dispatch import Dispatcher
 
-_ENTRY = "x64_sys_call"
+_ENTRY, _EXIT, _CALL = "do_syscall_64", "syscall_exit_to_user_mode", "x64_sys_call"
 _REGISTERS = ("di", "si", "dx", "r10", "r8", "r9")
 _ADDRESS_CALLS = frozenset({"brk", "mmap", "mremap", "shmat"})
 _NEVER_RETURN = frozenset({"exit", "exit_group", "rt_sigreturn"})
@@ -66,11 +66,18 @@ class SyscallTracer(Dispatcher[Syscall]):
         self._pids = set(pids)
         self._follow = follow
         self._pending: dict[int, _Pending] = {}
+        """By the address of the saved registers."""
         self._returns: set[int] = set()
+        self._returning: dict[int, int] = {}
+        """The same, by RSP behind _CALL."""
         registers = kernel.types.find("pt_regs")
         self._registers_size = registers.size
-        self._offsets = [objects.field(kernel.types, registers.number, name).offset for name in _REGISTERS]
-        self.at(kernel.symbols[_ENTRY], self._enter)
+        self._offsets = {name: objects.field(kernel.types, registers.number, name).offset for name in (*_REGISTERS, "orig_ax", "ax")}
+        if _EXIT in kernel.symbols:
+            self.at(kernel.symbols[_ENTRY], self._enter)
+            self.at(kernel.symbols[_EXIT], self._exit)
+        else:
+            self.at(kernel.symbols[_CALL], self._call_begins)
 
     def _wants(self, task: Struct) -> bool:
         if not self._pids or task.number("tgid") in self._pids:
@@ -82,25 +89,48 @@ class SyscallTracer(Dispatcher[Syscall]):
         return False
 
     def _enter(self, event: HiddenBreakpointEvent) -> None:
+        self._begin(event, event.regs.rsp + 8)
+
+    def _begin(self, event: HiddenBreakpointEvent, where: int) -> bool:
+        """A call begins, its registers are saved there; whether its end matters."""
         task = self.target.task(event)
         if task is None or not self._wants(task):
-            return
-        kernel = self.target.kernel
-        call = self._table[event.regs.rsi & 0xFFFF_FFFF]
-        saved = kernel.read(event.regs.rdi, self._registers_size)
-        values = [int.from_bytes(saved[offset : offset + 8], "little") for offset in self._offsets]
+            return False
+        saved = self.target.kernel.read(where, self._registers_size)
+        call = self._table[self._saved(saved, "orig_ax") & 0xFFFF_FFFF]
         memory = task.follow("mm")
-        space = kernel.user_space(memory.number("pgd")) if memory is not None else None
+        space = self.target.kernel.user_space(memory.number("pgd")) if memory is not None else None
+        values = [self._saved(saved, name) for name in _REGISTERS]
         pending = _Pending(task.number("pid"), task.text("comm"), call, self._decode(call, values, space), space)
         if call.name in _NEVER_RETURN:
             self._conclude(pending, None)
+            return False
+        if len(self._pending) < _MOST_PENDING:
+            self._pending[where] = pending
+        return True
+
+    def _saved(self, registers: bytes, name: str) -> int:
+        offset = self._offsets[name]
+        return int.from_bytes(registers[offset : offset + 8], "little")
+
+    def _exit(self, event: HiddenBreakpointEvent) -> None:
+        if event.regs.rdi in self._pending:
+            self._leave(event.regs.rdi, self.target.kernel.number(event.regs.rdi + self._offsets["ax"]))
+
+    def _call_begins(self, event: HiddenBreakpointEvent) -> None:
+        where = event.regs.rdi
+        if not self._begin(event, where):
             return
-        (back,) = struct.unpack("<Q", kernel.read(event.regs.rsp, 8))
+        back = self.target.kernel.number(event.regs.rsp)
+        self._returning[event.regs.rsp + 8] = where
         if back not in self._returns:
             self._returns.add(back)
-            self.at(back, self._leave)
-        if len(self._pending) < _MOST_PENDING:
-            self._pending[event.regs.rsp + 8] = pending
+            self.at(back, self._call_returns)
+
+    def _call_returns(self, event: HiddenBreakpointEvent) -> None:
+        where = self._returning.pop(event.regs.rsp, None)
+        if where is not None:
+            self._leave(where, event.regs.rax)
 
     def _decode(self, call: Call, values: list[int], space: AddressSpace | None) -> list[Argument]:
         if space is None:
@@ -108,13 +138,12 @@ class SyscallTracer(Dispatcher[Syscall]):
         following = [*values[1:], 0]
         return [arguments.decode(call, at, values[at], space, following[at]) for at in range(len(call.parameters))]
 
-    def _leave(self, event: HiddenBreakpointEvent) -> None:
-        pending = self._pending.pop(event.regs.rsp, None)
-        if pending is None:
-            return
-        result = event.regs.rax
-        self._complete(pending, result)
-        self._conclude(pending, result)
+    def _leave(self, where: int, result: int) -> None:
+        """The call whose registers are saved there has its result."""
+        pending = self._pending.pop(where, None)
+        if pending is not None:
+            self._complete(pending, result)
+            self._conclude(pending, result)
 
     def _complete(self, pending: _Pending, result: int) -> None:
         """Read what the kernel has written, and text whose page was not there before."""

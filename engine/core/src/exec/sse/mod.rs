@@ -27,7 +27,7 @@ mod shift;
 mod shuffle;
 mod string;
 
-use iced_x86::Instruction;
+use iced_x86::{Instruction, Mnemonic};
 
 use crate::cpu::CodeSize;
 use crate::uop::Handler;
@@ -54,4 +54,9 @@ pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
         sha::handler,
     ];
     FAMILIES.iter().find_map(|family| family(insn))
+}
+
+/// Whether the dispatcher must look at the CPU after this instruction: LDMXCSR changes what other vector instructions do.
+pub fn ends_block(insn: &Instruction) -> bool {
+    matches!(insn.mnemonic(), Mnemonic::Ldmxcsr | Mnemonic::Vldmxcsr)
 }

@@ -24,5 +24,6 @@ pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
 
 /// Instructions of this family after which the dispatcher must look at the CPU.
 pub fn ends_block(insn: &Instruction) -> bool {
-    insn.mnemonic() == Mnemonic::Xsetbv
+    use Mnemonic::*;
+    matches!(insn.mnemonic(), Xsetbv | Fxrstor | Fxrstor64 | Xrstor | Xrstor64 | Xrstors | Xrstors64)
 }
