@@ -25,9 +25,9 @@ pub mod select {
 }
 
 /// INFO: the branch was mispredicted.
-const MISPREDICTED: u64 = 1 << 63;
+pub const MISPREDICTED: u64 = 1 << 63;
 /// INFO: bits of the saturating cycle count.
-const CYCLES: u64 = 0xffff;
+pub const CYCLES: u64 = 0xffff;
 
 /// One transfer of control that took place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +53,12 @@ pub struct Lbr {
     pub info: [u64; ENTRIES],
     /// Core cycles at the last update.
     pub updated: u64,
+    /// The same while host code runs: what the budget was then.
+    pub mark: i64,
+    /// Kinds of near branches that the filters keep off the stack at the privilege level that runs.
+    pub suppressed: u32,
+    /// What host code is going to add to INFO.
+    pub mispredicted: u64,
 }
 
 impl Lbr {
@@ -68,6 +74,16 @@ impl Lbr {
         let cycles = now.wrapping_sub(self.updated).min(CYCLES);
         self.info[self.tos] = cycles | if transfer.mispredicted { MISPREDICTED } else { 0 };
         self.updated = now;
+    }
+
+    /// Code at privilege level `cpl` runs from now on.
+    pub fn enter_level(&mut self, cpl: u8) {
+        let ring = if cpl == 0 { select::CPL_0 } else { select::CPL_OTHER };
+        self.suppressed = match self.select {
+            0 => 0,
+            chosen if chosen & ring != 0 => u32::MAX,
+            chosen => Kind::ALL.iter().filter(|kind| chosen & class(**kind) != 0).fold(0, |bits, kind| bits | kind.bit()),
+        };
     }
 
     /// Whether the filters keep a transfer off the stack; in call-stack mode returns take records away instead.
