@@ -7,7 +7,9 @@ use super::asm::{qword_ptr, Asm, Label};
 use super::emit::{block_rip, cpu_field, in_memory, Emitter, Places, Rule};
 use super::plan::{plan, Host, Plan};
 use super::registers::{self, host, resized, SCRATCH, STACK};
-use super::vector;
+use super::vector::{self, Units};
+use super::watched::Branch;
+use super::x87;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::decode::cache::JUMP_SLOTS;
@@ -22,17 +24,21 @@ use crate::state::seg;
 pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], model: &Model, host: Host, places: Places) -> Option<usize> {
     let live = live_flags(instructions);
     let plans: Vec<Plan> = instructions.iter().zip(&live).map(|(insn, live)| plan(insn, *live, host, model)).collect();
-    let vectors = plans.iter().filter_map(|plan| if let Plan::Vector(width) = plan { Some(*width) } else { None }).max();
-    let out = Emitter::new(asm, places, block, vectors);
-    let mut translation = Translation { out, info: InstructionInfoFactory::new() };
+    let units = plans.iter().fold(Units::default(), |all, plan| all.and(plan.units()));
+    let last_x87 = instructions.iter().rposition(|insn| x87::sets_pointer(insn.mnemonic()));
+    let out = Emitter::new(asm, places, block, units);
+    let mut translation = Translation { out, info: InstructionInfoFactory::new(), branch: Branch::of(block) };
     translation.out.prologue(block.instructions);
     let body = translation.out.asm.len();
-    translation.out.enter_vectors();
+    translation.out.enter_units();
     let mut ended = false;
     for (index, insn) in instructions.iter().enumerate() {
         let before = if index == 0 { ARITHMETIC } else { live[index - 1] };
         let place = Place { index, seen_before: before != 0, seen_behind: live[index] != 0 };
         ended = translation.instruction(insn, plans[index], place);
+        if last_x87 == Some(index) {
+            translation.out.point_x87(insn.ip());
+        }
     }
     if !ended {
         translation.fall_through(instructions.len(), u64::from(block.length));
@@ -42,15 +48,17 @@ pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], mod
 
 /// An instruction's number in its block, and whether anybody sees the flags before it and behind it.
 #[derive(Clone, Copy)]
-struct Place {
-    index: usize,
-    seen_before: bool,
-    seen_behind: bool,
+pub(super) struct Place {
+    pub(super) index: usize,
+    pub(super) seen_before: bool,
+    pub(super) seen_behind: bool,
 }
 
-struct Translation<'a> {
-    out: Emitter<'a>,
+pub(super) struct Translation<'a> {
+    pub(super) out: Emitter<'a>,
     info: InstructionInfoFactory,
+    /// The branch at the end of the block, if somebody watches it.
+    branch: Option<Branch>,
 }
 
 impl Translation<'_> {
@@ -58,7 +66,15 @@ impl Translation<'_> {
     fn instruction(&mut self, insn: &Instruction, plan: Plan, place: Place) -> bool {
         match plan {
             Plan::Same(rule) => self.same(insn, rule, place),
-            Plan::Vector(_) => self.same(&vector::cached(insn), Rule::Exact, place),
+            Plan::Media(_) => self.same(insn, Rule::Exact, place),
+            Plan::LoadControl => self.load_control(insn, place),
+            Plan::Divide => self.divide(insn, place),
+            Plan::ShiftByCl => self.shift_by_cl(insn, place),
+            Plan::Rotate(count) => self.rotate(insn, count, place),
+            Plan::Scan => self.scan(insn, place),
+            Plan::PushFlags => self.push_flags(place),
+            Plan::DisableInterrupts => self.disable_interrupts(place),
+            Plan::Direction(down) => self.set_direction(down, place),
             Plan::Lea => self.lea(insn),
             Plan::Nothing => {}
             Plan::Push => self.push(insn, place),
@@ -66,7 +82,7 @@ impl Translation<'_> {
             Plan::Leave => self.leave(place),
             Plan::Interpret => self.out.interpret(place.index),
             Plan::Conditional => self.conditional(insn, place),
-            Plan::JumpRelative => self.exit(insn.near_branch_target(), place.index),
+            Plan::JumpRelative => self.jump_relative(insn, place),
             Plan::JumpIndirect => self.jump_indirect(insn, place),
             Plan::CallRelative => self.call_relative(insn, place),
             Plan::CallIndirect => self.call_indirect(insn, place),
@@ -108,24 +124,28 @@ impl Translation<'_> {
 
     /// Emits `insn` with its operands replaced: registers by where they live, memory by the address in R14. Returns the host register with
     /// the result, if that is a register; for products in RDX:RAX the low half.
-    fn with_operands(&mut self, insn: &Instruction, in_memory_too: bool) -> Register {
+    pub(super) fn with_operands(&mut self, insn: &Instruction, in_memory_too: bool) -> Register {
         let mut free = if in_memory_too { [SCRATCH[0], SCRATCH[2]] } else { [SCRATCH[0], SCRATCH[1]] }.into_iter();
-        let mut changed = *insn;
+        let mut changed = vector::cached(insn);
+        let mut loaded: Vec<(Register, Register)> = Vec::new();
         let mut stores = Vec::new();
         for n in 0..insn.op_count() {
             match insn.op_kind(n) {
                 OpKind::Register => {
                     let register = insn.op_register(n);
-                    if registers::is_high_byte(register) || vector::is_vector(register) {
+                    if registers::is_high_byte(register) || registers::is_media(register) {
                         continue;
                     }
                     let full = register.full_register();
-                    let place = host(full).unwrap_or_else(|| free.next().unwrap_or_else(|| unreachable!("the plan counts them")));
-                    if host(full).is_none() {
+                    // A register that is named twice is one on the host too.
+                    let known = host(full).or_else(|| loaded.iter().find(|(guest, _)| *guest == full).map(|(_, place)| *place));
+                    let place = known.unwrap_or_else(|| free.next().unwrap_or_else(|| unreachable!("the plan counts them")));
+                    if known.is_none() {
                         self.out.asm.mov(place, in_memory(full));
-                        if self.writes(insn, n) {
-                            stores.push((full, place));
-                        }
+                        loaded.push((full, place));
+                    }
+                    if host(full).is_none() && self.writes(insn, n) {
+                        stores.push((full, place));
                     }
                     changed.set_op_register(n, resized(place, register));
                 }
@@ -167,7 +187,7 @@ impl Translation<'_> {
     }
 
     /// The host register that has `guest`, loaded to `scratch` if it stays in memory.
-    fn get(&mut self, guest: Register, scratch: Register) -> Register {
+    pub(super) fn get(&mut self, guest: Register, scratch: Register) -> Register {
         if let Some(host) = host(guest) {
             return host;
         }
@@ -203,7 +223,7 @@ impl Translation<'_> {
     }
 
     /// R14 = the linear address of the memory operand. Clobbers R15 and the flags.
-    fn operand_address(&mut self, insn: &Instruction) {
+    pub(super) fn operand_address(&mut self, insn: &Instruction) {
         self.effective_address(insn);
         let number = match insn.memory_segment() {
             Register::FS => seg::FS,
@@ -216,12 +236,12 @@ impl Translation<'_> {
     // ---- the stack --------------------------------------------------------------------------------------------------------------------
 
     /// R14 = host address of the 8 bytes at RSP + `displacement`.
-    fn stack_slot(&mut self, displacement: i32, kind: AccessKind, miss: Label) {
+    pub(super) fn stack_slot(&mut self, displacement: i32, kind: AccessKind, miss: Label) {
         self.out.asm.lea(R14, qword_ptr(STACK, displacement));
         self.out.translate(8, kind, miss)
     }
 
-    fn move_stack(&mut self, by: i32) {
+    pub(super) fn move_stack(&mut self, by: i32) {
         self.out.asm.lea(STACK, qword_ptr(STACK, by))
     }
 
@@ -270,22 +290,32 @@ impl Translation<'_> {
         self.out.asm.add(R15, distance as i32)
     }
 
-    /// Goes to `distance` bytes behind the block's first byte. The interpreter runs instruction `index` where there is no way yet.
-    fn exit(&mut self, distance: u64, index: usize) {
-        self.out.save_flags();
-        self.exit_saved(distance, index)
-    }
-
-    fn exit_saved(&mut self, distance: u64, index: usize) {
+    /// Finds the code `distance` bytes behind the block's first byte. The interpreter runs instruction `index` where there is no way yet.
+    fn find(&mut self, distance: u64, index: usize) {
         let miss = self.out.detour(index);
         self.rip_at(distance);
-        self.out.find_linked(miss);
-        self.out.go()
+        self.out.find_linked(miss)
     }
 
     /// The block ends without a branch: its last micro-op, behind the instructions, goes on.
     fn fall_through(&mut self, index: usize, length: u64) {
-        self.exit(length, index)
+        self.out.save_flags();
+        self.find(length, index);
+        self.out.go()
+    }
+
+    /// The branch goes to RIP R15, whose code is in R13.
+    fn branch(&mut self, taken: bool) {
+        let Some(branch) = self.branch else { return self.out.go() };
+        self.out.keep_target();
+        self.out.note_branch(branch, taken);
+        self.out.go_to_target()
+    }
+
+    fn jump_relative(&mut self, insn: &Instruction, place: Place) {
+        self.out.save_flags();
+        self.find(insn.near_branch_target(), place.index);
+        self.branch(true)
     }
 
     fn conditional(&mut self, insn: &Instruction, place: Place) {
@@ -293,9 +323,11 @@ impl Translation<'_> {
         self.out.need_flags();
         let taken = self.out.asm.create_label();
         self.out.jump_if(insn, taken);
-        self.exit_saved(insn.next_ip(), place.index);
+        self.find(insn.next_ip(), place.index);
+        self.branch(false);
         self.out.asm.set_label(taken);
-        self.exit_saved(insn.near_branch_target(), place.index)
+        self.find(insn.near_branch_target(), place.index);
+        self.branch(true)
     }
 
     /// R15 = the target of an indirect branch.
@@ -314,7 +346,7 @@ impl Translation<'_> {
         let miss = self.out.detour(place.index);
         self.target(insn, miss);
         self.out.find_cached(JUMP_SLOTS, miss);
-        self.out.go()
+        self.branch(true)
     }
 
     fn call_relative(&mut self, insn: &Instruction, place: Place) {
@@ -325,7 +357,7 @@ impl Translation<'_> {
         self.out.keep_target();
         self.push_return(insn, miss);
         self.rip_at(insn.near_branch_target());
-        self.out.go_to_target()
+        self.call()
     }
 
     fn call_indirect(&mut self, insn: &Instruction, place: Place) {
@@ -337,6 +369,14 @@ impl Translation<'_> {
         self.out.keep_rip();
         self.push_return(insn, miss);
         self.out.take_rip();
+        self.call()
+    }
+
+    /// The call goes to RIP R15, whose code is the kept target.
+    fn call(&mut self) {
+        if let Some(branch) = self.branch {
+            self.out.note_branch(branch, true);
+        }
         self.out.go_to_target()
     }
 
@@ -344,7 +384,10 @@ impl Translation<'_> {
         self.stack_slot(-8, AccessKind::Write, miss);
         self.rip_at(insn.next_ip());
         self.out.asm.mov(qword_ptr(R14, 0), R15);
-        self.move_stack(-8)
+        self.move_stack(-8);
+        if let Some(branch) = self.branch {
+            self.out.note_call(branch);
+        }
     }
 
     fn ret(&mut self, insn: &Instruction, place: Place) {
@@ -355,7 +398,7 @@ impl Translation<'_> {
         self.out.find_cached(JUMP_SLOTS, miss);
         let released = if insn.op_count() > 0 { i32::from(insn.immediate16()) } else { 0 };
         self.move_stack(8 + released);
-        self.out.go()
+        self.branch(true)
     }
 }
 

@@ -9,8 +9,10 @@
 //! | `block` | the translation of a block |
 //! | `asm` | the assembler |
 //! | `emit` | pieces of host code: flags, TLB checks, ways between blocks and into the interpreter |
+//! | `watched` | what a branch does for those who watch branches |
 //! | `registers`, `vector_registers` | where guest registers are meanwhile |
-//! | `vector` | which vector instructions become host code |
+//! | `integer` | integer instructions that take several of the host's |
+//! | `vector`, `x87` | which vector, MMX and x87 instructions become host code |
 //! | `stubs`, `native` | the way in and out, in host code and in Rust |
 //! | `arena` | memory for host code |
 
@@ -18,12 +20,15 @@ mod arena;
 mod asm;
 mod block;
 mod emit;
+mod integer;
 pub mod native;
 mod plan;
 mod registers;
 mod stubs;
 mod vector;
 mod vector_registers;
+mod watched;
+mod x87;
 
 use std::ptr;
 
@@ -91,8 +96,10 @@ impl Translator {
         let stubs = stubs::write(&mut arena, &mut asm, host.vectors.has_ymm())?;
         let places = Places {
             resume: stubs.resume,
-            resume_vectors: stubs.resume_vectors,
-            gates: stubs.gates,
+            resume_keeping: stubs.resume_keeping,
+            xmm: stubs.xmm,
+            ymm: stubs.ymm,
+            x87: stubs.x87,
             boundary: stubs.boundary,
             attention: cpu.signal.pending_address() as u64,
             jumps: cpu.code.jumps() as u64,

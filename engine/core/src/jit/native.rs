@@ -4,9 +4,11 @@ use std::any::Any;
 use std::mem::offset_of;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 
+use super::x87;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::flags::Flags;
+use crate::pmu::Watching;
 use crate::state::rflags::OF;
 use crate::uop::{Exec, Stop};
 
@@ -18,10 +20,17 @@ pub struct Native {
     /// Where a call goes while its return address is pushed: host code, and RIP.
     target: u64,
     target_rip: u64,
-    /// The block that was left by [`resume`], or that was not begun.
+    /// The block that was left by [`resume`], or that was not begun, and RIP of its first instruction.
     block: *mut Block,
+    pub rip: u64,
     /// How much of the guest's vector registers is in the host's: nothing, or a `vector::Width`.
     vectors: u8,
+    /// 1 if the guest's x87 unit is in the host's, or just was and is in `image`.
+    pub(super) x87: u8,
+    /// `vectors` and `x87` as they are to be again behind an instruction in the interpreter.
+    kept: u16,
+    /// The x87 unit on its way from the guest to the host or back.
+    pub(super) image: x87::Image,
     /// MXCSR as Rust code expects it.
     default_mxcsr: u32,
     /// The panic that host code must not be unwound for.
@@ -30,7 +39,19 @@ pub struct Native {
 
 impl Default for Native {
     fn default() -> Self {
-        Native { flags: 0, target: 0, target_rip: 0, block: std::ptr::null_mut(), vectors: 0, default_mxcsr: 0x1f80, panic: None }
+        Native {
+            flags: 0,
+            target: 0,
+            target_rip: 0,
+            block: std::ptr::null_mut(),
+            rip: 0,
+            vectors: 0,
+            x87: 0,
+            kept: 0,
+            image: x87::Image::default(),
+            default_mxcsr: 0x1f80,
+            panic: None,
+        }
     }
 }
 
@@ -44,7 +65,13 @@ pub const TARGET: usize = offset_of!(Cpu, native) + offset_of!(Native, target);
 pub const BLOCK: usize = offset_of!(Cpu, native) + offset_of!(Native, block);
 /// Offsets of what [`super::vector_registers`] keeps.
 pub const VECTORS: usize = offset_of!(Cpu, native) + offset_of!(Native, vectors);
+pub const X87: usize = offset_of!(Cpu, native) + offset_of!(Native, x87);
+pub const KEPT: usize = offset_of!(Cpu, native) + offset_of!(Native, kept);
+pub const IMAGE: usize = offset_of!(Cpu, native) + offset_of!(Native, image);
 pub const DEFAULT_MXCSR: usize = offset_of!(Cpu, native) + offset_of!(Native, default_mxcsr);
+
+/// The part of `Native::kept` that is about the x87 unit.
+const KEPT_X87: u16 = 1 << 8;
 
 /// What host code returns besides the numbers of [`Stop`].
 pub mod status {
@@ -84,6 +111,12 @@ impl Cpu {
         self.native.load(self.flags);
         // SAFETY: `body` is the start of a live block's host code, which keeps to the rules of this module.
         let status = unsafe { trampoline(self, body) };
+        if self.pmu.watching != Watching::NONE {
+            self.take_records();
+        }
+        if self.native.x87 != 0 {
+            self.take_x87(None);
+        }
         match status {
             status::BOUNDARY => {
                 self.flags = self.native.flags();
@@ -92,6 +125,7 @@ impl Cpu {
             status::REFUSED => {
                 self.flags = self.native.flags();
                 let block = self.native.block;
+                self.native.rip = self.rip();
                 // SAFETY: host code named the block that it did not begin.
                 self.budget += i64::from(unsafe { (*block).instructions });
                 self.blocks_run -= 1;
@@ -137,15 +171,25 @@ pub unsafe extern "sysv64" fn resume(cpu: *mut Cpu, block: *mut Block, index: u3
         (&mut *cpu, uop, reference.get(index as usize).copied().unwrap_or(uop.run))
     };
     cpu.flags = cpu.native.flags();
-    cpu.native.block = block;
+    (cpu.native.block, cpu.native.rip) = (block, cpu.rip());
+    if cpu.native.x87 != 0 {
+        // SAFETY: as above.
+        cpu.take_x87(Some((unsafe { &*block }, index as usize)));
+    }
     // SAFETY: as above.
     cpu.at = unsafe { &raw const (&(*block).uops)[index as usize] };
+    if cpu.pmu.watching != Watching::NONE {
+        cpu.take_records();
+    }
     let result = catch_unwind(AssertUnwindSafe(|| handler(cpu, &uop)));
     // SAFETY: as above; a dead block is freed by `collect` only.
     let valid = unsafe { (*block).valid };
     match result {
         Ok(Ok(())) if valid => {
             cpu.native.load(cpu.flags);
+            if cpu.native.kept & KEPT_X87 != 0 {
+                cpu.give_x87();
+            }
             status::DONE
         }
         Ok(Ok(())) => {
