@@ -49,6 +49,7 @@ def _measure(chosen: list[Case], rounds: int, tier: str | None, console: Console
 @click.option(
     "--from", "earlier", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Show what --json wrote; run nothing."
 )
+@click.option("--events", is_flag=True, help="Show what softkvm counted for an operation, too.")
 @click.option("--json", "samples", type=_File, help="Write the samples to this file.")
 @click.option("--plot", "figure", type=_File, help="Draw the ratios to this file: *.svg or *.png.")
 @click.option("--page", "text", type=_File, help="Write a page with links to the files of --json and --plot beside it.")
@@ -57,6 +58,7 @@ def main(
     tier: str | None,
     rounds: int,
     earlier: Path | None,
+    events: bool,
     samples: Path | None,
     figure: Path | None,
     text: Path | None,
@@ -74,6 +76,8 @@ def main(
     console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
     report = _measure(chosen, rounds, tier, console) if earlier is None else msgspec.json.decode(earlier.read_bytes(), type=Report)
     console.print(table.table(report.results, report.rounds))
+    if events:
+        console.print(table.events(report.results))
     console.print(", ".join(f"{name} {value}" for name, value in report.facts.items()), style="dim", highlight=False)
     if samples is not None:
         samples.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")

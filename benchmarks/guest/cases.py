@@ -86,6 +86,7 @@ CASES = (
     program("memcpy-64k", "copies", 5.0, "byte"),
     program("rep-movsb-64", "rep strings", 30.0, "byte"),
     program("rep-movsb-64k", "rep strings", 30.0, "byte"),
+    program("rep-stosb-64k", "rep strings", 30.0, "byte"),
     program("rep-stosq-64k", "rep strings", 30.0, "byte"),
     program("scalar-double", "floating point", 5.0, "step of five bodies"),
     program("packed-double", "floating point", 15.0, "step of two points"),

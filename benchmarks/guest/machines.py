@@ -15,17 +15,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import click
+import msgspec
 
 from benchmarks.guest.cases import Setup
 from benchmarks.guest.results import Sample
 from softkvm.cli import guest
 from softkvm.cli.guest import cpio
+from softkvm.vmm.monitor import Monitor
+from softkvm.vmm.stats import Stats
+
+Counters = Mapping[str, int]
 
 QEMU = "qemu-system-x86_64"
 PROGRAMS = Path(__file__).parent / "programs"
@@ -33,6 +38,8 @@ FILES = Path(__file__).parent / "files"
 """What commands of the guest work on, copied into it."""
 COMMAND_LINE = "console=ttyS0 panic=-1 quiet loglevel=1"
 FOLDER = "/root"
+NAME = f"benchmark-{os.getpid()}"
+"""Of softkvm's control socket."""
 PATIENCE = 900.0
 """Seconds for one answer."""
 
@@ -115,12 +122,12 @@ def qemu_command(image: guest.Guest, setup: Setup) -> list[str]:
 
 
 def softkvm_command(image: guest.Guest, setup: Setup, tier: str | None, folder: Path) -> list[str]:
-    """softkvm with its default CPU model; `-p` brings what `softkvm run` does not set by itself.
+    """softkvm under the name NAME with its default CPU model; `-p` brings what `softkvm run` does not set by itself.
 
     Python's bytecode is kept in `folder` as an installation keeps it, whatever the environment says.
     """
     command = ["env", "-u", "PYTHONDONTWRITEBYTECODE", f"PYTHONPYCACHEPREFIX={folder / 'bytecode'}", sys.executable, "-m", "softkvm.cli"]
-    command += ["run", "-m", setup.memory, "-c", str(setup.cpus), "-k", str(image.kernel)]
+    command += ["run", "--name", NAME, "-m", setup.memory, "-c", str(setup.cpus), "-k", str(image.kernel)]
     command += ["-i", str(image.initrd), "-p", "quiet loglevel=1"]
     return [*command, *(["--tier", tier] if tier else [])]
 
@@ -136,18 +143,28 @@ def whole_run(command: Sequence[str]) -> Sample:
         if process.returncode != 0:
             log.seek(0)
             raise click.ClickException(f"{command[0]} ended with {process.returncode}: {log.read().decode(errors='replace')[-2000:]}")
-    return Sample(nanoseconds, (usage.ru_utime + usage.ru_stime) * 1e9, "", usage.ru_maxrss / 1024)
+    return Sample(nanoseconds, (usage.ru_utime + usage.ru_stime) * 1e9, "", usage.ru_maxrss / 1024, {})
+
+
+def counters() -> Counters:
+    """What softkvm has counted since its start, by name; MonitorError if it does not run."""
+    with Monitor.connect(NAME, PATIENCE) as connection:
+        stats = msgspec.convert(connection.execute("query-stats"), Stats)
+    return {"instructions": stats.instructions, **stats.engine, **{f"exit {name}": count for name, count in stats.exits.items()}}
 
 
 @contextmanager
-def serving(name: str, command: Sequence[str | Path], folder: Path | None = None) -> Iterator[Server]:
-    """Start `command`, in `folder` if it looks for files, until its program is ready for requests; `name` is for messages."""
+def serving(name: str, command: Sequence[str | Path], folder: Path | None = None, count: Callable[[], Counters] = dict) -> Iterator[Server]:
+    """Start `command`, in `folder` if it looks for files, until its program is ready for requests.
+
+    `name` is for messages; `count` reads what the machine counts.
+    """
     with (
         tempfile.TemporaryFile() as log,
         subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log) as process,
     ):
         try:
-            yield Server(name, process, log)
+            yield Server(name, process, log, count)
             process.communicate(b"end\n", timeout=PATIENCE)
         except BaseException:
             process.kill()
@@ -157,22 +174,24 @@ def serving(name: str, command: Sequence[str | Path], folder: Path | None = None
 class Server:
     """The program of a machine or of the host, ready for requests."""
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], log: BinaryIO) -> None:
-        """Wait for the program that `process` is or boots; `log` has what it says of itself."""
+    def __init__(self, name: str, process: subprocess.Popen[bytes], log: BinaryIO, count: Callable[[], Counters]) -> None:
+        """Wait for the program that `process` is or boots; `log` has what it says of itself, `count` reads what it counts."""
         self._name = name
         self._process = process
         self._log = log
+        self._count = count
         self._received = b""
         self._wait_for(re.compile(rb"@ready"))
 
     def ask(self, request: str) -> Sample:
         """Have one case run; click.ClickException if it cannot."""
         self._reset_peak()
-        before = self._cpu_time()
+        counted, before = self._count(), self._cpu_time()
         self._send(request)
         match = self._wait_for(_RESULT)
-        used = self._cpu_time() - before
-        return Sample(int(match[3]) / int(match[1]), used / int(match[2]), match[4].decode(), self._peak())
+        used, timed, done = self._cpu_time() - before, int(match[1]), int(match[2])
+        events = {name: (value - counted.get(name, 0)) / done for name, value in self._count().items()}
+        return Sample(int(match[3]) / timed, used / done, match[4].decode(), self._peak(), events)
 
     def _send(self, line: str) -> None:
         assert self._process.stdin is not None

@@ -27,6 +27,8 @@ class Sample(NamedTuple):
     """Of what was computed."""
     memory: float
     """Peak of the process, MiB."""
+    events: dict[str, float]
+    """What the machine counted for an operation."""
 
 
 class Ratio(NamedTuple):
@@ -49,6 +51,8 @@ class Result(msgspec.Struct, frozen=True):
     wall: dict[str, list[float]]
     cpu: dict[str, list[float]]
     memory: dict[str, float]
+    events: dict[str, float]
+    """What softkvm counted for an operation of the last round, by name."""
 
     def median(self, who: str) -> float | None:
         """Nanoseconds by the case's clock, None where nobody measured it; without a machine the two clocks are one."""
@@ -100,7 +104,9 @@ def summarise(case: Case, samples: dict[str, list[Sample]]) -> Result:
     machines = {who: taken for who, taken in samples.items() if who != NATIVE}
     cpu = {who: [sample.cpu for sample in taken] for who, taken in machines.items()}
     memory = {who: max(sample.memory for sample in taken) for who, taken in machines.items()}
-    return Result(case.name, case.group, case.goal, case.operation, CPU if case.is_busy else WALL, wall, cpu, memory)
+    return Result(
+        case.name, case.group, case.goal, case.operation, CPU if case.is_busy else WALL, wall, cpu, memory, samples[SOFTKVM][-1].events
+    )
 
 
 def duration(nanoseconds: float | None) -> str:

@@ -37,7 +37,7 @@ def _requests(cases: Sequence[Case], setup: Setup, rounds: int, tier: str | None
     with (
         machines.serving(NATIVE, [program], folder) as native,
         machines.serving(TCG, machines.qemu_command(image, setup)) as tcg,
-        machines.serving(SOFTKVM, machines.softkvm_command(image, setup, tier, folder)) as softkvm,
+        machines.serving(SOFTKVM, machines.softkvm_command(image, setup, tier, folder), count=machines.counters) as softkvm,
     ):
         for case in cases:
             servers = {NATIVE: native} if case.is_native else {}

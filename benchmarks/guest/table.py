@@ -10,6 +10,8 @@ from benchmarks.guest.results import MEMORY_ALLOWANCE, NATIVE, SOFTKVM, TCG, Res
 
 COLUMNS = ("case", NATIVE, TCG, SOFTKVM, "ratio", "least…most", "goal", "MiB")
 RATIO, MEMORY = COLUMNS.index("ratio"), COLUMNS.index("MiB")
+_RARE = 1e-4
+"""Events that come less often for an operation are left out."""
 
 
 def cells(result: Result) -> tuple[str, ...]:
@@ -43,4 +45,13 @@ def table(results: Sequence[Result], rounds: int) -> Table:
         if result.extra_memory() > MEMORY_ALLOWANCE:
             values[MEMORY] = f"[red]{values[MEMORY]}[/]"
         drawn.add_row(*values)
+    return drawn
+
+
+def events(results: Sequence[Result]) -> Table:
+    """What softkvm counted for one operation of each case, most first."""
+    drawn = Table(title="softkvm's counters, for one operation", title_justify="left", show_header=False)
+    for result in results:
+        counted = sorted(((value, name) for name, value in result.events.items() if value >= _RARE), reverse=True)
+        drawn.add_row(result.name, ", ".join(f"{name} {value:.3g}" for value, name in counted))
     return drawn

@@ -37,7 +37,7 @@ def test_the_table_keeps_its_memory_alive() -> None:
         (0, 8192, 0, 7),
         (0, 4096, 4096, 7),
         (1 << 46, 4096, 0, 7),
-        (0, 4096, 0, 8),
+        (0, 4096, 0, 16),
     ],
 )
 def test_ranges_that_do_not_fit_are_refused(gpa: int, size: int, offset: int, rights: int) -> None:

@@ -141,6 +141,9 @@ class Vcpu:
     def kvmclock_ctrl(self) -> None:
         raise OSError(errno.EINVAL, "kvmclock is not in use")
 
+    def statistics(self) -> dict[str, int]:
+        return dict(self.stats)
+
     def engine_counters(self) -> dict[str, int]:
         return {"instructions": 1000 * self.stats["exits"], "tlb_fills": 2}
 
@@ -151,7 +154,7 @@ class Vcpu:
         self.cpuid = entries
 
     def get_msrs(self, indices: Iterable[int]) -> list[int]:
-        return [self.msrs[index] for index in indices]
+        return [self.msrs.get(index, 0) for index in indices]
 
     def set_msrs(self, values: Mapping[int, int]) -> int:
         self.msrs.update(values)
@@ -174,6 +177,27 @@ class Vcpu:
 
     def set_regs(self, regs: uapi.Regs) -> None:
         self.regs = regs
+
+    def get_mp_state(self) -> uapi.MpState:
+        return uapi.MpState()
+
+    def get_tsc_khz(self) -> int:
+        return 2_000_000
+
+    def get_sregs2(self) -> uapi.Sregs2:
+        return uapi.Sregs2()
+
+    def get_xcrs(self) -> uapi.Xcrs:
+        return uapi.Xcrs()
+
+    def get_xsave(self) -> uapi.Xsave:
+        return uapi.Xsave()
+
+    def get_debugregs(self) -> uapi.Debugregs:
+        return uapi.Debugregs()
+
+    def get_vcpu_events(self) -> uapi.VcpuEvents:
+        return uapi.VcpuEvents()
 
     def close(self) -> None:
         self.closed = True
@@ -225,6 +249,12 @@ class Vm:
     def create_pit2(self, config: uapi.PitConfig) -> None:
         self.calls.append("pit")
 
+    def get_irqchip(self, chip: uapi.Irqchip) -> uapi.Irqchip:
+        return chip
+
+    def get_pit2(self) -> uapi.PitState2:
+        return uapi.PitState2()
+
     def set_user_memory_region(self, region: uapi.UserspaceMemoryRegion) -> None:
         self.slots.append(region)
 
@@ -262,6 +292,7 @@ class FakeKvm:
             turns=turns,
             create_vm=lambda clock: self.vm,
             check_extension=lambda capability: 1,
+            get_msr_index_list=lambda: [0x1A0],
             get_supported_cpuid=lambda: [uapi.CpuidEntry2(function=1)],
         )
 

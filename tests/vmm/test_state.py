@@ -16,7 +16,9 @@ from softkvm.vmm.layout import GIB
 
 
 def make_board(clock: VirtualClock) -> Board:
-    chassis = Chassis(power_off=lambda: None, reset=lambda: None, debug_exit=lambda status: None)
+    chassis = Chassis(
+        power_off=lambda: None, reset=lambda: None, debug_exit=lambda status: None, suspend=lambda: None, wake_up=lambda: None
+    )
     board = Board(chassis, lambda gsi, level: None, clock, (GIB, 0), 1, [lambda data: None] * 4)
     board.plug_in_test_device(lambda address: None)
     return board
@@ -47,6 +49,8 @@ def used(board: Board, clock: VirtualClock) -> None:
     board.pm.event.write(acpi_pm.PM1_ENABLE, 2, acpi_pm.PM1_TIMER | acpi_pm.PM1_POWER_BUTTON)
     board.pm.press_power_button()
     board.pm.control.write(0, 2, 3 << 10)
+    board.pm.wake()
+    board.pm.event.write(acpi_pm.PM1_ENABLE, 2, acpi_pm.PM1_TIMER | acpi_pm.PM1_POWER_BUTTON)
     board.reset.write(0, 1, 2)
     board.ports.write(layout.FW_CFG.base, 2, 3)
     board.ports.write(layout.TEST_IOPORT.base, 4, 0x12345678)

@@ -29,12 +29,26 @@ PRINT = (
     + EXIT
 )
 
-ALLOWED = ("KVM_CREATE_VM", "KVM_CHECK_EXTENSION", "KVM_GET_SUPPORTED_CPUID")
+ALLOWED = ("KVM_CREATE_VM", "KVM_CHECK_EXTENSION", "KVM_GET_SUPPORTED_CPUID", "KVM_GET_MSR_INDEX_LIST")
+STATE = ("MP_STATE", "TSC_KHZ", "SREGS2", "XCRS", "XSAVE", "DEBUGREGS", "VCPU_EVENTS")
+"""What a machine reads of its vCPUs before they run, to give it back after a suspend to RAM."""
 
 
 def filter_file(**changes: Any) -> bytes:
     """All of the system's and the VM's calls, of the vCPU's those that a machine needs; `changes` replace the verdict on some."""
-    vcpu = ("RUN", "GET_REGS", "SET_REGS", "GET_SREGS", "SET_SREGS", "SET_CPUID2", "GET_MSRS", "SET_MSRS", "GET_LAPIC", "SET_LAPIC")
+    vcpu: tuple[str, ...] = (
+        "RUN",
+        "GET_REGS",
+        "SET_REGS",
+        "GET_SREGS",
+        "SET_SREGS",
+        "SET_CPUID2",
+        "GET_MSRS",
+        "SET_MSRS",
+        "GET_LAPIC",
+        "SET_LAPIC",
+    )
+    vcpu += tuple(f"GET_{name}" for name in STATE)
     rules: list[dict[str, Any]] = [{"fd": "vcpu", "ioctl": name, "action": action} for name, action in changes.items()]
     rules += [{"fd": "vcpu", "ioctl": f"KVM_{name}", "action": "allow"} for name in vcpu]
     rules += [{"fd": "vm", "action": "allow"}] + [{"fd": "system", "ioctl": name, "action": "allow"} for name in ALLOWED]
@@ -57,7 +71,7 @@ def test_both_finish_under_load_and_only_one_is_filtered(program: Path, tmp_path
     refused: list[int] = []
     allowed: list[int] = []
     with AuditLog(tmp_path / "audit") as audit:
-        process = under(filter_file(KVM_GET_DEBUGREGS={"errno": errno.EACCES}))
+        process = under(filter_file(KVM_GET_FPU={"errno": errno.EACCES}))
         process.audit = audit
         machines = [Machine(program, memory="32M", process=process), Machine(program, memory="32M")]
         stops = []
@@ -65,7 +79,7 @@ def test_both_finish_under_load_and_only_one_is_filtered(program: Path, tmp_path
         def work(machine: Machine, results: list[int]) -> None:
             for _ in range(50):
                 try:
-                    machine._vcpus[0].get_debugregs()
+                    machine._vcpus[0].get_fpu()
                     results.append(0)
                 except OSError as error:
                     results.append(error.errno or 0)
@@ -94,8 +108,8 @@ def test_both_finish_under_load_and_only_one_is_filtered(program: Path, tmp_path
 def test_killing_one_leaves_the_other_alone(program: Path) -> None:
     process = under(filter_file())
     with Machine(program, memory="32M", process=process) as filtered, Machine(program, memory="32M") as free:
-        with pytest.raises(Killed, match="KVM_GET_DEBUGREGS on a vcpu file"):
-            filtered._vcpus[0].get_debugregs()
+        with pytest.raises(Killed, match="KVM_GET_FPU on a vcpu file"):
+            filtered._vcpus[0].get_fpu()
         with pytest.raises(Killed):
             filtered.run(timeout=60)
         assert free.run(timeout=60).reason is StopReason.EXIT

@@ -29,6 +29,10 @@ class Chassis(NamedTuple):
     reset: Callable[[], None]
     debug_exit: Callable[[int], None]
     """Takes the exit status."""
+    suspend: Callable[[], None]
+    """Memory and clocks go on, all else stops."""
+    wake_up: Callable[[], None]
+    """What ends a sleep has happened, whether or not there is one."""
 
 
 class Board:
@@ -49,8 +53,9 @@ class Board:
         self.ports = Bus()
         self.memory = Bus()
         self.lines = Lines(drive)
-        self.pm = AcpiPm(self.lines.connect(layout.IRQ_SCI.gsi), self.timers, chassis.power_off)
-        self.rtc = Rtc(self.lines.connect(layout.IRQ_RTC.gsi), self.timers, clock.realtime_ns(), memory_sizes(*ram))
+        sci, alarm = self.lines.connect(layout.IRQ_SCI.gsi), self.lines.connect(layout.IRQ_RTC.gsi)
+        self.pm = AcpiPm(sci, self.timers, chassis.power_off, chassis.suspend, chassis.wake_up)
+        self.rtc = Rtc(alarm, self.timers, clock.realtime_ns(), memory_sizes(*ram), self.pm.rtc_alarm)
         self.serial = [Serial(self.lines.connect(line.gsi), sink) for line, sink in zip(layout.SERIAL_LINES, transmit, strict=True)]
         self.fw_cfg = FwCfg(sum(ram), cpus)
         self.test_device: TestDevice | None = None

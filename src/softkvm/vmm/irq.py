@@ -37,6 +37,11 @@ class SharedLine:
 
         return set_level
 
+    def assert_again(self) -> None:
+        """Tell interrupt controllers that were reset of a line that is asserted."""
+        if self._asserting:
+            self._drive(self._gsi, 1)
+
 
 class Lines:
     """All lines of the board, made when a device first connects."""
@@ -50,6 +55,11 @@ class Lines:
         if gsi not in self._lines:
             self._lines[gsi] = SharedLine(self._drive, gsi)
         return self._lines[gsi].connect()
+
+    def assert_again(self) -> None:
+        """Tell interrupt controllers that were reset of all lines that are asserted."""
+        for line in self._lines.values():
+            line.assert_again()
 
 
 def _route(gsi: int, chip: int, pin: int) -> uapi.IrqRoutingEntry:

@@ -35,6 +35,7 @@ from softkvm.vmm.snapshot import Parts, SnapshotFile
 from softkvm.vmm.stats import Repetition, Stats, collect
 from softkvm.vmm.status import RunState, Status
 from softkvm.vmm.stop import Stop, StopReason
+from softkvm.vmm.suspend import Suspend
 
 CONSOLE_PORT = 0
 _TOOLS_PATIENCE = 1.0
@@ -167,6 +168,7 @@ class Machine:
         resources.callback(self._crew.close)
         self._parts = Parts(system, vm, self._vcpus, self._board, around.clock)
         with self._board.lock:
+            self._suspend = Suspend(self._parts, guest, around.clock, self._sleep_changed)
             origin.start(self._parts)
 
     def _make_board(self, settings: Hardware, around: Surroundings, vm: kvm.Vm) -> Board:
@@ -176,6 +178,8 @@ class Machine:
             power_off=lambda: self._end(self._crew.current(), StopReason.POWER_OFF, "the guest turned the machine off"),
             reset=lambda: self._end(self._crew.current(), StopReason.RESET, "the guest reset the machine"),
             debug_exit=lambda status: self._end(self._crew.current(), StopReason.EXIT, f"the guest exited with status {status}", status),
+            suspend=lambda: self._suspend.begin(),
+            wake_up=lambda: self._suspend.wake_up(),
         )
         return Board(chassis, vm.irq_line, around.clock, split(settings.memory), settings.cpus, sinks)
 
@@ -232,14 +236,47 @@ class Machine:
             try:
                 with self._gate:
                     self._inside_run = True
-                    if not self._paused:
-                        self._crew.resume()
-                self._ended.wait(timeout)
+                    self._resume_crew()
+                self._await_end(None if timeout is None else started + timeout)
             finally:
                 with self._gate:
                     self._inside_run = False
                     self._park()
                 self._seconds += time.monotonic() - started
+
+    def _resume_crew(self) -> None:
+        if self._inside_run and not self._paused and not self._suspend.asleep:
+            self._crew.resume()
+
+    def _await_end(self, deadline: float | None) -> None:
+        """Until the run is over or time.monotonic() is `deadline`; a machine that is suspended sleeps here."""
+        while deadline is None or time.monotonic() < deadline:
+            with self._lock:
+                if self._outcome is not None:
+                    return
+                self._ended.clear()
+            timeout = None if deadline is None else max(0, deadline - time.monotonic())
+            if not self._suspend.asleep:
+                self._ended.wait(timeout)
+            elif not self._suspend.woken:
+                self._suspend.wait(self._ended, timeout)
+            else:
+                self._wake_up()
+
+    def _sleep_changed(self) -> None:
+        self._crew.halt()
+        self._ended.set()
+
+    def _wake_up(self) -> None:
+        with self._gate:
+            self._park()
+            self._crew.settle()
+            with self._board.lock:
+                has_a_way_back = self._suspend.end()
+            if has_a_way_back:
+                self._resume_crew()
+            else:
+                self._end(0, StopReason.RESET, "the guest suspended itself to RAM without a way back")
 
     def pause(self) -> None:
         """Park all vCPUs, in this run and in those to come, until `resume()`; none runs when the call is over. Time goes on for the guest.
@@ -257,23 +294,28 @@ class Machine:
                 self.introspection.end()
 
     def resume(self) -> None:
-        """Take back `pause()`; a guest with kvmclock is told that it was stopped, so that its watchdogs stay quiet."""
+        """Take back `pause()`; a guest with kvmclock is told that it was stopped, so that its watchdogs stay quiet.
+
+        One that has suspended itself to RAM wakes up, as by its power button.
+        """
         with self._gate:
             if self._paused:
                 self._paused = False
                 self._let_go()
+            elif self._suspend.asleep:
+                self.press_power_button()
 
     def _let_go(self) -> None:
         """Let the vCPUs go on where they were parked within a run."""
         for vcpu in self._vcpus:
             assembly.tell_of_pause(vcpu)
-        if self._inside_run and not self._paused:
-            self._crew.resume()
+        self._resume_crew()
 
     def status(self) -> Status:
         """What the machine is and does now."""
         settings = self._settings
-        state = RunState.STOPPED if not self._inside_run else RunState.PAUSED if self._paused else RunState.RUNNING
+        going = RunState.SUSPENDED if self._suspend.asleep else RunState.RUNNING
+        state = RunState.STOPPED if not self._inside_run else RunState.PAUSED if self._paused else going
         return Status(state, settings.cpu_name, settings.cpus, settings.memory)
 
     def save(self, path: str | Path) -> int:
@@ -287,6 +329,8 @@ class Machine:
                 raise StateError("the guest has ended, so there is nothing to save")
             if self._turns is not None:
                 raise StateError("a deterministic machine lives in a time of its own, which a snapshot could not go on with")
+            if self._suspend.asleep:
+                raise StateError("the guest has suspended itself to RAM, and can be saved when it is awake")
         with self.introspection.suspended(), self._gate:
             self._park()
             try:
@@ -371,9 +415,13 @@ class Machine:
         """`output` as text; what is not UTF-8 is replaced."""
         return self.output.decode(errors="replace")
 
+    def counters(self) -> Stats:
+        """The counters now, from any thread, while the machine runs too."""
+        return collect(self._seconds, self._vcpus, self._handlers)
+
     def stats(self) -> Stats:
         """The counters now, and of a deterministic machine the marks of its run."""
-        stats = collect(self._seconds, self._vcpus, self._handlers)
+        stats = self.counters()
         if self._turns is None:
             return stats
         passed = (self._turns.clock.monotonic_ns() - self._started_ns) / NSEC_PER_SEC

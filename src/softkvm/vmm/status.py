@@ -12,6 +12,8 @@ class RunState(enum.Enum):
 
     RUNNING = "running"
     PAUSED = "paused"
+    SUSPENDED = "suspended"
+    """The guest has suspended itself to RAM."""
     STOPPED = "stopped"
     """Nobody is inside `Machine.run()`."""
 

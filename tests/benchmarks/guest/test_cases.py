@@ -22,7 +22,13 @@ def test_the_program_has_every_case_and_no_other() -> None:
 
 def test_a_name_chooses_a_case_or_a_group() -> None:
     assert [case.name for case in select(("boot",))] == ["boot", "boot, 2 CPUs"]
-    assert [case.name for case in select(("getppid", "rep strings"))] == ["rep-movsb-64", "rep-movsb-64k", "rep-stosq-64k", "getppid"]
+    assert [case.name for case in select(("getppid", "rep strings"))] == [
+        "rep-movsb-64",
+        "rep-movsb-64k",
+        "rep-stosb-64k",
+        "rep-stosq-64k",
+        "getppid",
+    ]
     assert select(()) == list(CASES)
 
 

@@ -11,7 +11,7 @@ from benchmarks.guest.results import CPU, NATIVE, SOFTKVM, TCG, WALL, ChecksumEr
 
 def taken(*times: float, checksum: str = "5", memory: float = 100) -> list[Sample]:
     """Samples whose CPU time is a tenth of their wall time."""
-    return [Sample(time, time / 10, checksum, memory + number) for number, time in enumerate(times)]
+    return [Sample(time, time / 10, checksum, memory + number, {}) for number, time in enumerate(times)]
 
 
 def test_a_ratio_is_of_one_round() -> None:
@@ -23,11 +23,12 @@ def test_a_ratio_is_of_one_round() -> None:
 
 
 def test_cases_that_wait_are_compared_by_the_clock() -> None:
-    samples = {TCG: taken(10), SOFTKVM: [Sample(20, 1, "5", 300)], NATIVE: taken(1)}
+    samples = {TCG: taken(10), SOFTKVM: [Sample(20, 1, "5", 300, {"instructions": 3})], NATIVE: taken(1)}
     result = summarise(Case("c", "g", 1.0, "call", is_busy=False), samples)
     assert (result.clock, result.ratio().median, result.is_met()) == (WALL, 0.5, False)
     assert result.median(NATIVE) == 1
     assert result.extra_memory() == 200
+    assert result.events == {"instructions": 3}
 
 
 def test_the_greatest_memory_counts() -> None:

@@ -16,19 +16,30 @@ from benchmarks.guest.results import NATIVE, SOFTKVM, TCG, Report, Sample, summa
 
 @pytest.fixture
 def report() -> Report:
-    fast = {TCG: [Sample(40, 40, "1", 200)], SOFTKVM: [Sample(10, 10, "1", 280)], NATIVE: [Sample(2, 2, "1", 1)]}
-    slow = {TCG: [Sample(3000, 1, "1", 200)], SOFTKVM: [Sample(6000, 1, "1", 150)]}
+    fast = {
+        TCG: [Sample(40, 40, "1", 200, {})],
+        SOFTKVM: [Sample(10, 10, "1", 280, {"instructions": 31.5, "exit HLT": 0.5, "tlb_fills": 1e-9})],
+        NATIVE: [Sample(2, 2, "1", 1, {})],
+    }
+    slow = {TCG: [Sample(3000, 1, "1", 200, {})], SOFTKVM: [Sample(6000, 1, "1", 150, {})]}
     cases = (Case("fast", "one", 2.0, "call"), Case("slow", "other", 1.0, "byte", is_busy=False))
     return Report({"qemu": "7.2"}, 1, [summarise(case, samples) for case, samples in zip(cases, (fast, slow), strict=True)])
 
 
 def test_table(report: Report) -> None:
-    console = Console(width=120, record=True, file=None, quiet=False)
+    console = Console(width=120)
     with console.capture() as capture:
         console.print(table.table(report.results, report.rounds))
     lines = [line.replace("│", "").split() for line in capture.get().splitlines()]
     assert ["fast", "2.00", "ns", "40.0", "ns", "10.0", "ns", "4.00", "4.00…4.00", "2", "+80"] in lines
     assert ["slow", "3.00", "µs", "6.00", "µs", "0.50", "0.50…0.50", "1", "-50"] in lines
+
+
+def test_events(report: Report) -> None:
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(table.events(report.results))
+    assert "instructions 31.5, exit HLT 0.5 " in capture.get()
 
 
 def test_page(report: Report) -> None:

@@ -31,6 +31,7 @@ def tables() -> dict[str, bytes]:
     for (address,) in struct.iter_unpack("<Q", xsdt[36:]):
         found[at(address)[:4].decode()] = at(address)
     facs_address, dsdt_address = struct.unpack_from("<II", found["FACP"], 36)
+    assert facs_address == acpi.FACS_ADDRESS
     assert facs_address % 64 == 0
     return found | {"FACS": at(facs_address), "DSDT": at(dsdt_address)}
 

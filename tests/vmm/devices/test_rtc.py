@@ -21,7 +21,11 @@ class Bench:
     def __init__(self) -> None:
         self.time = Time()
         self.wire = Wire()
-        self.rtc = Rtc(self.wire, self.time.timers, int(START.timestamp()) * SECOND, memory_sizes(3 * GIB, 2 * GIB))
+        self.rings = 0
+        self.rtc = Rtc(self.wire, self.time.timers, int(START.timestamp()) * SECOND, memory_sizes(3 * GIB, 2 * GIB), self.ring)
+
+    def ring(self) -> None:
+        self.rings += 1
 
     def get(self, address: int) -> int:
         self.rtc.write(0, 1, address)
@@ -180,3 +184,18 @@ def test_plain_cmos_bytes_keep_their_value_and_the_nmi_bit_is_ignored(bench: Ben
     bench.put(0x50 | 0x80, 0xA5)
     assert bench.get(0x50) == 0xA5
     assert bench.rtc.read(0, 1) == 0xFF
+
+
+def test_each_alarm_is_told_once_and_no_other_event(bench: Bench) -> None:
+    for register in (rtc.SECONDS_ALARM, rtc.MINUTES_ALARM, rtc.HOURS_ALARM):
+        bench.put(register, rtc.ANY)
+    bench.put(rtc.REGISTER_B, rtc.B_24H | rtc.B_UIE)
+    bench.time.advance(2 * SECOND)
+    assert (bench.wire.level, bench.rings) == (True, 0)
+    bench.put(rtc.REGISTER_B, rtc.B_24H | rtc.B_UIE | rtc.B_AIE)
+    assert bench.rings == 1, "the alarm's flag was up already"
+    bench.time.advance(3 * SECOND)
+    assert bench.rings == 1
+    bench.get(rtc.REGISTER_C)
+    bench.time.advance(SECOND)
+    assert bench.rings == 2

@@ -19,6 +19,7 @@ from softkvm.vmm import ConfigError, RunState, Status
 from softkvm.vmm.monitor import CommandError, Connection, Descriptors, Monitor, MonitorError, NoArguments, commands, names, running
 from softkvm.vmm.monitor.server import MOST_CONNECTIONS
 from softkvm.vmm.monitor.wire import MOST_DESCRIPTORS, REQUEST_LIMIT
+from softkvm.vmm.stats import Stats
 
 NAME = "test.vm-1"
 
@@ -58,6 +59,9 @@ class Machine:
 
     def save(self, path: str | Path) -> int:
         return Path(path).write_bytes(b"snapshot")
+
+    def counters(self) -> Stats:
+        return Stats(0.5, 7, {"blocks_run": 3}, {"HLT": 2}, {}, {})
 
     def tsc_status(self) -> kvm.TscStatus:
         raise CommandError("a machine without a clock")
@@ -128,6 +132,7 @@ def test_commands_answer(vm: Connection) -> None:
     assert vm.execute("query-status")["state"] == "paused"
     assert vm.execute("cont", {}) == {}
     assert vm.execute("query-status")["state"] == "running"
+    assert vm.execute("query-stats")["instructions"] == 7
     assert vm.execute("add", {"left": 4}) == 5
     assert vm.execute("add", Sum(4, 3)) == 7
     assert vm.pid == os.getpid()

@@ -76,6 +76,7 @@ pub fn ends_block(insn: &Instruction) -> bool {
         || msr::ends_block(insn)
         || xsave::ends_block(insn)
         || sse::ends_block(insn)
+        || x87::ends_block(insn)
 }
 
 /// Handler of the micro-op behind a block that does not end in a branch.

@@ -188,6 +188,12 @@ impl Asm {
         result.map(drop)
     }
 
+    /// [`Asm::add_instruction`] for one that is the same each time, and so known to be well formed.
+    pub fn must_add(&mut self, instruction: Result<Instruction, IcedError>) {
+        let done = instruction.and_then(|instruction| self.add_instruction(&instruction));
+        done.unwrap_or_else(|error| unreachable!("shared code is well formed: {error}"));
+    }
+
     // ---- encoding -------------------------------------------------------------------------------------------------------------------
 
     fn put(&mut self, bytes: &[u8]) {
@@ -399,6 +405,10 @@ impl Asm {
         }
     }
 
+    pub fn inc(&mut self, memory: Memory) {
+        self.sized(memory.bytes, 0xfe, Field::extension(0), memory.into());
+    }
+
     fn shift(&mut self, number: u8, register: Register, count: u8) {
         self.sized(register.size() as u8, 0xc0, Field::extension(number), register.into());
         self.bytes.push(count);
@@ -412,6 +422,9 @@ impl Asm {
     pub fn shr(&mut self, register: Register, count: u8) {
         self.shift(5, register, count);
     }
+    pub fn sar(&mut self, register: Register, count: u8) {
+        self.shift(7, register, count);
+    }
 
     // ---- flags ----------------------------------------------------------------------------------------------------------------------
 
@@ -421,8 +434,9 @@ impl Asm {
     pub fn sahf(&mut self) {
         self.bytes.push(0x9e);
     }
-    pub fn seto(&mut self, register: Register) {
-        self.operands(1, &[0x0f, 0x90], Field::extension(0), register.into());
+    pub fn setcc(&mut self, condition: ConditionCode, register: Register) {
+        debug_assert_ne!(condition, ConditionCode::None);
+        self.operands(1, &[0x0f, 0x90 | (condition as u8 - 1)], Field::extension(0), register.into());
     }
 
     // ---- jumps ----------------------------------------------------------------------------------------------------------------------

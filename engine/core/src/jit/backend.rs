@@ -10,6 +10,7 @@ use iced_x86::Instruction;
 
 use super::link::Exit;
 use super::native::Trampoline;
+use super::x64::X64;
 use crate::decode::block::Block;
 use crate::model::Model;
 
@@ -47,13 +48,6 @@ pub trait Backend: Send {
 }
 
 /// The back end of this host, with `size` bytes for host code.
-#[cfg(target_arch = "x86_64")]
 pub fn of_host(size: usize) -> io::Result<Box<dyn Backend>> {
-    Ok(Box::new(super::x64::X64::new(size)?))
-}
-
-/// The back end of this host: it has none.
-#[cfg(not(target_arch = "x86_64"))]
-pub fn of_host(_size: usize) -> io::Result<Box<dyn Backend>> {
-    Err(io::Error::new(io::ErrorKind::Unsupported, format!("no back end for {} hosts", std::env::consts::ARCH)))
+    Ok(Box::new(X64::new(size)?))
 }

@@ -5,11 +5,13 @@ use iced_x86::{Instruction, InstructionInfoFactory, MemorySize, OpAccess, OpKind
 
 use super::asm::{qword_ptr, Asm, Label};
 use super::emit::{cpu_field, in_memory, Emitter, Places, Rule};
-use super::exits::ExitSite;
+use super::exits::{opposite, ExitSite};
 use super::native::PAGE;
 use super::plan::{plan, Host, Plan};
 use super::registers::{self, host, resized, SCRATCH, STACK};
-use super::vector;
+use super::vector::{self, Units};
+use super::watched::Branch;
+use super::x87;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::decode::liveness::live_flags;
@@ -30,16 +32,20 @@ pub struct Code {
 pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], model: &Model, host: Host, places: Places) -> Option<Code> {
     let live = live_flags(instructions);
     let plans: Vec<Plan> = instructions.iter().zip(&live).map(|(insn, live)| plan(insn, *live, host, model)).collect();
-    let vectors = plans.iter().filter_map(|plan| if let Plan::Vector(width) = plan { Some(*width) } else { None }).max();
-    let out = Emitter::new(asm, places, block, vectors);
-    let mut translation = Translation { out, info: InstructionInfoFactory::new() };
+    let units = plans.iter().fold(Units::default(), |all, plan| all.and(plan.units()));
+    let last_x87 = instructions.iter().rposition(|insn| x87::sets_pointer(insn.mnemonic()));
+    let out = Emitter::new(asm, places, block, units);
+    let mut translation = Translation { out, info: InstructionInfoFactory::new(), branch: Branch::of(block) };
     let body = translation.out.head(block.instructions);
-    translation.out.enter_vectors();
+    translation.out.enter_units();
     let mut ended = false;
     for (index, insn) in instructions.iter().enumerate() {
         let before = if index == 0 { ARITHMETIC } else { live[index - 1] };
         let place = Place { index, seen_before: before != 0, seen_behind: live[index] != 0 };
         ended = translation.instruction(insn, plans[index], place);
+        if last_x87 == Some(index) {
+            translation.out.point_x87(insn.ip());
+        }
     }
     if !ended {
         translation.out.save_flags();
@@ -50,15 +56,17 @@ pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], mod
 
 /// An instruction's number in its block, and whether anybody sees the flags before it and behind it.
 #[derive(Clone, Copy)]
-struct Place {
-    index: usize,
-    seen_before: bool,
-    seen_behind: bool,
+pub(super) struct Place {
+    pub(super) index: usize,
+    pub(super) seen_before: bool,
+    pub(super) seen_behind: bool,
 }
 
-struct Translation<'a> {
-    out: Emitter<'a>,
+pub(super) struct Translation<'a> {
+    pub(super) out: Emitter<'a>,
     info: InstructionInfoFactory,
+    /// The branch at the end of the block, if somebody watches it.
+    branch: Option<Branch>,
 }
 
 impl Translation<'_> {
@@ -66,7 +74,15 @@ impl Translation<'_> {
     fn instruction(&mut self, insn: &Instruction, plan: Plan, place: Place) -> bool {
         match plan {
             Plan::Same(rule) => self.same(insn, rule, place),
-            Plan::Vector(_) => self.same(&vector::cached(insn), Rule::Exact, place),
+            Plan::Media(_) => self.same(insn, Rule::Exact, place),
+            Plan::LoadControl => self.load_control(insn, place),
+            Plan::Divide => self.divide(insn, place),
+            Plan::ShiftByCl => self.shift_by_cl(insn, place),
+            Plan::Rotate(count) => self.rotate(insn, count, place),
+            Plan::Scan => self.scan(insn, place),
+            Plan::PushFlags => self.push_flags(place),
+            Plan::DisableInterrupts => self.disable_interrupts(place),
+            Plan::Direction(down) => self.set_direction(down, place),
             Plan::Lea => self.lea(insn),
             Plan::Nothing => {}
             Plan::Push => self.push(insn, place),
@@ -74,10 +90,7 @@ impl Translation<'_> {
             Plan::Leave => self.leave(place),
             Plan::Interpret => self.out.interpret(place.index),
             Plan::Conditional => self.conditional(insn),
-            Plan::JumpRelative => {
-                self.out.save_flags();
-                self.out.exit(insn.near_branch_target() as i64, false);
-            }
+            Plan::JumpRelative => self.jump_relative(insn),
             Plan::JumpIndirect => self.jump_indirect(insn, place),
             Plan::CallRelative => self.call_relative(insn, place),
             Plan::CallIndirect => self.call_indirect(insn, place),
@@ -119,24 +132,28 @@ impl Translation<'_> {
 
     /// Emits `insn` with its operands replaced: registers by where they live, memory by the address in R14. Returns the host register with
     /// the result, if that is a register; for products in RDX:RAX the low half.
-    fn with_operands(&mut self, insn: &Instruction, in_memory_too: bool) -> Register {
+    pub(super) fn with_operands(&mut self, insn: &Instruction, in_memory_too: bool) -> Register {
         let mut free = if in_memory_too { [SCRATCH[0], SCRATCH[2]] } else { [SCRATCH[0], SCRATCH[1]] }.into_iter();
-        let mut changed = *insn;
+        let mut changed = vector::cached(insn);
+        let mut loaded: Vec<(Register, Register)> = Vec::new();
         let mut stores = Vec::new();
         for n in 0..insn.op_count() {
             match insn.op_kind(n) {
                 OpKind::Register => {
                     let register = insn.op_register(n);
-                    if registers::is_high_byte(register) || vector::is_vector(register) {
+                    if registers::is_high_byte(register) || registers::is_media(register) {
                         continue;
                     }
                     let full = register.full_register();
-                    let place = host(full).unwrap_or_else(|| free.next().unwrap_or_else(|| unreachable!("the plan counts them")));
-                    if host(full).is_none() {
+                    // A register that is named twice is one on the host too.
+                    let known = host(full).or_else(|| loaded.iter().find(|(guest, _)| *guest == full).map(|(_, place)| *place));
+                    let place = known.unwrap_or_else(|| free.next().unwrap_or_else(|| unreachable!("the plan counts them")));
+                    if known.is_none() {
                         self.out.asm.mov(place, in_memory(full));
-                        if self.writes(insn, n) {
-                            stores.push((full, place));
-                        }
+                        loaded.push((full, place));
+                    }
+                    if host(full).is_none() && self.writes(insn, n) {
+                        stores.push((full, place));
                     }
                     changed.set_op_register(n, resized(place, register));
                 }
@@ -178,7 +195,7 @@ impl Translation<'_> {
     }
 
     /// The host register that has `guest`, loaded to `scratch` if it stays in memory.
-    fn get(&mut self, guest: Register, scratch: Register) -> Register {
+    pub(super) fn get(&mut self, guest: Register, scratch: Register) -> Register {
         if let Some(host) = host(guest) {
             return host;
         }
@@ -215,7 +232,7 @@ impl Translation<'_> {
     }
 
     /// R14 = the linear address of the memory operand. Clobbers R15 and the flags.
-    fn operand_address(&mut self, insn: &Instruction) {
+    pub(super) fn operand_address(&mut self, insn: &Instruction) {
         self.effective_address(insn);
         let number = match insn.memory_segment() {
             Register::FS => seg::FS,
@@ -228,12 +245,12 @@ impl Translation<'_> {
     // ---- the stack --------------------------------------------------------------------------------------------------------------------
 
     /// R14 = host address of the 8 bytes at RSP + `displacement`.
-    fn stack_slot(&mut self, displacement: i32, kind: AccessKind, miss: Label) {
+    pub(super) fn stack_slot(&mut self, displacement: i32, kind: AccessKind, miss: Label) {
         self.out.asm.lea(R14, qword_ptr(STACK, displacement));
         self.out.translate(8, kind, miss)
     }
 
-    fn move_stack(&mut self, by: i32) {
+    pub(super) fn move_stack(&mut self, by: i32) {
         self.out.asm.lea(STACK, qword_ptr(STACK, by))
     }
 
@@ -276,11 +293,41 @@ impl Translation<'_> {
 
     // ---- ways out of the block ----------------------------------------------------------------------------------------------------------
 
+    /// The branch goes to `distance` bytes behind the block's first byte.
+    fn branch_to(&mut self, distance: i64, taken: bool) {
+        if let Some(branch) = self.branch {
+            self.out.rip_at(distance);
+            self.out.note_branch(branch, taken);
+        }
+        self.out.exit(distance, false);
+    }
+
+    /// The branch goes to RIP R15.
+    fn branch_to_r15(&mut self) {
+        if let Some(branch) = self.branch {
+            self.out.note_branch(branch, true);
+        }
+        self.out.go_to_r15();
+    }
+
+    fn jump_relative(&mut self, insn: &Instruction) {
+        self.out.save_flags();
+        self.branch_to(insn.near_branch_target() as i64, true);
+    }
+
     fn conditional(&mut self, insn: &Instruction) {
         self.out.save_flags();
         self.out.need_flags();
-        self.out.exit_if(insn.condition_code(), insn.near_branch_target() as i64);
-        self.out.exit(insn.next_ip() as i64, false);
+        let (condition, target) = (insn.condition_code(), insn.near_branch_target() as i64);
+        if self.branch.is_some() || !self.out.is_near(target) {
+            let on = self.out.asm.create_label();
+            self.out.asm.jcc(opposite(condition), on);
+            self.branch_to(target, true);
+            self.out.asm.set_label(on);
+        } else {
+            self.out.exit_near_if(condition, target);
+        }
+        self.branch_to(insn.next_ip() as i64, false);
     }
 
     /// R15 = the target of an indirect branch.
@@ -298,14 +345,14 @@ impl Translation<'_> {
         self.out.clobber_flags(true);
         let miss = self.out.detour(place.index);
         self.target(insn, miss);
-        self.out.go_to_r15();
+        self.branch_to_r15();
     }
 
     fn call_relative(&mut self, insn: &Instruction, place: Place) {
         self.out.clobber_flags(true);
         let miss = self.out.detour(place.index);
         self.push_return(insn, miss);
-        self.out.exit(insn.near_branch_target() as i64, false);
+        self.branch_to(insn.near_branch_target() as i64, true);
     }
 
     fn call_indirect(&mut self, insn: &Instruction, place: Place) {
@@ -315,14 +362,17 @@ impl Translation<'_> {
         self.out.keep_rip();
         self.push_return(insn, miss);
         self.out.take_rip();
-        self.out.go_to_r15();
+        self.branch_to_r15();
     }
 
     fn push_return(&mut self, insn: &Instruction, miss: Label) {
         self.stack_slot(-8, AccessKind::Write, miss);
-        self.out.rip_at(insn.next_ip());
+        self.out.rip_at(insn.next_ip() as i64);
         self.out.asm.mov(qword_ptr(R14, 0), R15);
-        self.move_stack(-8)
+        self.move_stack(-8);
+        if let Some(branch) = self.branch {
+            self.out.note_call(branch);
+        }
     }
 
     fn ret(&mut self, insn: &Instruction, place: Place) {
@@ -332,7 +382,7 @@ impl Translation<'_> {
         self.out.asm.mov(R15, qword_ptr(R14, 0));
         let released = if insn.op_count() > 0 { i32::from(insn.immediate16()) } else { 0 };
         self.move_stack(8 + released);
-        self.out.go_to_r15();
+        self.branch_to_r15();
     }
 }
 

@@ -5,29 +5,32 @@
 
 use std::mem::offset_of;
 
-use iced_x86::Register::{AH, AL, AX, EAX, R13, R13D, R14, R14D, R14L, R15, RAX, RBP};
-use iced_x86::{ConditionCode, Instruction, Register};
+use iced_x86::Register::{AH, AL, AX, EAX, R13, R13D, R14, R14D, R14L, R15, R15D, R15L, RAX, RBP};
+use iced_x86::{ConditionCode, IcedError, Instruction, Register};
 
 use super::asm::{byte_ptr, qword_ptr, word_ptr, Asm, Label, Memory};
 use super::exits::ExitSite;
-use super::native::{detour, FLAGS, VECTORS};
+use super::native::{detour, FLAGS, VECTORS, X87};
 use super::registers;
-use super::vector::Width;
+use super::vector::{Units, Width};
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::memory::PAGE_OFFSET;
 use crate::paging::tlb;
 use crate::paging::AccessKind;
+use crate::state::{Fpu, State};
 
 /// Where shared code is.
 #[derive(Clone, Copy)]
 pub struct Places {
     /// The stub that leaves host code for a moment; see [`super::native::detour`].
     pub detour: u64,
-    /// The stub that does so in a block that works on vector registers.
-    pub detour_vectors: u64,
-    /// The stubs that bring the vector registers, XMM or YMM, into the host's.
-    pub gates: [u64; 2],
+    /// The stub that does so in a block that works on vector registers or the x87 unit.
+    pub detour_keeping: u64,
+    /// The stubs that bring XMM registers, YMM registers, and the x87 unit into the host's.
+    pub xmm: u64,
+    pub ymm: u64,
+    pub x87: u64,
     /// The stub that returns to the dispatcher at RIP R15.
     pub unknown: u64,
 }
@@ -37,6 +40,8 @@ pub struct Places {
 pub enum Overflow {
     Host,
     Clear,
+    /// The host's if R15D is 1, and clear otherwise.
+    HostIfOne,
     /// CF differs from SF: shifts to the left.
     CarryFromSign,
 }
@@ -49,6 +54,10 @@ pub enum Rule {
     Shift(Overflow),
     /// Multiplications: CF and OF are the host's, the others those of the low half of the product.
     Product,
+    /// CF is the host's, OF is clear, and the others are those of the result.
+    CarryAndResult,
+    /// CF and OF are clear, and the others are those of the result.
+    Result,
 }
 
 /// Code at the end that is rarely run.
@@ -69,13 +78,13 @@ pub struct Emitter<'a> {
     pub(super) offset: u64,
     /// Number of the block's last instruction.
     last: u32,
-    /// Vector registers that the block works on.
-    vectors: Option<Width>,
-    /// Where vector registers are asked for, and where they are there.
-    gate: Option<(Label, Label)>,
+    /// What the block works on besides the general registers.
+    units: Units,
+    /// Stubs that bring that, where they are called, and where it is there.
+    gates: Vec<(u64, Label, Label)>,
     pub(super) exits: Vec<ExitSite>,
     cold: Vec<Cold>,
-    /// Where the block is named to the stub: the plain one, and the one for vectors.
+    /// Where the block is named to the stub: the plain one, and the one that keeps units.
     tails: [Label; 2],
     /// The host's flags are the guest's.
     host_flags: bool,
@@ -96,7 +105,7 @@ pub fn in_memory(guest: Register) -> Memory {
 }
 
 impl<'a> Emitter<'a> {
-    pub fn new(asm: &'a mut Asm, places: Places, block: &Block, vectors: Option<Width>) -> Self {
+    pub fn new(asm: &'a mut Asm, places: Places, block: &Block, units: Units) -> Self {
         let tails = [(); 2].map(|()| asm.create_label());
         Emitter {
             asm,
@@ -104,8 +113,8 @@ impl<'a> Emitter<'a> {
             block: std::ptr::from_ref(block) as u64,
             offset: block.key.host & PAGE_OFFSET,
             last: block.instructions - 1,
-            vectors,
-            gate: None,
+            units,
+            gates: Vec::new(),
             exits: Vec::new(),
             cold: Vec::new(),
             tails,
@@ -130,8 +139,14 @@ impl<'a> Emitter<'a> {
         a.mov(R13, RAX);
         a.lahf();
         match overflow {
-            Overflow::Host => a.seto(AL),
+            Overflow::Host => a.setcc(ConditionCode::o, AL),
             Overflow::Clear => a.mov(AL, 0),
+            Overflow::HostIfOne => {
+                a.setcc(ConditionCode::o, AL);
+                a.cmp(R15D, 1);
+                a.setcc(ConditionCode::e, R15L);
+                a.and(AL, R15L);
+            }
             Overflow::CarryFromSign => {
                 a.mov(AL, AH);
                 a.rol(AL, 1);
@@ -145,12 +160,33 @@ impl<'a> Emitter<'a> {
         self.keep_stored_flags(R13)
     }
 
+    /// A shift by something else than zero has left the guest's flags in the host's, but for AF, and for OF, of which `overflow` tells.
+    pub fn store_flags_of_shift(&mut self, overflow: Overflow) {
+        self.host_flags = false;
+        self.store_flags(overflow, true);
+    }
+
+    /// Stores the flags of `result`, with the host's CF if `carry`.
+    fn store_result_flags(&mut self, result: Register, carry: bool) {
+        let result = if result.full_register() == Register::RAX { registers::resized(Register::R14, result) } else { result };
+        let a = &mut *self.asm;
+        a.mov(R14, RAX);
+        a.setcc(ConditionCode::b, AL);
+        a.test(result, result);
+        a.lahf();
+        if carry {
+            a.or(AH, AL);
+        }
+        a.mov(AL, 0);
+        self.keep_stored_flags(R14)
+    }
+
     /// Stores the flags of a multiplication with the low half `product`.
     fn store_product_flags(&mut self, product: Register) {
         let low = if product.full_register() == Register::RAX { registers::resized(Register::R14, product) } else { product };
         let a = &mut *self.asm;
         a.mov(R14, RAX);
-        a.seto(AL);
+        a.setcc(ConditionCode::o, AL);
         a.test(low, low);
         a.lahf();
         a.or(AH, AL);
@@ -196,6 +232,8 @@ impl<'a> Emitter<'a> {
         match rule {
             Rule::Shift(overflow) if live => self.store_flags(overflow, true),
             Rule::Product if live => self.store_product_flags(result),
+            Rule::CarryAndResult if live => self.store_result_flags(result, true),
+            Rule::Result if live => self.store_result_flags(result, false),
             _ => {}
         }
     }
@@ -265,21 +303,40 @@ impl<'a> Emitter<'a> {
 
     fn leave_for(&mut self, why: u32) {
         self.asm.mov(R13D, why as i32);
-        // Behind the last instruction nobody needs vector registers, and it may have changed who may use them.
-        let keep = self.vectors.is_some() && why & !detour::MISS < self.last;
+        // Behind the last instruction nobody needs them, and it may have changed who may use them.
+        let keep = self.units.any() && why & !detour::MISS < self.last;
         self.asm.call(self.tails[usize::from(keep)]);
     }
 
     // ---- the end --------------------------------------------------------------------------------------------------------------------
 
-    /// The vector registers that the block works on are in the host's from here on.
-    pub fn enter_vectors(&mut self) {
-        let Some(width) = self.vectors else { return };
+    /// The vector registers and the x87 unit that the block works on are in the host's from here on.
+    pub fn enter_units(&mut self) {
+        // The x87 unit comes first, because its gate takes the vector registers away.
+        if self.units.x87 {
+            self.gate(X87, 1, self.places.x87);
+        }
+        match self.units.vectors {
+            Some(Width::Xmm) => self.gate(VECTORS, Width::Xmm as i32, self.places.xmm),
+            Some(Width::Ymm) => self.gate(VECTORS, Width::Ymm as i32, self.places.ymm),
+            None => {}
+        }
+    }
+
+    /// Calls `stub` if the byte at `offset` of the CPU is below `wanted`.
+    fn gate(&mut self, offset: usize, wanted: i32, stub: u64) {
         let (missing, there) = (self.asm.create_label(), self.asm.create_label());
-        self.asm.cmp(byte_ptr(RBP, VECTORS as i32), width as i32);
+        self.asm.cmp(byte_ptr(RBP, offset as i32), wanted);
         self.asm.jcc(ConditionCode::b, missing);
         self.asm.set_label(there);
-        self.gate = Some((missing, there));
+        self.gates.push((stub, missing, there));
+    }
+
+    /// The last x87 instruction is the one `distance` bytes behind the block's first byte. Changes R15 alone.
+    pub fn point_x87(&mut self, distance: u64) {
+        const FIP: usize = offset_of!(Cpu, state) + offset_of!(State, fpu) + offset_of!(Fpu, fip);
+        self.rip_at(distance as i64);
+        self.asm.mov(cpu_field(FIP), R15);
     }
 
     /// Ends the code with its cold part, and gives the exits. `None` if there was an instruction that the encoder refused.
@@ -293,19 +350,27 @@ impl<'a> Emitter<'a> {
             }
             self.asm.jmp(back);
         }
-        if let (Some((missing, there)), Some(width)) = (self.gate, self.vectors) {
+        for (stub, missing, there) in std::mem::take(&mut self.gates) {
             self.asm.set_label(missing);
             self.asm.mov(R14, self.block);
-            self.asm.call(self.places.gates[usize::from(width == Width::Ymm)]);
+            self.asm.call(stub);
             self.asm.jmp(there);
         }
-        let stubs = [self.places.detour, self.places.detour_vectors];
-        for (tail, stub) in self.tails.into_iter().zip(stubs).take(1 + usize::from(self.vectors.is_some())) {
+        let stubs = [self.places.detour, self.places.detour_keeping];
+        for (tail, stub) in self.tails.into_iter().zip(stubs).take(1 + usize::from(self.units.any())) {
             self.asm.set_label(tail);
             self.asm.mov(R14, self.block);
             self.asm.jmp(stub);
         }
         (!self.failed).then_some(self.exits)
+    }
+
+    /// An instruction of the host's.
+    pub fn add_made(&mut self, insn: Result<Instruction, IcedError>) {
+        match insn {
+            Ok(insn) => self.add(insn),
+            Err(_) => self.failed = true,
+        }
     }
 
     /// A guest instruction whose operands have been replaced by host registers and addresses.

@@ -43,7 +43,7 @@ impl Emitter<'_> {
     // ---- to a target that is known ------------------------------------------------------------------------------------------------------
 
     /// Whether the target at `distance` is in the block's page.
-    fn is_near(&self, distance: i64) -> bool {
+    pub fn is_near(&self, distance: i64) -> bool {
         (0..PAGE_SIZE as i64).contains(&(self.offset as i64 + distance))
     }
 
@@ -55,17 +55,11 @@ impl Emitter<'_> {
         self.exits.push(ExitSite { distance, end: self.asm.len(), unlinked, guards });
     }
 
-    /// Goes to `distance` if `condition` holds, and on behind it otherwise.
-    pub fn exit_if(&mut self, condition: ConditionCode, distance: i64) {
-        if self.is_near(distance) {
-            let unlinked = self.way_to_link();
-            self.asm.jcc(condition, unlinked);
-            return self.exits.push(ExitSite { distance, end: self.asm.len(), unlinked, guards: None });
-        }
-        let on = self.asm.create_label();
-        self.asm.jcc(opposite(condition), on);
-        self.exit(distance, false);
-        self.asm.set_label(on);
+    /// Goes to `distance`, which is near, if `condition` holds.
+    pub fn exit_near_if(&mut self, condition: ConditionCode, distance: i64) {
+        let unlinked = self.way_to_link();
+        self.asm.jcc(condition, unlinked);
+        self.exits.push(ExitSite { distance, end: self.asm.len(), unlinked, guards: None });
     }
 
     fn way_to_link(&mut self) -> Label {
@@ -98,10 +92,17 @@ impl Emitter<'_> {
 
     // ---- to a target that is computed ---------------------------------------------------------------------------------------------------
 
-    /// R15 = RIP `distance` bytes behind the block's first byte.
-    pub fn rip_at(&mut self, distance: u64) {
+    /// R15 = RIP `distance` bytes behind the block's first byte. Changes nothing else.
+    pub fn rip_at(&mut self, distance: i64) {
+        let distance = self.offset as i64 + distance;
         self.asm.mov(R15, cpu_field(PAGE));
-        self.asm.add(R15, (self.offset + distance) as i32);
+        match i32::try_from(distance) {
+            Ok(distance) => self.asm.lea(R15, qword_ptr(R15, distance)),
+            Err(_) => {
+                self.asm.lea(R15, qword_ptr(R15, i32::MAX));
+                self.asm.lea(R15, qword_ptr(R15, (distance - i64::from(i32::MAX)) as i32));
+            }
+        }
     }
 
     /// Goes to RIP R15: to the block that the jump cache has for it, or to the dispatcher.
@@ -140,7 +141,7 @@ impl Emitter<'_> {
 }
 
 /// The condition that holds when `condition` does not.
-fn opposite(condition: ConditionCode) -> ConditionCode {
+pub fn opposite(condition: ConditionCode) -> ConditionCode {
     use ConditionCode::*;
     match condition {
         o => no,

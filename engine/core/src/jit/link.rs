@@ -10,6 +10,7 @@ use super::native::status;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::memory::PAGE_OFFSET;
+use crate::pmu::Watching;
 use crate::uop::{slot, Stop};
 
 /// A direct way out of a translation.
@@ -89,7 +90,6 @@ impl Links {
 /// # Safety
 /// Host code of `block` asks for this on the CPU that runs it.
 pub unsafe fn follow(cpu: &mut Cpu, block: *mut Block, number: usize) -> u32 {
-    cpu.give_back();
     // SAFETY: by the caller's promise; the references end here.
     let (exit, host) = unsafe { ((*block).links.as_ref().and_then(|links| links.exits.get(number).copied()), (*block).key.host) };
     let Some(exit) = exit else { unreachable!("host code has its exits") };
@@ -113,8 +113,11 @@ pub unsafe fn follow(cpu: &mut Cpu, block: *mut Block, number: usize) -> u32 {
 }
 
 impl Cpu {
-    /// The dispatcher goes on at RIP, behind `block`.
+    /// The dispatcher goes on at RIP, behind `block`. One that watches branches must not learn from which: this one has been noted.
     fn left_after(&mut self, block: *mut Block) -> u32 {
+        if self.pmu.watching != Watching::NONE {
+            return status::BOUNDARY;
+        }
         self.flags = self.native.flags();
         self.native.block = block;
         Stop::Next as u32

@@ -9,41 +9,34 @@
 //! | `link`, `native` | what every back end's host code needs of Rust code: ways from block to block, and out of host code |
 //! | `x64` | the back end for x86-64 hosts, of which the rest are parts |
 //! | `plan` | which instructions become host code |
-//! | `vector` | which vector instructions do |
 //! | `block` | the translation of a block |
 //! | `asm` | the assembler |
 //! | `emit` | pieces of host code: flags, TLB checks, ways into the interpreter |
 //! | `exits` | the head of a block, and the ways to the next one |
+//! | `watched` | what a branch does for those who watch branches |
 //! | `registers`, `vector_registers` | where guest registers are meanwhile |
+//! | `integer` | integer instructions that take several of the host's |
+//! | `vector`, `x87` | which vector, MMX and x87 instructions become host code |
 //! | `stubs` | code that all blocks share |
 //! | `arena` | memory for host code |
 
+mod arena;
+mod asm;
 pub mod backend;
+mod block;
+mod emit;
+mod exits;
+mod integer;
 pub mod link;
 pub mod native;
-
-#[cfg(target_arch = "x86_64")]
-mod arena;
-#[cfg(target_arch = "x86_64")]
-mod asm;
-#[cfg(target_arch = "x86_64")]
-mod block;
-#[cfg(target_arch = "x86_64")]
-mod emit;
-#[cfg(target_arch = "x86_64")]
-mod exits;
-#[cfg(target_arch = "x86_64")]
 mod plan;
-#[cfg(target_arch = "x86_64")]
 mod registers;
-#[cfg(target_arch = "x86_64")]
 mod stubs;
-#[cfg(target_arch = "x86_64")]
 mod vector;
-#[cfg(target_arch = "x86_64")]
 mod vector_registers;
-#[cfg(target_arch = "x86_64")]
+mod watched;
 mod x64;
+mod x87;
 
 use std::ptr;
 

@@ -7,12 +7,13 @@ use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 
 use iced_x86::{Code, Mnemonic};
 
-use super::link;
+use super::{link, x87};
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::decode::cache::Jump;
 use crate::flags::Flags;
 use crate::memory::PAGE_OFFSET;
+use crate::pmu::Watching;
 use crate::state::rflags::OF;
 use crate::uop::{slot, Exec, Stop};
 
@@ -27,8 +28,16 @@ pub struct Native {
     target_rip: u64,
     /// The jump cache.
     jumps: *const Jump,
+    /// RIP of the first instruction of `block`.
+    pub rip: u64,
     /// How much of the guest's vector registers is in the host's: nothing, or a `vector::Width`.
     vectors: u8,
+    /// 1 if the guest's x87 unit is in the host's, or just was and is in `image`.
+    pub(super) x87: u8,
+    /// `vectors` and `x87` as they are to be again behind an instruction in the interpreter.
+    kept: u16,
+    /// The x87 unit on its way from the guest to the host or back.
+    pub(super) image: x87::Image,
     /// MXCSR as Rust code expects it.
     default_mxcsr: u32,
     /// Where host code goes on after a detour that says so.
@@ -80,7 +89,11 @@ impl Default for Native {
             page: 0,
             target_rip: 0,
             jumps: std::ptr::null(),
+            rip: 0,
             vectors: 0,
+            x87: 0,
+            kept: 0,
+            image: x87::Image::default(),
             default_mxcsr: 0x1f80,
             target: std::ptr::null(),
             context: 0,
@@ -101,6 +114,9 @@ pub const TARGET: usize = NATIVE + offset_of!(Native, target);
 pub const JUMPS: usize = NATIVE + offset_of!(Native, jumps);
 pub const BLOCK: usize = NATIVE + offset_of!(Native, block);
 pub const VECTORS: usize = NATIVE + offset_of!(Native, vectors);
+pub const X87: usize = NATIVE + offset_of!(Native, x87);
+pub const KEPT: usize = NATIVE + offset_of!(Native, kept);
+pub const IMAGE: usize = NATIVE + offset_of!(Native, image);
 pub const DEFAULT_MXCSR: usize = NATIVE + offset_of!(Native, default_mxcsr);
 pub const CONTEXT_FIELD: usize = offset_of!(Cpu, jump_context);
 
@@ -116,6 +132,9 @@ pub mod detour {
     /// The direct exit of this number, added to it, is not linked.
     pub const LINK: u32 = 0x200;
 }
+
+/// The part of `Native::kept` that is about the x87 unit.
+const KEPT_X87: u16 = 1 << 8;
 
 /// What host code returns besides the numbers of [`Stop`].
 pub mod status {
@@ -165,6 +184,7 @@ impl Cpu {
         // SAFETY: `body` is the start of a live block's host code, which keeps to the rules of this module.
         let status = unsafe { trampoline(self, body) };
         self.give_back();
+        self.take_units();
         match status {
             status::BOUNDARY => {
                 self.flags = self.native.flags();
@@ -177,10 +197,21 @@ impl Cpu {
                 let (instructions, host) = unsafe { ((*block).instructions, (*block).key.host) };
                 self.budget += i64::from(instructions);
                 self.regs[slot::RIP as usize] = self.native.page | host & PAGE_OFFSET;
+                self.native.rip = self.rip();
                 self.interpret(block)
             }
             status::PANIC => resume_unwind(self.native.panic.take().unwrap_or_else(|| Box::new("a handler panicked"))),
             _ => self.stopped_native(status),
+        }
+    }
+
+    /// Takes what host code has of the PMU's records and of the x87 unit.
+    fn take_units(&mut self) {
+        if self.pmu.watching != Watching::NONE {
+            self.take_records();
+        }
+        if self.native.x87 != 0 {
+            self.take_x87(None);
         }
     }
 
@@ -229,19 +260,23 @@ fn stop(status: u32) -> Option<Stop> {
 pub unsafe extern "C" fn leave(cpu: *mut Cpu, block: *mut Block, why: u32) -> u32 {
     // SAFETY: by the caller's promise, and host code holds no references.
     let cpu = unsafe { &mut *cpu };
+    if why < detour::HEAD {
+        // SAFETY: as above.
+        return unsafe { resume(cpu, block, why) };
+    }
+    let kept = cpu.give_back();
+    cpu.take_units();
     // SAFETY: as above.
     unsafe {
         match why {
-            detour::LINK.. => link::follow(cpu, block, (why - detour::LINK) as usize),
-            detour::HEAD => head(cpu, block),
-            instruction => resume(cpu, block, instruction),
+            detour::HEAD => head(cpu, block, kept),
+            _ => link::follow(cpu, block, (why - detour::LINK) as usize),
         }
     }
 }
 
-/// `block` has been paid for with more than there was: that is too late only where nothing was left before.
-unsafe fn head(cpu: &mut Cpu, block: *mut Block) -> u32 {
-    let kept = cpu.give_back();
+/// `block` has been paid for with more than there was: that is too late only where nothing was left before, or where the budget was `kept`.
+unsafe fn head(cpu: &mut Cpu, block: *mut Block, kept: bool) -> u32 {
     // SAFETY: the caller's promise is that of `leave`.
     let (instructions, host) = unsafe { ((*block).instructions, (*block).key.host) };
     let before = cpu.budget + i64::from(instructions);
@@ -271,12 +306,21 @@ unsafe fn resume(cpu: &mut Cpu, block: *mut Block, instruction: u32) -> u32 {
     cpu.flags = cpu.native.flags();
     cpu.native.block = block;
     cpu.regs[slot::RIP as usize] = cpu.native.page | host & PAGE_OFFSET;
+    cpu.native.rip = cpu.rip();
+    if cpu.native.x87 != 0 {
+        // SAFETY: as above.
+        cpu.take_x87(Some((unsafe { &*block }, index)));
+    }
+    cpu.take_units();
     let result = catch_unwind(AssertUnwindSafe(|| handler(cpu, &uop)));
     // SAFETY: as above; a dead block is freed by `collect` only.
     let valid = unsafe { (*block).valid };
     match result {
         Ok(Ok(())) if valid => {
             cpu.native.load(cpu.flags);
+            if cpu.native.kept & KEPT_X87 != 0 {
+                cpu.give_x87();
+            }
             cpu.keep_from_blocks();
             status::DONE
         }

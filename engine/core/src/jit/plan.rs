@@ -7,7 +7,8 @@ use iced_x86::{Code, ConditionCode, FlowControl, Instruction, Mnemonic, OpKind, 
 
 use super::emit::{Overflow, Rule};
 use super::registers;
-use super::vector::{self, Extensions, Width};
+use super::vector::{self, Extensions, Units};
+use super::x87;
 use crate::decode::feature;
 use crate::memory::PAGE_SIZE;
 use crate::model::Model;
@@ -18,8 +19,19 @@ use crate::state::rflags::ARITHMETIC;
 pub enum Plan {
     /// The same instruction with other operands; flags as the rule tells, if it changes any.
     Same(Rule),
-    /// The same with vector registers among the operands.
-    Vector(Width),
+    /// The same on vector registers, or on the x87 unit.
+    Media(Units),
+    /// FLDCW.
+    LoadControl,
+    Divide,
+    ShiftByCl,
+    /// ROL or ROR by so many bits.
+    Rotate(u32),
+    Scan,
+    PushFlags,
+    DisableInterrupts,
+    /// CLD, or with `true` STD.
+    Direction(bool),
     Lea,
     Nothing,
     Push,
@@ -34,12 +46,27 @@ pub enum Plan {
     Interpret,
 }
 
+impl Plan {
+    /// What host code of the instruction works on besides the general registers.
+    pub fn units(self) -> Units {
+        match self {
+            Plan::Media(units) => units,
+            Plan::LoadControl => Units { vectors: None, x87: true },
+            _ => Units::default(),
+        }
+    }
+}
+
 /// What the host's processor has beyond the base of x86-64.
 #[derive(Clone, Copy)]
 pub struct Host {
     popcnt: bool,
+    lzcnt: bool,
+    bmi1: bool,
     bmi2: bool,
+    adx: bool,
     movbe: bool,
+    sse42: bool,
     pub vectors: Extensions,
 }
 
@@ -47,7 +74,11 @@ impl Host {
     pub fn new() -> Self {
         Host {
             popcnt: std::arch::is_x86_feature_detected!("popcnt"),
+            lzcnt: std::arch::is_x86_feature_detected!("lzcnt"),
+            bmi1: std::arch::is_x86_feature_detected!("bmi1"),
             bmi2: std::arch::is_x86_feature_detected!("bmi2"),
+            adx: std::arch::is_x86_feature_detected!("adx"),
+            sse42: std::arch::is_x86_feature_detected!("sse4.2"),
             movbe: std::arch::is_x86_feature_detected!("movbe"),
             vectors: Extensions::of_host(),
         }
@@ -61,8 +92,8 @@ pub fn plan(insn: &Instruction, live: u64, host: Host, model: &Model) -> Plan {
     }
     match structural(insn) {
         Plan::Interpret if operands_fit(insn) && lock_fits(insn) => {
-            let vector = vector::width(insn, host.vectors).map(Plan::Vector);
-            vector.or_else(|| same(insn, live, host).map(Plan::Same)).unwrap_or(Plan::Interpret)
+            let media = units(insn, host).map(Plan::Media).or_else(|| special(insn, live));
+            media.or_else(|| same(insn, live, host).map(Plan::Same)).unwrap_or(Plan::Interpret)
         }
         other => other,
     }
@@ -84,9 +115,36 @@ fn structural(insn: &Instruction) -> Plan {
     match insn.mnemonic() {
         Mnemonic::Lea if address_fits(insn) && insn.op0_register().size() >= 4 => Plan::Lea,
         Mnemonic::Nop | Mnemonic::Endbr64 => Plan::Nothing,
+        Mnemonic::Prefetchw | Mnemonic::Prefetchnta | Mnemonic::Prefetcht0 | Mnemonic::Prefetcht1 | Mnemonic::Prefetcht2 => Plan::Nothing,
+        Mnemonic::Pushfq => Plan::PushFlags,
+        Mnemonic::Cli => Plan::DisableInterrupts,
+        Mnemonic::Cld => Plan::Direction(false),
+        Mnemonic::Std => Plan::Direction(true),
         _ if insn.is_jcc_short_or_near() && insn.op0_kind() == OpKind::NearBranch64 => Plan::Conditional,
         _ => Plan::Interpret,
     }
+}
+
+/// What an instruction works on that is the host's own on the units of the guest.
+fn units(insn: &Instruction, host: Host) -> Option<Units> {
+    if x87::is_host_code(insn) {
+        return Some(Units { vectors: None, x87: true });
+    }
+    vector::width(insn, host.vectors).map(|width| Units { vectors: Some(width), x87: false })
+}
+
+/// The plan for operations that take more than one instruction of the host.
+fn special(insn: &Instruction, live: u64) -> Option<Plan> {
+    use Mnemonic::*;
+    let unseen = live & ARITHMETIC == 0;
+    Some(match insn.mnemonic() {
+        Fldcw => Plan::LoadControl,
+        Div | Idiv if wide(insn) => Plan::Divide,
+        Shl | Sal | Shr | Sar if !unseen && wide(insn) && insn.op1_kind() == OpKind::Register => Plan::ShiftByCl,
+        Rol | Ror if !unseen && !in_memory(insn) => Plan::Rotate(count(insn).filter(|count| *count > 1)?),
+        Bsf | Bsr => Plan::Scan,
+        _ => return None,
+    })
 }
 
 fn same(insn: &Instruction, live: u64, host: Host) -> Option<Rule> {
@@ -101,13 +159,21 @@ fn same(insn: &Instruction, live: u64, host: Host) -> Option<Rule> {
         Xchg | Xadd | Add | Or | Adc | Sbb | And | Sub | Xor | Cmp | Test | Inc | Dec | Neg => Some(Rule::Exact),
         Cmpxchg if in_memory(insn) => Some(Rule::Exact),
         Shl | Sal | Shr | Sar => shift(insn, unseen),
-        Rol | Ror => (unseen && counted(insn) || count(insn) == Some(1)).then_some(Rule::Exact),
+        Rol | Ror => (unseen || count(insn) == Some(1)).then_some(Rule::Exact),
         Rcl | Rcr => (count(insn) == Some(1)).then_some(Rule::Exact),
         Shld | Shrd => (unseen && wide(insn)).then_some(Rule::Exact),
         Imul | Mul => Some(Rule::Product),
         Popcnt => host.popcnt.then_some(Rule::Exact),
         Movbe => host.movbe.then_some(Rule::Exact),
-        Shlx | Shrx | Sarx | Rorx => host.bmi2.then_some(Rule::Exact),
+        Shlx | Shrx | Sarx | Rorx | Mulx | Pdep | Pext => host.bmi2.then_some(Rule::Exact),
+        Bzhi => host.bmi2.then_some(Rule::CarryAndResult),
+        Blsi | Blsr | Blsmsk | Tzcnt => host.bmi1.then_some(Rule::CarryAndResult),
+        Andn | Bextr => (host.bmi1 && insn.op2_kind() != OpKind::Immediate32).then_some(Rule::Result),
+        Lzcnt => host.lzcnt.then_some(Rule::CarryAndResult),
+        Adcx | Adox => host.adx.then_some(Rule::Exact),
+        Crc32 => host.sse42.then_some(Rule::Exact),
+        Clc | Stc | Cmc | Lahf | Sahf => Some(Rule::Exact),
+        Cmpxchg8b | Cmpxchg16b => Some(Rule::Exact),
         Bt | Bts | Btr | Btc => (insn.op1_kind() == OpKind::Immediate8 || !in_memory(insn)).then_some(Rule::Exact),
         Movnti => Some(Rule::Exact),
         _ if insn.condition_code() != ConditionCode::None && insn.flow_control() == FlowControl::Next => Some(Rule::Exact),
@@ -149,10 +215,6 @@ fn count(insn: &Instruction) -> Option<u32> {
     (insn.op1_kind() == OpKind::Immediate8).then(|| u32::from(insn.immediate8()) & mask)
 }
 
-fn counted(insn: &Instruction) -> bool {
-    count(insn).is_some_and(|count| count != 0)
-}
-
 fn in_memory(insn: &Instruction) -> bool {
     (0..insn.op_count()).any(|n| insn.op_kind(n) == OpKind::Memory)
 }
@@ -164,7 +226,7 @@ fn operands_fit(insn: &Instruction) -> bool {
     (0..insn.op_count()).all(|n| match insn.op_kind(n) {
         OpKind::Register => {
             let register = insn.op_register(n);
-            vector::is_vector(register) || register.is_gpr() && !(high && (memory || needs_rex(register)))
+            registers::is_media(register) || register.is_gpr() && !(high && (memory || needs_rex(register)))
         }
         OpKind::Memory => address_fits(insn),
         OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64 | OpKind::FarBranch16 | OpKind::FarBranch32 => false,

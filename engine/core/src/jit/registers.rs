@@ -66,6 +66,11 @@ const LOW_BYTES: [Register; 16] = [
     Register::R15L,
 ];
 
+/// XMM, YMM, MMX or x87 registers.
+pub fn is_media(register: Register) -> bool {
+    register.is_xmm() || register.is_ymm() || register.is_mm() || register.is_st()
+}
+
 /// AH, CH, DH or BH, which no instruction with a REX prefix can name.
 pub fn is_high_byte(register: Register) -> bool {
     matches!(register, Register::AH | Register::CH | Register::DH | Register::BH)

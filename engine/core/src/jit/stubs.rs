@@ -2,15 +2,16 @@
 
 use std::mem::offset_of;
 
-use iced_x86::Register::{self, EAX, EDX, R12, R13, R13D, R14, R15, R15D, RAX, RBP, RBX, RDI, RSI, RSP};
+use iced_x86::Register::{self, EAX, EDX, R12, R13, R13D, R14, R15, R15D, R15W, RAX, RBP, RBX, RDI, RSI, RSP};
 
 use super::arena::Arena;
-use super::asm::{byte_ptr, Asm, Label};
+use super::asm::{word_ptr, Asm, Label};
 use super::emit::{cpu_field, in_memory, Places};
-use super::native::{self, status, Trampoline, BLOCK, TARGET, VECTORS};
+use super::native::{self, status, Trampoline, BLOCK, KEPT, TARGET, VECTORS, X87};
 use super::registers::PINNED;
 use super::vector::Width;
 use super::vector_registers::{write_fill, write_permission, write_spill};
+use super::x87::{self, enter as enter_x87};
 use crate::cpu::Cpu;
 use crate::uop::slot;
 
@@ -27,8 +28,8 @@ const SAVED: [Register; 6] = [RBX, RBP, R12, R13, R14, R15];
 /// Writes the shared code to an empty arena. `None` if it does not fit.
 pub fn write(arena: &mut Arena, a: &mut Asm, has_ymm: bool) -> Option<Stubs> {
     a.begin(arena.next());
-    let [enter, detour, detour_vectors, elsewhere, unknown, refused, out] = [(); 7].map(|()| a.create_label());
-    let [spill, fill, xmm_gate, ymm_gate] = [(); 4].map(|()| a.create_label());
+    let [enter, detour, detour_keeping, elsewhere, unknown, refused, out] = [(); 7].map(|()| a.create_label());
+    let [spill, fill, spill_x87, fill_x87, xmm, ymm, x87] = [(); 7].map(|()| a.create_label());
 
     // The trampoline: cpu in RDI, code in RSI. Behind it the stack is aligned to 16 bytes.
     a.set_label(enter);
@@ -44,20 +45,32 @@ pub fn write(arena: &mut Arena, a: &mut Asm, has_ymm: bool) -> Option<Stubs> {
     // Into Rust code: the reason in R13, the block in R14; behind a `call`.
     a.set_label(detour);
     a.push(R15);
+    a.mov(word_ptr(RBP, KEPT as i32), 0);
     a.call(spill);
+    a.call(spill_x87);
     call_rust(a, elsewhere);
     load(a);
     a.ret();
 
-    // The same with the vector registers back behind it, as wide as they are before it.
-    a.set_label(detour_vectors);
-    a.movzx(R15D, byte_ptr(RBP, VECTORS as i32));
+    // The same with vector registers and x87 unit back behind it, as they are before it.
+    const { assert!(X87 == VECTORS + 1) };
+    a.set_label(detour_keeping);
+    a.movzx(R15D, word_ptr(RBP, VECTORS as i32));
     a.push(R15);
+    a.mov(word_ptr(RBP, KEPT as i32), R15W);
     a.call(spill);
+    a.call(spill_x87);
     call_rust(a, elsewhere);
     load(a);
-    a.mov(R13, R15);
-    a.jmp(fill);
+    a.test(R15D, 1 << 8);
+    let without = a.create_label();
+    a.je(without);
+    a.call(fill_x87);
+    a.set_label(without);
+    a.mov(R13D, R15D);
+    a.and(R13D, 0xff);
+    a.jne(fill);
+    a.ret();
     a.set_label(elsewhere);
     a.add(RSP, 8);
     a.cmp(EAX, status::GO as i32);
@@ -68,22 +81,35 @@ pub fn write(arena: &mut Arena, a: &mut Asm, has_ymm: bool) -> Option<Stubs> {
     // Back to the dispatcher at RIP R15.
     a.set_label(unknown);
     a.call(spill);
+    a.call(spill_x87);
     a.mov(cpu_field(offset_of!(Cpu, regs) + slot::RIP as usize * 8), R15);
     store(a);
     a.mov(EAX, status::BOUNDARY as i32);
     a.jmp(out);
 
     // The block in R14, which works on vector registers, begins; behind a `call`. Back to the dispatcher if they may not be used.
-    for (width, gate) in [(Width::Xmm, xmm_gate), (Width::Ymm, ymm_gate)] {
+    for (width, gate) in [(Width::Xmm, xmm), (Width::Ymm, ymm)] {
         a.set_label(gate);
         write_permission(a, width, refused);
         a.call(spill);
         a.mov(R13D, width as i32);
         a.jmp(fill);
     }
+    a.set_label(x87);
+    a.call(spill);
+    store(a);
+    a.push(R14);
+    a.mov(RDI, RBP);
+    a.mov(RAX, enter_x87 as *const () as u64);
+    a.call_indirect(RAX);
+    a.pop(R14);
+    a.test(EAX, EAX);
+    load(a);
+    a.jne(fill_x87);
     a.set_label(refused);
     a.add(RSP, 8);
     a.call(spill);
+    a.call(spill_x87);
     store(a);
     a.mov(cpu_field(BLOCK), R14);
     a.mov(EAX, status::REFUSED as i32);
@@ -98,13 +124,17 @@ pub fn write(arena: &mut Arena, a: &mut Asm, has_ymm: bool) -> Option<Stubs> {
     write_spill(a, has_ymm);
     a.set_label(fill);
     write_fill(a, has_ymm);
+    a.set_label(spill_x87);
+    x87::write_spill(a);
+    a.set_label(fill_x87);
+    x87::write_fill(a);
 
-    let places = [enter, detour, detour_vectors, unknown, xmm_gate, ymm_gate].map(|label| a.offset(label) as u64);
+    let places = [enter, detour, detour_keeping, unknown, xmm, ymm, x87].map(|label| a.offset(label) as u64);
     let start = arena.add(a.finish())? as u64;
-    let [enter, detour, detour_vectors, unknown, xmm_gate, ymm_gate] = places.map(|place| start + place);
+    let [enter, detour, detour_keeping, unknown, xmm, ymm, x87] = places.map(|place| start + place);
     // SAFETY: the code at `enter` follows the System V ABI with the arguments and the result of a `Trampoline`.
     let trampoline = unsafe { std::mem::transmute::<*const u8, Trampoline>(std::ptr::with_exposed_provenance(enter as usize)) };
-    Some(Stubs { trampoline, places: Places { detour, detour_vectors, gates: [xmm_gate, ymm_gate], unknown } })
+    Some(Stubs { trampoline, places: Places { detour, detour_keeping, xmm, ymm, x87, unknown } })
 }
 
 /// Calls Rust code for the reason in R13 and block R14, behind one `push` of which R15 is the value afterwards; to `elsewhere` unless host

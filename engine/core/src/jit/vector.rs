@@ -18,6 +18,24 @@ pub enum Width {
     Ymm = 2,
 }
 
+/// What instructions work on besides the general registers.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub struct Units {
+    pub vectors: Option<Width>,
+    pub x87: bool,
+}
+
+impl Units {
+    pub fn any(self) -> bool {
+        self != Units::default()
+    }
+
+    /// What instructions with `self` and one with `other` work on together.
+    pub fn and(self, other: Units) -> Units {
+        Units { vectors: self.vectors.max(other.vectors), x87: self.x87 || other.x87 }
+    }
+}
+
 /// Extensions that the host's processor has.
 #[derive(Clone, Copy)]
 pub struct Extensions(u32);
@@ -126,6 +144,7 @@ pub fn cached(insn: &Instruction) -> Instruction {
         Code::VEX_Vmovntpd_m256_ymm => Code::VEX_Vmovapd_ymmm256_ymm,
         Code::VEX_Vmovntdq_m128_xmm => Code::VEX_Vmovdqa_xmmm128_xmm,
         Code::VEX_Vmovntdq_m256_ymm => Code::VEX_Vmovdqa_ymmm256_ymm,
+        Code::Movntq_m64_mm => Code::Movq_mmm64_mm,
         Code::Movnti_m32_r32 => Code::Mov_rm32_r32,
         Code::Movnti_m64_r64 => Code::Mov_rm64_r64,
         code => code,

@@ -8,7 +8,7 @@
 use std::mem::offset_of;
 
 use iced_x86::Register::{self, R13D, R13L, R15D, RBP, XMM0, YMM0};
-use iced_x86::{Code, IcedError, Instruction, MemoryOperand};
+use iced_x86::{Code, Instruction, MemoryOperand};
 
 use super::asm::{byte_ptr, dword_ptr, Asm, Label, Memory};
 use super::native::{DEFAULT_MXCSR, VECTORS};
@@ -29,11 +29,6 @@ fn vectors() -> Memory {
     byte_ptr(RBP, VECTORS as i32)
 }
 
-fn put(a: &mut Asm, insn: Result<Instruction, IcedError>) {
-    let done = insn.and_then(|insn| a.add_instruction(&insn));
-    done.unwrap_or_else(|error| unreachable!("shared code is well formed: {error}"));
-}
-
 /// A place in the CPU.
 fn field(offset: usize) -> MemoryOperand {
     MemoryOperand::with_base_displ(RBP, offset as i64)
@@ -44,7 +39,7 @@ fn move_all(a: &mut Asm, code: Code, first: Register) {
     let load = matches!(code, Code::Movups_xmm_xmmm128 | Code::VEX_Vmovups_ymm_ymmm256);
     for n in 0..REGISTERS {
         let place = field(FPU + offset_of!(Fpu, vector) + 64 * n as usize);
-        put(a, if load { Instruction::with2(code, first + n, place) } else { Instruction::with2(code, place, first + n) });
+        a.must_add(if load { Instruction::with2(code, first + n, place) } else { Instruction::with2(code, place, first + n) });
     }
 }
 
@@ -53,8 +48,8 @@ pub fn write_spill(a: &mut Asm, has_ymm: bool) {
     let (done, wide) = (a.create_label(), a.create_label());
     a.cmp(vectors(), 0);
     a.je(done);
-    put(a, Instruction::with1(Code::Stmxcsr_m32, field(MXCSR)));
-    put(a, Instruction::with1(Code::Ldmxcsr_m32, field(DEFAULT_MXCSR)));
+    a.must_add(Instruction::with1(Code::Stmxcsr_m32, field(MXCSR)));
+    a.must_add(Instruction::with1(Code::Ldmxcsr_m32, field(DEFAULT_MXCSR)));
     if has_ymm {
         a.cmp(vectors(), Width::Ymm as i32);
         a.je(wide);
@@ -65,7 +60,7 @@ pub fn write_spill(a: &mut Asm, has_ymm: bool) {
     if has_ymm {
         a.set_label(wide);
         move_all(a, Code::VEX_Vmovups_ymmm256_ymm, YMM0);
-        put(a, Ok(Instruction::with(Code::VEX_Vzeroupper)));
+        a.must_add(Ok(Instruction::with(Code::VEX_Vzeroupper)));
         a.mov(vectors(), 0);
     }
     a.set_label(done);
@@ -75,7 +70,7 @@ pub fn write_spill(a: &mut Asm, has_ymm: bool) {
 /// Shared code: brings the vector registers, which are in the CPU, as wide as R13 tells, and MXCSR. Changes nothing else but the flags.
 pub fn write_fill(a: &mut Asm, has_ymm: bool) {
     let wide = a.create_label();
-    put(a, Instruction::with1(Code::Ldmxcsr_m32, field(MXCSR)));
+    a.must_add(Instruction::with1(Code::Ldmxcsr_m32, field(MXCSR)));
     a.mov(vectors(), R13L);
     if has_ymm {
         a.cmp(R13D, Width::Ymm as i32);

@@ -1,8 +1,8 @@
 """A guest's counters without exits, as long as nobody else has an event on its core.
 
-The way of Linux's later "mediated" vPMU, here on top of perf's events: what the guest owns it reads and writes in the silicon, together with
-GLOBAL_CTRL, GLOBAL_STATUS and RDPMC. What chooses events (IA32_PERFEVTSELx, FIXED_CTR_CTRL) and what clears the status stay intercepted:
-user space filters events, and the silicon, which is of a later version, would clear more than the guest's version has.
+The way of Linux's later "mediated" vPMU, here on top of perf's events: what the guest owns it reads and writes in the silicon, together
+with GLOBAL_CTRL, GLOBAL_STATUS and RDPMC. What chooses events (IA32_PERFEVTSELx, FIXED_CTR_CTRL) and what clears the status stay
+intercepted: user space filters events, and the silicon, which is of a later version, would clear more than the guest's version has.
 """
 
 from __future__ import annotations

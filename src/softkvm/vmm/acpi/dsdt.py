@@ -1,13 +1,14 @@
-"""DSDT: the devices that cannot be found by probing, and the soft-off state.
+"""DSDT: the devices that cannot be found by probing, and the sleep states.
 
-Source of truth: ACPI specification 6.5, 5.2.11.1, 6 (device configuration) and 7.4.2 (\\_S5); PCI Firmware specification 3.3, 4.5 (_OSC).
+Source of truth: ACPI specification 6.5, 5.2.11.1, 6 (device configuration) and 7.4.2 (\\_S3, \\_S5); PCI Firmware specification 3.3, 4.5
+(_OSC).
 """
 
 from __future__ import annotations
 
 from softkvm.vmm import layout
 from softkvm.vmm.acpi import aml
-from softkvm.vmm.devices.acpi_pm import SLP_TYP_S5
+from softkvm.vmm.devices.acpi_pm import SLP_TYP_S3, SLP_TYP_S5
 
 _PCI_OSC_UUID = "33db4d5b-1ff7-401c-9657-7441c03dd766"
 _OSC_UNRECOGNISED_UUID = 1 << 2
@@ -19,13 +20,18 @@ _HIGH_IO = layout.Range(0xD00, 0x10000 - 0xD00, "ports above them")
 
 def definition_block(cpus: int) -> bytes:
     """The AML of a board with `cpus` processors."""
-    sleep_type = aml.integer(SLP_TYP_S5)
     return b"".join(
         (
             aml.scope("\\_SB", _pci_root(), _motherboard(), *(_processor(index) for index in range(cpus))),
-            aml.name("\\_S5", aml.package(sleep_type, sleep_type, aml.integer(0), aml.integer(0))),
+            _sleep_state("\\_S3", SLP_TYP_S3),
+            _sleep_state("\\_S5", SLP_TYP_S5),
         )
     )
+
+
+def _sleep_state(name: str, sleep_type: int) -> bytes:
+    """What to write to SLP_TYP of PM1a (and of PM1b, which is not there)."""
+    return aml.name(name, aml.package(aml.integer(sleep_type), aml.integer(sleep_type), aml.integer(0), aml.integer(0)))
 
 
 def _pci_root() -> bytes:

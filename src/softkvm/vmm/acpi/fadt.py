@@ -20,13 +20,17 @@ _PROFILE_ENTERPRISE_SERVER = 4
 _BOOT_ARCH_LEGACY_DEVICES, _BOOT_ARCH_NO_VGA = 1 << 0, 1 << 2
 _NO_C2, _NO_C3 = 101, 1001  # latencies beyond the limits of 100 and 1000 us: the states do not exist
 
-_WBINVD, _PROC_C1, _SLEEP_BUTTON_IS_DEVICE, _RTC_WAKE_NOT_FIXED = 1 << 0, 1 << 2, 1 << 5, 1 << 6
+_WBINVD, _PROC_C1, _SLEEP_BUTTON_IS_DEVICE = 1 << 0, 1 << 2, 1 << 5
 _TIMER_32_BITS, _RESET_REGISTER = 1 << 8, 1 << 10
-FLAGS = _WBINVD | _PROC_C1 | _SLEEP_BUTTON_IS_DEVICE | _RTC_WAKE_NOT_FIXED | _TIMER_32_BITS | _RESET_REGISTER
+FLAGS = _WBINVD | _PROC_C1 | _SLEEP_BUTTON_IS_DEVICE | _TIMER_32_BITS | _RESET_REGISTER
+
+
+WAKING_VECTOR = 12
+"""Where the FACS has the address, in real mode, of the operating system's way back from S3."""
 
 
 def facs() -> bytes:
-    """The firmware control structure; all its fields are for firmware that we do not have."""
+    """The firmware control structure, its waking vector left to the guest."""
     return struct.pack("<4sIIIIIQB31x", b"FACS", 64, 0, 0, 0, 0, 0, 2)
 
 

@@ -17,6 +17,9 @@ _HEADER = struct.Struct("<4sIBB6s8sI4sI")
 _CHECKSUM_OFFSET = 9
 _ALIGNMENT = 64  # FACS asks for it, and it does no harm to the others
 
+FACS_ADDRESS = ACPI_TABLES.base + _ALIGNMENT
+"""Behind the RSDP, which is smaller."""
+
 _RSDP_REVISION = 2
 _RSDP_SIZE, _RSDP_V1_SIZE = 36, 20
 _DSDT_REVISION = 2  # 64-bit integers

@@ -1,8 +1,8 @@
 """ACPI fixed hardware: the PM1a event and control blocks and the power management timer.
 
 Source of truth: ACPI specification 6.5, 4.8 (fixed hardware registers). SMI_CMD is 0 in our FADT, so the machine is always in ACPI mode and
-SCI_EN always set. The only sleep state is S5, soft-off. Of the fixed events the timer and the power button can happen; the others can be
-enabled, which a guest checks by reading the register back.
+SCI_EN always set. Sleep states are S3, suspend to RAM, and S5, soft-off. Of the fixed events the timer, the power button and the alarm of
+the RTC can happen; the others can be enabled, which a guest checks by reading the register back.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ PM1_POWER_BUTTON = 1 << 8
 PM1_SLEEP_BUTTON = 1 << 9
 PM1_RTC = 1 << 10
 PM1_EVENTS = PM1_TIMER | PM1_GLOBAL_LOCK | PM1_POWER_BUTTON | PM1_SLEEP_BUTTON | PM1_RTC
+PM1_WAKE = 1 << 15
+"""Status only: the machine has come from a sleep."""
+_WAKING = PM1_POWER_BUTTON | PM1_RTC
 
 CONTROL_SCI_EN = 1 << 0
 CONTROL_SLP_TYP_SHIFT = 10
@@ -36,8 +39,8 @@ CONTROL_SLP_TYP = 7 << CONTROL_SLP_TYP_SHIFT
 CONTROL_SLP_EN = 1 << 13
 CONTROL_KEPT = CONTROL_SLP_TYP | 1 << 1  # SLP_TYP and BM_RLD
 
-SLP_TYP_S5 = 5
-"""What the \\_S5 package of the DSDT names for soft-off."""
+SLP_TYP_S3, SLP_TYP_S5 = 1, 5
+"""What the packages \\_S3 and \\_S5 of the DSDT name for suspend to RAM and soft-off."""
 
 
 class AcpiPmState(Record, frozen=True, kw_only=True):
@@ -54,12 +57,21 @@ class AcpiPmState(Record, frozen=True, kw_only=True):
 class AcpiPm:
     """The registers behind `event`, `control` and `timer`, which are claimed as three devices."""
 
-    def __init__(self, sci: SetLevel, timers: Timers, on_power_off: Callable[[], None]) -> None:
-        """`sci` drives the system control interrupt; `on_power_off()` follows a write of SLP_EN with the type of S5."""
+    def __init__(
+        self,
+        sci: SetLevel,
+        timers: Timers,
+        on_power_off: Callable[[], None],
+        on_suspend: Callable[[], None],
+        on_wake: Callable[[], None],
+    ) -> None:
+        """`sci` drives the system control interrupt; `on_power_off()` follows a write of SLP_EN with the type of S5, `on_suspend()` of S3;
+        `on_wake()` is called for what ends a sleep, whether or not there is one."""
         self._sci = sci
         self._now = timers.now
         self._alarm = timers.timer(self._update_sci)
-        self._on_power_off = on_power_off
+        self._sleep = {SLP_TYP_S3: on_suspend, SLP_TYP_S5: on_power_off}
+        self._on_wake = on_wake
         self._born = self._now()
         self._status = 0
         self._enable = 0
@@ -73,6 +85,23 @@ class AcpiPm:
     def press_power_button(self) -> None:
         """Tell the guest that a person wants it to shut down."""
         self._status |= PM1_POWER_BUTTON
+        self._update_sci()
+
+    @property
+    def alarm_wakes(self) -> bool:
+        """Whether the RTC's alarm would end a sleep."""
+        return bool(self._enable & PM1_RTC)
+
+    def rtc_alarm(self) -> None:
+        """The RTC's alarm has rung."""
+        self._status |= PM1_RTC
+        self._update_sci()
+
+    def wake(self) -> None:
+        """The machine comes from a sleep: status says from which event, nothing is enabled."""
+        self._note_carry()
+        self._status = self._status & _WAKING | PM1_WAKE
+        self._enable = self._control = 0
         self._update_sci()
 
     def ticks(self) -> int:
@@ -104,10 +133,12 @@ class AcpiPm:
         return self._control | CONTROL_SCI_EN
 
     def write_control(self, value: int) -> None:
-        """PM1 control: SLP_EN with the type of S5 turns the machine off; there are no other sleep states."""
+        """PM1 control: SLP_EN with the type of S3 or S5 begins that state; there are no others."""
         self._control = value & CONTROL_KEPT
-        if value & CONTROL_SLP_EN and (value & CONTROL_SLP_TYP) >> CONTROL_SLP_TYP_SHIFT == SLP_TYP_S5:
-            self._on_power_off()
+        sleep = self._sleep.get((value & CONTROL_SLP_TYP) >> CONTROL_SLP_TYP_SHIFT)
+        if value & CONTROL_SLP_EN and sleep is not None:
+            sleep()
+            self._update_sci()  # what ends the sleep may have happened already
 
     def _note_carry(self) -> None:
         carries = self.ticks() // _CARRY
@@ -121,6 +152,8 @@ class AcpiPm:
         if level != self._level:
             self._level = level
             self._sci(level)
+        if self._status & self._enable & _WAKING:
+            self._on_wake()
         if self._enable & PM1_TIMER:
             next_carry = (self._carries + 1) * _CARRY
             self._alarm.arm(self._born - (-next_carry * NSEC_PER_SEC // PM_TIMER_HZ))
@@ -140,7 +173,7 @@ class AcpiPm:
 
     def restore(self, state: AcpiPmState) -> None:
         """Take over a saved state; the timer goes on from where it stood."""
-        self._status = state.status & PM1_EVENTS
+        self._status = state.status & (PM1_EVENTS | PM1_WAKE)
         self._enable = state.enable & PM1_EVENTS
         self._control = state.control & CONTROL_KEPT
         self._born = self._now() - state.timer_ns

@@ -8,6 +8,7 @@ progress is up for the last 244 us of every second, so a reader that waits for i
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 from msgspec import Meta
@@ -95,9 +96,11 @@ def memory_sizes(low: int, high: int) -> dict[int, int]:
 class Rtc:
     """Two ports: index at 0, data at 1."""
 
-    def __init__(self, irq: SetLevel, timers: Timers, utc_ns: int, cmos: dict[int, int]) -> None:
-        """`irq` drives IRQ 8; the clock starts at `utc_ns` (ns since 1970, UTC); `cmos` presets bytes of the memory."""
+    def __init__(self, irq: SetLevel, timers: Timers, utc_ns: int, cmos: dict[int, int], on_alarm: Callable[[], None]) -> None:
+        """`irq` drives IRQ 8; the clock starts at `utc_ns` (ns since 1970, UTC); `cmos` presets bytes of the memory; `on_alarm()` is called
+        when an alarm interrupts."""
         self._irq = irq
+        self._on_alarm = on_alarm
         self._now = timers.now
         self._alarm = timers.timer(self._catch_up)
         self._index = 0
@@ -111,7 +114,7 @@ class Rtc:
         self._period_origin = self._now()
         self._seen_second = self._second()
         self._seen_period = 0
-        self._level = False
+        self._level = self._rings = False
         self._write_clock(self._second())
 
     def read(self, offset: int, size: int) -> int:
@@ -314,6 +317,10 @@ class Rtc:
         if level != self._level:
             self._level = level
             self._irq(level)
+        rings = bool(c & b & C_AF)
+        if rings and not self._rings:
+            self._on_alarm()
+        self._rings = rings
 
     def _arm(self) -> None:
         """Ring at the first event that would raise an interrupt and has not yet."""

@@ -18,6 +18,7 @@ from softkvm.vmm.introspection import AUTO, check_dialect, recognise
 from softkvm.vmm.introspection_peer import HANDSHAKE_TIMEOUT
 from softkvm.vmm.monitor.server import Monitor
 from softkvm.vmm.monitor.wire import CommandError, Descriptors, NoArguments
+from softkvm.vmm.stats import Stats
 from softkvm.vmm.status import Status
 
 
@@ -46,6 +47,9 @@ class Machine(Protocol):
 
     def save(self, path: str | Path) -> int:
         """Write a snapshot."""
+
+    def counters(self) -> Stats:
+        """What it has counted so far."""
 
     def tsc_status(self) -> kvm.TscStatus:
         """Its clocks."""
@@ -89,7 +93,7 @@ class Saved(msgspec.Struct, frozen=True):
 
 
 def offer(monitor: Monitor, machine: Machine) -> None:
-    """Register query-status, query-tsc, save, introspect, stop and cont."""
+    """Register query-status, query-stats, query-tsc, save, introspect, stop and cont."""
     since = time.monotonic()
 
     @monitor.command("query-status")
@@ -97,6 +101,10 @@ def offer(monitor: Monitor, machine: Machine) -> None:
         status = machine.status()
         uptime = round(time.monotonic() - since, 3)
         return Answer(monitor.name, os.getpid(), status.state.value, status.cpu, status.cpus, status.memory, uptime)
+
+    @monitor.command("query-stats")
+    def query_stats(arguments: NoArguments, descriptors: Descriptors) -> Stats:
+        return machine.counters()
 
     @monitor.command("query-tsc")
     def query_tsc(arguments: NoArguments, descriptors: Descriptors) -> kvm.TscStatus:

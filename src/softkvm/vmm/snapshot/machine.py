@@ -15,9 +15,7 @@ from softkvm.vmm.board import Board
 from softkvm.vmm.config import Hardware
 from softkvm.vmm.errors import StateError
 from softkvm.vmm.snapshot import clock, vcpu
-from softkvm.vmm.snapshot.records import HardwareState, MachineState, from_blob, to_blob
-
-_CHIPS = (uapi.KVM_IRQCHIP_PIC_MASTER, uapi.KVM_IRQCHIP_PIC_SLAVE, uapi.KVM_IRQCHIP_IOAPIC)
+from softkvm.vmm.snapshot.records import CHIPS, HardwareState, MachineState, from_blob, to_blob
 
 
 class Parts(NamedTuple):
@@ -48,7 +46,7 @@ def save(hardware: Hardware, parts: Parts) -> MachineState:
         ),
         clock=clock.save(status),
         vcpus=[vcpu.save(each, indices, tsc.guest_tsc) for each, tsc in zip(parts.vcpus, status.vcpus, strict=True)],
-        irqchips=[to_blob(parts.vm.get_irqchip(uapi.Irqchip(chip_id=chip))) for chip in _CHIPS],
+        irqchips=[to_blob(parts.vm.get_irqchip(uapi.Irqchip(chip_id=chip))) for chip in CHIPS],
         pit=to_blob(pit),
         pit_ages=[instant - counter.count_load_time for counter in pit.channels],
         devices=devices,

@@ -7,9 +7,13 @@ from typing import Annotated, Literal, TypeVar
 
 from msgspec import Meta
 
+from softkvm.uapi import kvm as uapi
 from softkvm.vmm.config import MOST_CPUS, Hardware, parse_cpu, parse_memory, parse_parameters
 from softkvm.vmm.errors import ConfigError, StateError
 from softkvm.vmm.state import Record
+
+CHIPS = (uapi.KVM_IRQCHIP_PIC_MASTER, uapi.KVM_IRQCHIP_PIC_SLAVE, uapi.KVM_IRQCHIP_IOAPIC)
+"""The interrupt chips with state of their own."""
 
 _Structure = TypeVar("_Structure", bound=ctypes.Structure)
 

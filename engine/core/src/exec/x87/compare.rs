@@ -1,4 +1,6 @@
 //! FCOM, FUCOM, FICOM, FCOMI, FTST, FXAM and FCMOVcc (SDM vol. 1, 8.3.3 and 8.3.6).
+//!
+//! C1 behind FCOMI and FCMOVcc is undefined; silicon keeps it unless a register was empty.
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
@@ -92,7 +94,11 @@ fn below_top<O: Operation>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 
 fn into_eflags<O: Operation, const POPS: u8>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     cpu.begin_x87()?;
-    if let Some(conditions) = compare::<O>(cpu, uop, uop.reg[1]) {
+    let full = cpu.st(0).is_some() && cpu.st(uop.reg[1]).is_some();
+    let kept = if full { cpu.state.fpu.fsw & C1 } else { 0 };
+    let conditions = compare::<O>(cpu, uop, uop.reg[1]);
+    cpu.state.fpu.fsw |= kept;
+    if let Some(conditions) = conditions {
         let image =
             [(C0, CF), (C2, PF), (C3, ZF)].iter().fold(0, |image, (c, flag)| if conditions & c != 0 { image | flag } else { image });
         cpu.flags = Flags::from_bits(image);
@@ -182,7 +188,9 @@ fn conditional<C: Condition, const NOT: bool>(cpu: &mut Cpu, uop: &Uop) -> Exec 
         cpu.underflow(uop, Some(0));
         return Ok(());
     };
+    let kept = cpu.state.fpu.fsw & C1;
     cpu.conclude(uop, 0);
+    cpu.state.fpu.fsw |= kept;
     if C::holds(cpu.flags) != NOT {
         cpu.set_st(0, source);
     }

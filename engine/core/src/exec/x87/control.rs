@@ -2,7 +2,7 @@
 
 use iced_x86::{Code, Instruction, Mnemonic};
 
-use super::stack::status::{BUSY, CONDITIONS, EXCEPTIONS, STACK_FAULT, SUMMARY};
+use super::stack::status::{BUSY, CONDITIONS, EXCEPTIONS, STACK_FAULT, SUMMARY, TOP};
 use crate::cpu::Cpu;
 use crate::fault::vector;
 use crate::state::cr0;
@@ -127,8 +127,10 @@ fn ffreep(cpu: &mut Cpu, uop: &Uop) -> Exec {
     Ok(())
 }
 
+/// As other MMX instructions EMMS leaves TOP at 0 (SDM vol. 3, table 12-1).
 fn emms(cpu: &mut Cpu, _uop: &Uop) -> Exec {
     cpu.require_mmx()?;
+    cpu.state.fpu.fsw &= !TOP;
     cpu.state.fpu.ftw = 0;
     Ok(())
 }

@@ -12,7 +12,7 @@ mod host;
 mod load;
 mod stack;
 
-use iced_x86::Instruction;
+use iced_x86::{Instruction, Mnemonic};
 
 use crate::cpu::CodeSize;
 use crate::uop::Handler;
@@ -22,4 +22,9 @@ pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
     const FAMILIES: [fn(&Instruction) -> Option<Handler>; 6] =
         [control::handler, load::handler, arithmetic::handler, compare::handler, function::handler, environment::handler];
     FAMILIES.iter().find_map(|family| family(insn))
+}
+
+/// Whether the dispatcher must look at the CPU after this instruction: it may unmask an exception, or bring one that waits.
+pub fn ends_block(insn: &Instruction) -> bool {
+    matches!(insn.mnemonic(), Mnemonic::Fldcw | Mnemonic::Fldenv | Mnemonic::Frstor)
 }
