@@ -111,6 +111,7 @@ class FakeVm:
         self.model = FakeModel(vendor)
         self.memory = FakeMemory()
         self.boot_cpu_id = 0
+        self.guest_reads_platform_info = True
         self.reserved_ioapic_pins = 0
         self.vcpus: list[FakeVcpu] = []
         self.pio_bus, self.mmio_bus = IoBus(self.lock), IoBus(self.lock)

@@ -81,11 +81,11 @@ def no_memory(vcpu: Vcpu, gpa: int, write: bool) -> fake_engine.Step:
     return exits_with(REASONS[vcpu.model.vendor]["memory"], gpa=gpa, info2=gpa, qualification=2 if write else 1)
 
 
-def needs(gpa: int, size: int, write: int | None = None) -> fake_engine.Step:
-    """The emulated instruction asks for a device access; `write` is the value that it writes."""
+def needs(gpa: int, size: int, write: int | None = None, emulated: bool = True) -> fake_engine.Step:
+    """An instruction, which is `emulated` or the guest's next one, asks for a device access; `write` is the value that it writes."""
 
     def step(view: control.ControlBlock) -> int:
-        assert view.control.emulate
+        assert bool(view.control.emulate) is emulated
         access = view.exit.access
         access.gpa, access.size, access.write = gpa, size, write is not None
         access.data[0] = write or 0

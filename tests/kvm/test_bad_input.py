@@ -68,6 +68,8 @@ IGNORED = {
     ("vm", "KVM_CREATE_IRQCHIP"): (errno.EINVAL, errno.EEXIST),
     ("vm", "KVM_RESET_DIRTY_RINGS"): (errno.EINVAL, errno.EINVAL),
     ("vm", "KVM_GET_TSC_KHZ"): (OK, OK),
+    ("vm", "KVM_GET_STATS_FD"): (OK, OK),
+    ("vcpu", "KVM_GET_STATS_FD"): (OK, OK),
     ("vm", "KVM_INTROSPECTION_UNHOOK"): (OK, OK),
     ("vm", "KVM_INTROSPECTION_PREUNHOOK"): (errno.EFAULT, errno.EFAULT),
     ("vcpu", "KVM_NMI"): (OK, OK),
@@ -118,6 +120,7 @@ STRUCTURES: dict[tuple[str, str], tuple[int, int]] = {
     ("vcpu", "KVM_SET_CPUID2"): (errno.E2BIG, errno.E2BIG),
     ("vcpu", "KVM_GET_CPUID2"): (errno.EFAULT, errno.EFAULT),
     ("vcpu", "KVM_X86_SETUP_MCE"): (errno.EINVAL, errno.EINVAL),
+    ("vcpu", "KVM_X86_SET_MCE"): (errno.EINVAL, errno.EINVAL),
     ("vcpu", "KVM_SET_DEVICE_ATTR"): (errno.ENXIO, errno.ENXIO),
     ("vcpu", "KVM_GET_DEVICE_ATTR"): (errno.ENXIO, errno.ENXIO),
     ("vcpu", "KVM_HAS_DEVICE_ATTR"): (errno.ENXIO, errno.ENXIO),
@@ -155,8 +158,12 @@ STRUCTURES: dict[tuple[str, str], tuple[int, int]] = {
 """Calls that take a structure: what one of ones is answered, without interrupt chips and with them."""
 NOTHING_IS_FINE = {("vcpu", "KVM_SET_SIGNAL_MASK")}
 """Structures that may be left out."""
-STATE_FIRST = {("vm", "KVM_GET_PIT2"): (errno.ENXIO, errno.ENXIO), ("vcpu", "KVM_GET_LAPIC"): (errno.EINVAL, errno.EFAULT)}
-"""Calls that look at the VM before they look at where their answer goes."""
+STATE_FIRST = {
+    ("vm", "KVM_GET_PIT2"): (errno.ENXIO, errno.ENXIO),
+    ("vcpu", "KVM_GET_LAPIC"): (errno.EINVAL, errno.EFAULT),
+    ("vcpu", "KVM_SET_LAPIC"): (errno.EINVAL, errno.EFAULT),
+}
+"""Calls that look at the VM before they look at where their argument is, or their answer goes."""
 
 
 @pytest.fixture(params=[False, True], ids=["bare", "irqchip"])

@@ -71,6 +71,18 @@ def test_local_apic_is_in_the_kernel(vcpu: Vcpu, ram: object, play: Script) -> N
     assert vcpu.lapic.tpr() == 0x20
 
 
+def test_a_known_device_costs_no_violation(vcpu: Vcpu, ram: object, play: Script) -> None:
+    def both(view: control.ControlBlock) -> int | None:
+        assert accesses(view) == [(APIC_TPR, 4, 1, 0x30)]
+        return done(view)
+
+    first = (no_memory(vcpu, APIC_TPR, True), needs(APIC_TPR, 4, write=0x20), done)
+    out_of_guest(vcpu, play, *first, needs(APIC_TPR, 4, write=0x30, emulated=False), both)
+    assert vcpu.lapic is not None
+    assert vcpu.lapic.tpr() == 0x30
+    assert not vcpu.half_done
+
+
 def test_one_instruction_with_two_devices_and_ram(vcpu: Vcpu, vm: Vm, ram: object, play: Script) -> None:
     def both(view: control.ControlBlock) -> int | None:
         assert [one[:3] for one in accesses(view)] == [(APIC_VERSION, 4, 0), (APIC_TPR, 4, 1)]

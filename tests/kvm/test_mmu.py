@@ -8,7 +8,7 @@ import pytest
 
 from softkvm import silicon
 from softkvm.kvm import Vm
-from softkvm.kvm.mmu import Fault
+from softkvm.kvm.mmu import DEVICE_LIMIT, Fault
 from softkvm.uapi.kvm import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
 from tests.kvm.test_memslots import MB, region
 
@@ -54,6 +54,27 @@ def test_faults_elsewhere(vm: Vm) -> None:
     assert vm.mmu.fault(MB, write=True) is Fault.MMIO
     assert vm.mmu.fault(MB, write=False) is Fault.FIXED
     assert vm.mmu.npt.lookup(MB) == (memory.address, silicon.RIGHT_R | silicon.RIGHT_X)
+
+
+def test_pages_of_devices_are_known_until_there_is_memory(vm: Vm) -> None:
+    assert vm.mmu.fault(MB + 0x10, write=True) is Fault.MMIO
+    assert vm.mmu.npt.lookup(MB) == (0, silicon.RIGHT_DEVICE)
+    memory = silicon.allocate(MB)
+    vm.set_user_memory_region(region(gpa=MB, hva=memory.address))
+    assert vm.mmu.npt.lookup(MB) is None
+    assert vm.mmu.fault(MB, write=True) is Fault.FIXED
+
+
+def test_no_more_devices_are_known_than_a_machine_has(vm: Vm) -> None:
+    pages = range(0, (DEVICE_LIMIT + 9) * 0x1000, 0x1000)
+    assert all(vm.mmu.fault(page, write=False) is Fault.MMIO for page in pages)
+    assert sum(vm.mmu.npt.lookup(page) is not None for page in pages) == DEVICE_LIMIT
+
+
+def test_a_device_whose_accesses_are_tracked_is_not_known(vm: Vm) -> None:
+    vm.mmu.restrict({1: silicon.RIGHT_R})
+    assert vm.mmu.fault(0x1000, write=True) is Fault.MMIO
+    assert vm.mmu.npt.lookup(0x1000) is None
 
 
 def test_a_deleted_slot_is_unmapped(vm: Vm) -> None:

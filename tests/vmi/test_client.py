@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import socket
@@ -150,9 +151,12 @@ def test_memory_many_pages_at_a_time(server: FakeServer, client: Client) -> None
     assert client.memory.read(0x1000, 20 * 4096) == b"".join(bytes([frame]) * 4096 for frame in range(1, 21))
 
 
-def test_memory_is_mapped_where_descriptors_come(server: FakeServer, client: Client) -> None:
-    ram = os.memfd_create("ram")
+@pytest.mark.parametrize("sealed", [True, False])
+def test_memory_is_mapped_where_descriptors_come_that_nobody_can_cut_off(server: FakeServer, client: Client, sealed: bool) -> None:
+    ram = os.memfd_create("ram", os.MFD_ALLOW_SEALING)
     os.write(ram, b"abcd" * 2048)
+    if sealed:
+        fcntl.fcntl(ram, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
 
     def share(body: bytes) -> None:
         head = kvmi.GetMemoryMapReply(count=1, fds=1)
@@ -163,9 +167,13 @@ def test_memory_is_mapped_where_descriptors_come(server: FakeServer, client: Cli
 
     server.handlers[Command.VM_CHECK_COMMAND] = lambda body: b""
     server.handlers[Command.VM_GET_MEMORY_MAP] = share
-    assert client.memory.read(0x1000, 4) == b"abcd"
-    os.pwrite(ram, b"live", 0)
-    assert client.memory.read(0x1000, 4) == b"live"
+    if sealed:
+        assert client.memory.read(0x1000, 4) == b"abcd"
+        os.pwrite(ram, b"live", 0)
+        assert client.memory.read(0x1000, 4) == b"live"
+    else:
+        with pytest.raises(CommandFailed, match="VM_READ_PAGES"):
+            client.memory.read(0x1000, 4)
     os.close(ram)
 
 

@@ -141,6 +141,9 @@ class Vcpu:
     def kvmclock_ctrl(self) -> None:
         raise OSError(errno.EINVAL, "kvmclock is not in use")
 
+    def statistics(self) -> dict[str, int]:
+        return dict(self.stats)
+
     def engine_counters(self) -> dict[str, int]:
         return {"instructions": 1000 * self.stats["exits"], "tlb_fills": 2}
 

@@ -36,7 +36,18 @@ STATE = ("MP_STATE", "TSC_KHZ", "SREGS2", "XCRS", "XSAVE", "DEBUGREGS", "VCPU_EV
 
 def filter_file(**changes: Any) -> bytes:
     """All of the system's and the VM's calls, of the vCPU's those that a machine needs; `changes` replace the verdict on some."""
-    vcpu = ("RUN", "GET_REGS", "SET_REGS", "GET_SREGS", "SET_SREGS", "SET_CPUID2", "GET_MSRS", "SET_MSRS", "GET_LAPIC", "SET_LAPIC")
+    vcpu: tuple[str, ...] = (
+        "RUN",
+        "GET_REGS",
+        "SET_REGS",
+        "GET_SREGS",
+        "SET_SREGS",
+        "SET_CPUID2",
+        "GET_MSRS",
+        "SET_MSRS",
+        "GET_LAPIC",
+        "SET_LAPIC",
+    )
     vcpu += tuple(f"GET_{name}" for name in STATE)
     rules: list[dict[str, Any]] = [{"fd": "vcpu", "ioctl": name, "action": action} for name, action in changes.items()]
     rules += [{"fd": "vcpu", "ioctl": f"KVM_{name}", "action": "allow"} for name in vcpu]

@@ -7,6 +7,7 @@ use common::watched::*;
 use common::{Machine, CODE};
 use softkvm_engine::cpu::CodeSize;
 use softkvm_engine::fault::vector;
+use softkvm_engine::jit::Tier;
 use softkvm_engine::pmu::branch::Kind;
 use softkvm_engine::pmu::debugctl;
 use softkvm_engine::pmu::lbr::{select, ENTRIES};
@@ -66,6 +67,46 @@ fn the_stack_holds_the_end_of_the_log_that_its_filter_lets_through() {
             .map(|(_, from, to)| (from, to))
             .collect();
         assert_eq!(records(&machine), passed[passed.len().saturating_sub(ENTRIES)..], "{mask:#x}");
+    }
+}
+
+/// What anybody can know of branches after each of four runs of a program: records, and counters of seven events.
+fn watched(tier: Tier, seed: u64, debugctl: u64, select: u64, events: [u64; 4]) -> Vec<(usize, Vec<u64>, Vec<u64>)> {
+    let mut machine = recording();
+    machine.cpu.set_translator(tier.threshold());
+    machine.cpu.state.debugctl = debugctl;
+    set(&mut machine, 0x1c8, select);
+    for (n, event) in events.into_iter().enumerate() {
+        set(&mut machine, 0x186 + n as u32, if event == 0 { 0 } else { event | 3 << 16 | 1 << 22 });
+    }
+    machine.load(&program(seed));
+    let run = |_| {
+        machine.set_rip(CODE);
+        assert_eq!(enter(&mut machine), EXIT_HLT);
+        let lbr = &machine.cpu.pmu.lbr;
+        let records = [lbr.from, lbr.to, lbr.info].concat();
+        (lbr.tos, records, (0..4).map(|n| get(&machine, 0xc1 + n)).collect())
+    };
+    (0..4).map(run).collect()
+}
+
+#[test]
+fn host_code_watches_as_the_interpreter_does() {
+    const CYCLES: u64 = 0x3c;
+    const KINDS: [u64; 4] = [0x01c4, 0x20c4, 0xc5, 0x08c4];
+    let mut cases: Vec<_> = (0..10).map(|bit| (debugctl::LBR, 1 << bit, [CYCLES, 0, 0, 0])).collect();
+    cases.extend([
+        (0, 0, KINDS),
+        (0, 0, [CYCLES, 0, 0, 0]),
+        (debugctl::LBR, 0, [0; 4]),
+        (debugctl::LBR, 0, KINDS),
+        (debugctl::LBR, 0x3c6, KINDS),
+    ]);
+    for (n, (debugctl, select, events)) in cases.into_iter().enumerate() {
+        for seed in [3, 8, n as u64 + 20] {
+            let [translated, interpreted] = [Tier::Translator, Tier::Interpreter].map(|tier| watched(tier, seed, debugctl, select, events));
+            assert_eq!(translated, interpreted, "seed {seed}, debugctl {debugctl:#x}, select {select:#x}, events {events:x?}");
+        }
     }
 }
 

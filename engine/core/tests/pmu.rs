@@ -310,6 +310,21 @@ fn a_branch_event_overflows_at_its_branch() {
 }
 
 #[test]
+fn cycles_overflow_in_host_code_where_they_do_without() {
+    let code = program(6);
+    let [cycles] = counts(&code, [CYCLES]);
+    for after in (1..200).step_by(7).chain((200..cycles).step_by(211)) {
+        let run = |tier: Tier| {
+            let mut machine = overflowing(&code, CYCLES, after);
+            machine.cpu.set_translator(tier.threshold());
+            assert_eq!(enter(&mut machine), EXIT_NMI, "after {after}");
+            (machine.cpu.rip(), get(&machine, index::PMC), machine.cpu.regs[..16].to_vec())
+        };
+        assert_eq!(run(Tier::Translator), run(Tier::Interpreter), "after {after}");
+    }
+}
+
+#[test]
 fn every_counter_has_its_status_bit_and_interrupts_only_if_told() {
     let code = program(2);
     for n in 0..7 {

@@ -34,6 +34,11 @@ impl NestedPageTable {
         py.detach(|| self.table.map(gpa, size, region, offset, rights)).map_err(value_error)
     }
 
+    /// Says that `[gpa, gpa + size)` is a device's: an instruction that reads or writes there leaves the guest with `EXIT_ACCESS` at once.
+    fn map_device(&self, py: Python<'_>, gpa: u64, size: u64) -> PyResult<()> {
+        py.detach(|| self.table.map_device(gpa, size)).map_err(value_error)
+    }
+
     /// Removes `[gpa, gpa + size)`.
     fn unmap(&self, py: Python<'_>, gpa: u64, size: u64) -> PyResult<()> {
         py.detach(|| self.table.unmap(gpa, size)).map_err(value_error)

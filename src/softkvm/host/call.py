@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from softkvm.host.audit import Context
     from softkvm.host.process import Process
 
-SYS_READ, SYS_POLL, SYS_MMAP, SYS_IOCTL = 0, 7, 9, 16
-SYS_NAMES = {SYS_READ: "read", SYS_POLL: "poll", SYS_MMAP: "mmap", SYS_IOCTL: "ioctl"}
+SYS_READ, SYS_POLL, SYS_MMAP, SYS_IOCTL, SYS_PREAD64 = 0, 7, 9, 16, 17
+SYS_NAMES = {SYS_READ: "read", SYS_POLL: "poll", SYS_MMAP: "mmap", SYS_IOCTL: "ioctl", SYS_PREAD64: "pread64"}
 SKIPPED = -1
 """`Call.nr` of a call that is not to be made."""
 
@@ -32,7 +32,7 @@ class File(Protocol):
 
     @property
     def fd_class(self) -> str:
-        """`system`, `vm` or `vcpu`: what filters and logs call the file."""
+        """`system`, `vm`, `vcpu` or `stats`: what filters and logs call the file."""
         ...
 
     @property

@@ -71,6 +71,9 @@ _PRESENT = (
     uapi.KVM_CAP_X86_MSR_FILTER,
     uapi.KVM_CAP_SET_GUEST_DEBUG,
     uapi.KVM_CAP_X86_ROBUST_SINGLESTEP,
+    uapi.KVM_CAP_BINARY_STATS_FD,
+    uapi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID,
+    uapi.KVM_CAP_MSR_PLATFORM_INFO,
     series.KVM_CAP_TSC_OFFSET,
     kvmi.V9.ioctls.capability,
 )

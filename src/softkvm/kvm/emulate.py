@@ -22,7 +22,7 @@ from softkvm.host import trace
 from softkvm.kvm import emulate_string, events, exits, regs, smm
 from softkvm.kvm import emulator_ops as ops
 from softkvm.kvm.mmu import Fault
-from softkvm.silicon import EMULATE_FIRST, EXIT_ACCESS, EXIT_BREAKPOINT, EXIT_EMULATED, EXIT_MONITOR_TRAP_AMD
+from softkvm.silicon import EMULATE_FIRST, EXIT_ACCESS, EXIT_BREAKPOINT, EXIT_EMULATED, EXIT_MONITOR_TRAP_AMD, DeviceAccess
 from softkvm.uapi import kvm as uapi
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ _CS_DB = 1 << 14
 _RFLAGS_VM = 1 << 17
 
 _log = logging.getLogger(__name__)
+_wanted, _done = DeviceAccess.wanted, DeviceAccess.complete
 
 ACCESS_LIMIT = 8
 """Entries of `ControlBlock.access`: the most device accesses of one instruction (a 64-byte load in 8-byte pieces)."""
@@ -132,7 +133,7 @@ def handle_ud(vcpu: Vcpu) -> int:
 
 def after_exit(vcpu: Vcpu, reason: int) -> None:
     """The guest was entered with a half done instruction: see whether it still is."""
-    if reason == EXIT_ACCESS:
+    if reason == EXIT_ACCESS and vcpu.control.emulate:
         return
     if vcpu.exit.vectoring & events.EVENT_VALID:
         stop(vcpu)  # it ended by an exception, which KVM has now
@@ -155,19 +156,19 @@ def handle_emulated(vcpu: Vcpu) -> int:
 
 def handle_access(vcpu: Vcpu) -> int:
     """Serve the access that the instruction waits for."""
-    access = vcpu.exit.access
-    gpa, size, write = access.gpa, access.size, access.write
-    fault = vcpu.mmu.fault(gpa, bool(write))
-    if fault is Fault.FIXED:
-        return 1
-    if fault is Fault.UNMAPPED:
-        stop(vcpu)
-        return -errno.EFAULT
-    if vcpu.half_done and vcpu.control.access_count >= ACCESS_LIMIT:
-        stop(vcpu)
-        return handle_emulation_failure(vcpu, EMULTYPE_PF)
+    gpa, size, write, data = _wanted(vcpu.block_memory)
+    if vcpu.control.emulate:  # else the nested page tables have said that it is a device
+        fault = vcpu.mmu.fault(gpa, bool(write))
+        if fault is Fault.FIXED:
+            return 1
+        if fault is Fault.UNMAPPED:
+            stop(vcpu)
+            return -errno.EFAULT
+        if vcpu.half_done and vcpu.control.access_count >= ACCESS_LIMIT:
+            stop(vcpu)
+            return handle_emulation_failure(vcpu, EMULTYPE_PF)
     if write:
-        return _write(vcpu, gpa, size, access.data[0] & (1 << size * 8) - 1)
+        return _write(vcpu, gpa, size, data & (1 << size * 8) - 1)
     return _read(vcpu, gpa, size)
 
 
@@ -202,8 +203,7 @@ def _complete(vcpu: Vcpu, gpa: int, size: int, write: int, value: int) -> int:
     """Append a done access, and restart the instruction."""
     control = vcpu.control
     count = control.access_count if vcpu.half_done else 0
-    done = vcpu.accesses[count]
-    done.gpa, done.size, done.write, done.data[0] = gpa, size, write, value
+    _done(vcpu.block_memory, count, gpa, size, write, value)
     control.access_count = count + 1
     control.emulate = EMULATE_FIRST
     vcpu.half_done = True

@@ -44,14 +44,16 @@ class Operation(NamedTuple):
     locked: Callable[..., Any]
     decode: Decode
     encode: Encode
+    before: Callable[..., object] | None
 
 
 def ioctl(
-    number: int, decode: Decode | None = None, encode: Encode | None = None
+    number: int, decode: Decode | None = None, encode: Encode | None = None, before: Callable[[Any], object] | None = None
 ) -> Callable[[Callable[Concatenate[_File, _P], _R]], Callable[Concatenate[_File, _P], _R]]:
     """Make a method the ioctl `number`: both doors then cross `host/entry.py` and take the file's lock.
 
     `decode` turns the raw argument into the method's arguments, `encode` stores the method's result and gives the ioctl's return value.
+    `before` raises what Linux refuses the file before it looks at the argument.
     """
 
     def register(method: Callable[Concatenate[_File, _P], _R]) -> Callable[Concatenate[_File, _P], _R]:
@@ -59,7 +61,7 @@ def ioctl(
         bare_call, locked = door(number, method)
         call = wraps(method)(bare_call)
         locked.__wrapped__ = method  # type: ignore[attr-defined] # filters look parameters up by name
-        call.operation = (number, Operation(call, locked, decode or no_argument, encode or status))  # type: ignore[attr-defined]
+        call.operation = (number, Operation(call, locked, decode or no_argument, encode or status, before))  # type: ignore[attr-defined]
         return call
 
     return register
@@ -131,8 +133,8 @@ class KvmFile:
         raise OSError(errno.ENODEV, "the file cannot be mapped")
 
     def read(self, length: int) -> bytes:
-        """read(2): OSError(EINVAL), as none of KVM's files is one to read."""
-        result: bytes = self.process.cross(task.current(), self, SYS_READ, 0, (length,), KvmFile._read)
+        """read(2): OSError(EINVAL) but for files of statistics, as no other is one to read."""
+        result: bytes = self.process.cross(task.current(), self, SYS_READ, 0, (length,), type(self)._read)
         return result
 
     def _read(self, length: int) -> bytes:
@@ -146,6 +148,9 @@ class KvmFile:
     def _poll(self, events: int) -> int:
         return events & _DEFAULT_POLLMASK
 
+    def _system_calls(self) -> dict[int, Callable[..., Any]]:
+        return {SYS_MMAP: type(self)._mmap, SYS_READ: type(self)._read, SYS_POLL: KvmFile._poll}
+
     # --- What the host asks of a file -----------------------------------------------------------------------------------------------
 
     def syscall_handler(self, nr: int, command: int) -> Callable[..., Any]:
@@ -155,7 +160,7 @@ class KvmFile:
             if operation is None:
                 raise OSError(self.unknown_ioctl, f"no ioctl {command & _U32:#x} on this file")
             return operation.locked
-        handlers: dict[int, Callable[..., Any]] = {SYS_MMAP: type(self)._mmap, SYS_READ: KvmFile._read, SYS_POLL: KvmFile._poll}
+        handlers = self._system_calls()
         if nr not in handlers:
             raise OSError(errno.ENOSYS, f"no system call {nr}")
         return handlers[nr]
@@ -179,6 +184,8 @@ def dispatch(file: KvmFile, number: int, argument: Argument = 0) -> int | KvmFil
     if operation is None:
         return _refuse(file, number, argument, OSError(file.unknown_ioctl, f"no ioctl {number & _U32:#x} on this file"))
     try:
+        if operation.before is not None:
+            operation.before(file)
         arguments = operation.decode(argument)
     except OSError as error:
         return _refuse(file, number, argument, error)

@@ -1,11 +1,15 @@
 """Machine check registers: banks that never report anything by themselves, but keep what the guest or the VMM puts into them.
 
-Answers to SDM vol. 3, 16.3 and Linux 6.1 `arch/x86/kvm/x86.c` (`get_msr_mce()`, `set_msr_mce()`).
+Answers to SDM vol. 3, 16.3 and Linux 6.1 `arch/x86/kvm/x86.c` (`get_msr_mce()`, `set_msr_mce()`, `kvm_vcpu_ioctl_x86_set_mce()`).
 """
 
 from __future__ import annotations
 
+import errno
+from enum import Enum
+
 from softkvm.kvm.msr_index import IA32_MC0_CTL, IA32_MC0_CTL2, IA32_MCG_CAP, IA32_MCG_CTL, IA32_MCG_STATUS
+from softkvm.uapi.kvm import X86Mce
 
 MAX_BANKS = 32
 DEFAULT_BANKS = 10
@@ -19,7 +23,18 @@ BANKS = range(IA32_MC0_CTL, IA32_MC0_CTL + 4 * MAX_BANKS)
 BANKS_CTL2 = range(IA32_MC0_CTL2, IA32_MC0_CTL2 + MAX_BANKS)
 _ALL_ONES = (1 << 64) - 1
 _CTL, _STATUS = 0, 1
+STATUS_VALID, STATUS_OVERFLOW, STATUS_UNCORRECTED = 1 << 63, 1 << 62, 1 << 61
+_STATUS_CONTEXT_CORRUPT, _STATUS_SIGNALLED, _STATUS_ACTION_REQUIRED = 1 << 57, 1 << 56, 1 << 55
+_MCG_STATUS_IN_PROGRESS = 1 << 2
 _GART_WORKAROUND = 1 << 10 | 1 << 0  # bits of a CTL register that guests clear although all or none should be set
+
+
+class Effect(Enum):
+    """What the CPU does about an error."""
+
+    NOTHING = "the bank tells of it, or not even that"
+    EXCEPTION = "#MC"
+    SHUTDOWN = "an error in the middle of #MC, or with CR4.MCE clear"
 
 
 class MachineCheck:
@@ -81,3 +96,34 @@ class MachineCheck:
             return False
         self._banks[number] = value
         return True
+
+    def report(self, event: X86Mce, enabled: bool) -> Effect:
+        """The hardware has an error; `enabled` is CR4.MCE. OSError(EINVAL) for a bank that there is not, or a status that is not valid."""
+        first = 4 * event.bank
+        if first >= len(self._banks) or not event.status & STATUS_VALID:
+            raise OSError(errno.EINVAL, "no such bank, or a status that is not valid")
+        old = self._banks[first + _STATUS]
+        needs_action = event.mcg_status or event.status & (_STATUS_CONTEXT_CORRUPT | _STATUS_SIGNALLED | _STATUS_ACTION_REQUIRED)
+        if not event.status & STATUS_UNCORRECTED:
+            if old & STATUS_VALID and old & STATUS_UNCORRECTED:  # the worse one stays
+                self._banks[first + _STATUS] |= STATUS_OVERFLOW
+            else:
+                self._log(event, old)
+            return Effect.NOTHING
+        if not needs_action:
+            self._log(event, 0)
+            self._global[IA32_MCG_STATUS] = 0
+            return Effect.NOTHING
+        reported = not self.capabilities & CAP_CTL or self._global[IA32_MCG_CTL] == _ALL_ONES
+        if not reported or self._banks[first + _CTL] != _ALL_ONES:
+            return Effect.NOTHING
+        if self._global[IA32_MCG_STATUS] & _MCG_STATUS_IN_PROGRESS or not enabled:
+            return Effect.SHUTDOWN
+        self._log(event, old)
+        self._global[IA32_MCG_STATUS] = event.mcg_status
+        return Effect.EXCEPTION
+
+    def _log(self, event: X86Mce, old: int) -> None:
+        first = 4 * event.bank
+        overflow = STATUS_OVERFLOW if old & STATUS_VALID else 0
+        self._banks[first + 1 : first + 4] = event.status | overflow, event.addr, event.misc

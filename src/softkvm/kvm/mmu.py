@@ -19,6 +19,8 @@ from softkvm.silicon import RIGHT_R, RIGHT_W, RIGHT_X
 from softkvm.uapi.kvm import KVM_DIRTY_LOG_INITIALLY_SET, UserspaceMemoryRegion
 
 LARGE_PAGE = 2 << 20
+DEVICE_LIMIT = 64
+"""Pages that the nested page table knows as a device's; the others are found by their slot each time."""
 
 
 class Fault(Enum):
@@ -38,12 +40,16 @@ class Mmu:
         self.slots = Memslots(max_gpa, address_space)
         self.npt = silicon.NestedPageTable()
         self.track = PageTrack()
+        self._devices: set[int] = set()
+        """Pages without a slot that the nested page table says so of."""
         self.manual_protect = 0
         """KVM_DIRTY_LOG_*: user space protects pages itself, by KVM_CLEAR_DIRTY_LOG."""
         self.ring_size = 0
         """Bytes of each vCPU's dirty ring; 0 = slots have bitmaps."""
         self.push_dirty: Callable[[int, int], None] | None = None
         """Takes (slot, page) of a write when there are rings."""
+        self.remote_tlb_flushes: int = 0
+        """How often all cores had to drop what they knew of some pages."""
 
     def set_region(self, region: UserspaceMemoryRegion) -> None:
         """KVM_SET_USER_MEMORY_REGION; OSError as `Memslots.check()`."""
@@ -56,17 +62,29 @@ class Mmu:
                 if self.manual_protect & KVM_DIRTY_LOG_INITIALLY_SET and (old is None or old.dirty is None):
                     new.mark_all_dirty()
             self.slots.install(old, new)
+            if new is not None:
+                self._forget_devices(new)
             if old is not None:
-                self.npt.unmap(old.gpa, old.size)
+                self._unmap(old.gpa, old.size)
+
+    def _unmap(self, gpa: int, size: int) -> None:
+        self.npt.unmap(gpa, size)
+        self.remote_tlb_flushes += 1
+
+    def _protect(self, gpa: int, size: int, rights: int) -> None:
+        self.npt.protect(gpa, size, rights)
+        self.remote_tlb_flushes += 1
 
     def write_protect(self, gpa: int, size: int) -> None:
         """Make the next write to each of these pages fault, so that it is logged; the lock is held."""
         for start, length, tracked in self.track.pieces(gpa, gpa + size):
-            self.npt.protect(start, length, (RIGHT_R | RIGHT_X) & tracked)
+            self._protect(start, length, (RIGHT_R | RIGHT_X) & tracked)
 
     def fault(self, gpa: int, write: bool) -> Fault:
         """Resolve a guest access that the nested page tables refused."""
         if self.slots.find(gpa) is None:
+            if gpa & -PAGE_SIZE not in self._devices:
+                self._note_device(gpa & -PAGE_SIZE)
             return Fault.MMIO
         with self._lock:
             slot = self.slots.find(gpa)
@@ -80,6 +98,19 @@ class Mmu:
                 return Fault.UNMAPPED
             self._map(slot, page, write, *backing)
         return Fault.FIXED
+
+    def _note_device(self, page: int) -> None:
+        """`mark_mmio_spte()`: the next access there comes as one to a device, and not as a violation. A guest may touch any address."""
+        with self._lock:
+            if self.slots.find(page) is None and len(self._devices) < DEVICE_LIMIT and self.track.rights(page >> PAGE_SHIFT) == ALL:
+                self._devices.add(page)
+                self.npt.map_device(page, PAGE_SIZE)
+
+    def _forget_devices(self, slot: Slot) -> None:
+        """Memory is there now (`kvm_mmu_invalidate_mmio_sptes()`)."""
+        for page in [page for page in self._devices if slot.gpa <= page < slot.end]:
+            self._devices.remove(page)
+            self.npt.unmap(page, PAGE_SIZE)
 
     def _allowed(self, gpa: int, write: bool) -> bool:
         """Whether the page is mapped and only tracking, if anything, is in the way of the access."""
@@ -114,7 +145,7 @@ class Mmu:
                 self.track.set(gfn, rights)
             for gpa, size, rights in runs(changed):
                 if rights == ALL:
-                    self.npt.unmap(gpa, size)  # the next access maps it with what the slot allows
+                    self._unmap(gpa, size)  # the next access maps it with what the slot allows
                 else:
                     self._limit(gpa, size, rights)
 
@@ -129,9 +160,9 @@ class Mmu:
     def _limit(self, gpa: int, size: int, rights: int) -> None:
         slot = self.slots.find(gpa)
         if slot is None or slot.end < gpa + size or slot.readonly or slot.dirty is not None:
-            self.npt.unmap(gpa, size)
+            self._unmap(gpa, size)
         else:
-            self.npt.protect(gpa, size, self.track.limit(ALL, rights))
+            self._protect(gpa, size, self.track.limit(ALL, rights))
 
     def log_write(self, gpa: int, size: int = 1) -> None:
         """Note a write of the guest that the nested page tables did not see as one."""

@@ -147,6 +147,11 @@ def _set_pred_cmd(vcpu: Vcpu, index: int, value: int, host: bool) -> None:
     require(not value & ~n.PRED_CMD_IBPB, index)
 
 
+def _get_platform_info(vcpu: Vcpu, index: int, host: bool) -> int:
+    require(host or vcpu.vm.guest_reads_platform_info, index)
+    return vcpu.msrs.values[index]
+
+
 def _get_smbase(vcpu: Vcpu, index: int, host: bool) -> int:
     require(host, index)
     return vcpu.smm.base
@@ -270,7 +275,7 @@ HANDLERS: dict[int, Handler] = {
     n.IA32_MISC_ENABLE: Handler(lambda vcpu, index, _host: vcpu.msrs.values[index], _set_misc_enable),
     n.IA32_UCODE_REV: Handler(lambda vcpu, index, _host: vcpu.msrs.values[index], _set_ucode_rev),
     n.IA32_ARCH_CAPABILITIES: stored(from_host, cpuid.ARCH_CAPABILITIES),
-    n.PLATFORM_INFO: stored(from_host),
+    n.PLATFORM_INFO: Handler(_get_platform_info, stored(from_host).set),
     n.MISC_FEATURES_ENABLES: stored(no_cpuid_fault),
     n.POWER_CTL: stored(),
     n.SMI_COUNT: stored(from_host),

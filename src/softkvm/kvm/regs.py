@@ -27,6 +27,7 @@ CR0_NW = 1 << 29
 CR0_CD = 1 << 30
 CR0_PG = 1 << 31
 CR4_PAE = 1 << 5
+CR4_MCE = 1 << 6
 CR4_LA57 = 1 << 12
 CR4_VMXE = 1 << 13
 CR4_SMXE = 1 << 14

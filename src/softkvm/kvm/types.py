@@ -134,6 +134,10 @@ class Vm(Protocol):
         """PERF_CAPABILITIES of new vCPUs."""
 
     @property
+    def guest_reads_platform_info(self) -> bool:
+        """Whether guests may read PLATFORM_INFO."""
+
+    @property
     def boot_cpu_id(self) -> int:
         """The vCPU id of the bootstrap processor."""
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from softkvm.host import trace
 from softkvm.host.sched import Cpu
 from softkvm.host.task import Task, current
-from softkvm.kvm import cpuid, cr, events, exits, fpu, guest_debug, mce, msr, msr_filter, regs, reset, run, smm, virtual_time
+from softkvm.kvm import cpuid, cr, events, exits, fpu, guest_debug, mce, msr, msr_filter, regs, reset, run, smm, stats, virtual_time
 from softkvm.kvm.introspection import exits as introspected_exits
 from softkvm.kvm.ioctl import (
     fields,
@@ -34,7 +34,7 @@ from softkvm.kvm.irqchip.lapic import Lapic
 from softkvm.kvm.kvmclock import MSR_ENABLED, PvClock
 from softkvm.kvm.lbr import GuestLbr
 from softkvm.kvm.pmu.vpmu import VirtualPmu
-from softkvm.kvm.request import REQ_EVENT, REQ_GLOBAL_CLOCK_UPDATE, REQ_SMI, REQ_STEAL_UPDATE
+from softkvm.kvm.request import REQ_EVENT, REQ_GLOBAL_CLOCK_UPDATE, REQ_SMI, REQ_STEAL_UPDATE, REQ_TRIPLE_FAULT
 from softkvm.kvm.tsc import VcpuTsc
 from softkvm.kvm.vcpu_core import NO_INTERRUPT
 from softkvm.kvm.vcpu_time import VcpuTime
@@ -349,6 +349,15 @@ class Vcpu(VcpuTime):
             raise OSError(errno.EINVAL, "bad machine check capabilities")
         self.msrs.machine_check.setup(capabilities)
 
+    @ioctl(uapi.KVM_X86_SET_MCE, takes(uapi.X86Mce))
+    def x86_set_mce(self, event: uapi.X86Mce) -> None:
+        """KVM_X86_SET_MCE: the hardware has an error to report; OSError(EINVAL) for a bank that there is not, or no valid status."""
+        effect = self.msrs.machine_check.report(event, bool(self.state.cr4 & regs.CR4_MCE))
+        if effect is mce.Effect.EXCEPTION:
+            events.queue_exception(self, events.MC)
+        elif effect is mce.Effect.SHUTDOWN:
+            self.make_request(REQ_TRIPLE_FAULT)
+
     # --- Local APIC and state of execution ------------------------------------------------------------------------------------------
 
     def _need_lapic(self) -> Lapic:
@@ -361,7 +370,7 @@ class Vcpu(VcpuTime):
         """KVM_GET_LAPIC; OSError(EINVAL) without one in the kernel."""
         return uapi.LapicState.from_buffer_copy(self._need_lapic().get_state())
 
-    @ioctl(uapi.KVM_SET_LAPIC, takes(uapi.LapicState))
+    @ioctl(uapi.KVM_SET_LAPIC, takes(uapi.LapicState), before=_need_lapic)
     def set_lapic(self, value: uapi.LapicState) -> None:
         """KVM_SET_LAPIC; OSError(EINVAL) without one in the kernel."""
         self._need_lapic().set_state(bytes(value))
@@ -391,8 +400,19 @@ class Vcpu(VcpuTime):
 
     @ioctl(uapi.KVM_ENABLE_CAP, takes(uapi.EnableCap))
     def enable_cap(self, cap: uapi.EnableCap) -> None:
-        """KVM_ENABLE_CAP: no capability is enabled per vCPU, each is OSError(EINVAL)."""
-        raise OSError(errno.EINVAL, f"capability {cap.cap} cannot be enabled on a vCPU")
+        """KVM_ENABLE_CAP: paravirtual features can be limited to those that CPUID tells; all else is OSError(EINVAL)."""
+        if cap.flags or cap.cap != uapi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID:
+            raise OSError(errno.EINVAL, f"capability {cap.cap} cannot be enabled on a vCPU")
+        self.msrs.enforce_pv_features = bool(cap.args[0])
+
+    def statistics(self) -> dict[str, int]:
+        """What the file of KVM_GET_STATS_FD has, by name. No ioctl; for any thread."""
+        return stats.of_vcpu(self)
+
+    @ioctl(uapi.KVM_GET_STATS_FD)
+    def get_stats_fd(self) -> stats.StatsFile:
+        """KVM_GET_STATS_FD: a file with the vCPU's statistics."""
+        return stats.open_vcpu(self)
 
     def close(self) -> None:
         """close(2): later ioctls fail with EBADF, the core is free, and the local APIC's timer never fires again."""

@@ -85,7 +85,7 @@ class VcpuCore(VcpuRequests):
         self.msrs_passed_through: set[tuple[int, bool]] = set()
         """(index, write) of the MSRs that KVM lets the guest use by itself, as far as no filter is in the way."""
         self.control, self.exit, self.state, self.gpr = vmcb.control, vmcb.exit, vmcb.state, vmcb.gpr
-        self.accesses = self.block.access
+        self.block_memory = vmcb.memory
         self._mapping = mmap.mmap(-1, MMAP_SIZE)
         self.mmap_area = memoryview(self._mapping)
         """What mmap(2) of the vCPU maps: page 0 `kvm_run`, page 1 PIO data, page 2 the coalesced ring."""
@@ -138,7 +138,7 @@ class VcpuCore(VcpuRequests):
         """Instructions that KVM has retired in the guest's place; the silicon counts those that it has executed itself."""
         self.retired: Callable[[], None] | None = None
         """Called for each of them while a counter of the guest wants to know."""
-        self.exit_counts = dict.fromkeys(self.handlers, 0)
+        self.exit_counts: dict[int, int] = dict.fromkeys(self.handlers, 0)
         """VM exits by the vendor's exit reason."""
 
     # --- The run loop's view --------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from softkvm.host import task
 from softkvm.host.clock import Clock
-from softkvm.kvm import capabilities, svm, tsc, tsc_status, vmx
+from softkvm.kvm import capabilities, stats, svm, tsc, tsc_status, vmx
 from softkvm.kvm.coalesced import Coalesced
 from softkvm.kvm.eventfd import EventFds
 from softkvm.kvm.introspection.ioctls import IntrospectionIoctls
@@ -128,6 +128,11 @@ class Vm(VmMemory, VmOptions, IntrospectionIoctls):
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION: 0 if the capability is absent."""
         return capabilities.check(cap, self.tsc.scaling)
+
+    @ioctl(uapi.KVM_GET_STATS_FD)
+    def get_stats_fd(self) -> stats.StatsFile:
+        """KVM_GET_STATS_FD: a file with the VM's statistics."""
+        return stats.open_vm(self)
 
     # --- Memory ---------------------------------------------------------------------------------------------------------------------
 

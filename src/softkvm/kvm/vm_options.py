@@ -52,6 +52,8 @@ class VmOptions(KvmFile):
         self.pmu_event_filter: EventFilter | None = None
         self.perf_capabilities = supported_capabilities(self.model) if self.enable_pmu and self.model.vendor == "intel" else 0
         """PERF_CAPABILITIES of new vCPUs."""
+        self.guest_reads_platform_info = True
+        """Whether guests may read PLATFORM_INFO."""
         self.user_space_msr = 0
         """KVM_MSR_EXIT_REASON_*: which refused MSR accesses go to user space."""
         self.disabled_exits = 0
@@ -101,6 +103,9 @@ class VmOptions(KvmFile):
 
     def _enable_triple_fault_event(self, on: int, _more: int) -> None:
         self.triple_fault_event = bool(on)
+
+    def _enable_platform_info(self, on: int, _more: int) -> None:
+        self.guest_reads_platform_info = bool(on)
 
     def _enable_x2apic_api(self, flags: int, _more: int) -> None:
         if flags & ~capabilities.X2APIC_API:
@@ -167,6 +172,7 @@ _OPTIONS: dict[int, _Option] = {
     uapi.KVM_CAP_EXCEPTION_PAYLOAD: VmOptions._enable_exception_payload,
     uapi.KVM_CAP_EXIT_ON_EMULATION_FAILURE: VmOptions._enable_exit_on_emulation_failure,
     uapi.KVM_CAP_X86_TRIPLE_FAULT_EVENT: VmOptions._enable_triple_fault_event,
+    uapi.KVM_CAP_MSR_PLATFORM_INFO: VmOptions._enable_platform_info,
     uapi.KVM_CAP_X2APIC_API: VmOptions._enable_x2apic_api,
     uapi.KVM_CAP_PMU_CAPABILITY: VmOptions._enable_pmu_capability,
     uapi.KVM_CAP_X86_USER_SPACE_MSR: VmOptions._enable_user_space_msr,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import struct
+
 from softkvm import _engine
 from softkvm.silicon import control
+from softkvm.uapi.layout import offset_of
 
 EMULATE_ONE, EMULATE_FIRST = 1, 2
 """`Control.emulate`: run exactly one instruction, which takes its device accesses from `ControlBlock.access`; or run on behind it."""
@@ -22,6 +26,8 @@ RIGHT_R, RIGHT_W, RIGHT_X = 1, 2, 4
 RIGHT_SAME = 8
 """Rights of a nested page table entry, and access types of `Core.translate` (where 8 = by user mode)."""
 
+RIGHT_DEVICE = 16
+"""In `NestedPageTable.lookup()`: no right and no memory, but a device (`map_device()`)."""
 WAIVE_WALK = 8
 """In `ControlBlock.waivers`, in the place of a right: the page walker may read the page and set accessed and dirty bits."""
 WAIVER_LIMIT = 64
@@ -34,7 +40,7 @@ class Vmcb:
     Named after AMD's, as `vmcs` would promise VMREAD: here software reads and writes the fields directly.
     """
 
-    __slots__ = ("control", "exit", "gpr", "hardware", "state", "view")
+    __slots__ = ("control", "exit", "gpr", "hardware", "memory", "state", "view")
 
     def __init__(self) -> None:
         self.hardware = _engine.ControlBlock()
@@ -44,3 +50,24 @@ class Vmcb:
         self.exit = self.view.exit
         self.state = self.view.state
         self.gpr = self.view.state.gpr
+        self.memory = memoryview(self.hardware)
+        """Its bytes, for `DeviceAccess`."""
+
+
+class DeviceAccess:
+    """The device accesses of a control block, which `EXIT_ACCESS` is about: one `struct` call instead of four fields."""
+
+    _FORMAT = struct.Struct("<QIIQ")
+    _WANTED = offset_of(control.ControlBlock, "exit") + offset_of(control.Exit, "access")
+    _DONE = offset_of(control.ControlBlock, "access")
+    _SIZE = ctypes.sizeof(control.Access)
+
+    @classmethod
+    def wanted(cls, memory: memoryview) -> tuple[int, int, int, int]:
+        """Address, size, whether it is a write, and the data of the access that an instruction waits for."""
+        return cls._FORMAT.unpack_from(memory, cls._WANTED)
+
+    @classmethod
+    def complete(cls, memory: memoryview, number: int, gpa: int, size: int, write: int, data: int) -> None:
+        """Tell the silicon what access `number` of the instruction came to."""
+        cls._FORMAT.pack_into(memory, cls._DONE + number * cls._SIZE, gpa, size, write, data)

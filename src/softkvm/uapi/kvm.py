@@ -9,7 +9,7 @@ import ctypes
 from ctypes import Array, Structure, c_uint8, c_uint32, c_uint64
 from typing import Annotated
 
-from softkvm.uapi.layout import S32, S64, U8, U16, U32, U64, Arm, layout
+from softkvm.uapi.layout import S16, S32, S64, U8, U16, U32, U64, Arm, layout
 
 _KVMIO = 0xAE
 _IOC_WRITE, _IOC_READ = 1, 2  # as user space sees it: WRITE passes a structure in, READ gets one back
@@ -654,6 +654,42 @@ class DeviceAttr(Structure):
     addr: U64
 
 
+@layout
+class X86Mce(Structure):
+    """KVM_X86_SET_MCE: a machine check, the registers of its bank."""
+
+    status: U64
+    addr: U64
+    misc: U64
+    mcg_status: U64
+    bank: U8
+    pad1: Annotated[Array[c_uint8], c_uint8 * 7]
+    pad2: Annotated[Array[c_uint64], c_uint64 * 3]
+
+
+@layout
+class StatsHeader(Structure):
+    """Start of a statistics file; offsets from there, in bytes."""
+
+    flags: U32
+    name_size: U32
+    num_desc: U32
+    id_offset: U32
+    desc_offset: U32
+    data_offset: U32
+
+
+@layout
+class StatsDesc(Structure):
+    """What one statistic of the file is; its name, of `StatsHeader.name_size` bytes, follows."""
+
+    flags: U32
+    exponent: S16
+    size: U16
+    offset: U32
+    bucket_size: U32
+
+
 KVM_VCPU_TSC_CTRL = 0
 """Group of vCPU attributes: the time stamp counter."""
 KVM_VCPU_TSC_OFFSET = 0
@@ -851,6 +887,7 @@ KVM_SET_CLOCK = _iow(0x7B, ClockData)
 KVM_GET_CLOCK = _ior(0x7C, ClockData)
 KVM_X86_SETUP_MCE = _iow(0x9C, c_uint64)
 KVM_X86_GET_MCE_CAP_SUPPORTED = _ior(0x9D, c_uint64)
+KVM_X86_SET_MCE = _iow(0x9E, X86Mce)
 KVM_GET_PIT2 = _ior(0x9F, PitState2)
 KVM_SET_PIT2 = _iow(0xA0, PitState2)
 KVM_SET_TSC_KHZ = _io(0xA2)
@@ -900,6 +937,7 @@ KVM_GET_DEVICE_ATTR = _iow(0xE2, DeviceAttr)
 KVM_HAS_DEVICE_ATTR = _iow(0xE3, DeviceAttr)
 KVM_GET_SREGS2 = _ior(0xCC, Sregs2)
 KVM_SET_SREGS2 = _iow(0xCD, Sregs2)
+KVM_GET_STATS_FD = _io(0xCE)
 KVM_GET_XSAVE2 = _ior(0xCF, Xsave)
 
 # --- Exit reasons ------------------------------------------------------------------------------------------------------------------
@@ -979,6 +1017,11 @@ KVM_X86_DISABLE_EXITS_PAUSE = 1 << 2
 KVM_X86_DISABLE_EXITS_CSTATE = 1 << 3
 KVM_X86_XCOMP_GUEST_SUPP = 0
 """Attribute of the system, group 0: the XSAVE components that guests may have."""
+
+KVM_STATS_TYPE_CUMULATIVE = 0
+KVM_STATS_TYPE_INSTANT = 1 << 0
+KVM_STATS_UNIT_NONE = 0
+KVM_STATS_UNIT_BOOLEAN = 4 << 4
 
 KVM_MP_STATE_RUNNABLE = 0
 KVM_MP_STATE_UNINITIALIZED = 1

@@ -5,13 +5,14 @@ marked `Arm[...]` share one anonymous C union. Layout rules are those of the x86
 """
 
 import ctypes
-from ctypes import c_int32, c_int64, c_uint8, c_uint16, c_uint32, c_uint64
+from ctypes import c_int16, c_int32, c_int64, c_uint8, c_uint16, c_uint32, c_uint64
 from itertools import groupby
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 U8 = Annotated[int, c_uint8]
 U16 = Annotated[int, c_uint16]
 U32 = Annotated[int, c_uint32]
+S16 = Annotated[int, c_int16]
 U64 = Annotated[int, c_uint64]
 S32 = Annotated[int, c_int32]
 S64 = Annotated[int, c_int64]

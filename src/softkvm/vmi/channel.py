@@ -10,6 +10,7 @@ import array
 import ctypes
 import hashlib
 import os
+import select
 import socket
 import uuid
 from collections.abc import Iterator
@@ -25,7 +26,10 @@ from softkvm.vmi.memory import Memory
 from softkvm.vmi.session import HEADER_SIZE
 
 _MOST_DESCRIPTORS = 16
+_ANCILLARY = socket.CMSG_SPACE(4 * _MOST_DESCRIPTORS)
 _CHUNK = 1 << 18
+_WITHIN_A_MESSAGE = 15.0
+"""Seconds that a message may stand still before it is whole."""
 _VSOCK = "vsock:"
 _NEEDED_OF_HANDSHAKE = 32
 """Bytes up to the name: what every VMM sends."""
@@ -60,7 +64,11 @@ class SocketChannel:
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
+        self._socket.settimeout(None)
+        self._poll = select.poll()
+        self._poll.register(connection, select.POLLIN)
         self._descriptors: list[int] = []
+        self._chunk = memoryview(bytearray(_CHUNK))
         self._buffer = bytearray()
 
     def fileno(self) -> int:
@@ -70,7 +78,6 @@ class SocketChannel:
     def send(self, message: bytes) -> None:
         """As `Channel.send()`."""
         try:
-            self._socket.settimeout(None)
             self._socket.sendall(message)
         except OSError as error:
             raise ChannelClosed(f"the VM is gone: {error.strerror}") from error
@@ -81,23 +88,22 @@ class SocketChannel:
             return None
         header = Header.from_buffer_copy(self._buffer)
         end = HEADER_SIZE + header.size
-        if len(self._buffer) < end:
-            self._fill(end, None)
+        if len(self._buffer) < end and not self._fill(end, _WITHIN_A_MESSAGE):
+            raise ChannelClosed("the VM has stopped in the middle of a message")
         body = bytes(self._buffer[HEADER_SIZE:end])
         del self._buffer[:end]
         return header, body
 
     def _fill(self, size: int, timeout: float | None) -> bool:
         try:
-            self._socket.settimeout(timeout)
             while len(self._buffer) < size:
-                data, ancillary, _, _ = self._socket.recvmsg(_CHUNK, socket.CMSG_SPACE(4 * _MOST_DESCRIPTORS))
+                if timeout is not None and not self._poll.poll(timeout * 1000):
+                    return False
+                length, ancillary, _, _ = self._socket.recvmsg_into([self._chunk], _ANCILLARY)
                 self._keep(ancillary)
-                if not data:
+                if not length:
                     raise ChannelClosed("the VM has closed the introspection channel")
-                self._buffer += data
-        except (TimeoutError, BlockingIOError):
-            return False
+                self._buffer += self._chunk[:length]
         except OSError as error:
             raise ChannelClosed(f"the VM is gone: {error.strerror}") from error
         return True

@@ -29,6 +29,7 @@ from softkvm.vmi.session import Reply, Session
 
 PAGES_AT_ONCE = 256
 _MOST_KEPT = 1 << 16
+_MOST_VCPUS = 4096
 _ANSWER_TIMEOUT = 15.0
 _RESUME_PATIENCE = 0.2
 
@@ -108,7 +109,10 @@ class Client:
     @cached_property
     def vcpus(self) -> int:
         """How many vCPUs there are."""
-        return self.ask(requests.vcpu_count())
+        count = self.ask(requests.vcpu_count())
+        if not 0 < count <= _MOST_VCPUS:
+            raise ChannelClosed(f"the server says that the VM has {count} vCPUs")
+        return count
 
     @cached_property
     def memory(self) -> Memory:

@@ -6,6 +6,7 @@ fifteen pages at a time; any other server one page at a time.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 from collections.abc import Callable, Sequence
@@ -66,7 +67,7 @@ def _map(ranges: Sequence[MappedRange], descriptors: Sequence[int]) -> BufferMem
     """All ranges mapped for reading; None if the server gave no descriptors, or others than it said."""
     blocks = []
     for entry in ranges:
-        if entry.descriptor >= len(descriptors):
+        if entry.descriptor >= len(descriptors) or not _keeps_its_size(descriptors[entry.descriptor]):
             return None
         size = entry.area.end - entry.area.base
         try:
@@ -75,6 +76,14 @@ def _map(ranges: Sequence[MappedRange], descriptors: Sequence[int]) -> BufferMem
             return None
         blocks.append((entry.area.base, memoryview(view)))
     return BufferMemory(blocks) if blocks else None
+
+
+def _keeps_its_size(descriptor: int) -> bool:
+    """Whether nobody can cut the file off: to read behind its end would end this process."""
+    try:
+        return bool(fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    except OSError:
+        return False
 
 
 Reader = Callable[[Asker, Sequence[int]], dict[int, bytes]]

@@ -51,6 +51,6 @@ def collect(seconds: float, vcpus: Sequence[kvm.Vcpu], handlers: Sequence[ExitHa
         engine.update(vcpu.engine_counters())
         exits.update(vcpu.exits_by_reason())
         user_exits.update({REASON_NAMES[reason]: count for reason, count in handler.counts.items() if count})
-        counters.update(vcpu.stats.copy())  # its thread may be adding to it
+        counters.update(vcpu.statistics())
     instructions = engine.pop("instructions", 0)
-    return Stats(seconds, instructions, dict(engine), dict(exits.most_common()), dict(user_exits.most_common()), dict(counters))
+    return Stats(seconds, instructions, dict(engine), dict(exits.most_common()), dict(user_exits.most_common()), dict(+counters))

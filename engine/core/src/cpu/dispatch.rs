@@ -263,7 +263,8 @@ impl Cpu {
         self.code.collect(&self.npt.code);
         let la = self.segment_address(crate::state::seg::CS, rip, 1, AccessKind::Fetch)?;
         let host = self.fetch_address(la)? as u64;
-        let known = self.code.last_at(rip, host, self.code_size).or_else(|| self.code.find(host, self.code_size));
+        let key = self.code_key(host);
+        let known = self.code.last_at(rip, &key).or_else(|| self.code.find(&key));
         let block = match known {
             Some(block) if self.second_page_matches(block, la)? => block,
             _ => {

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use crate::cpu::breakpoint::Breakpoints;
 use crate::cpu::clock::Clock;
 use crate::cpu::signal::Signal;
+use crate::decode::block::Key;
 use crate::decode::cache::CodeCache;
 use crate::fault::{vector, Fault};
 use crate::flags::Flags;
@@ -24,10 +25,11 @@ use crate::jit::Translator;
 use crate::memory::nested::NestedPageTable;
 use crate::memory::waivers::Waivers;
 use crate::model::Model;
+use crate::paging::frames::Frames;
 use crate::paging::tlb::{self, Tlb};
 use crate::paging::walk::Context;
 use crate::paging::{canonical, unused_bits, Privilege};
-use crate::pmu::Pmu;
+use crate::pmu::{Pmu, Watching};
 use crate::state::{cr0, interruptibility, rflags, seg, Segment, State};
 use crate::uop::{slot, Exec, RegOffset, Stop, Uop, RIP_STRIDE};
 use crate::virt::control::{self, Access, Control, Exit};
@@ -108,6 +110,7 @@ pub struct Cpu {
     /// Registers that translation depends on; follows `state`.
     pub paging: Context,
     pub tlb: Tlb,
+    pub frames: Frames,
     pub code: CodeCache,
     pub native: Native,
     pub translator: Option<Box<Translator>>,
@@ -171,6 +174,7 @@ impl Cpu {
             code_base: 0,
             paging: Context::default(),
             tlb: Tlb::default(),
+            frames: Frames::default(),
             code: CodeCache::default(),
             native: Native::default(),
             translator: None,
@@ -439,10 +443,22 @@ impl Cpu {
         self.refresh_pending();
     }
 
+    /// How host code of the running code watches branches.
+    #[inline(always)]
+    fn watching(&self) -> Watching {
+        self.pmu.watching.at_level(self.cpl)
+    }
+
+    /// Key of the block at `host` in the running code.
+    pub fn code_key(&self, host: u64) -> Key {
+        Key { host, size: self.code_size, watching: self.watching() }
+    }
+
     /// Points `active_table` to the table of the current privilege and address space. Whoever switches or flushes the TLB calls this.
     pub fn refresh_table(&mut self) {
         let user = self.cpl == 3;
-        self.jump_context = self.tlb.generation(user) << CONTEXT_BITS | u64::from(user) << 4 | self.code_size as u64;
+        let low = u64::from(self.watching().number()) << 5 | u64::from(user) << 4 | self.code_size as u64;
+        self.jump_context = self.tlb.generation(user) << CONTEXT_BITS | low;
         self.active_table = if self.alignment_checked() { tlb::never() } else { self.tlb.table(self.privilege()) };
     }
 }

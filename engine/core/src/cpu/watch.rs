@@ -13,7 +13,7 @@ use crate::pmu::branch::{taken_in_place, Kind};
 use crate::pmu::lbr::Transfer;
 use crate::pmu::predictor::Predictor;
 use crate::pmu::registers::Refused;
-use crate::pmu::{debugctl, watch};
+use crate::pmu::{debugctl, watch, Watching};
 use crate::uop::Exec;
 
 /// Instructions that a block runs at most.
@@ -30,13 +30,20 @@ impl Cpu {
     pub fn end_watch(&mut self) {
         self.watch_from(self.instructions());
         (self.pmu.watched, self.pmu.check_at) = (0, u64::MAX);
+        if std::mem::take(&mut self.pmu.watching) != Watching::NONE {
+            self.refresh_table();
+        }
     }
 
     /// Decides again what to watch. Whoever changes DEBUGCTL or a register of the PMU calls this.
     pub fn choose_watch(&mut self) {
+        let before = self.pmu.watching;
         self.pmu.choose(self.state.debugctl);
         if self.pmu.watched != 0 {
             self.pending |= pending::WATCHED;
+        }
+        if self.pmu.watching != before {
+            self.refresh_table();
         }
     }
 
@@ -97,18 +104,33 @@ impl Cpu {
             return self.execute(block);
         }
         // SAFETY: blocks are freed by `collect` only, which neither this nor `execute` calls.
-        let kind = unsafe { (*block).branch };
+        let (kind, watching) = unsafe { ((*block).branch, (*block).key.watching) };
         if kind == Kind::Loop && self.overflow_is_near() {
             self.single()?; // or it might turn too often
             return Ok(ptr::null_mut());
         }
         let (first, before) = (self.rip(), self.instructions());
+        if watching != Watching::NONE {
+            if let Some(body) = self.translation(block) {
+                return self.run_native_watched(block, body);
+            }
+        }
         let done = self.interpret(block)?;
         if kind != Kind::None && !done.is_null() {
             if kind == Kind::Loop {
                 self.earlier_turns(block, first, before);
             }
             self.branch_done(block, first);
+        }
+        Ok(done)
+    }
+
+    /// Runs host code, which looks at its branches itself, but for the last one if that was left to the interpreter.
+    fn run_native_watched(&mut self, block: *mut Block, body: *const u8) -> Exec<*mut Block> {
+        let done = self.run_native(block, body)?;
+        // SAFETY: as in `execute_watched`.
+        if unsafe { done.as_ref() }.is_some_and(|done| done.branch != Kind::None) {
+            self.branch_done(done, self.native.rip);
         }
         Ok(done)
     }
@@ -125,6 +147,7 @@ impl Cpu {
         let now = self.instructions();
         self.pmu.account(now);
         self.pmu.cpl = self.cpl();
+        self.pmu.lbr.enter_level(self.pmu.cpl);
         self.pmu.check_at = if self.pmu.watched & watch::COUNT != 0 { now } else { u64::MAX };
     }
 
@@ -156,13 +179,24 @@ impl Cpu {
         i64::try_from(left).unwrap_or(i64::MAX)
     }
 
-    /// `events` more than instructions have happened, so an overflow is nearer than it seemed.
+    /// Something counts besides instructions: cycles of a stall, a page walk. An overflow is that much nearer than it seemed, and the budget
+    /// ends earlier, as it does in host code.
+    #[inline]
     fn hasten_overflow(&mut self, events: u64) {
-        if self.pmu.check_at != u64::MAX {
-            self.pmu.check_at = self.pmu.check_at.saturating_sub(events);
-            self.budget -= events as i64;
-            self.budget_start -= events as i64;
-        }
+        self.pmu.check_at = self.pmu.check_at.saturating_sub(events);
+        self.budget -= events as i64;
+        self.budget_start -= events as i64;
+    }
+
+    /// Core cycles that the core has seen.
+    fn cycles(&self) -> u64 {
+        self.instructions().wrapping_add(self.pmu.tally.stalled())
+    }
+
+    /// Host code has recorded branches.
+    pub(crate) fn take_records(&mut self) {
+        let (now, budget) = (self.cycles(), self.budget);
+        self.pmu.lbr.settle(now, budget);
     }
 
     /// Notes a page walk.

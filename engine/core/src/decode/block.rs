@@ -9,6 +9,7 @@ use crate::exec;
 use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
 use crate::model::Model;
 use crate::pmu::branch::Kind;
+use crate::pmu::Watching;
 use crate::uop::{Exec, Handler, Uop};
 
 /// Most instructions of a block.
@@ -20,6 +21,8 @@ pub struct Key {
     /// Host address of the first byte.
     pub host: u64,
     pub size: CodeSize,
+    /// How host code of the block watches its branch (see [`crate::pmu::Watching`]).
+    pub watching: Watching,
 }
 
 impl std::hash::Hash for CodeSize {
@@ -71,8 +74,7 @@ pub struct Block {
 }
 
 impl Block {
-    fn new(host: u64, size: CodeSize) -> Self {
-        let key = Key { host, size };
+    fn new(key: Key) -> Self {
         Block {
             uops: Box::default(),
             instructions: 0,
@@ -144,7 +146,7 @@ pub fn decode(cpu: &mut Cpu) -> Exec<Block> {
     let available = left.min(bytes.len());
     // SAFETY: `host` is a translated page and `available` does not reach beyond it.
     unsafe { host.copy_to_nonoverlapping(bytes.as_mut_ptr(), available) };
-    let mut block = Block::new(host as u64, size);
+    let mut block = Block::new(cpu.code_key(host as u64));
     block.breakpoint = cpu.npt.breakpoints.at_host(host as u64);
     let mut instructions = decode_page(&bytes[..available], size, &cpu.model);
     if cpu.npt.breakpoints.any() {

@@ -5,7 +5,6 @@
 //! stops it even while it runs.
 
 use super::block::{Block, Key, Link};
-use crate::cpu::CodeSize;
 use crate::exec;
 use crate::memory::code::{AddressMap, CodePages};
 use crate::memory::PAGE_OFFSET;
@@ -90,15 +89,15 @@ impl CodeCache {
         Some(jump.block)
     }
 
-    /// The block that was last run at `rip`, whatever the context, if it is a valid one of the code at `host`.
-    pub fn last_at(&self, rip: u64, host: u64, size: CodeSize) -> Option<*mut Block> {
+    /// The block that was last run at `rip`, whatever the context, if it is the valid one of this key.
+    pub fn last_at(&self, rip: u64, key: &Key) -> Option<*mut Block> {
         let jump = &self.jumps[jump_slot(rip)];
         if jump.rip != rip || jump.block.is_null() {
             return None;
         }
         // SAFETY: the jump cache forgets blocks before they are freed.
         let block = unsafe { &*jump.block };
-        (block.valid && block.key == Key { host, size }).then_some(jump.block)
+        (block.valid && block.key == *key).then_some(jump.block)
     }
 
     /// Address of the jump cache, for host code; it never moves.
@@ -118,9 +117,9 @@ impl CodeCache {
         self.jumps[jump_slot(rip)] = Jump { rip, context, block };
     }
 
-    /// The block at a host address, if there is a valid one.
-    pub fn find(&mut self, host: u64, size: CodeSize) -> Option<*mut Block> {
-        let id = *self.by_key.get(&Key { host, size })?;
+    /// The block of a key, if there is a valid one.
+    pub fn find(&mut self, key: &Key) -> Option<*mut Block> {
+        let id = *self.by_key.get(key)?;
         self.blocks[id as usize].as_deref_mut().map(std::ptr::from_mut)
     }
 

@@ -8,6 +8,7 @@ use super::emit::{block_rip, cpu_field, in_memory, Emitter, Places, Rule};
 use super::plan::{plan, Host, Plan};
 use super::registers::{self, host, resized, SCRATCH, STACK};
 use super::vector::{self, Units};
+use super::watched::Branch;
 use super::x87;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
@@ -26,7 +27,7 @@ pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], mod
     let units = plans.iter().fold(Units::default(), |all, plan| all.and(plan.units()));
     let last_x87 = instructions.iter().rposition(|insn| x87::sets_pointer(insn.mnemonic()));
     let out = Emitter::new(asm, places, block, units);
-    let mut translation = Translation { out, info: InstructionInfoFactory::new() };
+    let mut translation = Translation { out, info: InstructionInfoFactory::new(), branch: Branch::of(block) };
     translation.out.prologue(block.instructions);
     let body = translation.out.asm.len();
     translation.out.enter_units();
@@ -56,6 +57,8 @@ pub(super) struct Place {
 pub(super) struct Translation<'a> {
     pub(super) out: Emitter<'a>,
     info: InstructionInfoFactory,
+    /// The branch at the end of the block, if somebody watches it.
+    branch: Option<Branch>,
 }
 
 impl Translation<'_> {
@@ -79,7 +82,7 @@ impl Translation<'_> {
             Plan::Leave => self.leave(place),
             Plan::Interpret => self.out.interpret(place.index),
             Plan::Conditional => self.conditional(insn, place),
-            Plan::JumpRelative => self.exit(insn.near_branch_target(), place.index),
+            Plan::JumpRelative => self.jump_relative(insn, place),
             Plan::JumpIndirect => self.jump_indirect(insn, place),
             Plan::CallRelative => self.call_relative(insn, place),
             Plan::CallIndirect => self.call_indirect(insn, place),
@@ -287,22 +290,32 @@ impl Translation<'_> {
         self.out.asm.add(R15, distance as i32)
     }
 
-    /// Goes to `distance` bytes behind the block's first byte. The interpreter runs instruction `index` where there is no way yet.
-    fn exit(&mut self, distance: u64, index: usize) {
-        self.out.save_flags();
-        self.exit_saved(distance, index)
-    }
-
-    fn exit_saved(&mut self, distance: u64, index: usize) {
+    /// Finds the code `distance` bytes behind the block's first byte. The interpreter runs instruction `index` where there is no way yet.
+    fn find(&mut self, distance: u64, index: usize) {
         let miss = self.out.detour(index);
         self.rip_at(distance);
-        self.out.find_linked(miss);
-        self.out.go()
+        self.out.find_linked(miss)
     }
 
     /// The block ends without a branch: its last micro-op, behind the instructions, goes on.
     fn fall_through(&mut self, index: usize, length: u64) {
-        self.exit(length, index)
+        self.out.save_flags();
+        self.find(length, index);
+        self.out.go()
+    }
+
+    /// The branch goes to RIP R15, whose code is in R13.
+    fn branch(&mut self, taken: bool) {
+        let Some(branch) = self.branch else { return self.out.go() };
+        self.out.keep_target();
+        self.out.note_branch(branch, taken);
+        self.out.go_to_target()
+    }
+
+    fn jump_relative(&mut self, insn: &Instruction, place: Place) {
+        self.out.save_flags();
+        self.find(insn.near_branch_target(), place.index);
+        self.branch(true)
     }
 
     fn conditional(&mut self, insn: &Instruction, place: Place) {
@@ -310,9 +323,11 @@ impl Translation<'_> {
         self.out.need_flags();
         let taken = self.out.asm.create_label();
         self.out.jump_if(insn, taken);
-        self.exit_saved(insn.next_ip(), place.index);
+        self.find(insn.next_ip(), place.index);
+        self.branch(false);
         self.out.asm.set_label(taken);
-        self.exit_saved(insn.near_branch_target(), place.index)
+        self.find(insn.near_branch_target(), place.index);
+        self.branch(true)
     }
 
     /// R15 = the target of an indirect branch.
@@ -331,7 +346,7 @@ impl Translation<'_> {
         let miss = self.out.detour(place.index);
         self.target(insn, miss);
         self.out.find_cached(JUMP_SLOTS, miss);
-        self.out.go()
+        self.branch(true)
     }
 
     fn call_relative(&mut self, insn: &Instruction, place: Place) {
@@ -342,7 +357,7 @@ impl Translation<'_> {
         self.out.keep_target();
         self.push_return(insn, miss);
         self.rip_at(insn.near_branch_target());
-        self.out.go_to_target()
+        self.call()
     }
 
     fn call_indirect(&mut self, insn: &Instruction, place: Place) {
@@ -354,6 +369,14 @@ impl Translation<'_> {
         self.out.keep_rip();
         self.push_return(insn, miss);
         self.out.take_rip();
+        self.call()
+    }
+
+    /// The call goes to RIP R15, whose code is the kept target.
+    fn call(&mut self) {
+        if let Some(branch) = self.branch {
+            self.out.note_branch(branch, true);
+        }
         self.out.go_to_target()
     }
 
@@ -361,7 +384,10 @@ impl Translation<'_> {
         self.stack_slot(-8, AccessKind::Write, miss);
         self.rip_at(insn.next_ip());
         self.out.asm.mov(qword_ptr(R14, 0), R15);
-        self.move_stack(-8)
+        self.move_stack(-8);
+        if let Some(branch) = self.branch {
+            self.out.note_call(branch);
+        }
     }
 
     fn ret(&mut self, insn: &Instruction, place: Place) {
@@ -372,7 +398,7 @@ impl Translation<'_> {
         self.out.find_cached(JUMP_SLOTS, miss);
         let released = if insn.op_count() > 0 { i32::from(insn.immediate16()) } else { 0 };
         self.move_stack(8 + released);
-        self.out.go()
+        self.branch(true)
     }
 }
 

@@ -9,6 +9,7 @@
 //! | `block` | the translation of a block |
 //! | `asm` | the assembler |
 //! | `emit` | pieces of host code: flags, TLB checks, ways between blocks and into the interpreter |
+//! | `watched` | what a branch does for those who watch branches |
 //! | `registers`, `vector_registers` | where guest registers are meanwhile |
 //! | `integer` | integer instructions that take several of the host's |
 //! | `vector`, `x87` | which vector, MMX and x87 instructions become host code |
@@ -26,6 +27,7 @@ mod registers;
 mod stubs;
 mod vector;
 mod vector_registers;
+mod watched;
 mod x87;
 
 use std::ptr;

@@ -8,6 +8,7 @@ use super::x87;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::flags::Flags;
+use crate::pmu::Watching;
 use crate::state::rflags::OF;
 use crate::uop::{Exec, Stop};
 
@@ -19,8 +20,9 @@ pub struct Native {
     /// Where a call goes while its return address is pushed: host code, and RIP.
     target: u64,
     target_rip: u64,
-    /// The block that was left by [`resume`], or that was not begun.
+    /// The block that was left by [`resume`], or that was not begun, and RIP of its first instruction.
     block: *mut Block,
+    pub rip: u64,
     /// How much of the guest's vector registers is in the host's: nothing, or a `vector::Width`.
     vectors: u8,
     /// 1 if the guest's x87 unit is in the host's, or just was and is in `image`.
@@ -42,6 +44,7 @@ impl Default for Native {
             target: 0,
             target_rip: 0,
             block: std::ptr::null_mut(),
+            rip: 0,
             vectors: 0,
             x87: 0,
             kept: 0,
@@ -108,6 +111,9 @@ impl Cpu {
         self.native.load(self.flags);
         // SAFETY: `body` is the start of a live block's host code, which keeps to the rules of this module.
         let status = unsafe { trampoline(self, body) };
+        if self.pmu.watching != Watching::NONE {
+            self.take_records();
+        }
         if self.native.x87 != 0 {
             self.take_x87(None);
         }
@@ -119,6 +125,7 @@ impl Cpu {
             status::REFUSED => {
                 self.flags = self.native.flags();
                 let block = self.native.block;
+                self.native.rip = self.rip();
                 // SAFETY: host code named the block that it did not begin.
                 self.budget += i64::from(unsafe { (*block).instructions });
                 self.blocks_run -= 1;
@@ -164,13 +171,16 @@ pub unsafe extern "sysv64" fn resume(cpu: *mut Cpu, block: *mut Block, index: u3
         (&mut *cpu, uop, reference.get(index as usize).copied().unwrap_or(uop.run))
     };
     cpu.flags = cpu.native.flags();
-    cpu.native.block = block;
+    (cpu.native.block, cpu.native.rip) = (block, cpu.rip());
     if cpu.native.x87 != 0 {
         // SAFETY: as above.
         cpu.take_x87(Some((unsafe { &*block }, index as usize)));
     }
     // SAFETY: as above.
     cpu.at = unsafe { &raw const (&(*block).uops)[index as usize] };
+    if cpu.pmu.watching != Watching::NONE {
+        cpu.take_records();
+    }
     let result = catch_unwind(AssertUnwindSafe(|| handler(cpu, &uop)));
     // SAFETY: as above; a dead block is freed by `collect` only.
     let valid = unsafe { (*block).valid };

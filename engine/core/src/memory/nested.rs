@@ -19,6 +19,9 @@ pub mod right {
     pub const EXECUTE: u8 = 4;
     /// No right: a store that leaves memory as it is does not need `WRITE`. (For who locks pages and does not care for such stores.)
     pub const SAME: u8 = 8;
+    /// No right and no memory: an instruction's access asks the hypervisor for the data at once, as an emulated one does. (What a
+    /// hypervisor makes of misconfigured entries, which tell it that the page is a device's.)
+    pub const DEVICE: u8 = 16;
 }
 
 /// Guest-physical addresses have this many bits.
@@ -58,6 +61,11 @@ impl Tree {
     /// The leaf of `gpa`, adjusted to its 4 KB page.
     #[inline]
     pub fn lookup(&self, gpa: u64) -> Option<Leaf> {
+        self.find(gpa).map(|(leaf, _)| leaf)
+    }
+
+    /// [`Tree::lookup`], and how many bytes the leaf maps.
+    pub fn find(&self, gpa: u64) -> Option<(Leaf, u64)> {
         if gpa >> PHYSICAL_BITS != 0 {
             return None;
         }
@@ -68,7 +76,7 @@ impl Tree {
                 Entry::Empty => return None,
                 Entry::Leaf(leaf) => {
                     let within = gpa & ((1 << shift) - 1) & !PAGE_OFFSET;
-                    return Some(Leaf { host: leaf.host + within, rights: leaf.rights });
+                    return Some((Leaf { host: leaf.host + within, rights: leaf.rights }, 1 << shift));
                 }
                 Entry::Table(next) => {
                     shift -= LEVEL_BITS;
@@ -162,6 +170,16 @@ impl NestedPageTable {
         Ok(())
     }
 
+    /// Says that `[gpa, gpa + size)`, where nothing is mapped, belongs to a device ([`right::DEVICE`]).
+    pub fn map_device(&self, gpa: u64, size: u64) -> Result<(), NestedError> {
+        check_range(gpa, size)?;
+        self.change(|tree| {
+            for_each_leaf(gpa, size, |at, bytes| *tree.slot(at, bytes) = Entry::Leaf(Leaf { host: 0, rights: right::DEVICE }));
+            true
+        });
+        Ok(())
+    }
+
     /// Removes every leaf of `[gpa, gpa + size)`.
     pub fn unmap(&self, gpa: u64, size: u64) -> Result<(), NestedError> {
         check_range(gpa, size)?;
@@ -172,12 +190,12 @@ impl NestedPageTable {
         Ok(())
     }
 
-    /// Sets the rights of every page of `[gpa, gpa + size)` that is mapped.
+    /// Sets the rights of every page of `[gpa, gpa + size)` that is mapped to memory.
     pub fn protect(&self, gpa: u64, size: u64, rights: u8) -> Result<(), NestedError> {
         check_range(gpa, size)?;
         self.change(|tree| {
             for at in (gpa..gpa + size).step_by(PAGE_SIZE as usize) {
-                if let Some(leaf) = tree.lookup(at) {
+                if let Some(leaf) = tree.lookup(at).filter(|leaf| leaf.rights & right::DEVICE == 0) {
                     *tree.slot(at, PAGE_SIZE) = Entry::Leaf(Leaf { rights, ..leaf });
                 }
             }
@@ -319,6 +337,16 @@ mod tests {
         npt.unmap(0x20_0000, LARGE).unwrap();
         assert_eq!(npt.lookup(0x20_0000), None);
         assert_eq!(npt.lookup(0x1f_f000), Some(Leaf { host: host + 0x1f_f000, rights: 3 }));
+    }
+
+    #[test]
+    fn a_device_has_no_memory_to_give_rights_to() {
+        let (npt, ram) = (NestedPageTable::default(), region());
+        npt.map_device(0xfee0_0000, 0x1000).unwrap();
+        npt.protect(0xfee0_0000, 0x1000, right::READ).unwrap();
+        assert_eq!(npt.lookup(0xfee0_0080), Some(Leaf { host: 0, rights: right::DEVICE }));
+        npt.map(0xfee0_0000, 0x1000, &ram, 0, right::READ).unwrap();
+        assert_eq!(npt.lookup(0xfee0_0000), Some(Leaf { host: ram.start() as u64, rights: right::READ }));
     }
 
     #[test]

@@ -28,7 +28,7 @@ impl Region {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         // SAFETY: the name is a valid C string and the flags are valid.
-        let raw = unsafe { libc::memfd_create(c"softkvm-ram".as_ptr(), libc::MFD_CLOEXEC) };
+        let raw = unsafe { libc::memfd_create(c"softkvm-ram".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
         if raw < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -36,6 +36,12 @@ impl Region {
         let fd = unsafe { OwnedFd::from_raw_fd(raw) };
         // SAFETY: plain call on our own descriptor.
         if unsafe { libc::ftruncate(fd.as_raw_fd(), size as libc::off_t) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // Whoever maps the region too, the VMM above all, must not fault because somebody has cut it off.
+        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+        // SAFETY: plain call on our own descriptor.
+        if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: a fresh mapping at an address of the kernel's choice cannot alias anything.

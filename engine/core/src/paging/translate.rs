@@ -389,10 +389,10 @@ impl Cpu {
         Ok(())
     }
 
-    /// Takes the next completed device access of an emulated instruction, or asks the hypervisor to make it.
+    /// Takes the next completed device access of the instruction, if it is emulated, or asks the hypervisor to make it.
     fn device_access(&mut self, gpa: u64, la: u64, size: usize, write: Option<u64>) -> Exec<u64> {
         let wanted = Access { gpa, size: size as u32, write: write.is_some().into(), data: [write.unwrap_or(0), 0] };
-        match self.accesses.get(self.access_next) {
+        match self.accesses.get(self.access_next).filter(|_| self.control.emulate != 0) {
             Some(done) if (done.gpa, done.size, done.write) == (gpa, wanted.size, wanted.write) => {
                 self.access_next += 1;
                 Ok(done.data[0])
@@ -432,7 +432,9 @@ impl Cpu {
             }
             // What a hypervisor waives rights for it answers page by page, before anything is done.
             let asks_first = found.is_some() && !self.waivers.is_empty();
-            if self.control.emulate != 0 && kind != AccessKind::Fetch && !asks_first {
+            let asks_for_data =
+                self.control.emulate != 0 || self.vectoring == 0 && found.is_some_and(|leaf| leaf.rights & right::DEVICE != 0);
+            if asks_for_data && kind != AccessKind::Fetch && !asks_first {
                 return Ok(Target::Device { gpa: mapping.gpa, la });
             }
             let rights = found.map_or(0, |leaf| leaf.rights);
@@ -447,10 +449,9 @@ impl Cpu {
 
     /// The guest's mapping of `la`, and the hypervisor's of where that is.
     fn map(&mut self, la: u64, kind: AccessKind, privilege: Privilege) -> Exec<(Mapping, Option<Leaf>)> {
-        let found = {
-            let tree = self.npt.tree();
-            walk(&self.paging, &tree, &self.waivers, la, privilege, kind).map(|mapping| (mapping, tree.lookup(mapping.gpa)))
-        };
+        let (frames, npt) = (&mut self.frames, &*self.npt);
+        let found = walk(&self.paging, |gpa| frames.lookup(npt, gpa), &self.waivers, la, privilege, kind)
+            .map(|mapping| (mapping, frames.lookup(npt, mapping.gpa)));
         self.walks += 1;
         if self.pmu.watched != 0 {
             self.note_walk(kind, found.is_ok());

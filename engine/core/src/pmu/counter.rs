@@ -1,6 +1,6 @@
 //! One counter of 48 bits. It holds what it was written, plus what happened since: nothing is done while it counts.
 
-use super::event::Measure;
+use super::event::{Event, Measure};
 use super::tally::Tally;
 
 /// Width of every counter.
@@ -75,6 +75,11 @@ impl Counter {
     /// Whether branches must be watched for the counter.
     pub fn follows_branches(&self) -> bool {
         self.rings != 0 && self.measure.follows_branches()
+    }
+
+    /// Whether transfers must be counted by kind for the counter.
+    pub fn follows_kinds(&self) -> bool {
+        self.rings != 0 && matches!(self.measure.event, Event::Transfers(..))
     }
 
     /// Events until the counter wraps.

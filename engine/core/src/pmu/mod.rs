@@ -16,6 +16,7 @@ pub mod log;
 pub mod predictor;
 pub mod registers;
 pub mod tally;
+pub mod watching;
 
 use crate::model::{Feature, Model};
 use branch::Kind;
@@ -24,6 +25,7 @@ use lbr::{Lbr, Transfer};
 use log::BranchLog;
 use predictor::Predictor;
 use tally::Tally;
+pub use watching::Watching;
 
 /// Bits of IA32_DEBUGCTL (SDM vol. 3, 18.4.1).
 pub mod debugctl {
@@ -63,6 +65,8 @@ pub mod watch {
 pub struct Pmu {
     /// Bits of [`watch`].
     pub watched: u8,
+    /// What host code does for the watchers.
+    pub watching: Watching,
     /// Whether the LBR stack records.
     pub recording: bool,
     /// Privilege level of the code that runs.
@@ -107,6 +111,7 @@ impl Pmu {
         };
         Box::new(Pmu {
             watched: 0,
+            watching: Watching::NONE,
             recording: false,
             cpl: 0,
             since: 0,
@@ -144,6 +149,11 @@ impl Pmu {
         let branches = self.recording || self.log.is_some() || self.counters.iter().any(Counter::follows_branches);
         self.watched = if counts { watch::COUNT } else { 0 } + if branches { watch::BRANCHES } else { 0 };
         self.check_at = if counts { 0 } else { u64::MAX };
+        let special = self.log.is_some() || self.recording && self.lbr.select & lbr::select::CALL_STACK != 0;
+        let tally = self.counters.iter().any(Counter::follows_kinds);
+        self.watching =
+            if branches && !special { Watching::branches(tally, self.recording.then_some(self.lbr.select != 0)) } else { Watching::NONE };
+        self.lbr.enter_level(self.cpl);
     }
 
     /// A VM exit, at which DEBUGCTL is cleared; AMD's silicon leaves it alone.

@@ -1,7 +1,7 @@
 //! The branch predictor that decides which branches are mispredicted: a fixed, simple one, so that counts are the same in every run.
 //!
-//! - Jcc, JrCXZ and LOOPcc: 4096 two-bit counters by address, which begin as weakly not taken.
-//! - Indirect jumps and calls: the last target, by address, in 1024 places.
+//! - Jcc, JrCXZ and LOOPcc: 4096 two-bit counters by the low bits of the address, which begin as weakly not taken.
+//! - Indirect jumps and calls: the last target, by the low bits of the address, in 1024 places.
 //! - RET: a stack of the last sixteen near calls. A call to the next instruction is none, as on Intel's processors.
 //! - Relative jumps and calls are always right, far transfers are not predicted.
 //!
@@ -9,19 +9,19 @@
 
 use super::branch::Kind;
 
-const DIRECTIONS: usize = 4096;
-const TARGETS: usize = 1024;
-const RETURNS: usize = 16;
+pub const DIRECTIONS: usize = 4096;
+pub const TARGETS: usize = 1024;
+pub const RETURNS: usize = 16;
 /// A two-bit counter's weakest "not taken"; "taken" begins above it.
-const NOT_TAKEN: u8 = 1;
-const STRONGLY_TAKEN: u8 = 3;
+pub const NOT_TAKEN: u8 = 1;
+pub const STRONGLY_TAKEN: u8 = 3;
 
 /// See the head of the file.
 pub struct Predictor {
-    directions: [u8; DIRECTIONS],
-    targets: [u64; TARGETS],
-    returns: [u64; RETURNS],
-    top: usize,
+    pub directions: [u8; DIRECTIONS],
+    pub targets: [u64; TARGETS],
+    pub returns: [u64; RETURNS],
+    pub top: usize,
 }
 
 impl Default for Predictor {
@@ -30,10 +30,10 @@ impl Default for Predictor {
     }
 }
 
-/// Folds an address into `entries` places.
+/// The place of an address in a table of `entries`: within its page, so that host code knows it.
 #[inline(always)]
-const fn place(address: u64, entries: usize) -> usize {
-    (address ^ address >> 12) as usize & (entries - 1)
+pub const fn place(address: u64, entries: usize) -> usize {
+    address as usize & (entries - 1)
 }
 
 impl Predictor {

@@ -106,6 +106,7 @@ impl Cpu {
     /// A guest-physical access that the nested page table does not allow (SDM vol. 3, table 28-7; APM vol. 2, 15.25.6).
     #[cold]
     pub fn exit_nested(&mut self, gpa: u64, la: Option<u64>, kind: AccessKind, rights: u8, walk: bool) -> Stop {
+        let rights = rights & (right::READ | right::WRITE | right::EXECUTE);
         let write = kind == AccessKind::Write;
         let fetch = kind == AccessKind::Fetch;
         if self.model.is_amd() {
@@ -121,14 +122,14 @@ impl Cpu {
             AccessKind::Write => 2,
             AccessKind::Fetch => 4,
         };
-        let allowed = u64::from(rights & (right::READ | right::WRITE | right::EXECUTE)) << 3;
+        let allowed = u64::from(rights) << 3;
         let linear = if la.is_some() { 1 << 7 | u64::from(!walk) << 8 } else { 0 };
         let stop = self.exit(code::NESTED_FAULT, access | allowed | linear);
         (self.exit.gpa, self.exit.gla) = (gpa, la.unwrap_or(0));
         stop
     }
 
-    /// An emulated instruction needs a device access that the hypervisor has not made yet.
+    /// The instruction needs a device access that the hypervisor has not made yet.
     #[cold]
     pub fn exit_access(&mut self, access: Access, la: u64) -> Stop {
         let stop = self.exit(code::ACCESS, 0);

@@ -24,6 +24,8 @@ _EVENT = struct.Struct("<HHB3x")
 _EVENT_V12 = struct.Struct("<H6xHHI")
 _EVENT_SIZE = ctypes.sizeof(kvmi.EventCommon)
 _REPLY_SIZE = _VCPU.size + ctypes.sizeof(kvmi.EventReply)
+_REPLY = struct.Struct("<BBHI")
+_PLAIN = {int(action): Reply(action) for action in Action}
 
 _Structure = TypeVar("_Structure", bound=Structure)
 
@@ -73,15 +75,17 @@ def event_reply(dialect: Dialect, event: Event, body: bytes) -> Reply:
     limit = _REPLY_SIZE + (ctypes.sizeof(extra) if extra is not None else 0)
     if not _REPLY_SIZE <= len(body) <= limit:
         raise Broken(f"the reply to a {event.name} event has {len(body)} bytes")
-    action, _, padding1, padding2 = struct.unpack_from("<BBHI", body, _VCPU.size)
+    number, _, padding1, padding2 = _REPLY.unpack_from(body, _VCPU.size)
     if padding1 or padding2:
         raise Broken("padding of an event's reply is not zero")
-    if action not in kvmi.EVENTS[event].actions:
-        raise Broken(f"action {action} is none for a {event.name} event")
+    if number not in kvmi.EVENTS[event].actions:
+        raise Broken(f"action {number} is none for a {event.name} event")
+    plain = _PLAIN[number]
     if extra is kvmi.PfReplyLibkvmi:
         _check_unused(body[_REPLY_SIZE:])
-    value = int.from_bytes(body[_REPLY_SIZE : _REPLY_SIZE + 8], "little") if extra is kvmi.NewValueReply else 0
-    return Reply(Action(action), value)
+    elif extra is kvmi.NewValueReply:
+        return Reply(plain.action, int.from_bytes(body[_REPLY_SIZE : _REPLY_SIZE + 8], "little"))
+    return plain
 
 
 def _check_unused(extra: bytes) -> None:

@@ -13,6 +13,7 @@ import stat
 import struct
 import threading
 import time
+from contextlib import suppress
 from ctypes import Structure
 from errno import EINVAL
 from typing import TYPE_CHECKING
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 SEND_TIMEOUT = 10
 """Seconds that a peer may leave a message of ours unread; then it is closed."""
 _RECEIVE = 1 << 16
+_LOOK_UP = 200_000
+"""Microseconds after which whoever reads the socket looks at the time."""
 _LENT = 0.001
 """Seconds for which the receiver leaves the socket to vCPUs after one has read it."""
 
@@ -48,13 +51,8 @@ def adopt(fd: int) -> socket.socket:
         raise OSError(EINVAL, "not a stream socket")
     own.setblocking(True)
     own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", SEND_TIMEOUT, 0))
+    own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 0, _LOOK_UP))
     return own
-
-
-def _poll_for(own: socket.socket) -> select.poll:
-    poll = select.poll()
-    poll.register(own, select.POLLIN)
-    return poll
 
 
 class SocketChannel:
@@ -70,7 +68,8 @@ class SocketChannel:
         """Whose it is reads the socket."""
         self._buffer = b""
         self._lent_until = 0.0
-        self._poll = _poll_for(own)
+        self._reader: VcpuIntrospection | None = None
+        """The vCPU whose thread reads the socket."""
         self._thread = threading.Thread(target=self._receive, name="softkvm-kvmi-recv", daemon=True)
 
     def start(self) -> None:
@@ -112,28 +111,30 @@ class SocketChannel:
         """A vCPU that waits reads the socket itself, if no other one does: that saves two switches of threads for each event."""
         if not self._turn.acquire(blocking=False):
             return vcpu.wait_for_job(deadline)
+        self._reader, self._lent_until = vcpu, time.monotonic() + _LENT
         try:
-            self._lent_until = time.monotonic() + _LENT
-            if not self._poll.poll(None if deadline is None else max(0.0, deadline - self._lent_until) * 1000 + 1):
-                raise Broken(f"no answer to an event of vCPU {vcpu.index} in time")
-            if not self._read():
+            if not self._read(0):
                 self._session.lose(self)
-            self._lent_until = time.monotonic() + _LENT
+        except BlockingIOError:  # SO_RCVTIMEO is over
+            if deadline is not None and time.monotonic() > deadline:
+                raise Broken(f"no answer to an event of vCPU {vcpu.index} in time") from None
         finally:
+            self._reader, self._lent_until = None, time.monotonic() + _LENT
             self._turn.release()
         return None
 
     def _receive(self) -> None:
         """The receiver thread. While vCPUs read for themselves it stays away from the socket."""
-        session, poll = self._session, _poll_for(self._socket)
+        session, poll = self._session, select.poll()
+        poll.register(self._socket, select.POLLIN)
         try:
             while session.channel is self:
                 if (lent := self._lent_until - time.monotonic()) > 0:
                     time.sleep(lent)
                     continue
                 poll.poll()
-                with self._turn:
-                    if self._lent_until < time.monotonic() and poll.poll(0) and not self._read():
+                with self._turn, suppress(BlockingIOError):  # somebody else was faster
+                    if self._lent_until < time.monotonic() and not self._read(socket.MSG_DONTWAIT):
                         session.lose(self)
         except Broken as error:
             session.lose(self, str(error))
@@ -141,10 +142,15 @@ class SocketChannel:
             self.close()  # the VMM's copy of the descriptor would keep the connection
             self._socket.close()
 
-    def _read(self) -> bool:
-        """Take what is there, and act on the messages that are whole; False if the peer has ended the stream. Broken."""
+    def _read(self, flags: int) -> bool:
+        """Take what is there, and act on the messages that are whole; False if the peer has ended the stream.
+
+        Broken; BlockingIOError if nothing comes.
+        """
         try:
-            data = self._socket.recv(_RECEIVE)
+            data = self._socket.recv(_RECEIVE, flags)
+        except BlockingIOError:
+            raise
         except OSError:
             data = b""
         if not data and self._buffer:
@@ -226,7 +232,10 @@ class SocketChannel:
         if event is None or seq != vcpu.awaited:
             raise Broken(f"an event's reply with number {seq}, which nobody waits for")
         reply = codec.event_reply(self._session.dialect, event, body)
-        vcpu.post(lambda: self._answer(vcpu, seq, reply))
+        if vcpu is self._reader and vcpu.is_idle:
+            vcpu.take(seq, reply)
+        else:
+            vcpu.post(lambda: self._answer(vcpu, seq, reply))
 
     def _answer(self, vcpu: VcpuIntrospection, seq: int, reply: Reply) -> None:
         try:

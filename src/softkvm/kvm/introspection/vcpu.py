@@ -88,6 +88,11 @@ class VcpuIntrospection:
                 finally:
                     vcpu.ioctl_lock.release()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no command waits."""
+        return self._jobs.empty()
+
     def pause(self) -> bool:
         """Have one PAUSE_VCPU event sent; False if too many are owed."""
         with self.session.lock:
