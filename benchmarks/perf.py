@@ -1,8 +1,9 @@
 """What performance monitoring costs: a guest program without it, with counters, with last branch records on, and under `perf record -b`.
 
-`python -m benchmarks.perf` runs one program in the default guest, each way in turn in one boot, and compares the CPU time that this host needs
-for it between two marks of the program, so that a busy host slows all of them; best of all rounds. The first line, with everything off, is the yardstick. What the PMU costs
-the engine while it is off, `benchmarks/mips.rs` tells of two builds, and what it costs without Linux and perf around it `benchmarks.watch`.
+`python -m benchmarks.perf` runs one program in the default guest, each way in turn in one boot, and compares the CPU time that this host
+needs for it between two marks of the program, so that a busy host slows all of them; best of all rounds. The first line, with everything
+off, is the yardstick. What the PMU costs the engine while it is off, `benchmarks/mips.rs` tells of two builds, and what it costs without
+Linux and perf around it `benchmarks.watch`.
 """
 
 from __future__ import annotations

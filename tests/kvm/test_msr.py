@@ -158,10 +158,13 @@ def test_speculation_control(vcpu: FakeVcpu) -> None:
     msr.set(vcpu, n.IA32_SPEC_CTRL, 7, False)
     assert vcpu.state.spec_ctrl == 7
     assert refused(vcpu, n.IA32_SPEC_CTRL, 8)
+    assert refused(vcpu, n.IA32_SPEC_CTRL, n.SPEC_CTRL_BHI_DIS_S)
     assert not refused(vcpu, n.IA32_PRED_CMD, 1)
     assert refused(vcpu, n.IA32_PRED_CMD, 2)
     with pytest.raises(MsrError):
         msr.get(vcpu, n.IA32_PRED_CMD, True)
+    vcpu.cpuid = cpuid.CpuidTable([*vcpu.cpuid.entries, uapi.CpuidEntry2(function=7, index=2, flags=1, edx=1 << 4)])
+    assert not refused(vcpu, n.IA32_SPEC_CTRL, n.SPEC_CTRL_BHI_DIS_S)
     vcpu.cpuid = cpuid.CpuidTable([])
     assert refused(vcpu, n.IA32_SPEC_CTRL, 0)
     assert refused(vcpu, n.IA32_PRED_CMD, 1)

@@ -17,7 +17,7 @@ const ADD: [u8; 2] = [0x00, 0x03]; // add [rbx], al
 fn machine(rights: u8) -> Machine {
     let mut machine = Machine::new();
     machine.cpu.npt.protect(DATA, PAGE, rights).unwrap();
-    machine.cpu.tlb.flush();
+    machine.cpu.flush_nested();
     machine.cpu.refresh_table();
     machine.cpu.set_gpr(gpr::RBX, DATA);
     machine.cpu.set_gpr(gpr::RAX, 5);

@@ -90,6 +90,7 @@ _LEAF7_EDX = _bits(2, 3, 4, 8, 10, 14, 16, 23, 26, 27, 31)
 # 4VNNIW 4FMAPS FSRM VP2INTERSECT MD_CLEAR SERIALIZE TSXLDTRK FP16 SPEC_CTRL STIBP SSBD
 _LEAF7_EDX_KVM = _bits(29)  # ARCH_CAPABILITIES is emulated for every silicon
 _LEAF7_1_EAX = _bits(4, 5)  # AVX-VNNI, AVX512-BF16
+_LEAF7_2_EDX = _bits((0, 4))  # PSFD and controls of indirect predictors, which KVM offers since Linux 6.8: IPRED RRSBA DDPD_U BHI
 
 _EXTENDED_ECX = _bits(0, 1, 4, 5, 6, 7, 8, 9, 11, 16, 21, 22, 23)
 # LAHF CMP_LEGACY CR8 ABM SSE4A MISALIGNSSE PREFETCHW OSVW XOP FMA4 TBM TOPOEXT PERFCTR_CORE
@@ -101,8 +102,9 @@ _SIZES_EBX = _bits(0, 2, 9, 12, 14, 15, 17, 24, 26, 28)
 MASKS: dict[tuple[int, int], Mask] = {
     (0x1, 0): Mask(Registers(ALL, ALL, _FEATURES_ECX, _FEATURES_EDX), Registers(0, 0, _FEATURES_ECX_KVM, 0)),
     (0x6, 0): Mask(NOTHING, Registers(1 << 2, 0, 0, 0)),  # ARAT: the APIC timer never stops
-    (0x7, 0): Mask(Registers(1, _LEAF7_EBX, _LEAF7_ECX, _LEAF7_EDX), Registers(0, _LEAF7_EBX_KVM, 0, _LEAF7_EDX_KVM)),
+    (0x7, 0): Mask(Registers(3, _LEAF7_EBX, _LEAF7_ECX, _LEAF7_EDX), Registers(0, _LEAF7_EBX_KVM, 0, _LEAF7_EDX_KVM)),
     (0x7, 1): Mask(Registers(_LEAF7_1_EAX, 0, 0, 0)),
+    (0x7, 2): Mask(Registers(0, 0, 0, _LEAF7_2_EDX)),
     (0xB, 0): Mask(Registers(0, 0, 0, ALL)),  # no topology: the VMM knows it, and adds the levels
     (0xD, 1): Mask(Registers(_bits(0, 1, 2, 3), ALL, 0, 0)),  # XSAVEOPT XSAVEC XGETBV1 XSAVES, without supervisor states
     (0x8000_0001, 0): Mask(Registers(ALL, ALL, _EXTENDED_ECX, _EXTENDED_EDX)),

@@ -186,8 +186,9 @@ def memory_type(vcpu: Vcpu, index: int, value: int, _host: bool) -> bool:
 
 
 def spec_ctrl(vcpu: Vcpu, _index: int, value: int, _host: bool) -> bool:
-    """Check: IBRS, STIBP and SSBD."""
-    return not value & ~(n.SPEC_CTRL_IBRS | n.SPEC_CTRL_STIBP | n.SPEC_CTRL_SSBD)
+    """Check: IBRS, STIBP, SSBD, and BHI_DIS_S where CPUID has it."""
+    optional = n.SPEC_CTRL_BHI_DIS_S if vcpu.cpuid.has(cpuid.BHI_CTRL) else 0
+    return not value & ~(n.SPEC_CTRL_IBRS | n.SPEC_CTRL_STIBP | n.SPEC_CTRL_SSBD | optional)
 
 
 def lockable(vcpu: Vcpu, index: int, value: int, host: bool) -> bool:

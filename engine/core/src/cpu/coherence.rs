@@ -59,6 +59,7 @@ impl Cpu {
     /// Drops what depends on the nested page table, and tells whoever changed it.
     pub fn flush_nested(&mut self) {
         let generation = self.npt.generation();
+        self.frames.clear();
         self.tlb.flush();
         self.refresh_table();
         self.nested_generation = generation;

@@ -25,6 +25,7 @@ use crate::jit::Translator;
 use crate::memory::nested::NestedPageTable;
 use crate::memory::waivers::Waivers;
 use crate::model::Model;
+use crate::paging::frames::Frames;
 use crate::paging::tlb::{self, Tlb};
 use crate::paging::walk::Context;
 use crate::paging::{canonical, unused_bits, Privilege};
@@ -109,6 +110,7 @@ pub struct Cpu {
     /// Registers that translation depends on; follows `state`.
     pub paging: Context,
     pub tlb: Tlb,
+    pub frames: Frames,
     pub code: CodeCache,
     pub native: Native,
     pub translator: Option<Box<Translator>>,
@@ -172,6 +174,7 @@ impl Cpu {
             code_base: 0,
             paging: Context::default(),
             tlb: Tlb::default(),
+            frames: Frames::default(),
             code: CodeCache::default(),
             native: Native::default(),
             translator: None,

@@ -193,14 +193,10 @@ impl Cpu {
         self.instructions().wrapping_add(self.pmu.tally.stalled())
     }
 
-    /// Host code is about to run, which tells the cycles since the last branch record by the budget.
-    pub(crate) fn mark_update(&mut self) {
-        self.pmu.lbr.mark = self.budget.wrapping_add(self.cycles().wrapping_sub(self.pmu.lbr.updated) as i64);
-    }
-
-    /// Host code has run.
-    pub(crate) fn take_update(&mut self) {
-        self.pmu.lbr.updated = self.cycles().wrapping_sub(self.pmu.lbr.mark.wrapping_sub(self.budget) as u64);
+    /// Host code has recorded branches.
+    pub(crate) fn take_records(&mut self) {
+        let (now, budget) = (self.cycles(), self.budget);
+        self.pmu.lbr.settle(now, budget);
     }
 
     /// Notes a page walk.

@@ -192,10 +192,13 @@ fn has_tsc_aux(cpu: &Cpu) -> bool {
     cpu.model.has(Feature::Rdtscp) || cpu.model.has(Feature::Rdpid)
 }
 
-/// Bits of SPEC_CTRL that the model has: IBRS, STIBP, SSBD.
+/// Bits of SPEC_CTRL that the model has: IBRS, STIBP, SSBD, BHI_DIS_S.
 fn spec_ctrl_bits(cpu: &Cpu) -> u64 {
     let any = |features: [Feature; 2]| u64::from(features.into_iter().any(|feature| cpu.model.has(feature)));
-    any([Feature::SpecCtrl, Feature::AmdIbrs]) | any([Feature::Stibp, Feature::AmdStibp]) << 1 | any([Feature::Ssbd, Feature::AmdSsbd]) << 2
+    any([Feature::SpecCtrl, Feature::AmdIbrs])
+        | any([Feature::Stibp, Feature::AmdStibp]) << 1
+        | any([Feature::Ssbd, Feature::AmdSsbd]) << 2
+        | u64::from(cpu.model.has(Feature::BhiCtrl)) << 10
 }
 
 fn write_debugctl(cpu: &mut Cpu, value: u64) {
@@ -355,6 +358,12 @@ mod tests {
                 assert_eq!(read_msr(&mut cpu, index), Ok(value), "{index:#x}");
             }
         }
+    }
+
+    #[test]
+    fn branch_history_is_a_choice_of_the_model() {
+        assert_eq!(write_msr(&mut cpu("cascadelake"), index::SPEC_CTRL, 1 << 10), Ok(()));
+        assert_eq!(write_msr(&mut cpu("epyc"), index::SPEC_CTRL, 1 << 10), Err(Stop::Fault));
     }
 
     #[test]

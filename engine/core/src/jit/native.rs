@@ -109,17 +109,13 @@ impl Cpu {
         self.budget -= i64::from(unsafe { (*block).instructions });
         self.blocks_run += 1;
         self.native.load(self.flags);
-        let watched = self.pmu.watching != Watching::NONE;
-        if watched {
-            self.mark_update();
-        }
         // SAFETY: `body` is the start of a live block's host code, which keeps to the rules of this module.
         let status = unsafe { trampoline(self, body) };
+        if self.pmu.watching != Watching::NONE {
+            self.take_records();
+        }
         if self.native.x87 != 0 {
             self.take_x87(None);
-        }
-        if watched {
-            self.take_update();
         }
         match status {
             status::BOUNDARY => {
@@ -182,14 +178,10 @@ pub unsafe extern "sysv64" fn resume(cpu: *mut Cpu, block: *mut Block, index: u3
     }
     // SAFETY: as above.
     cpu.at = unsafe { &raw const (&(*block).uops)[index as usize] };
-    let watched = cpu.pmu.watching != Watching::NONE;
-    if watched {
-        cpu.take_update();
+    if cpu.pmu.watching != Watching::NONE {
+        cpu.take_records();
     }
     let result = catch_unwind(AssertUnwindSafe(|| handler(cpu, &uop)));
-    if watched {
-        cpu.mark_update();
-    }
     // SAFETY: as above; a dead block is freed by `collect` only.
     let valid = unsafe { (*block).valid };
     match result {

@@ -6,7 +6,7 @@
 use std::mem::offset_of;
 
 use iced_x86::ConditionCode;
-use iced_x86::Register::{R13, R13D, R14, R15, R15D};
+use iced_x86::Register::{R13, R13D, R14, R15, R15D, RBP};
 
 use super::asm::{byte_ptr, dword_ptr, qword_ptr, Label, Memory};
 use super::emit::{block_rip, cpu_field, Emitter};
@@ -14,7 +14,7 @@ use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::memory::PAGE_OFFSET;
 use crate::pmu::branch::Kind;
-use crate::pmu::lbr::{self, Lbr};
+use crate::pmu::lbr::{self, Lbr, Recent};
 use crate::pmu::predictor::{self, Predictor};
 use crate::pmu::tally::{outcome, Totals, MISPREDICTED};
 use crate::pmu::{Pmu, Watching};
@@ -55,9 +55,9 @@ fn lbr_field(offset: usize) -> Memory {
     field(offset_of!(Pmu, lbr) + offset)
 }
 
-/// Element R13 of a row of the branch records.
+/// Element R13 of a row of recent records.
 fn row(offset: usize) -> Memory {
-    lbr_field(offset).index(R13, 8)
+    lbr_field(offset_of!(Lbr, recent) + offset).index(R13, 8)
 }
 
 /// A total of the branch's privilege level.
@@ -84,27 +84,17 @@ impl Emitter<'_> {
     /// The branch is about to go to the RIP in R15, which stays there. Clobbers R13, R14 and the flags.
     pub fn note_branch(&mut self, branch: Branch, taken: bool) {
         let (right, done) = (self.asm.create_label(), self.asm.create_label());
-        let records = taken && branch.watching.records();
         self.asm.mov(R14, cpu_field(offset_of!(Cpu, pmu)));
-        let predicted = self.predict(branch, taken, right);
-        if predicted {
+        if self.predict(branch, taken, right) {
             self.stall(branch);
-            if records {
-                self.asm.mov(R13, lbr::MISPREDICTED);
-                self.asm.mov(lbr_field(offset_of!(Lbr, mispredicted)), R13);
-            }
             self.tally(branch, taken, true);
+            self.record(branch, taken, true);
             self.asm.jmp(done);
             self.asm.set_label(right);
-            if records {
-                self.asm.mov(lbr_field(offset_of!(Lbr, mispredicted)), 0);
-            }
         }
         self.tally(branch, taken, false);
+        self.record(branch, taken, false);
         self.asm.set_label(done);
-        if records {
-            self.record(branch, predicted);
-        }
     }
 
     /// Lets the predictor learn, and goes on at `right` if it was. False, and nothing else, if it always is.
@@ -167,37 +157,33 @@ impl Emitter<'_> {
         }
     }
 
-    /// [`Lbr::record`], for a branch that may have been mispredicted if it is one that is `predicted`.
-    fn record(&mut self, branch: Branch, predicted: bool) {
+    /// [`Lbr::record`], in the row of recent records, from which [`Lbr::settle`] makes those of the stack.
+    fn record(&mut self, branch: Branch, taken: bool, mispredicted: bool) {
+        if !taken || !branch.watching.records() {
+            return;
+        }
         let skip = self.asm.create_label();
-        let short = self.asm.create_label();
-        let (tos, mark) = (lbr_field(offset_of!(Lbr, tos)), lbr_field(offset_of!(Lbr, mark)));
-        let budget = cpu_field(offset_of!(Cpu, budget));
+        let count = lbr_field(offset_of!(Lbr, recent) + offset_of!(Recent, count));
         let a = &mut *self.asm;
-        a.mov(R13D, dword_ptr(R14, (offset_of!(Pmu, lbr) + offset_of!(Lbr, suppressed)) as i32));
-        a.test(R13D, branch.kind.bit() as i32);
-        a.jne(skip);
-        a.mov(R13, tos);
-        a.add(R13D, 1);
-        a.and(R13D, lbr::ENTRIES as i32 - 1);
-        a.mov(tos, R13);
-        a.mov(row(offset_of!(Lbr, to)), R15);
+        if branch.watching.filters() {
+            a.mov(R13D, dword_ptr(R14, (offset_of!(Pmu, lbr) + offset_of!(Lbr, suppressed)) as i32));
+            a.test(R13D, branch.kind.bit() as i32);
+            a.jne(skip);
+        }
+        a.mov(R13, count);
+        a.inc(count);
+        a.and(R13D, lbr::RECENT as i32 - 1);
+        a.mov(row(offset_of!(Recent, to)), R15);
         a.mov(R15, block_rip());
         a.add(R15, branch.distance);
-        a.mov(row(offset_of!(Lbr, from)), R15);
-        a.mov(R15, mark);
-        a.sub(R15, budget);
-        a.cmp(R15, lbr::CYCLES as i32);
-        a.jcc(ConditionCode::be, short);
-        a.mov(R15D, lbr::CYCLES as i32);
-        a.set_label(short);
-        if predicted {
-            a.or(R15, lbr_field(offset_of!(Lbr, mispredicted)));
+        a.mov(row(offset_of!(Recent, from)), R15);
+        a.mov(R15D, dword_ptr(RBP, offset_of!(Cpu, budget) as i32));
+        a.mov(row(offset_of!(Recent, info)), R15);
+        if mispredicted {
+            let flag = offset_of!(Pmu, lbr) + offset_of!(Lbr, recent) + offset_of!(Recent, info) + 4;
+            a.mov(dword_ptr(R14, flag as i32).index(R13, 8), (lbr::MISPREDICTED >> 32) as i32);
         }
-        a.mov(row(offset_of!(Lbr, info)), R15);
-        a.mov(R15, budget);
-        a.mov(mark, R15);
-        a.mov(R15, row(offset_of!(Lbr, to)));
+        a.mov(R15, row(offset_of!(Recent, to)));
         a.set_label(skip);
     }
 }

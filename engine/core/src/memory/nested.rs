@@ -61,6 +61,11 @@ impl Tree {
     /// The leaf of `gpa`, adjusted to its 4 KB page.
     #[inline]
     pub fn lookup(&self, gpa: u64) -> Option<Leaf> {
+        self.find(gpa).map(|(leaf, _)| leaf)
+    }
+
+    /// [`Tree::lookup`], and how many bytes the leaf maps.
+    pub fn find(&self, gpa: u64) -> Option<(Leaf, u64)> {
         if gpa >> PHYSICAL_BITS != 0 {
             return None;
         }
@@ -71,7 +76,7 @@ impl Tree {
                 Entry::Empty => return None,
                 Entry::Leaf(leaf) => {
                     let within = gpa & ((1 << shift) - 1) & !PAGE_OFFSET;
-                    return Some(Leaf { host: leaf.host + within, rights: leaf.rights });
+                    return Some((Leaf { host: leaf.host + within, rights: leaf.rights }, 1 << shift));
                 }
                 Entry::Table(next) => {
                     shift -= LEVEL_BITS;

@@ -46,8 +46,11 @@ const FEATURES: &[Feature] = {
     ]
 };
 
-/// Later Xeons have these. They spare a guest work (SERIALIZE an IRET per code patch, FSRM a table-driven copy).
-const ADDED: &[Feature] = &[Feature::Umip, Feature::Rdpid, Feature::Fsrm, Feature::Serialize, Feature::Movdiri, Feature::Movdir64b];
+/// Later Xeons have these. They spare a guest work: SERIALIZE an IRET per code patch, FSRM a table-driven copy, BHI_CTRL a loop of 110
+/// instructions in each system call, which Linux runs on a virtual Intel CPU without it, whatever ARCH_CAPABILITIES says.
+#[rustfmt::skip]
+const ADDED: &[Feature] =
+    &[Feature::Umip, Feature::Rdpid, Feature::Fsrm, Feature::Serialize, Feature::Movdiri, Feature::Movdir64b, Feature::BhiCtrl];
 
 /// The caches of one core and its slice of the last level.
 const CACHES: &[Cache] = &[

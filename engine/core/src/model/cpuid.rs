@@ -62,7 +62,8 @@ impl Model {
             // Up to and including the first level of type "none".
             0xb => (0..3).map(|n| at(n, true)).collect(),
             0xd => (0..63).map(|n| at(n, true)).filter(|found| found.subleaf < 2 || found.registers != [0; 4]).collect(),
-            0x7 | 0xf | 0x10 | 0x12 | 0x14 => vec![at(0, true)],
+            0x7 => (0..=self.highest_of_leaf_7()).map(|n| at(n, true)).collect(),
+            0xf | 0x10 | 0x12 | 0x14 => vec![at(0, true)],
             _ => vec![at(0, false)],
         }
     }
@@ -76,6 +77,11 @@ impl Model {
             registers[EDX] |= self.answer(1, 0)[EDX] & AMD_REPEATED;
         }
         registers
+    }
+
+    /// The highest subleaf of leaf 7 that has a bit set.
+    fn highest_of_leaf_7(&self) -> u32 {
+        self.features().iter().filter(|info| info.leaf == 7).map(|info| info.subleaf).max().unwrap_or(0)
     }
 
     fn megahertz(&self) -> u32 {
@@ -92,6 +98,7 @@ impl Model {
             // CLFLUSH lines of 64 bytes, one logical processor, APIC ID 0.
             0x1 => [self.part.signature, 8 << 8 | 1 << 16, 0, 0],
             0x4 | 0x8000_001d => self.caches(leaf).get(subleaf as usize).map_or([0; 4], super::Cache::describe),
+            0x7 if subleaf == 0 => [self.highest_of_leaf_7(), 0, 0, 0],
             0xa if self.has(Feature::Pmu) && !self.is_amd() => PERFORMANCE_MONITORING,
             0xb => topology(subleaf),
             0xd => self.xsave(subleaf),
@@ -231,6 +238,16 @@ mod tests {
         assert_eq!(without.cpuid(1, 0)[ECX] & 1 << 17, 0);
         assert_eq!(epyc().cpuid(0x8000_0001, 0)[EDX] & 1, 1);
         assert_eq!(Model::default().cpuid(0x8000_0001, 0)[EDX] & 1, 0);
+    }
+
+    #[test]
+    fn leaf_7_ends_with_its_last_features() {
+        let leaves =
+            |model: &Model| model.leaves().into_iter().filter(|found| found.leaf == 7).map(|found| found.registers).collect::<Vec<_>>();
+        let [first, empty, last] = leaves(&Model::default())[..] else { panic!("subleaves 0 to 2") };
+        assert_eq!((first[EAX], empty, last), (2, [0; 4], [0, 0, 0, 1 << 4]));
+        let without = Model::new("cascadelake", &[("bhi-ctrl".to_owned(), false)]).unwrap();
+        assert_eq!((leaves(&without).len(), without.cpuid(7, 0)[EAX]), (1, 0));
     }
 
     #[test]

@@ -102,6 +102,9 @@ features! {
         4 Fsrm "fsrm" yes, 10 MdClear "md-clear" yes, 14 Serialize "serialize" yes, 26 SpecCtrl "spec-ctrl" yes, 27 Stibp "stibp" yes,
         28 FlushL1d "flush-l1d" no, 29 ArchCapabilities "arch-capabilities" yes, 31 Ssbd "ssbd" yes,
     }
+    0x7 . 2 EDX {
+        4 BhiCtrl "bhi-ctrl" yes,
+    }
     0xd . 1 EAX {
         0 Xsaveopt "xsaveopt" yes, 1 Xsavec "xsavec" yes, 2 Xgetbv1 "xgetbv1" yes, 3 Xsaves "xsaves" yes,
     }
@@ -164,6 +167,7 @@ pub const NEEDS: &[(Feature, Feature)] = &[
     (Feature::Avx512bw, Feature::Avx512f),
     (Feature::Avx512vl, Feature::Avx512f),
     (Feature::Avx512Vnni, Feature::Avx512f),
+    (Feature::BhiCtrl, Feature::SpecCtrl),
     (Feature::X2apic, Feature::Apic),
     (Feature::TscDeadline, Feature::Apic),
     (Feature::Invtsc, Feature::Tsc),

@@ -1,5 +1,6 @@
 //! From linear to host addresses: the guest's page tables, the nested page table, and the TLB in front of both.
 
+pub mod frames;
 mod table;
 pub mod tlb;
 pub mod translate;

@@ -6,7 +6,7 @@
 use crate::memory::PAGE_OFFSET;
 
 /// Entries of a table.
-pub const ENTRIES: usize = 1024;
+pub const ENTRIES: usize = 1 << 12;
 const INVALID: u64 = 1;
 
 /// One translation.

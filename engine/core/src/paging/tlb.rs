@@ -57,7 +57,7 @@ impl CodeView {
 #[derive(Default)]
 struct Bank {
     pcid: u16,
-    /// Larger is more recent; zero for never.
+    /// Larger is more recent.
     used: u64,
     user: Table,
     supervisor_ac: Table,
@@ -93,7 +93,8 @@ pub struct Tlb {
     supervisor_code: CodeView,
     /// `supervisor` may have code that is not global.
     local_code: bool,
-    banks: [Bank; BANKS],
+    /// At most [`BANKS`].
+    banks: Vec<Bank>,
     current: usize,
     clock: u64,
     /// The last generation of any code.
@@ -111,11 +112,11 @@ pub struct Tlb {
 
 impl Default for Tlb {
     fn default() -> Self {
-        let mut tlb = Tlb {
+        Tlb {
             supervisor: Table::default(),
             supervisor_code: CodeView::default(),
             local_code: false,
-            banks: Default::default(),
+            banks: vec![Bank { used: 1, ..Bank::default() }],
             current: 0,
             clock: 1,
             last_generation: 0,
@@ -125,9 +126,7 @@ impl Default for Tlb {
             globals: [false; 2],
             fills: 0,
             flushes: 0,
-        };
-        tlb.banks[0].used = 1;
-        tlb
+        }
     }
 }
 
@@ -228,11 +227,8 @@ impl Tlb {
             self.supervisor_code.end(&mut self.last_generation);
         }
         self.clock += 1;
-        let found = self.banks.iter().position(|bank| bank.pcid == pcid && bank.used > 0);
-        let index = found.unwrap_or_else(|| {
-            let oldest = self.banks.iter().enumerate().min_by_key(|(_, bank)| bank.used);
-            oldest.map_or(0, |(index, _)| index)
-        });
+        let found = self.banks.iter().position(|bank| bank.pcid == pcid);
+        let index = found.unwrap_or_else(|| self.spare_bank());
         if found.is_none() || !keep {
             self.clear_bank(index);
         }
@@ -241,13 +237,23 @@ impl Tlb {
         self.current = index;
     }
 
+    /// A bank for another address space: a new one, or that which was used longest ago.
+    fn spare_bank(&mut self) -> usize {
+        if self.banks.len() < BANKS {
+            self.banks.push(Bank::default());
+            return self.banks.len() - 1;
+        }
+        let oldest = self.banks.iter().enumerate().min_by_key(|(_, bank)| bank.used);
+        oldest.map_or(0, |(index, _)| index)
+    }
+
     /// Drops everything, global translations included.
     pub fn flush(&mut self) {
         self.flushes += 1;
         self.supervisor.clear();
         self.local_code = false;
         self.supervisor_code.end(&mut self.last_generation);
-        (0..BANKS).for_each(|index| self.clear_bank(index));
+        (0..self.banks.len()).for_each(|index| self.clear_bank(index));
         self.large.clear();
         self.huge.clear();
         self.large_everywhere = false;
@@ -257,7 +263,7 @@ impl Tlb {
     /// Drops the translations of one PCID that are not global; those of the current one are among them when `pcid` is current.
     pub fn flush_pcid(&mut self, pcid: u16) {
         self.drop_local();
-        for index in 0..BANKS {
+        for index in 0..self.banks.len() {
             if self.banks[index].pcid == pcid {
                 self.clear_bank(index);
             }
@@ -267,7 +273,7 @@ impl Tlb {
     /// Drops every translation that is not global.
     pub fn flush_local(&mut self) {
         self.drop_local();
-        (0..BANKS).for_each(|index| self.clear_bank(index));
+        (0..self.banks.len()).for_each(|index| self.clear_bank(index));
     }
 
     /// Drops the translations of the page of `la` in the current address space, and global ones (INVLPG). Large pages are cached in 4 KB

@@ -449,10 +449,9 @@ impl Cpu {
 
     /// The guest's mapping of `la`, and the hypervisor's of where that is.
     fn map(&mut self, la: u64, kind: AccessKind, privilege: Privilege) -> Exec<(Mapping, Option<Leaf>)> {
-        let found = {
-            let tree = self.npt.tree();
-            walk(&self.paging, &tree, &self.waivers, la, privilege, kind).map(|mapping| (mapping, tree.lookup(mapping.gpa)))
-        };
+        let (frames, npt) = (&mut self.frames, &*self.npt);
+        let found = walk(&self.paging, |gpa| frames.lookup(npt, gpa), &self.waivers, la, privilege, kind)
+            .map(|mapping| (mapping, frames.lookup(npt, mapping.gpa)));
         self.walks += 1;
         if self.pmu.watched != 0 {
             self.note_walk(kind, found.is_ok());

@@ -128,20 +128,21 @@ pub enum WalkError {
 /// Translates `la` and sets accessed and dirty bits as the access asks for. Like silicon, it sets them only in an entry that still says
 /// what the walk found there; else it walks again.
 /// `waivers` are rights that the nested page table does not have to grant (see [`crate::memory::waivers`]).
+/// `find` tells where guest-physical pages are.
 pub fn walk(
     context: &Context,
-    tree: &Tree,
+    find: impl FnMut(u64) -> Option<Leaf>,
     waivers: &Waivers,
     la: u64,
     privilege: Privilege,
     kind: AccessKind,
 ) -> Result<Mapping, WalkError> {
-    run_to_end(&Walker { context, tree, waivers: Some(waivers), la, privilege, kind })
+    run_to_end(Walker { context, find, waivers: Some(waivers), la, privilege, kind })
 }
 
 /// Translates `la` for an observer: nothing in guest memory changes, and what is mapped may be read.
 pub fn probe(context: &Context, tree: &Tree, la: u64, privilege: Privilege, kind: AccessKind) -> Result<Mapping, WalkError> {
-    run_to_end(&Walker { context, tree, waivers: None, la, privilege, kind })
+    run_to_end(Walker { context, find: |gpa| tree.lookup(gpa), waivers: None, la, privilege, kind })
 }
 
 /// Why a walk goes no further.
@@ -151,7 +152,7 @@ enum Obstacle {
     Changed,
 }
 
-fn run_to_end(walker: &Walker<'_>) -> Result<Mapping, WalkError> {
+fn run_to_end(mut walker: Walker<'_, impl FnMut(u64) -> Option<Leaf>>) -> Result<Mapping, WalkError> {
     loop {
         match walker.run() {
             Ok(mapping) => return Ok(mapping),
@@ -161,9 +162,9 @@ fn run_to_end(walker: &Walker<'_>) -> Result<Mapping, WalkError> {
     }
 }
 
-struct Walker<'a> {
+struct Walker<'a, F> {
     context: &'a Context,
-    tree: &'a Tree,
+    find: F,
     la: u64,
     privilege: Privilege,
     kind: AccessKind,
@@ -178,8 +179,8 @@ struct Path {
     no_execute: bool,
 }
 
-impl Walker<'_> {
-    fn run(&self) -> Result<Mapping, Obstacle> {
+impl<F: FnMut(u64) -> Option<Leaf>> Walker<'_, F> {
+    fn run(&mut self) -> Result<Mapping, Obstacle> {
         let context = self.context;
         if context.cr0 & cr0::PG == 0 {
             return Ok(Mapping::identity(self.la & 0xffff_ffff));
@@ -199,7 +200,7 @@ impl Walker<'_> {
     }
 
     /// PAE, 4-level and 5-level paging, from the table at `table` of level `level` down.
-    fn wide(&self, mut table: u64, mut level: u32, extra_reserved: u64) -> Result<Mapping, Obstacle> {
+    fn wide(&mut self, mut table: u64, mut level: u32, extra_reserved: u64) -> Result<Mapping, Obstacle> {
         let context = self.context;
         let mut path = Path { writable: true, user: true, no_execute: false };
         loop {
@@ -232,7 +233,7 @@ impl Walker<'_> {
     }
 
     /// 32-bit paging.
-    fn narrow(&self) -> Result<Mapping, Obstacle> {
+    fn narrow(&mut self) -> Result<Mapping, Obstacle> {
         let at = self.context.cr3 & 0xffff_f000 | (self.la >> 22 & 0x3ff) << 2;
         let entry = self.read(at, 4)?;
         if entry & PRESENT == 0 {
@@ -258,7 +259,7 @@ impl Walker<'_> {
         self.leaf(at, 4, entry, entry & 0xffff_f000, 12, path)
     }
 
-    fn leaf(&self, at: u64, bytes: u64, entry: u64, frame: u64, shift: u32, path: Path) -> Result<Mapping, Obstacle> {
+    fn leaf(&mut self, at: u64, bytes: u64, entry: u64, frame: u64, shift: u32, path: Path) -> Result<Mapping, Obstacle> {
         let within = (1u64 << shift) - 1;
         let mapping = Mapping {
             gpa: frame & !within | self.la & within,
@@ -294,17 +295,18 @@ impl Walker<'_> {
         Obstacle::Error(WalkError::Guest(code))
     }
 
-    fn host(&self, gpa: u64, needed: u8) -> Result<u64, Obstacle> {
-        let allows = |leaf: &Leaf| self.waivers.is_none_or(|waivers| waivers.walk_rights(leaf.rights, gpa) & needed == needed);
-        match self.tree.lookup(gpa).filter(allows) {
+    fn host(&mut self, gpa: u64, needed: u8) -> Result<u64, Obstacle> {
+        let waivers = self.waivers;
+        let allows = |leaf: &Leaf| waivers.is_none_or(|waivers| waivers.walk_rights(leaf.rights, gpa) & needed == needed);
+        match (self.find)(gpa).filter(allows) {
             Some(leaf) => Ok(leaf.host + (gpa & PAGE_OFFSET)),
             None => Err(Obstacle::Error(WalkError::Nested { gpa, write: needed & right::WRITE != 0 })),
         }
     }
 
-    fn read(&self, gpa: u64, bytes: u64) -> Result<u64, Obstacle> {
+    fn read(&mut self, gpa: u64, bytes: u64) -> Result<u64, Obstacle> {
         let host = self.host(gpa, right::READ)?;
-        // SAFETY: the tree maps the page and keeps its region alive, and a naturally aligned entry cannot cross it.
+        // SAFETY: the page is in the nested page table, which keeps its region alive, and a naturally aligned entry cannot cross it.
         Ok(unsafe {
             if bytes == 8 {
                 AtomicU64::from_ptr(host as *mut u64).load(Ordering::Relaxed)
@@ -315,7 +317,7 @@ impl Walker<'_> {
     }
 
     /// Sets bits of an entry, if it is still `entry`.
-    fn set(&self, gpa: u64, bytes: u64, entry: u64, bits: u64) -> Result<(), Obstacle> {
+    fn set(&mut self, gpa: u64, bytes: u64, entry: u64, bits: u64) -> Result<(), Obstacle> {
         if entry & bits == bits || self.waivers.is_none() {
             return Ok(());
         }

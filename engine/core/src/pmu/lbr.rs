@@ -43,6 +43,25 @@ pub struct Transfer {
     pub vector: u8,
 }
 
+/// Records of host code, more than the stack holds.
+pub const RECENT: usize = 2 * ENTRIES;
+
+/// Records that are not on the stack yet. `count` goes on beyond the end of the rows; INFO has the low half of the budget in the place of the
+/// cycles.
+#[derive(Clone, Copy, Debug)]
+pub struct Recent {
+    pub count: usize,
+    pub from: [u64; RECENT],
+    pub to: [u64; RECENT],
+    pub info: [u64; RECENT],
+}
+
+impl Default for Recent {
+    fn default() -> Self {
+        Recent { count: 0, from: [0; RECENT], to: [0; RECENT], info: [0; RECENT] }
+    }
+}
+
 /// The stack's registers.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Lbr {
@@ -53,12 +72,10 @@ pub struct Lbr {
     pub info: [u64; ENTRIES],
     /// Core cycles at the last update.
     pub updated: u64,
-    /// The same while host code runs: what the budget was then.
-    pub mark: i64,
+    /// What host code has recorded since it began to run.
+    pub recent: Recent,
     /// Kinds of near branches that the filters keep off the stack at the privilege level that runs.
     pub suppressed: u32,
-    /// What host code is going to add to INFO.
-    pub mispredicted: u64,
 }
 
 impl Lbr {
@@ -84,6 +101,24 @@ impl Lbr {
             chosen if chosen & ring != 0 => u32::MAX,
             chosen => Kind::ALL.iter().filter(|kind| chosen & class(**kind) != 0).fold(0, |bits, kind| bits | kind.bit()),
         };
+    }
+
+    /// Puts what host code has recorded on the stack; it is `now`, in core cycles, and the budget is `budget`.
+    pub fn settle(&mut self, now: u64, budget: i64) {
+        let Recent { count, from, to, info } = &self.recent;
+        let time = |n: usize| now.wrapping_sub(i64::from(info[n % RECENT] as u32 as i32).wrapping_sub(budget) as u64);
+        let first = count.saturating_sub(ENTRIES);
+        if first > 0 {
+            self.updated = time(first - 1);
+        }
+        for n in first..*count {
+            let (slot, own) = ((self.tos + 1 + n) % ENTRIES, n % RECENT);
+            let cycles = time(n).wrapping_sub(self.updated).min(CYCLES);
+            (self.from[slot], self.to[slot], self.info[slot]) = (from[own], to[own], cycles | info[own] & MISPREDICTED);
+            self.updated = time(n);
+        }
+        self.tos = (self.tos + count) % ENTRIES;
+        self.recent.count = 0;
     }
 
     /// Whether the filters keep a transfer off the stack; in call-stack mode returns take records away instead.

@@ -151,7 +151,8 @@ impl Pmu {
         self.check_at = if counts { 0 } else { u64::MAX };
         let special = self.log.is_some() || self.recording && self.lbr.select & lbr::select::CALL_STACK != 0;
         let tally = self.counters.iter().any(Counter::follows_kinds);
-        self.watching = if branches && !special { Watching::branches(tally, self.recording) } else { Watching::NONE };
+        self.watching =
+            if branches && !special { Watching::branches(tally, self.recording.then_some(self.lbr.select != 0)) } else { Watching::NONE };
         self.lbr.enter_level(self.cpl);
     }
 

@@ -6,15 +6,20 @@ pub struct Watching(u8);
 
 impl Watching {
     pub const NONE: Watching = Watching(0);
-    /// Branches are predicted, because mispredicted ones take cycles.
+    /// Branches are only predicted, because mispredicted ones take cycles; together with `RECORD`, a filter decides.
     const BRANCHES: u8 = 1;
-    const TALLY: u8 = 2;
-    const RECORD: u8 = 4;
+    const RECORD: u8 = 2;
+    const TALLY: u8 = 4;
     const USER: u8 = 8;
 
-    /// Branches are watched, and counted by kind if `tally`, and recorded if `record`.
-    pub fn branches(tally: bool, record: bool) -> Self {
-        Watching(Self::BRANCHES | if tally { Self::TALLY } else { 0 } | if record { Self::RECORD } else { 0 })
+    /// Branches are watched, and counted by kind if `tally`, and recorded if there is a `filter` for it, which may let all through.
+    pub fn branches(tally: bool, filter: Option<bool>) -> Self {
+        let records = match filter {
+            None => Self::BRANCHES,
+            Some(false) => Self::RECORD,
+            Some(true) => Self::BRANCHES | Self::RECORD,
+        };
+        Watching(records | if tally { Self::TALLY } else { 0 })
     }
 
     /// The same for code at privilege level `cpl`; host code for levels 1 and 2 is not made.
@@ -30,7 +35,7 @@ impl Watching {
     /// The purposes as a number of three bits.
     #[inline(always)]
     pub fn number(self) -> u8 {
-        self.0 & (Self::BRANCHES | Self::TALLY | Self::RECORD)
+        self.0 & !Self::USER
     }
 
     /// Whether transfers are counted by kind.
@@ -41,6 +46,11 @@ impl Watching {
     /// Whether transfers are recorded.
     pub fn records(self) -> bool {
         self.0 & Self::RECORD != 0
+    }
+
+    /// Whether some transfers may be kept off the records.
+    pub fn filters(self) -> bool {
+        self.0 & Self::BRANCHES != 0
     }
 
     /// Whether the code is at privilege level 3.

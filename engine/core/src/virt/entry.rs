@@ -114,10 +114,8 @@ impl Core {
         cpu.signal.set_running(true);
         let generation = npt.generation();
         if cpu.nested_generation != generation {
-            cpu.tlb.flush();
-            cpu.nested_generation = generation;
+            cpu.flush_nested();
         }
-        cpu.signal.set_nested_seen(generation);
         cpu.shoot_down();
     }
 

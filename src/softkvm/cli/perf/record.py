@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,9 +63,17 @@ class Recorder:
         return f"{len(self.sampler.samples)} samples{lost}"
 
 
+def _check_place(*paths: Path | None) -> None:
+    """CliError before the run for a file that could not be written behind it."""
+    for path in paths:
+        if path is not None and not os.access(path.parent, os.W_OK):
+            raise CliError(f"{path} cannot be written: {path.parent} is no directory of yours; name another file")
+
+
 def record(options: RunOptions, event: str, period: int, branches: bool, path: Path) -> int:
     """Run the guest and write a perf.data file; the run's exit status."""
     attr = event_attr(event, period)
+    _check_place(path)
     rings = BranchSample.USER if attr.exclude_kernel else BranchSample.USER | BranchSample.KERNEL
     recorder = Recorder(attr, BranchSample.ANY | rings if branches else NO_BRANCHES)
     status = run.run(options, recorder)
@@ -79,6 +88,7 @@ def record(options: RunOptions, event: str, period: int, branches: bool, path: P
 
 def draw(options: RunOptions, event: str, period: int, path: Path, folded: Path | None) -> int:
     """Run the guest and write a flame graph; the run's exit status."""
+    _check_place(path, folded)
     recorder = Recorder(event_attr(event, period), BranchSample.CALL_STACK | BranchSample.USER, chains=True)
     status = run.run(options, recorder)
     stacks = flame.fold(recorder.sampler.samples, recorder.view)
