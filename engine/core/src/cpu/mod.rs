@@ -81,6 +81,8 @@ pub struct Cpu {
     pub at: *const Uop,
     /// Entries of the TLB table that matches the privilege of the running code.
     pub active_table: *const tlb::Entry,
+    /// What host code keeps.
+    pub native: Native,
     /// Segment bases as addresses use them: zero for ES, CS, SS and DS in 64-bit mode. Entry 6 is "no segment".
     pub(crate) bases: [u64; 8],
     /// RFLAGS without the arithmetic flags.
@@ -112,7 +114,6 @@ pub struct Cpu {
     pub tlb: Tlb,
     pub frames: Frames,
     pub code: CodeCache,
-    pub native: Native,
     pub translator: Option<Box<Translator>>,
     pub npt: Arc<NestedPageTable>,
     /// Generation of `npt` that the TLB was last flushed for.

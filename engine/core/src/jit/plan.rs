@@ -10,6 +10,7 @@ use super::registers;
 use super::vector::{self, Extensions, Units};
 use super::x87;
 use crate::decode::feature;
+use crate::memory::PAGE_SIZE;
 use crate::model::Model;
 use crate::state::rflags::ARITHMETIC;
 
@@ -255,9 +256,11 @@ fn resident(insn: &Instruction) -> usize {
 /// Whether host code can compute the address: 64 bits wide, with a displacement that fits.
 fn address_fits(insn: &Instruction) -> bool {
     let wide = |register: Register| register == Register::None || register == Register::RIP || register.is_gpr64();
+    // What is relative to RIP is computed from the start of the page.
+    let in_page = if insn.memory_base() == Register::RIP { PAGE_SIZE as i64 } else { 0 };
     wide(insn.memory_base())
         && wide(insn.memory_index())
-        && i32::try_from(insn.memory_displacement64() as i64).is_ok()
+        && i32::try_from(insn.memory_displacement64() as i64 + in_page).is_ok()
         && !is_offset(insn.code())
 }
 
