@@ -15,6 +15,7 @@ use softkvm_engine::virt::entry::Core as Silicon;
 
 use crate::block::ControlBlock;
 use crate::bug;
+use crate::handover;
 use crate::model::Model;
 use crate::nested::NestedPageTable;
 
@@ -58,6 +59,7 @@ impl Core {
         let _running = Running::start(&self.running).ok_or_else(|| PyRuntimeError::new_err("the core is running already"))?;
         self.processor.store(host_processor(), Ordering::Relaxed);
         let claim = block.claim().ok_or_else(|| PyRuntimeError::new_err("another core runs on the control block"))?;
+        handover::release();
         let outcome = py.detach(|| {
             let mut silicon = self.lock();
             let timer = self.timer.swap(UNCHANGED, Ordering::SeqCst);
@@ -66,8 +68,12 @@ impl Core {
             }
             // SAFETY: the claim keeps the block alive and other cores away from it. Python code may still write it through a view, which
             // the contract of the class forbids during the run; the engine copies what it checks.
-            bug::guard(|| unsafe { silicon.enter(claim.as_ptr(), &npt.table) })
+            let reason = bug::guard(|| unsafe { silicon.enter(claim.as_ptr(), &npt.table) });
+            drop(silicon);
+            handover::wait();
+            reason
         });
+        handover::acquired();
         outcome.map_err(|message| {
             self.broken.store(true, Ordering::Relaxed);
             self.signal.set_running(false); // nobody needs to wait for it

@@ -6,6 +6,7 @@
 mod block;
 mod bug;
 mod core;
+mod handover;
 mod layout;
 mod logging;
 mod memory;

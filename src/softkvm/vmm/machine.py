@@ -31,6 +31,7 @@ from softkvm.vmm.gil import short_switch_interval
 from softkvm.vmm.introspection import Introspection
 from softkvm.vmm.memory import split
 from softkvm.vmm.origin import KernelOrigin, Origin, SnapshotOrigin
+from softkvm.vmm.outcome import Failure, Outcome
 from softkvm.vmm.snapshot import Parts, SnapshotFile
 from softkvm.vmm.stats import Repetition, Stats, collect
 from softkvm.vmm.status import RunState, Status
@@ -43,15 +44,6 @@ _TOOLS_PATIENCE = 1.0
 _AFTER_A_PANIC = frozenset({StopReason.RESET, StopReason.TRIPLE_FAULT})
 
 Text = str | bytes | re.Pattern[str] | re.Pattern[bytes]
-
-
-class _Failure(Exception):
-    """Carries an exception and its vCPU from the thread where it was raised to the one that called `run()`."""
-
-    def __init__(self, vcpu: int, error: BaseException) -> None:
-        super().__init__(vcpu, error)
-        self.vcpu = vcpu
-        self.error = error
 
 
 class Machine:
@@ -130,10 +122,7 @@ class Machine:
         self._running = threading.Lock()
         self._gate = threading.RLock()  # held while vCPUs are let go or parked
         self._inside_run = self._paused = False
-        self._lock = threading.Lock()
-        self._ended = threading.Event()
-        self._outcome: Stop | _Failure | None = None
-        self._stop_wanted = False
+        self._outcome = Outcome(lambda: self._crew.halt())
         self._final: Stop | None = None
         self._seconds = 0.0
         self._closed = False
@@ -168,7 +157,7 @@ class Machine:
         resources.callback(self._crew.close)
         self._parts = Parts(system, vm, self._vcpus, self._board, around.clock)
         with self._board.lock:
-            self._suspend = Suspend(self._parts, guest, around.clock, self._sleep_changed)
+            self._suspend = Suspend(self._parts, guest, around.clock, self._outcome.notify)
             origin.start(self._parts)
 
     def _make_board(self, settings: Hardware, around: Surroundings, vm: kvm.Vm) -> Board:
@@ -214,18 +203,14 @@ class Machine:
             self._running.release()
 
     def _run(self, until: Text | None, timeout: float | None) -> Stop:
-        with self._lock:
-            self._outcome = Stop(StopReason.INTERRUPTED, 0, 0, "stopped before the run") if self._stop_wanted else None
-            self._ended.clear()
+        self._outcome.begin()
         if (found := self._console.expect(until)) is not None:
             self._end(0, StopReason.UNTIL, found)
-        if self._outcome is None:
+        if not self._outcome.look():
             self._let_run(timeout)
-        with self._lock:
-            self._stop_wanted = False
-            outcome = self._outcome or Stop(StopReason.TIMEOUT, 0, 0, f"{timeout} seconds are over")
+        outcome = self._outcome.take(timeout)
         position = self._vcpus[outcome.vcpu].get_regs().rip
-        if isinstance(outcome, _Failure):
+        if isinstance(outcome, Failure):
             outcome.error.add_note(f"the guest was at {position:#x} on vCPU {outcome.vcpu}")
             raise outcome.error
         return Stop(outcome.reason, outcome.vcpu, position, outcome.detail, outcome.status)
@@ -250,22 +235,14 @@ class Machine:
 
     def _await_end(self, deadline: float | None) -> None:
         """Until the run is over or time.monotonic() is `deadline`; a machine that is suspended sleeps here."""
-        while deadline is None or time.monotonic() < deadline:
-            with self._lock:
-                if self._outcome is not None:
-                    return
-                self._ended.clear()
+        while (deadline is None or time.monotonic() < deadline) and not self._outcome.look():
             timeout = None if deadline is None else max(0, deadline - time.monotonic())
             if not self._suspend.asleep:
-                self._ended.wait(timeout)
+                self._outcome.changed.wait(timeout)
             elif not self._suspend.woken:
-                self._suspend.wait(self._ended, timeout)
+                self._suspend.wait(self._outcome.changed, timeout)
             else:
                 self._wake_up()
-
-    def _sleep_changed(self) -> None:
-        self._crew.halt()
-        self._ended.set()
 
     def _wake_up(self) -> None:
         with self._gate:
@@ -343,24 +320,16 @@ class Machine:
 
     def stop(self) -> None:
         """End the run in progress, or the next one if there is none, with INTERRUPTED; callable from any thread."""
-        self._stop_wanted = True
+        self._outcome.want_stop()
         self._end(0, StopReason.INTERRUPTED, "stopped by the caller")
 
     def _end(self, vcpu: int, reason: StopReason, detail: str, status: int | None = None) -> None:
         if self._console.panic is not None and reason in _AFTER_A_PANIC:
             reason, detail = StopReason.PANIC, self._console.panic
-        self._conclude(Stop(reason, vcpu, 0, detail, status))
+        self._outcome.conclude(Stop(reason, vcpu, 0, detail, status))
 
     def _fail(self, vcpu: int, error: BaseException) -> None:
-        self._conclude(_Failure(vcpu, error))
-
-    def _conclude(self, outcome: Stop | _Failure) -> None:
-        """The first outcome of a run wins, and every vCPU is told to park before another run can begin."""
-        with self._lock:
-            if self._outcome is None:
-                self._outcome = outcome
-                self._crew.halt()
-                self._ended.set()
+        self._outcome.conclude(Failure(vcpu, error))
 
     # Introspection
 

@@ -604,7 +604,7 @@ mod tests {
             a.lea(R12, qword_ptr(R12, -8));
             a.movzx(EAX, word_ptr(RBP, 2));
             a.movzx(R13D, byte_ptr(RBP, 2));
-            a.seto(AL);
+            a.setcc(ConditionCode::o, AL);
             a.lahf();
             a.sahf();
             a.push(R12);
