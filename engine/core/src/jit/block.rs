@@ -83,6 +83,10 @@ impl Translation<'_> {
             Plan::PushFlags => self.push_flags(place),
             Plan::DisableInterrupts => self.disable_interrupts(place),
             Plan::Direction(down) => self.set_direction(down, place),
+            Plan::Repeat => self.repeat(insn, place),
+            Plan::SwapGs => self.swap_gs(place),
+            Plan::UserPages(allow) => self.allow_user_pages(allow, place),
+            Plan::PushMemory => self.push_memory(insn, place),
             Plan::Lea => self.lea(insn),
             Plan::Nothing => {}
             Plan::Push => self.push(insn, place),
