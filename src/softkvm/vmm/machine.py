@@ -71,8 +71,8 @@ class Machine:
     ) -> None:
         """Build the machine and load the kernel; nothing runs yet.
 
-        `kernel` is a bzImage, an ELF vmlinux or a multiboot image, `initrd` a file or its bytes (multiboot: the module); `append` is
-        the command line, for Linux behind `console=ttyS0` unless it names a console; `memory` is bytes or text such as `512M`; `cpu`
+        `kernel` is a bzImage, an ELF file (PVH, vmlinux) or a multiboot image, `initrd` a file or its bytes (PVH and multiboot: the
+        module); `append` is the command line, for Linux behind `console=ttyS0` unless it names a console; `memory` is bytes or text such as `512M`; `cpu`
         is a model with switched features such as `epyc,-avx2`; `serial` gives each port number its listener; `output_limit` bytes of
         the console are kept; `clock` is the time that guest and devices live by, the host's if none is given; `test_device` adds the
         registers of `devices/test_device.py`; `kvm_parameters` are KVM's module parameters, such as `nrips=0`; `process` is who calls
