@@ -61,8 +61,9 @@ differential: $(ENGINE) ## Compare 5 million generated instructions with the hos
 	    cargo test -p softkvm-engine --release --quiet --test differential
 	$(BIN)/python docs/differential.py $(LEDGER)
 
-fuzz: $(ENGINE) ## Run hostile guests for longer: 20,000 of each kind, port and MMIO storms on the whole board, and a million KVMI messages each way (FUZZ=cases)
+fuzz: $(ENGINE) ## Run hostile guests for longer: 20,000 of each kind, as many random blocks, port and MMIO storms on the whole board, and a million KVMI messages each way (FUZZ=cases)
 	SOFTKVM_HOSTILE_CASES=$(FUZZ) cargo test -p softkvm-engine --release --quiet --test hostile
+	SOFTKVM_BLOCKS_CASES=$(FUZZ) cargo test -p softkvm-engine --release --quiet --test blocks
 	SOFTKVM_STORM_CASES=$$(($(FUZZ) / 100)) $(BIN)/python -m pytest -q tests/vmm/test_storm.py --timeout 3600
 	SOFTKVM_KVMI_MESSAGES=$$(($(FUZZ) * 50)) $(BIN)/python -m pytest -q -k million \
 	    tests/kvm_guests/introspection/test_hostile.py tests/vmi/test_hostile_server.py

@@ -35,9 +35,9 @@ def in_guest(command: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def shares(edges: Edges) -> dict[tuple[str, str], float]:
-    """Each edge's share in percent, of those that are no accident."""
+    """Each edge's share in percent."""
     total = sum(edges.values())
-    return {edge: 100 * count / total for edge, count in edges.items() if 100 * count / total >= 1}
+    return {edge: 100 * count / total for edge, count in edges.items()}
 
 
 def inside(program: Path) -> Edges:
@@ -49,9 +49,9 @@ def inside(program: Path) -> Edges:
     result = in_guest(script, "--with", str(program))
     assert result.returncode == 0, result.stderr
     edges: Edges = Counter()
-    for count, source, target in re.findall(r"(\d+) (\w+)/(\w+)", result.stdout):
+    for count, source, target in re.findall(r"(\d+) ([^/\s]+)/([^/\s]+)$", result.stdout, re.MULTILINE):
         edges[plt(source), plt(target)] += int(count)
-    return Counter({edge: count for edge, count in edges.items() if OURS.issuperset(edge)})
+    return of_the_program(edges)
 
 
 def outside(program: Path) -> Edges:
@@ -62,10 +62,18 @@ def outside(program: Path) -> Edges:
     edges: Edges = Counter()
     for edge in json.loads(result.stdout):
         edges[plt(edge["source"]), plt(edge["target"])] += edge["count"]
-    return Counter({edge: count for edge, count in edges.items() if OURS.issuperset(edge)})
+    return of_the_program(edges)
 
 
-OURS = {"main", "foo", "bar", "qux", "random", "random_r", "random@plt"}
+RARE = 0.5
+"""Percent of the edges below which one may be missing among some hundred samples."""
+TEXT = {"main", "foo", "bar", "qux", "random@plt", "random", "random_r"}
+"""The functions that the program's loop runs; the linker made `random@plt`."""
+
+
+def of_the_program(edges: Edges) -> Edges:
+    """The edges that begin or end in the program's loop."""
+    return Counter({edge: count for edge, count in edges.items() if TEXT.intersection(edge)})
 
 
 def plt(name: str) -> str:
@@ -76,10 +84,13 @@ def plt(name: str) -> str:
 def test_the_table_of_the_cover_letter(tmp_path: Path) -> None:
     program = compiled("profiled.c", tmp_path / "profiled", "-O1")
     sampled, logged = shares(inside(program)), shares(outside(program))
-    assert sampled.keys() == logged.keys()
-    assert len(logged) >= 15
-    for edge, share in logged.items():
-        assert abs(sampled[edge] - share) <= 2, edge
+    # No sample need have met what happens seldom, such as an interrupt, or once, such as the way into main.
+    often = {edge for edge, share in logged.items() if share >= RARE}
+    assert often <= sampled.keys()
+    assert {edge for edge in sampled if TEXT.issuperset(edge)} <= logged.keys()
+    assert len(often) >= 15
+    for edge in sampled.keys() | logged.keys():
+        assert abs(sampled.get(edge, 0) - logged.get(edge, 0)) <= 2, edge
 
 
 def test_guest_counts_are_exact(tmp_path: Path) -> None:
@@ -87,6 +98,28 @@ def test_guest_counts_are_exact(tmp_path: Path) -> None:
     result = in_guest("perf stat -x, -e instructions:u,branches:u /root/counted", "--with", str(program))
     counts = {name: int(count) for count, name in re.findall(r"^(\d+),,(\w+):u,", result.stderr, re.MULTILINE)}
     assert counts == {"instructions": 2 * ITERATIONS + 4, "branches": ITERATIONS + 1}
+
+
+def test_perf_record_goes_on_in_a_second_machine(tmp_path: Path) -> None:
+    program, path, rounds = compiled("profiled.c", tmp_path / "profiled", "-O1"), tmp_path / "snapshot", 20
+    work = f"n=1; while [ $n -le {rounds} ]; do /root/profiled; echo ro''und $n; n=$((n + 1)); done"
+    command = [*SOFTKVM, "run", "--name", "recording", "--with", "linux-perf", "--with", str(program)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdin is not None
+        assert first.stdout is not None
+        first.stdin.write(f'cd /tmp; perf record -b -c 100003 -o p.data sh -c "{work.replace("$", chr(92) + "$")}"\n')
+        first.stdin.flush()
+        while "round 3" not in first.stdout.readline():
+            pass
+        subprocess.run([*SOFTKVM, "snapshot", "recording", str(path)], capture_output=True, check=True)
+        first.kill()
+    questions = "perf script -i p.data -F brstacksym >s; echo samples $(wc -l <s), the last: $(tail -n 9 s | grep -c foo); poweroff -f\n"
+    second = subprocess.run([*SOFTKVM, "run", "--restore", str(path), "--timeout", "300"], input=questions, capture_output=True, text=True)
+    assert f"round {rounds}" in second.stdout
+    found = re.search(r"samples (\d+), the last: (\d+)", second.stdout)
+    assert found is not None, second.stdout
+    assert int(found[1]) > 100 * rounds, "a run of the program is some 200 samples"
+    assert int(found[2]) > 0, "the records of the last ones are there"
 
 
 def test_the_log_has_every_branch(tmp_path: Path) -> None:

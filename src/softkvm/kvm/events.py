@@ -142,6 +142,13 @@ def nmi_allowed(vcpu: Vcpu) -> bool:
     return not vcpu.state.interruptibility & (SHADOW | BLOCKED_BY_NMI)
 
 
+def process_nmi(vcpu: Vcpu) -> None:
+    """At most two NMIs wait, or one while another one is being handled (`process_nmi()`)."""
+    queue = vcpu.events
+    blocked = vcpu.state.interruptibility & BLOCKED_BY_NMI or queue.nmi_injected
+    queue.nmi_pending = min(queue.nmi_pending + vcpu.take_nmis(), 1 if blocked else 2)
+
+
 def inject_pending(vcpu: Vcpu, user_window: bool) -> None:
     """Give the silicon the most urgent event, and ask for windows for those that must wait.
 

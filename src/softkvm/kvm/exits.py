@@ -155,6 +155,8 @@ def handle_rdpmc(vcpu: Vcpu) -> int:
 def handle_interrupt(vcpu: Vcpu) -> int:
     """A host interrupt: a kick, or the core's timer."""
     entry.interrupt(current(), vcpu.core_interrupted)
+    if vcpu.cpu is not None and vcpu.cpu.perf.rotate_necessary:
+        vcpu.cpu.perf.rotate()
     return 1
 
 

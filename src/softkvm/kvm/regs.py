@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from softkvm.kvm import cpuid, events, guest_debug, smm
 from softkvm.kvm.cpuid import Feature
-from softkvm.kvm.request import REQ_EVENT, REQ_SMI, REQ_TLB_FLUSH, REQ_TRIPLE_FAULT
+from softkvm.kvm.request import REQ_EVENT, REQ_NMI, REQ_SMI, REQ_TLB_FLUSH, REQ_TRIPLE_FAULT
 from softkvm.silicon.control import Segment as HardwareSegment
 from softkvm.silicon.control import SegmentRegister
 from softkvm.uapi import kvm as uapi
@@ -265,6 +265,10 @@ def set_debugregs(vcpu: Vcpu, debugregs: uapi.Debugregs) -> None:
 
 def get_vcpu_events(vcpu: Vcpu) -> uapi.VcpuEvents:
     """KVM_GET_VCPU_EVENTS: a pending exception is reported as injected unless its payload is still apart."""
+    if vcpu.requests & REQ_NMI:
+        vcpu.clear_request(REQ_NMI)
+        events.process_nmi(vcpu)
+        vcpu.make_request(REQ_EVENT)
     queue, state = vcpu.events, vcpu.state
     result = uapi.VcpuEvents()
     exception: Any = result.exception

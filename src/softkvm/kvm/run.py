@@ -92,6 +92,9 @@ def _run(vcpu: Vcpu, task: Task) -> int:
         while vcpu.half_done:
             if (result := enter_guest(vcpu, task)) <= 0:
                 return result
+        if vcpu.requests & REQ_PMI:  # no ioctl tells of it
+            vcpu.clear_request(REQ_PMI)
+            vcpu.pmu.deliver_pmi()
         return -errno.EINTR
     return vcpu_run(vcpu, task)
 
@@ -218,7 +221,7 @@ def _service_requests(vcpu: Vcpu) -> int:
     if requests & REQ_PERF:
         requests |= _service_perf(vcpu, requests)
     if requests & REQ_NMI:
-        _process_nmi(vcpu)
+        events.process_nmi(vcpu)
     if requests & REQ_SMI:
         vcpu.smm.pending = True
     if requests & (REQ_EVENT | REQ_NMI | REQ_SMI):
@@ -252,13 +255,6 @@ def _exit_request(vcpu: Vcpu) -> int | None:
         return uapi.KVM_EXIT_DIRTY_RING_FULL
     vcpu.clear_request(REQ_DIRTY_RING_FULL)
     return None
-
-
-def _process_nmi(vcpu: Vcpu) -> None:
-    """At most two NMIs wait, or one while another one is being handled (`process_nmi()`)."""
-    queue = vcpu.events
-    blocked = vcpu.state.interruptibility & events.BLOCKED_BY_NMI or queue.nmi_injected
-    queue.nmi_pending = min(queue.nmi_pending + vcpu.take_nmis(), 1 if blocked else 2)
 
 
 def _accepts_user_interrupt(vcpu: Vcpu) -> bool:

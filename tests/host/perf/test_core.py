@@ -30,7 +30,8 @@ class Host:
     """One CPU and one task."""
 
     def __init__(self) -> None:
-        self.perf = Perf(cast(Any, Model()))
+        self.clock = 0
+        self.perf = Perf(cast(Any, Model()), lambda: self.clock)
         self.core = Core()
         self.cpu = CpuPerf(self.perf, cast(Any, self.core), 0)
         self.task = EventContext()
@@ -100,6 +101,68 @@ def test_a_flexible_event_waits_and_comes_back(host: Host) -> None:
     assert [event.state for event in flexible].count(State.INACTIVE) == 1
     host.perf.release(pinned)
     assert all(event.state is State.ACTIVE for event in flexible)
+
+
+def test_flexible_events_without_room_take_turns(host: Host) -> None:
+    events = [host.on_cpu(Attr(config=BRANCHES)) for _ in range(6)]
+    times_on = [0] * 6
+    for _ in range(6):
+        assert host.cpu.rotate_necessary
+        for n, event in enumerate(events):
+            times_on[n] += event.state is State.ACTIVE
+        host.cpu.rotate()
+    assert times_on == [4] * 6
+    for event in events[:2]:
+        host.perf.release(event)
+    assert not host.cpu.rotate_necessary
+
+
+def test_a_count_of_part_of_the_time_is_scaled(host: Host) -> None:
+    host.clock = 1000
+    events = [host.on_cpu(Attr(config=BRANCHES)) for _ in range(5)]
+    host.core.count(events[0].hw.idx, 10)
+    host.clock = 2000
+    host.cpu.rotate()
+    assert (events[0].state, events[4].state) == (State.INACTIVE, State.ACTIVE)
+    host.clock = 5000
+    assert [host.perf.read_scaled(event) for event in events[:2]] == [40, 0]
+
+
+def test_a_group_is_on_as_a_whole_or_not_at_all(host: Host) -> None:
+    def group(size: int) -> list[Event]:
+        leader = host.on_cpu(Attr(config=BRANCHES))
+        members = [host.perf.create(Attr(config=BRANCHES), host.cpu.context, current(), cpu=0, leader=leader) for _ in range(size - 1)]
+        return [leader, *members]
+
+    first, second = group(3), group(3)
+    states = [[event.state is State.ACTIVE for event in events] for events in (first, second)]
+    assert states == [[True] * 3, [False] * 3]
+    host.cpu.rotate()
+    states = [[event.state is State.ACTIVE for event in events] for events in (first, second)]
+    assert states == [[False] * 3, [True] * 3]
+    host.perf.disable(second[0])
+    assert [event.state for event in second] == [State.OFF, State.INACTIVE, State.INACTIVE]
+    assert all(event.state is State.ACTIVE for event in first)
+    host.perf.release(first[0])
+    assert [event.leader for event in first[1:]] == first[1:]
+    assert all(event.state is State.ACTIVE for event in first[1:])
+
+
+def test_what_cannot_be_a_group_is_einval(host: Host) -> None:
+    leader = host.on_cpu(Attr(config=BRANCHES))
+    member = host.perf.create(Attr(config=BRANCHES), host.cpu.context, current(), cpu=0, leader=leader)
+    for attr, context, chosen in (
+        (Attr(config=BRANCHES, pinned=True), host.cpu.context, leader),
+        (Attr(config=BRANCHES), host.task, leader),
+        (Attr(config=BRANCHES), host.cpu.context, member),
+    ):
+        with pytest.raises(OSError, match="no group") as refused:
+            host.perf.create(attr, context, current(), cpu=0, leader=chosen)
+        assert refused.value.errno == errno.EINVAL
+    for _ in range(2):
+        host.perf.create(Attr(config=BRANCHES), host.cpu.context, current(), cpu=0, leader=leader)
+    with pytest.raises(OSError, match="room"):
+        host.perf.create(Attr(config=BRANCHES), host.cpu.context, current(), cpu=0, leader=leader)
 
 
 def test_exclude_guest_never_counts(host: Host) -> None:

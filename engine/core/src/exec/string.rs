@@ -274,11 +274,19 @@ impl Operation for Lods {
 
 // ---- CMPS and SCAS --------------------------------------------------------------------------------------------------------------------
 
+/// Pairs that are compared at once, as long as none of them ends the repetition.
+const TOGETHER: u64 = 32;
+
 /// Compares pairs until one ends the repetition or `count` are done; sets the flags of the last one and returns how many were compared.
 #[inline(always)]
 fn compare_while<W: Word>(cpu: &mut Cpu, uop: &Uop, count: u64, pair: impl Fn(usize) -> (W, W)) -> u64 {
     let while_equal = uop.has(flag::REP);
     let mut done = 0;
+    // Without a way out of the inner loop the compiler makes vector instructions of it.
+    let ends = |at: u64| (at..at + TOGETHER).map(|n| pair(n as usize)).fold(false, |ends, (a, b)| ends | ((a == b) != while_equal));
+    while count - done > TOGETHER && !ends(done) {
+        done += TOGETHER;
+    }
     while done < count {
         let (a, b) = pair(done as usize);
         done += 1;

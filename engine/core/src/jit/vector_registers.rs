@@ -20,8 +20,9 @@ use crate::state::{Fpu, State};
 const REGISTERS: u32 = 16;
 const FPU: usize = offset_of!(Cpu, state) + offset_of!(State, fpu);
 const MXCSR: usize = FPU + offset_of!(Fpu, mxcsr);
-/// Exception masks of MXCSR.
+/// Exception masks of MXCSR, and bits that it does not have.
 const MASKS: i32 = 0x1f80;
+const NO_BITS: i32 = !0xffff;
 /// Components of XCR0 that lie above YMM registers, which VEX instructions clear.
 const AVX512: i32 = 0xe0;
 
@@ -99,6 +100,6 @@ pub fn write_permission(a: &mut Asm, width: Width, refuse: Label) {
     }
     a.mov(R15D, dword_ptr(RBP, MXCSR as i32));
     a.xor(R15D, MASKS);
-    a.test(R15D, MASKS);
+    a.test(R15D, MASKS | NO_BITS);
     a.jne(refuse);
 }

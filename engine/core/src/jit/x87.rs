@@ -79,21 +79,20 @@ fn clears_pointer(mnemonic: Mnemonic) -> bool {
 }
 
 /// Whether an instruction becomes the last x87 instruction that the instruction pointer tells of.
-#[expect(clippy::match_like_matches_macro, reason = "a line is a group of the manual's, which rustfmt would tear apart in a macro")]
 pub fn sets_pointer(mnemonic: Mnemonic) -> bool {
     use Mnemonic::*;
-    match mnemonic {
-        Fld | Fst | Fstp | Fild | Fist | Fistp | Fisttp | Fbld | Fbstp | Fxch | Fstpnce => true,
-        Fldz | Fld1 | Fldl2t | Fldl2e | Fldpi | Fldlg2 | Fldln2 => true,
-        Fadd | Faddp | Fiadd | Fsub | Fsubp | Fisub | Fsubr | Fsubrp | Fisubr => true,
-        Fmul | Fmulp | Fimul | Fdiv | Fdivp | Fidiv | Fdivr | Fdivrp | Fidivr => true,
-        Fcom | Fcomp | Fcompp | Fucom | Fucomp | Fucompp | Ficom | Ficomp | Ftst | Fxam => true,
-        Fcomi | Fcomip | Fucomi | Fucomip => true,
-        Fcmovb | Fcmovnb | Fcmove | Fcmovne | Fcmovbe | Fcmovnbe | Fcmovu | Fcmovnu => true,
-        Fabs | Fchs | Fsqrt | Fscale | Fprem | Fprem1 | Frndint | Fxtract => true,
-        F2xm1 | Fyl2x | Fyl2xp1 | Fptan | Fpatan | Fsin | Fcos | Fsincos | Fincstp | Fdecstp => true,
-        _ => false,
-    }
+    let moves = matches!(mnemonic, Fld | Fst | Fstp | Fild | Fist | Fistp | Fisttp | Fbld | Fbstp | Fxch | Fstpnce);
+    let constants = matches!(mnemonic, Fldz | Fld1 | Fldl2t | Fldl2e | Fldpi | Fldlg2 | Fldln2);
+    let sums = matches!(mnemonic, Fadd | Faddp | Fiadd | Fsub | Fsubp | Fisub | Fsubr | Fsubrp | Fisubr);
+    let products = matches!(mnemonic, Fmul | Fmulp | Fimul | Fdiv | Fdivp | Fidiv | Fdivr | Fdivrp | Fidivr);
+    let comparisons = matches!(
+        mnemonic,
+        Fcom | Fcomp | Fcompp | Fucom | Fucomp | Fucompp | Ficom | Ficomp | Ftst | Fxam | Fcomi | Fcomip | Fucomi | Fucomip
+    );
+    let conditional = matches!(mnemonic, Fcmovb | Fcmovnb | Fcmove | Fcmovne | Fcmovbe | Fcmovnbe | Fcmovu | Fcmovnu);
+    let functions = matches!(mnemonic, Fabs | Fchs | Fsqrt | Fscale | Fprem | Fprem1 | Frndint | Fxtract);
+    let transcendental = matches!(mnemonic, F2xm1 | Fyl2x | Fyl2xp1 | Fptan | Fpatan | Fsin | Fcos | Fsincos | Fincstp | Fdecstp);
+    moves || constants || sums || products || comparisons || conditional || functions || transcendental
 }
 
 /// Shared code: stores the unit, if the guest's is there, where [`Cpu::take_x87`] finds it. Changes nothing but the flags.

@@ -40,10 +40,11 @@ class Counter:
                 switch(self._machine.vcpus, events, on=True)
 
     def end(self, machine: Machine) -> None:
-        """Count no more."""
+        """Count no more; an event that had to share its counter with others is told as if it had had it all the time."""
         for name, events in self._events.items():
             switch(machine.vcpus, events, on=False)
-            self.counts[name] = sum(event.count for event in events)
+            perf = machine.vcpus[0].vm.scheduler.perf
+            self.counts[name] = sum(perf.read_scaled(event) for event in events)
 
 
 def stat(options: RunOptions, names: Sequence[str], json: bool) -> int:

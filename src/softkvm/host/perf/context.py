@@ -38,6 +38,7 @@ class EventContext:
     def __init__(self) -> None:
         self.pinned: list[Event] = []
         self.flexible: list[Event] = []
+        """The leaders of groups; an event without a group leads one of itself."""
         self.cpu: CpuPerf | None = None
         """Where the context is scheduled; for a task's, the CPU that the task is on."""
         self.branches = BranchState()

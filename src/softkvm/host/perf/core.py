@@ -1,8 +1,9 @@
 """Perf's scheduler of events: contexts of CPUs and tasks on the counters of the CPUs, in the order of their rights.
 
-Answers to Linux 6.1 `kernel/events/core.c`: `ctx_resched()`, `perf_event_sched_in()`, `perf_event_create_kernel_counter()`,
-`perf_event_{enable,disable,pause,period,read_value}()`. Order: the CPU's pinned events, the task's pinned, the CPU's flexible, the task's
-flexible. A pinned event without room is in error until it is enabled anew; a flexible one waits.
+Answers to Linux 6.1 `kernel/events/core.c`: `ctx_resched()`, `perf_event_sched_in()`, `group_sched_in()`, `perf_rotate_context()`,
+`perf_event_create_kernel_counter()`, `perf_event_{enable,disable,pause,period,read_value}()`. Order: the CPU's pinned events, the task's
+pinned, the CPU's flexible, the task's flexible. A group is on the CPU as a whole or not at all. A pinned one without room is in error until
+it is enabled anew; flexible ones take turns.
 
 One lock guards all events of a `Perf`. Functions that touch the counters of a CPU run where that CPU cannot be in a guest: in the thread of
 the guest on it, or by `host/sched.py` (`Scheduler.call_on()`) from anywhere else.
@@ -10,11 +11,14 @@ the guest on it, or by `host/sched.py` (`Scheduler.call_on()`) from anywhere els
 
 from __future__ import annotations
 
+import errno
 import threading
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from softkvm.host.perf.context import EventContext
-from softkvm.host.perf.counters import Counters, Pmu, event_init, make_pmu
+from softkvm.host.perf.counters import Counters, Pmu, event_init, make_pmu, schedule_events
 from softkvm.host.perf.event import TASK_TOMBSTONE, Attr, Event, OverflowHandler, Owner, Registers, State
 
 if TYPE_CHECKING:
@@ -35,6 +39,8 @@ class CpuPerf:
         self.context.cpu = self
         self.task: EventContext | None = None
         """The context of the task that is on the CPU, if it has one."""
+        self.rotate_necessary = False
+        """A flexible event waits for room: `rotate()` at the next tick."""
 
     # --- Task switches, called by the scheduler -------------------------------------------------------------------------------------
 
@@ -65,6 +71,17 @@ class CpuPerf:
             self._sched_in()
             self.counters.commit()
 
+    def rotate(self) -> None:
+        """`perf_rotate_context()`: the flexible events that have waited longest go first, and those that were on wait behind them."""
+        with self.perf.lock:
+            contexts = [self.context] if self.task is None else [self.context, self.task]
+            for context in contexts:
+                self._sched_out(context.flexible)
+                if any(self._waits(event) for event in context.flexible):
+                    context.flexible.append(context.flexible.pop(0))
+            self._sched_in()
+            self.counters.commit()
+
     # --- Scheduling, with the lock held ---------------------------------------------------------------------------------------------
 
     def resched(self, context: EventContext, pinned: bool) -> None:
@@ -84,39 +101,63 @@ class CpuPerf:
     def release(self, event: Event) -> None:
         """Take an event off the counters, and let others have the room."""
         if event.state is State.ACTIVE:
-            self._event_sched_out(event)
-            event.state = State.OFF
+            self._sched_out([event])
+            event.enter(State.OFF, self.perf.now())
             self._sched_in()
             self.counters.commit()
+
+    def _waits(self, event: Event) -> bool:
+        return event.state is State.INACTIVE and event.cpu in (-1, self.index)
 
     def _sched_in(self) -> None:
         """`perf_event_sched_in()`: what is not on yet, in the order of rights. The first flexible event without room ends its list."""
         contexts = (self.context,) if self.task is None else (self.context, self.task)
+        self.rotate_necessary = False
         for pinned in _PRIORITY:
             for context in contexts:
                 for event in context.events(pinned):
-                    if event.state is not State.INACTIVE or event.cpu not in (-1, self.index) or self._event_sched_in(event):
+                    if self._group_sched_in(event):
                         continue
                     if not pinned:
+                        self.rotate_necessary = True
                         break
-                    event.state = State.ERROR
+                    event.enter(State.ERROR, self.perf.now())
+
+    def _group_sched_in(self, leader: Event) -> bool:
+        """`group_sched_in()`: False if some of the group that want to be on the CPU have no room, so that none of them is."""
+        if leader.state is not State.ACTIVE and not self._waits(leader):
+            return True
+        added: list[Event] = []
+        for event in leader.group:
+            if not self._waits(event):
+                continue
+            if not self._event_sched_in(event):
+                for other in added:
+                    self._event_sched_out(other)
+                return False
+            added.append(event)
+        return True
 
     def _event_sched_in(self, event: Event) -> bool:
         """`event_sched_in()`."""
         if not self.counters.add(event, first_time=not event.has_run):
             return False
-        event.state, event.oncpu, event.has_run = State.ACTIVE, self.index, True
+        event.enter(State.ACTIVE, self.perf.now())
+        event.oncpu, event.has_run = self.index, True
         return True
 
     def _sched_out(self, events: list[Event]) -> None:
-        for event in events:
-            if event.state is State.ACTIVE:
-                self._event_sched_out(event)
+        """`group_sched_out()` of the groups that these events lead."""
+        for leader in events:
+            for event in leader.group:
+                if event.state is State.ACTIVE:
+                    self._event_sched_out(event)
 
     def _event_sched_out(self, event: Event) -> None:
         """`event_sched_out()`."""
         self.counters.remove(event)
-        event.state, event.oncpu = State.INACTIVE, -1
+        event.enter(State.INACTIVE, self.perf.now())
+        event.oncpu = -1
 
     # --- Interrupts -----------------------------------------------------------------------------------------------------------------
 
@@ -129,9 +170,10 @@ class CpuPerf:
 class Perf:
     """The perf of one host."""
 
-    def __init__(self, model: Model) -> None:
-        """For cores of `model`."""
+    def __init__(self, model: Model, now: Callable[[], int] = time.monotonic_ns) -> None:
+        """For cores of `model`; `now` is the host's time in ns."""
         self.pmu: Pmu = make_pmu(model)
+        self.now = now
         self.lock = threading.RLock()
         """Guards every event, context and counter."""
 
@@ -139,20 +181,42 @@ class Perf:
         """`perf_event_create_kernel_counter()`: an event of the kernel's own in `context`; OSError for what the silicon cannot do."""
         return self.create(attr, context, TASK_TOMBSTONE, handler, cpu)
 
-    def create(self, attr: Attr, context: EventContext, owner: Owner, handler: OverflowHandler | None = None, cpu: int = -1) -> Event:
-        """`perf_event_open(2)`: an event on one CPU's or one task's context, on at once unless it is `disabled`; OSError as above."""
-        event = Event(attr, cpu, owner, handler)
+    def create(
+        self,
+        attr: Attr,
+        context: EventContext,
+        owner: Owner,
+        handler: OverflowHandler | None = None,
+        cpu: int = -1,
+        leader: Event | None = None,
+    ) -> Event:
+        """`perf_event_open(2)`: an event on one CPU's or one task's context, on at once unless it is `disabled`; OSError as above.
+
+        With a `leader` it joins that event's group; EINVAL if the two do not count for the same, or no CPU has room for the group.
+        """
+        event = Event(attr, cpu, owner, handler, self.now())
         event_init(self.pmu, event)
         with self.lock:
             event.context = context
-            context.events(attr.pinned).append(event)
+            if leader is not None:
+                self._join(event, leader)
+            else:
+                context.events(attr.pinned).append(event)
             if event.state is State.INACTIVE:
                 self._install(event, context)
         return event
 
+    def _join(self, event: Event, leader: Event) -> None:
+        """`perf_event_open(2)` for a member of a group, and `validate_group()`."""
+        alike = leader.leader is leader and leader.context is event.context and leader.cpu == event.cpu and not event.attr.pinned
+        if not alike or schedule_events(self.pmu, [*leader.group, event]) is None:
+            raise OSError(errno.EINVAL, "such events are no group, or no CPU has room for it")
+        leader.siblings.append(event)
+        event.leader = leader
+
     def _install(self, event: Event, context: EventContext) -> None:
         if context.cpu is not None:
-            context.cpu.resched(context, event.attr.pinned)
+            context.cpu.resched(context, event.leader.attr.pinned)
 
     def release(self, event: Event) -> None:
         """`perf_event_release_kernel()`: the event is no more; harmless when repeated."""
@@ -161,14 +225,25 @@ class Perf:
             if context is None:
                 return
             self.disable(event)
-            context.events(event.attr.pinned).remove(event)
-            event.state, event.context = State.DEAD, None
+            orphans = event.siblings
+            if event.leader is event:
+                place = context.events(event.attr.pinned)
+                place[place.index(event) : place.index(event) + 1] = orphans
+                for orphan in orphans:
+                    orphan.leader = orphan
+                event.siblings = []
+            else:
+                event.leader.siblings.remove(event)
+            event.enter(State.DEAD, self.now())
+            event.context = None
+            if context.cpu is not None and orphans:
+                context.cpu.resched(context, event.attr.pinned)
 
     def enable(self, event: Event) -> None:
         """`perf_event_enable()`: also out of error."""
         with self.lock:
             if event.state in (State.OFF, State.ERROR) and event.context is not None:
-                event.state = State.INACTIVE
+                event.enter(State.INACTIVE, self.now())
                 self._install(event, event.context)
 
     def disable(self, event: Event) -> None:
@@ -177,7 +252,7 @@ class Perf:
             if event.state is State.ACTIVE and event.context is not None and event.context.cpu is not None:
                 event.context.cpu.release(event)
             elif event.state is State.INACTIVE:
-                event.state = State.OFF
+                event.enter(State.OFF, self.now())
 
     def pause(self, event: Event) -> int:
         """`perf_event_pause()`: disable the event; its count."""
@@ -210,6 +285,13 @@ class Perf:
             if counters is not None:
                 counters.update(event)
             return event.count
+
+    def read_scaled(self, event: Event) -> int:
+        """What the event would have counted, had it been on a CPU for all the time that it wanted to be."""
+        with self.lock:
+            count = self.read(event)
+            event.enter(event.state, self.now())
+            return count * event.enabled_ns // event.running_ns if 0 < event.running_ns < event.enabled_ns else count
 
     @staticmethod
     def _counters(event: Event) -> Counters | None:

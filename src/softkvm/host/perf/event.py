@@ -123,10 +123,27 @@ class Hardware:
 class Event:
     """`struct perf_event`. All of it belongs to the lock of the `Perf` that made it."""
 
-    __slots__ = ("attr", "context", "count", "cpu", "handler", "has_run", "hw", "no_counter", "oncpu", "owner", "state")
+    __slots__ = (
+        "_since",
+        "attr",
+        "context",
+        "count",
+        "cpu",
+        "enabled_ns",
+        "handler",
+        "has_run",
+        "hw",
+        "leader",
+        "no_counter",
+        "oncpu",
+        "owner",
+        "running_ns",
+        "siblings",
+        "state",
+    )
 
-    def __init__(self, attr: Attr, cpu: int, owner: Owner, handler: OverflowHandler | None) -> None:
-        """An event that `Perf` has yet to put into a context. The owner is known from the start, for `event_init()` asks for it."""
+    def __init__(self, attr: Attr, cpu: int, owner: Owner, handler: OverflowHandler | None, now: int) -> None:
+        """An event that `Perf` has yet to put into a context, at host time `now`. `event_init()` asks for the owner."""
         self.attr = attr
         self.cpu = cpu
         """The only CPU that it counts on, -1 for all."""
@@ -142,6 +159,26 @@ class Event:
         """`PERF_EV_CAP_NO_COUNTER`: the event owns the branch stack and needs nothing else."""
         self.hw = Hardware(attr.sample_period)
         self.context: EventContext | None = None
+        self.leader = self
+        """The event that decides when the group is on a CPU: this one, unless it was put into another's group."""
+        self.siblings: list[Event] = []
+        """The others of its group, if it leads one: they are on a CPU with it, all of them or none."""
+        self.enabled_ns = self.running_ns = 0
+        """How long the event wanted to count, and how long it did."""
+        self._since = now
+
+    def enter(self, state: State, now: int) -> None:
+        """`perf_event_set_state()`: into another state, at host time `now` in ns."""
+        if self.state >= State.INACTIVE:
+            self.enabled_ns += now - self._since
+        if self.state is State.ACTIVE:
+            self.running_ns += now - self._since
+        self.state, self._since = state, now
+
+    @property
+    def group(self) -> list[Event]:
+        """The events that this one leads, and itself."""
+        return [self, *self.siblings]
 
     @property
     def is_kernel_event(self) -> bool:

@@ -16,8 +16,11 @@ from softkvm.vmm.errors import StateError
 from softkvm.vmm.snapshot.records import VcpuState, from_blob, to_blob
 
 _IA32_TSC, _TSC_DEADLINE = 0x10, 0x6E0
+_PERF_CAPABILITIES, _DEBUGCTL = 0x345, 0x1D9
 _MTRRS = (*range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270), 0x2FF)
-"""State that KVM_GET_MSR_INDEX_LIST leaves out: SDM vol. 4, table 2-2."""
+_BRANCH_RECORDS = (0x1C8, 0x1C9, *range(0x680, 0x6A0), *range(0x6C0, 0x6E0), *range(0xDC0, 0xDE0))
+"""State that KVM_GET_MSR_INDEX_LIST leaves out: SDM vol. 4, tables 2-2 and 2-39. PERF_CAPABILITIES comes first, as writing it resets
+counters; branch records that are zero stay untouched, as writing one claims them all."""
 _TIME_MSRS = (
     uapi.MSR_KVM_WALL_CLOCK,
     uapi.MSR_KVM_SYSTEM_TIME,
@@ -42,8 +45,14 @@ def save(vcpu: kvm.Vcpu, indices: Iterable[int], tsc: int) -> VcpuState:
         debugregs=to_blob(vcpu.get_debugregs()),
         lapic=to_blob(vcpu.get_lapic()),
         events=to_blob(vcpu.get_vcpu_events()),
-        msrs=[(index, value) for index in (*indices, *_MTRRS) if index != _IA32_TSC for value in vcpu.get_msrs([index])],
+        msrs=_get_msrs(vcpu, (_PERF_CAPABILITIES, *(index for index in indices if index != _IA32_TSC), *_MTRRS, _DEBUGCTL))
+        + [(index, value) for index, value in _get_msrs(vcpu, _BRANCH_RECORDS) if value],
     )
+
+
+def _get_msrs(vcpu: kvm.Vcpu, indices: Iterable[int]) -> list[tuple[int, int]]:
+    """Those of the MSRs that the vCPU has."""
+    return [(index, value) for index in indices for value in vcpu.get_msrs([index])]
 
 
 def restore_registers(vcpu: kvm.Vcpu, state: VcpuState) -> None:
