@@ -51,7 +51,8 @@ class OnCore(NamedTuple):
         if self.core is None:
             return self.brought
         now = self.core.counters()
-        return {name: count - self.before[name] + self.brought.get(name, 0) for name, count in now.items()}
+        names = now | self.brought  # a core names some counters only once they count
+        return {name: now.get(name, 0) - self.before.get(name, 0) + self.brought.get(name, 0) for name in names}
 
 
 class VcpuCore(VcpuRequests):

@@ -10,6 +10,10 @@ import msgspec
 from softkvm import kvm
 from softkvm.vmm.exits import REASON_NAMES, ExitHandler
 
+_INTERPRETED = "interpreted_"
+_SHOWN = 10
+"""Instructions that host code leaves to the interpreter, as many as are shown by name."""
+
 
 class Repetition(msgspec.Struct, frozen=True):
     """The marks of a run of a deterministic machine: a run of the same machine with the same seed has the same."""
@@ -53,4 +57,11 @@ def collect(seconds: float, vcpus: Sequence[kvm.Vcpu], handlers: Sequence[ExitHa
         user_exits.update({REASON_NAMES[reason]: count for reason, count in handler.counts.items() if count})
         counters.update(vcpu.statistics())
     instructions = engine.pop("instructions", 0)
-    return Stats(seconds, instructions, dict(engine), dict(exits.most_common()), dict(user_exits.most_common()), dict(+counters))
+    return Stats(seconds, instructions, _shown(engine), dict(exits.most_common()), dict(user_exits.most_common()), dict(+counters))
+
+
+def _shown(engine: Counter[str]) -> dict[str, int]:
+    """The counters of the silicon; of the instructions that host code leaves to the interpreter, the most frequent ones."""
+    by_name = {name for name in engine if name.startswith(_INTERPRETED)}
+    often = Counter({name: engine[name] for name in by_name}).most_common(_SHOWN)
+    return {name: count for name, count in engine.items() if name not in by_name} | dict(often)

@@ -141,10 +141,14 @@ impl Emitter<'_> {
     /// A mispredicted branch makes the core stall, which brings an overflow nearer.
     fn stall(&mut self, branch: Branch) {
         let cycles = MISPREDICTED as i32;
+        let above = self.asm.create_label();
         let a = &mut *self.asm;
         a.add(total(branch, offset_of!(Totals, stalled)), cycles);
         a.inc(total(branch, offset_of!(Totals, stalls)));
         a.sub(field(offset_of!(Pmu, check_at)), cycles);
+        a.jcc(ConditionCode::ae, above);
+        a.mov(field(offset_of!(Pmu, check_at)), 0);
+        a.set_label(above);
         a.sub(cpu_field(offset_of!(Cpu, budget)), cycles);
         a.sub(cpu_field(offset_of!(Cpu, budget_start)), cycles);
     }

@@ -13,9 +13,6 @@ use crate::state::{activity, cr0, cr4, efer, rflags, rights, seg, State};
 use crate::virt::control::{intercept, perf, Block, ACCESS_MAX, WAIVER_MAX};
 use crate::virt::exits::code;
 
-/// Instructions without host code that [`Core::counters`] names.
-const SHOWN_MNEMONICS: usize = 10;
-
 /// Kinds of access for [`Core::translate`].
 pub mod access {
     pub const WRITE: u32 = 2;
@@ -210,7 +207,7 @@ impl Core {
         probe(&context, &npt.tree(), la, privilege, kind).map(|mapping| mapping.gpa)
     }
 
-    /// Everything that the core counts, by name.
+    /// Everything that the core counts, by name. What begins with `interpreted_` is there once it is not zero.
     pub fn counters(&self) -> Vec<(String, u64)> {
         let cpu = &*self.cpu;
         let translator = cpu.translator.as_ref();
@@ -235,8 +232,7 @@ impl Core {
         ]
         .map(|(name, count)| (name.into(), count))
         .into();
-        let often = interpreted.iter().take(SHOWN_MNEMONICS);
-        counters.extend(often.map(|(mnemonic, count)| (format!("interpreted_{mnemonic:?}").to_lowercase(), *count)));
+        counters.extend(interpreted.iter().map(|(mnemonic, count)| (format!("interpreted_{mnemonic:?}").to_lowercase(), *count)));
         counters
     }
 }
