@@ -131,6 +131,7 @@ def namespace(scratch: Path) -> list[str]:
     for device in filter(lambda name: Path("/dev", name).exists(), _DEVICES):
         lines += [f"touch dev/{device}", f"mount --bind /dev/{device} dev/{device}"]
     lines += ["touch dev/kvm", "mount --bind /dev/null dev/kvm", "mkdir -m 1777 dev/shm", "ln -s /proc/self/fd dev/fd"]
+    lines += [f"ln -s /proc/self/fd/{number} dev/{stream}" for number, stream in enumerate(("stdin", "stdout", "stderr"))]
     for number, (path, text) in enumerate(host_files().items()):
         if path.startswith("/sys/module/"):
             name = path.removeprefix("/sys/module/")

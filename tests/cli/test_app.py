@@ -48,8 +48,20 @@ def test_doctor_lists_every_requirement(capsys: pytest.CaptureFixture[str], tmp_
     monkeypatch.setenv("SOFTKVM_CACHE", str(tmp_path))
     app.main(["doctor", "--json"])
     rows = json.loads(capsys.readouterr().out)
-    assert [row["requirement"] for row in rows] == ["Python", "engine", "shared memory", "cache", "apt", "guests"]
+    assert [row["requirement"] for row in rows] == ["Python", "engine", "translator", "shared memory", "cache", "apt", "guests"]
     assert all(row["remedy"] for row in rows if row["state"] != "ok")
+
+
+def test_doctor_tells_what_makes_host_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(translator: str) -> doctor.Finding:
+        monkeypatch.setattr(report, "versions", lambda: {"engine.version": "1", "engine.translator": translator})
+        return next(finding for finding in doctor.examine() if finding.requirement == "translator")
+
+    assert found("x86_64").state is doctor.State.OK
+    missing = found("none: no back end for aarch64 hosts")
+    assert missing.state is doctor.State.OPTIONAL
+    assert "aarch64" in missing.found
+    assert missing.remedy
 
 
 def test_doctor_fails_only_for_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

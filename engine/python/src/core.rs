@@ -152,7 +152,7 @@ impl Core {
     }
 
     /// Everything that the core counts, by name. Waits while the core runs.
-    fn counters(&self, py: Python<'_>) -> BTreeMap<&'static str, u64> {
+    fn counters(&self, py: Python<'_>) -> BTreeMap<String, u64> {
         py.detach(|| self.lock().counters().into_iter().collect())
     }
 }

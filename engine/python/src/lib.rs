@@ -22,6 +22,7 @@ mod _engine {
 
     use pyo3::prelude::*;
     use softkvm_engine::cpu::clock::{host_tsc, host_tsc_khz};
+    use softkvm_engine::jit;
     use softkvm_engine::model::Model;
 
     #[pymodule_export]
@@ -70,10 +71,12 @@ mod _engine {
         py.detach(host_tsc_khz)
     }
 
-    /// What this binary is: version, build profile and target architecture.
+    /// What this binary is: version, build profile, target architecture, and what makes host code or why nothing does.
     #[pyfunction]
-    fn build_info() -> BTreeMap<&'static str, &'static str> {
+    fn build_info() -> BTreeMap<&'static str, String> {
         let profile = if cfg!(debug_assertions) { "debug" } else { "release" };
-        BTreeMap::from([("version", env!("CARGO_PKG_VERSION")), ("profile", profile), ("target", std::env::consts::ARCH)])
+        let target = std::env::consts::ARCH;
+        let known = [("version", env!("CARGO_PKG_VERSION")), ("profile", profile), ("target", target)];
+        known.map(|(key, value)| (key, value.into())).into_iter().chain([("translator", jit::describe())]).collect()
     }
 }

@@ -57,9 +57,16 @@ def _engine() -> Finding:
     versions = report.versions()
     if (reason := versions.get("engine")) is not None:
         return Finding("engine", State.MISSING, reason, "Build it with `make build`.")
-    return Finding(
-        "engine", State.OK, ", ".join(f"{k.removeprefix('engine.')} {v}" for k, v in versions.items() if k.startswith("engine."))
-    )
+    found = {k.removeprefix("engine."): v for k, v in versions.items() if k.startswith("engine.")}
+    return Finding("engine", State.OK, ", ".join(f"{k} {v}" for k, v in found.items() if k != "translator"))
+
+
+def _translator() -> Finding:
+    """Whether hot guest code becomes host code; without that, guests run in the interpreter."""
+    found = report.versions().get("engine.translator", "none: there is no engine")
+    if found.startswith("none"):
+        return Finding("translator", State.OPTIONAL, found, "Guests run in the interpreter: `--tier interpreter` says so too.")
+    return Finding("translator", State.OK, f"host code for {found}")
 
 
 def _guest_memory() -> Finding:
@@ -107,4 +114,4 @@ def _apt() -> Finding:
     return Finding("apt", State.OK, ", ".join(source.name for source in sources))
 
 
-_CHECKS: tuple[Callable[[], Finding], ...] = (_python, _engine, _guest_memory, _cache, _apt, _guests)
+_CHECKS: tuple[Callable[[], Finding], ...] = (_python, _engine, _translator, _guest_memory, _cache, _apt, _guests)

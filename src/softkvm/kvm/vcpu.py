@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING
 from softkvm.host import trace
 from softkvm.host.sched import Cpu
 from softkvm.host.task import Task, current
-from softkvm.kvm import cpuid, cr, events, exits, fpu, guest_debug, mce, msr, msr_filter, regs, reset, run, smm, stats, virtual_time
+from softkvm.kvm import cpuid, cr, events, exits, fpu, guest_debug, msr, msr_filter, regs, reset, run, smm, virtual_time
 from softkvm.kvm.introspection import exits as introspected_exits
 from softkvm.kvm.ioctl import (
     fields,
     ioctl,
-    pointed_u64,
     returns,
     returns_array,
     returns_msr_values,
@@ -34,10 +33,10 @@ from softkvm.kvm.irqchip.lapic import Lapic
 from softkvm.kvm.kvmclock import MSR_ENABLED, PvClock
 from softkvm.kvm.lbr import GuestLbr
 from softkvm.kvm.pmu.vpmu import VirtualPmu
-from softkvm.kvm.request import REQ_EVENT, REQ_GLOBAL_CLOCK_UPDATE, REQ_SMI, REQ_STEAL_UPDATE, REQ_TRIPLE_FAULT
+from softkvm.kvm.request import REQ_EVENT, REQ_GLOBAL_CLOCK_UPDATE, REQ_SMI, REQ_STEAL_UPDATE
 from softkvm.kvm.tsc import VcpuTsc
 from softkvm.kvm.vcpu_core import NO_INTERRUPT
-from softkvm.kvm.vcpu_time import VcpuTime
+from softkvm.kvm.vcpu_options import VcpuOptions
 from softkvm.kvm.vendor import Handler, setup_controls
 from softkvm.uapi import kvm as uapi
 
@@ -57,7 +56,7 @@ def _traced_run(vcpu: Vcpu, task: Task) -> int:
     return result
 
 
-class Vcpu(VcpuTime):
+class Vcpu(VcpuOptions):
     """One vCPU. Its ioctls exclude each other (the vCPU mutex); `kick()`, `kick_guest()`, `wake()`, `make_request()` are for any thread."""
 
     introspection: VcpuIntrospection | None = None
@@ -85,6 +84,9 @@ class Vcpu(VcpuTime):
             virtual_time.prepare(self, vm.turns)
         reset.reset(self, init=False)
         self.update_cr4_mask()
+
+    def _as_vcpu(self) -> Vcpu:
+        return self
 
     def set_apic_base(self, apic_base: int) -> None:
         """IA32_APIC_BASE from user space; OSError(EINVAL) for an impossible value."""
@@ -342,22 +344,6 @@ class Vcpu(VcpuTime):
             done += 1
         return done
 
-    @ioctl(uapi.KVM_X86_SETUP_MCE, pointed_u64)
-    def x86_setup_mce(self, capabilities: int) -> None:
-        """KVM_X86_SETUP_MCE: MCG_CAP, with the number of banks in its low byte; OSError(EINVAL) for what KVM does not support."""
-        if not 0 < capabilities & 0xFF <= mce.MAX_BANKS or capabilities & ~(mce.SUPPORTED_CAPABILITIES | mce.FREE_BITS):
-            raise OSError(errno.EINVAL, "bad machine check capabilities")
-        self.msrs.machine_check.setup(capabilities)
-
-    @ioctl(uapi.KVM_X86_SET_MCE, takes(uapi.X86Mce))
-    def x86_set_mce(self, event: uapi.X86Mce) -> None:
-        """KVM_X86_SET_MCE: the hardware has an error to report; OSError(EINVAL) for a bank that there is not, or no valid status."""
-        effect = self.msrs.machine_check.report(event, bool(self.state.cr4 & regs.CR4_MCE))
-        if effect is mce.Effect.EXCEPTION:
-            events.queue_exception(self, events.MC)
-        elif effect is mce.Effect.SHUTDOWN:
-            self.make_request(REQ_TRIPLE_FAULT)
-
     # --- Local APIC and state of execution ------------------------------------------------------------------------------------------
 
     def _need_lapic(self) -> Lapic:
@@ -397,22 +383,6 @@ class Vcpu(VcpuTime):
         else:
             self.mp_state = state
         self.make_request(REQ_EVENT)
-
-    @ioctl(uapi.KVM_ENABLE_CAP, takes(uapi.EnableCap))
-    def enable_cap(self, cap: uapi.EnableCap) -> None:
-        """KVM_ENABLE_CAP: paravirtual features can be limited to those that CPUID tells; all else is OSError(EINVAL)."""
-        if cap.flags or cap.cap != uapi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID:
-            raise OSError(errno.EINVAL, f"capability {cap.cap} cannot be enabled on a vCPU")
-        self.msrs.enforce_pv_features = bool(cap.args[0])
-
-    def statistics(self) -> dict[str, int]:
-        """What the file of KVM_GET_STATS_FD has, by name. No ioctl; for any thread."""
-        return stats.of_vcpu(self)
-
-    @ioctl(uapi.KVM_GET_STATS_FD)
-    def get_stats_fd(self) -> stats.StatsFile:
-        """KVM_GET_STATS_FD: a file with the vCPU's statistics."""
-        return stats.open_vcpu(self)
 
     def close(self) -> None:
         """close(2): later ioctls fail with EBADF, the core is free, and the local APIC's timer never fires again."""

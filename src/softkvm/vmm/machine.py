@@ -31,6 +31,7 @@ from softkvm.vmm.gil import short_switch_interval
 from softkvm.vmm.introspection import Introspection
 from softkvm.vmm.memory import split
 from softkvm.vmm.origin import KernelOrigin, Origin, SnapshotOrigin
+from softkvm.vmm.outcome import Failure, Outcome
 from softkvm.vmm.snapshot import Parts, SnapshotFile
 from softkvm.vmm.stats import Repetition, Stats, collect
 from softkvm.vmm.status import RunState, Status
@@ -43,15 +44,6 @@ _TOOLS_PATIENCE = 1.0
 _AFTER_A_PANIC = frozenset({StopReason.RESET, StopReason.TRIPLE_FAULT})
 
 Text = str | bytes | re.Pattern[str] | re.Pattern[bytes]
-
-
-class _Failure(Exception):
-    """Carries an exception and its vCPU from the thread where it was raised to the one that called `run()`."""
-
-    def __init__(self, vcpu: int, error: BaseException) -> None:
-        super().__init__(vcpu, error)
-        self.vcpu = vcpu
-        self.error = error
 
 
 class Machine:
@@ -79,16 +71,17 @@ class Machine:
     ) -> None:
         """Build the machine and load the kernel; nothing runs yet.
 
-        `kernel` is a bzImage, an ELF vmlinux or a multiboot image, `initrd` a file or its bytes (multiboot: the module); `append` is
-        the command line, for Linux behind `console=ttyS0` unless it names a console; `memory` is bytes or text such as `512M`; `cpu`
-        is a model with switched features such as `epyc,-avx2`; `serial` gives each port number its listener; `output_limit` bytes of
-        the console are kept; `clock` is the time that guest and devices live by, the host's if none is given; `test_device` adds the
-        registers of `devices/test_device.py`; `kvm_parameters` are KVM's module parameters, such as `nrips=0`; `process` is who calls
-        KVM (ioctl filters, audit log, tracer), a new one if none is given; `cores` is how many the host has for all vCPUs together, as
-        many as they want if none is given; `tsc_khz` is the rate of the guest's TSCs, the host's if none is given. `deterministic` is a
-        seed: the vCPUs then run by turns in virtual time, and every run with the same seed and input is the same (`kvm.Turns`), as long as
-        input comes between runs or from a listener of `serial`. `tier` is how guest code runs: by the `interpreter`, as host code of the
-        `translator`, or as host code where it is hot (`auto`); what the guest sees is the same. ConfigError for anything that cannot be.
+        `kernel` is a bzImage, an ELF file (PVH, vmlinux) or a multiboot image, `initrd` a file or its bytes (PVH and multiboot: the
+        module); `append` is the command line, for Linux behind `console=ttyS0` unless it names a console; `memory` is bytes or text such
+        as `512M`; `cpu` is a model with switched features such as `epyc,-avx2`; `serial` gives each port number its listener;
+        `output_limit` bytes of the console are kept; `clock` is the time that guest and devices live by, the host's if none is given;
+        `test_device` adds the registers of `devices/test_device.py`; `kvm_parameters` are KVM's module parameters, such as `nrips=0`;
+        `process` is who calls KVM (ioctl filters, audit log, tracer), a new one if none is given; `cores` is how many the host has for all
+        vCPUs together, as many as they want if none is given; `tsc_khz` is the rate of the guest's TSCs, the host's if none is given.
+        `deterministic` is a seed: the vCPUs then run by turns in virtual time, and every run with the same seed and input is the same
+        (`kvm.Turns`), as long as input comes between runs or from a listener of `serial`. `tier` is how guest code runs: by the
+        `interpreter`, as host code of the `translator`, or as host code where it is hot (`auto`); what the guest sees is the same.
+        ConfigError for anything that cannot be.
         """
         settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial, kvm_parameters, deterministic, tsc_khz)
         if deterministic is not None and (clock is not None or cores is not None):
@@ -130,10 +123,7 @@ class Machine:
         self._running = threading.Lock()
         self._gate = threading.RLock()  # held while vCPUs are let go or parked
         self._inside_run = self._paused = False
-        self._lock = threading.Lock()
-        self._ended = threading.Event()
-        self._outcome: Stop | _Failure | None = None
-        self._stop_wanted = False
+        self._outcome = Outcome(lambda: self._crew.halt())
         self._final: Stop | None = None
         self._seconds = 0.0
         self._closed = False
@@ -168,7 +158,7 @@ class Machine:
         resources.callback(self._crew.close)
         self._parts = Parts(system, vm, self._vcpus, self._board, around.clock)
         with self._board.lock:
-            self._suspend = Suspend(self._parts, guest, around.clock, self._sleep_changed)
+            self._suspend = Suspend(self._parts, guest, around.clock, self._outcome.notify)
             origin.start(self._parts)
 
     def _make_board(self, settings: Hardware, around: Surroundings, vm: kvm.Vm) -> Board:
@@ -214,18 +204,14 @@ class Machine:
             self._running.release()
 
     def _run(self, until: Text | None, timeout: float | None) -> Stop:
-        with self._lock:
-            self._outcome = Stop(StopReason.INTERRUPTED, 0, 0, "stopped before the run") if self._stop_wanted else None
-            self._ended.clear()
+        self._outcome.begin()
         if (found := self._console.expect(until)) is not None:
             self._end(0, StopReason.UNTIL, found)
-        if self._outcome is None:
+        if not self._outcome.look():
             self._let_run(timeout)
-        with self._lock:
-            self._stop_wanted = False
-            outcome = self._outcome or Stop(StopReason.TIMEOUT, 0, 0, f"{timeout} seconds are over")
+        outcome = self._outcome.take(timeout)
         position = self._vcpus[outcome.vcpu].get_regs().rip
-        if isinstance(outcome, _Failure):
+        if isinstance(outcome, Failure):
             outcome.error.add_note(f"the guest was at {position:#x} on vCPU {outcome.vcpu}")
             raise outcome.error
         return Stop(outcome.reason, outcome.vcpu, position, outcome.detail, outcome.status)
@@ -250,22 +236,14 @@ class Machine:
 
     def _await_end(self, deadline: float | None) -> None:
         """Until the run is over or time.monotonic() is `deadline`; a machine that is suspended sleeps here."""
-        while deadline is None or time.monotonic() < deadline:
-            with self._lock:
-                if self._outcome is not None:
-                    return
-                self._ended.clear()
+        while (deadline is None or time.monotonic() < deadline) and not self._outcome.look():
             timeout = None if deadline is None else max(0, deadline - time.monotonic())
             if not self._suspend.asleep:
-                self._ended.wait(timeout)
+                self._outcome.changed.wait(timeout)
             elif not self._suspend.woken:
-                self._suspend.wait(self._ended, timeout)
+                self._suspend.wait(self._outcome.changed, timeout)
             else:
                 self._wake_up()
-
-    def _sleep_changed(self) -> None:
-        self._crew.halt()
-        self._ended.set()
 
     def _wake_up(self) -> None:
         with self._gate:
@@ -343,24 +321,16 @@ class Machine:
 
     def stop(self) -> None:
         """End the run in progress, or the next one if there is none, with INTERRUPTED; callable from any thread."""
-        self._stop_wanted = True
+        self._outcome.want_stop()
         self._end(0, StopReason.INTERRUPTED, "stopped by the caller")
 
     def _end(self, vcpu: int, reason: StopReason, detail: str, status: int | None = None) -> None:
         if self._console.panic is not None and reason in _AFTER_A_PANIC:
             reason, detail = StopReason.PANIC, self._console.panic
-        self._conclude(Stop(reason, vcpu, 0, detail, status))
+        self._outcome.conclude(Stop(reason, vcpu, 0, detail, status))
 
     def _fail(self, vcpu: int, error: BaseException) -> None:
-        self._conclude(_Failure(vcpu, error))
-
-    def _conclude(self, outcome: Stop | _Failure) -> None:
-        """The first outcome of a run wins, and every vCPU is told to park before another run can begin."""
-        with self._lock:
-            if self._outcome is None:
-                self._outcome = outcome
-                self._crew.halt()
-                self._ended.set()
+        self._outcome.conclude(Failure(vcpu, error))
 
     # Introspection
 

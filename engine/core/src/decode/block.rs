@@ -6,6 +6,7 @@ use super::liveness::dead_flags;
 use super::{feature, lower, MAX_LENGTH};
 use crate::cpu::{CodeSize, Cpu};
 use crate::exec;
+use crate::jit::link::Links;
 use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
 use crate::model::Model;
 use crate::pmu::branch::Kind;
@@ -58,10 +59,13 @@ pub struct Block {
     /// Distance of its last instruction from the first byte.
     pub last: u16,
     /// The first two blocks that ran behind this one.
-    pub links: [Link; 2],
-    /// Where host code of other blocks enters this one, and where the dispatcher does; null without a translation.
+    pub followers: [Link; 2],
+    /// Where host code of other blocks enters this one: its own host code, or what leads to the dispatcher.
     pub entry: *const u8,
+    /// Where the dispatcher enters its host code; null without a translation.
     pub body: *const u8,
+    /// Ways between its host code and that of others.
+    pub links: Option<Box<Links>>,
     /// Runs by the interpreter.
     pub heat: u32,
     /// Length in bytes.
@@ -82,9 +86,10 @@ impl Block {
             breakpoint: false,
             branch: Kind::None,
             last: 0,
-            links: [Link::NONE; 2],
+            followers: [Link::NONE; 2],
             entry: std::ptr::null(),
             body: std::ptr::null(),
+            links: None,
             heat: 0,
             length: 0,
             key,
@@ -120,13 +125,13 @@ impl Block {
     /// The block that ran behind this one at `rip` in `context`, if it is one of the first two.
     #[inline(always)]
     pub fn successor(&self, rip: u64, context: u64) -> Option<*mut Block> {
-        self.links.iter().find(|link| link.rip == rip && link.context == context).map(|link| link.block)
+        self.followers.iter().find(|link| link.rip == rip && link.context == context).map(|link| link.block)
     }
 
     /// Remembers a successor, if there is room: a link of another context or to a dead block is room.
     pub fn link(&mut self, rip: u64, context: u64, block: *mut Block) {
         // SAFETY: links are forgotten before the blocks that they name are freed.
-        let free = self.links.iter_mut().find(|link| link.context != context || !unsafe { (*link.block).valid });
+        let free = self.followers.iter_mut().find(|link| link.context != context || !unsafe { (*link.block).valid });
         if let Some(link) = free {
             *link = Link { rip, context, block };
         }

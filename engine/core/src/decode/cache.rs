@@ -4,6 +4,8 @@
 //! [`crate::memory::code`]), so each store to it comes through `CodeCache::invalidate`. A block that dies has its micro-ops replaced, which
 //! stops it even while it runs.
 
+use std::ops::Range;
+
 use super::block::{Block, Key, Link};
 use crate::exec;
 use crate::memory::code::{AddressMap, CodePages};
@@ -33,7 +35,7 @@ struct CodePage {
 }
 
 /// What was last run at some RIP.
-#[repr(C)]
+#[repr(C, align(32))]
 #[derive(Clone, Copy)]
 pub struct Jump {
     pub rip: u64,
@@ -53,6 +55,8 @@ pub struct CodeCache {
     by_key: AddressMap<Key, BlockId>,
     pages: AddressMap<u64, CodePage>,
     jumps: Box<[Jump]>,
+    /// Host code that leads to the dispatcher, in the place of blocks' own.
+    nowhere: *const u8,
     pub decoded: u64,
     pub invalidated: u64,
 }
@@ -66,6 +70,7 @@ impl Default for CodeCache {
             by_key: AddressMap::default(),
             pages: AddressMap::default(),
             jumps: vec![NO_JUMP; JUMP_SLOTS].into(),
+            nowhere: std::ptr::null(),
             decoded: 0,
             invalidated: 0,
         }
@@ -105,10 +110,25 @@ impl CodeCache {
         self.jumps.as_ptr()
     }
 
-    /// Forgets the host code of every block.
-    pub fn forget_translations(&mut self) {
-        for block in self.blocks.iter_mut().flatten() {
-            (block.entry, block.body, block.heat) = (std::ptr::null(), std::ptr::null(), 0);
+    /// Forgets the host code of every block; `nowhere` stands for it from now on.
+    pub fn forget_translations(&mut self, nowhere: *const u8) {
+        self.nowhere = nowhere;
+        for block in self.blocks.iter_mut().flatten().chain(&mut self.dead) {
+            (block.entry, block.body, block.links, block.heat) = (nowhere, std::ptr::null(), None, 0);
+        }
+    }
+
+    /// Forgets host code at `addresses`, whose place is needed.
+    pub fn forget_translations_at(&mut self, addresses: &Range<u64>) {
+        let nowhere = self.nowhere;
+        for block in self.blocks.iter_mut().flatten().chain(&mut self.dead) {
+            if let Some(links) = block.links.as_mut().filter(|_| addresses.contains(&(block.body as u64))) {
+                links.cut();
+                (block.entry, block.body, block.links, block.heat) = (nowhere, std::ptr::null(), None, 0);
+            }
+        }
+        for block in self.blocks.iter_mut().flatten().chain(&mut self.dead) {
+            block.links.iter_mut().for_each(|links| links.forget(addresses));
         }
     }
 
@@ -124,7 +144,8 @@ impl CodeCache {
     }
 
     /// Adds a block, whose pages the caller has claimed.
-    pub fn insert(&mut self, block: Block) -> *mut Block {
+    pub fn insert(&mut self, mut block: Block) -> *mut Block {
+        block.entry = self.nowhere;
         self.decoded += 1;
         let id = self.free.pop().unwrap_or_else(|| {
             self.blocks.push(None);
@@ -223,7 +244,7 @@ impl CodeCache {
     fn forget_jumps(&mut self) {
         self.jumps.fill(NO_JUMP);
         for block in self.blocks.iter_mut().flatten().chain(&mut self.dead) {
-            block.links = [Link::NONE; 2];
+            block.followers = [Link::NONE; 2];
         }
     }
 
@@ -241,6 +262,10 @@ impl CodeCache {
             }
         }
         block.valid = false;
+        block.entry = self.nowhere;
+        if let Some(links) = &mut block.links {
+            links.cut();
+        }
         for uop in &mut block.uops {
             uop.run = exec::resume as Handler;
         }

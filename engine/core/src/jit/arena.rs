@@ -1,95 +1,108 @@
 //! Memory for host code: one memfd mapped twice, so that no address is ever writable and executable.
+//!
+//! Code is added segment by segment. When all are full, the oldest is used again, whose code the owner forgets first; so the cache is
+//! bounded, and room is never made by forgetting all of it.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ops::Range;
 use std::ptr::NonNull;
 
-/// Host code that grows until it is full, and is then forgotten as a whole.
+use crate::memory::region::{map, Region};
+use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
+
+const SEGMENTS: usize = 16;
+const ALIGNMENT: usize = 16;
+
+/// A ring of segments of host code.
 pub struct Arena {
-    writable: NonNull<u8>,
+    memory: Region,
     executable: NonNull<u8>,
-    size: usize,
-    used: usize,
+    /// Offset of the first byte of the first segment, behind what stays for ever.
+    base: usize,
+    /// Where the next code goes, and the end of its segment.
+    next: usize,
+    end: usize,
+    /// Segments have been used again.
+    full: bool,
 }
 
 // SAFETY: the mappings belong to the arena alone and move between threads with it.
 unsafe impl Send for Arena {}
 
 impl Arena {
-    /// An arena of `size` bytes, a multiple of the page size.
+    /// An arena of at least `size` bytes.
     pub fn new(size: usize) -> io::Result<Self> {
-        // SAFETY: the name is a valid C string and the flags are valid.
-        let raw = unsafe { libc::memfd_create(c"softkvm-code".as_ptr(), libc::MFD_CLOEXEC) };
-        if raw < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: `raw` is a descriptor that we just opened and nobody else owns.
-        let fd = unsafe { OwnedFd::from_raw_fd(raw) };
-        // SAFETY: plain call on our own descriptor.
-        if unsafe { libc::ftruncate(fd.as_raw_fd(), size as libc::off_t) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        let writable = map(&fd, size, libc::PROT_READ | libc::PROT_WRITE)?;
-        match map(&fd, size, libc::PROT_READ | libc::PROT_EXEC) {
-            Ok(executable) => Ok(Arena { writable, executable, size, used: 0 }),
-            Err(error) => {
-                unmap(writable, size);
-                Err(error)
-            }
-        }
+        let size = size.next_multiple_of(SEGMENTS * PAGE_SIZE as usize);
+        let memory = Region::named(c"softkvm-code", size)?;
+        let executable = map(&memory, size, libc::PROT_READ | libc::PROT_EXEC)?;
+        Ok(Arena { memory, executable, base: 0, next: 0, end: size / SEGMENTS, full: false })
+    }
+
+    /// Keeps what was added so far for ever.
+    pub fn keep(&mut self) {
+        self.base = self.next.next_multiple_of(PAGE_SIZE as usize);
+        (self.next, self.end) = (self.base, self.base + self.segment());
+    }
+
+    /// Bytes of a segment, which no code may exceed.
+    pub fn segment(&self) -> usize {
+        (self.memory.size() - self.base) / SEGMENTS & !(PAGE_OFFSET as usize)
+    }
+
+    fn address(&self, offset: usize) -> u64 {
+        self.executable.as_ptr() as u64 + offset as u64
     }
 
     /// Address at which the next code will run.
     pub fn next(&self) -> u64 {
-        self.executable.as_ptr() as u64 + self.used as u64
+        self.address(self.next)
     }
 
-    /// Bytes in use.
+    /// Bytes that have been in use.
     pub fn used(&self) -> usize {
-        self.used
+        if self.full {
+            self.memory.size()
+        } else {
+            self.next
+        }
     }
 
-    /// Adds `code`, which was assembled for [`Arena::next`]; `None` when it does not fit.
+    /// Adds `code`, which was assembled for [`Arena::next`]; `None` when it does not fit in the segment.
     pub fn add(&mut self, code: &[u8]) -> Option<*const u8> {
-        const ALIGNMENT: usize = 16;
-        if code.len() + ALIGNMENT > self.size - self.used {
+        if code.len() > self.end - self.next {
             return None;
         }
-        // SAFETY: `used + code.len()` is at most `size`, by the test above, and no code is running there yet.
-        let start = unsafe {
-            self.writable.as_ptr().add(self.used).copy_from_nonoverlapping(code.as_ptr(), code.len());
-            self.executable.as_ptr().add(self.used)
-        };
-        self.used = (self.used + code.len()).next_multiple_of(ALIGNMENT);
+        let start = self.executable.as_ptr().wrapping_add(self.next);
+        // SAFETY: the bytes are inside the mapping by the test above, and no code is running there.
+        unsafe { self.writable(start).copy_from_nonoverlapping(code.as_ptr(), code.len()) };
+        self.next = (self.next + code.len()).next_multiple_of(ALIGNMENT).min(self.end);
         Some(start)
     }
 
-    /// Forgets all code behind the first `used` bytes. None of it may be running, or run again.
-    pub fn truncate(&mut self, used: usize) {
-        debug_assert!(used <= self.used);
-        self.used = used;
+    /// Goes on in the next segment, and returns the addresses in it: none of the code there may be running, or run again.
+    pub fn take_segment(&mut self) -> Range<u64> {
+        if self.end + self.segment() > self.memory.size() {
+            self.end = self.base;
+            self.full = true;
+        }
+        self.next = self.end;
+        self.end += self.segment();
+        self.address(self.next)..self.address(self.end)
+    }
+
+    /// Where the byte that runs at `at` can be written.
+    pub fn writable(&self, at: *const u8) -> *mut u8 {
+        let offset = at as usize - self.executable.as_ptr() as usize;
+        debug_assert!(offset < self.memory.size());
+        self.memory.start().wrapping_add(offset)
     }
 }
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        unmap(self.writable, self.size);
-        unmap(self.executable, self.size);
+        // SAFETY: exactly the mapping that `new` made; the other one is the region's own.
+        unsafe { libc::munmap(self.executable.as_ptr().cast(), self.memory.size()) };
     }
-}
-
-fn map(fd: &OwnedFd, size: usize, protection: libc::c_int) -> io::Result<NonNull<u8>> {
-    // SAFETY: a fresh mapping at an address of the kernel's choice cannot alias anything but its twin, and nobody forms references there.
-    let start = unsafe { libc::mmap(std::ptr::null_mut(), size, protection, libc::MAP_SHARED | libc::MAP_NORESERVE, fd.as_raw_fd(), 0) };
-    if start == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    NonNull::new(start.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
-}
-
-fn unmap(start: NonNull<u8>, size: usize) {
-    // SAFETY: `start` and `size` are those of a mapping of ours, which nobody uses any more.
-    unsafe { libc::munmap(start.as_ptr().cast(), size) };
 }
 
 #[cfg(test)]
@@ -104,16 +117,23 @@ mod tests {
         let code = arena.add(&[0xb8, 42, 0, 0, 0, 0xc3]).unwrap();
         assert_eq!(code as u64, at);
         // SAFETY: the bytes above are a function without arguments.
-        let answer: extern "sysv64" fn() -> u32 = unsafe { std::mem::transmute(code) };
+        let answer: extern "C" fn() -> u32 = unsafe { std::mem::transmute(code) };
         assert_eq!(answer(), 42);
     }
 
     #[test]
-    fn a_full_arena_takes_no_more() {
-        let mut arena = Arena::new(4096).unwrap();
-        assert!(arena.add(&[0x90; 4000]).is_some());
-        assert!(arena.add(&[0x90; 100]).is_none());
-        arena.truncate(0);
+    fn segments_are_used_again_in_turn() {
+        let mut arena = Arena::new(1 << 20).unwrap();
         assert!(arena.add(&[0x90; 100]).is_some());
+        arena.keep();
+        let (first, mut taken) = (arena.next(), Vec::new());
+        for _ in 0..SEGMENTS {
+            assert!(arena.add(&vec![0x90; arena.segment()]).is_some());
+            assert!(arena.add(&[0x90]).is_none());
+            taken.push(arena.take_segment());
+        }
+        assert!(taken.windows(2).any(|pair| pair[1].start < pair[0].start), "none was used again");
+        assert!(taken.iter().all(|range| range.start >= first && range.end - range.start == arena.segment() as u64));
+        assert_eq!(arena.used(), arena.memory.size());
     }
 }

@@ -316,6 +316,13 @@ impl Asm {
         }
     }
 
+    /// MOV of an immediate that has all its 8 bytes, whatever it is.
+    pub fn mov_wide(&mut self, to: Register, value: u64) {
+        let number = Field::of(to).number;
+        self.put(&[REX | 8 | number >> 3, 0xb8 | number & 7]);
+        self.put(&value.to_le_bytes());
+    }
+
     /// MOVZX to a 32-bit register.
     pub fn movzx(&mut self, to: Register, from: Memory) {
         debug_assert!(to.size() == 4 && from.bytes <= 2);
@@ -409,6 +416,9 @@ impl Asm {
     pub fn rol(&mut self, register: Register, count: u8) {
         self.shift(0, register, count);
     }
+    pub fn shl(&mut self, register: Register, count: u8) {
+        self.shift(4, register, count);
+    }
     pub fn shr(&mut self, register: Register, count: u8) {
         self.shift(5, register, count);
     }
@@ -485,13 +495,6 @@ impl Asm {
     }
     pub fn jne(&mut self, target: impl Into<Target>) {
         self.jcc(ConditionCode::ne, target);
-    }
-    pub fn jle(&mut self, target: impl Into<Target>) {
-        self.jcc(ConditionCode::le, target);
-    }
-
-    pub fn int3(&mut self) {
-        self.bytes.push(0xcc);
     }
 }
 
@@ -598,8 +601,9 @@ mod tests {
             a.or(dword_ptr(RBP, 8), EAX);
             a.and(R13D, 0x7fe0);
             a.sub(qword_ptr(RBP, 0x400), 5);
-            a.inc(qword_ptr(RBP, 0x400));
+            a.mov_wide(R13, 1);
             a.shr(R13D, 7);
+            a.shl(R14D, 5);
             a.rol(AL, 1);
             a.lea(R12, qword_ptr(R12, -8));
             a.movzx(EAX, word_ptr(RBP, 2));
@@ -610,11 +614,10 @@ mod tests {
             a.push(R12);
             a.pop(RBX);
             a.test(EAX, EAX);
-            a.int3();
             a.ret();
         });
-        let names = "Add_r64_rm64 Or_rm32_r32 And_rm32_imm32 Sub_rm64_imm8 Inc_rm64 Shr_rm32_imm8 Rol_rm8_imm8 Lea_r64_m Movzx_r32_rm16 \
-                     Movzx_r32_rm8 Seto_rm8 Lahf Sahf Push_rm64 Pop_rm64 Test_rm32_r32 Int3 Retnq";
+        let names = "Add_r64_rm64 Or_rm32_r32 And_rm32_imm32 Sub_rm64_imm8 Mov_r64_imm64 Shr_rm32_imm8 Shl_rm32_imm8 Rol_rm8_imm8 Lea_r64_m Movzx_r32_rm16 \
+                     Movzx_r32_rm8 Seto_rm8 Lahf Sahf Push_rm64 Pop_rm64 Test_rm32_r32 Retnq";
         assert_eq!(all.iter().map(name).collect::<Vec<_>>().join(" "), names);
     }
 

@@ -4,7 +4,9 @@ use iced_x86::Register::{R13, R14, R14D, R15};
 use iced_x86::{Instruction, InstructionInfoFactory, MemorySize, OpAccess, OpKind, Register};
 
 use super::asm::{qword_ptr, Asm, Label};
-use super::emit::{block_rip, cpu_field, in_memory, Emitter, Places, Rule};
+use super::emit::{cpu_field, in_memory, Emitter, Places, Rule};
+use super::exits::{opposite, ExitSite};
+use super::native::PAGE;
 use super::plan::{plan, Host, Plan};
 use super::registers::{self, host, resized, SCRATCH, STACK};
 use super::vector::{self, Units};
@@ -12,24 +14,29 @@ use super::watched::Branch;
 use super::x87;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
-use crate::decode::cache::JUMP_SLOTS;
 use crate::decode::liveness::live_flags;
+use crate::exec;
 use crate::model::Model;
 use crate::paging::AccessKind;
 use crate::state::rflags::ARITHMETIC;
 use crate::state::seg;
 
-/// Translates `block`, which was made from `instructions`. Returns the distance behind the prologue, where the dispatcher enters; `None`
-/// if an instruction cannot be encoded.
-pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], model: &Model, host: Host, places: Places) -> Option<usize> {
+/// Host code of a block, which the assembler has.
+pub struct Code {
+    /// Where the dispatcher enters it, behind the head.
+    pub body: Label,
+    pub exits: Vec<ExitSite>,
+}
+
+/// Translates `block`, which was made from `instructions`; `None` if an instruction cannot be encoded.
+pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], model: &Model, host: Host, places: Places) -> Option<Code> {
     let live = live_flags(instructions);
     let plans: Vec<Plan> = instructions.iter().zip(&live).map(|(insn, live)| plan(insn, *live, host, model)).collect();
     let units = plans.iter().fold(Units::default(), |all, plan| all.and(plan.units()));
     let last_x87 = instructions.iter().rposition(|insn| x87::sets_pointer(insn.mnemonic()));
     let out = Emitter::new(asm, places, block, units);
     let mut translation = Translation { out, info: InstructionInfoFactory::new(), branch: Branch::of(block) };
-    translation.out.prologue(block.instructions);
-    let body = translation.out.asm.len();
+    let body = translation.out.head(block.instructions);
     translation.out.enter_units();
     let mut ended = false;
     for (index, insn) in instructions.iter().enumerate() {
@@ -41,9 +48,10 @@ pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], mod
         }
     }
     if !ended {
-        translation.fall_through(instructions.len(), u64::from(block.length));
+        translation.out.save_flags();
+        translation.out.exit(block.length.into(), instructions.last().is_some_and(exec::ends_block));
     }
-    translation.out.finish().then_some(body)
+    Some(Code { body, exits: translation.out.finish()? })
 }
 
 /// An instruction's number in its block, and whether anybody sees the flags before it and behind it.
@@ -75,14 +83,18 @@ impl Translation<'_> {
             Plan::PushFlags => self.push_flags(place),
             Plan::DisableInterrupts => self.disable_interrupts(place),
             Plan::Direction(down) => self.set_direction(down, place),
+            Plan::Repeat => self.repeat(insn, place),
+            Plan::SwapGs => self.swap_gs(place),
+            Plan::UserPages(allow) => self.allow_user_pages(allow, place),
+            Plan::PushMemory => self.push_memory(insn, place),
             Plan::Lea => self.lea(insn),
             Plan::Nothing => {}
             Plan::Push => self.push(insn, place),
             Plan::Pop => self.pop(insn, place),
             Plan::Leave => self.leave(place),
             Plan::Interpret => self.out.interpret(place.index),
-            Plan::Conditional => self.conditional(insn, place),
-            Plan::JumpRelative => self.jump_relative(insn, place),
+            Plan::Conditional => self.conditional(insn),
+            Plan::JumpRelative => self.jump_relative(insn),
             Plan::JumpIndirect => self.jump_indirect(insn, place),
             Plan::CallRelative => self.call_relative(insn, place),
             Plan::CallIndirect => self.call_indirect(insn, place),
@@ -199,11 +211,12 @@ impl Translation<'_> {
 
     /// R14 = the effective address of the memory operand, with nothing else changed but R15.
     fn effective_address(&mut self, insn: &Instruction) {
-        let displacement = insn.memory_displacement64() as i32;
+        let mut displacement = insn.memory_displacement64() as i32;
         let base = match insn.memory_base() {
             Register::None => None,
             Register::RIP => {
-                self.out.asm.mov(R14, block_rip());
+                self.out.asm.mov(R14, cpu_field(PAGE));
+                displacement += self.out.offset as i32;
                 Some(Register::R14)
             }
             guest => Some(self.get(guest, Register::R14)),
@@ -284,50 +297,41 @@ impl Translation<'_> {
 
     // ---- ways out of the block ----------------------------------------------------------------------------------------------------------
 
-    /// R15 = RIP `distance` bytes behind the first byte of the block.
-    fn rip_at(&mut self, distance: u64) {
-        self.out.asm.mov(R15, block_rip());
-        self.out.asm.add(R15, distance as i32)
+    /// The branch goes to `distance` bytes behind the block's first byte.
+    fn branch_to(&mut self, distance: i64, taken: bool) {
+        if let Some(branch) = self.branch {
+            self.out.rip_at(distance);
+            self.out.note_branch(branch, taken);
+        }
+        self.out.exit(distance, false);
     }
 
-    /// Finds the code `distance` bytes behind the block's first byte. The interpreter runs instruction `index` where there is no way yet.
-    fn find(&mut self, distance: u64, index: usize) {
-        let miss = self.out.detour(index);
-        self.rip_at(distance);
-        self.out.find_linked(miss)
+    /// The branch goes to RIP R15.
+    fn branch_to_r15(&mut self) {
+        if let Some(branch) = self.branch {
+            self.out.note_branch(branch, true);
+        }
+        self.out.go_to_r15();
     }
 
-    /// The block ends without a branch: its last micro-op, behind the instructions, goes on.
-    fn fall_through(&mut self, index: usize, length: u64) {
+    fn jump_relative(&mut self, insn: &Instruction) {
         self.out.save_flags();
-        self.find(length, index);
-        self.out.go()
+        self.branch_to(insn.near_branch_target() as i64, true);
     }
 
-    /// The branch goes to RIP R15, whose code is in R13.
-    fn branch(&mut self, taken: bool) {
-        let Some(branch) = self.branch else { return self.out.go() };
-        self.out.keep_target();
-        self.out.note_branch(branch, taken);
-        self.out.go_to_target()
-    }
-
-    fn jump_relative(&mut self, insn: &Instruction, place: Place) {
-        self.out.save_flags();
-        self.find(insn.near_branch_target(), place.index);
-        self.branch(true)
-    }
-
-    fn conditional(&mut self, insn: &Instruction, place: Place) {
+    fn conditional(&mut self, insn: &Instruction) {
         self.out.save_flags();
         self.out.need_flags();
-        let taken = self.out.asm.create_label();
-        self.out.jump_if(insn, taken);
-        self.find(insn.next_ip(), place.index);
-        self.branch(false);
-        self.out.asm.set_label(taken);
-        self.find(insn.near_branch_target(), place.index);
-        self.branch(true)
+        let (condition, target) = (insn.condition_code(), insn.near_branch_target() as i64);
+        if self.branch.is_some() || !self.out.is_near(target) {
+            let on = self.out.asm.create_label();
+            self.out.asm.jcc(opposite(condition), on);
+            self.branch_to(target, true);
+            self.out.asm.set_label(on);
+        } else {
+            self.out.exit_near_if(condition, target);
+        }
+        self.branch_to(insn.next_ip() as i64, false);
     }
 
     /// R15 = the target of an indirect branch.
@@ -345,44 +349,29 @@ impl Translation<'_> {
         self.out.clobber_flags(true);
         let miss = self.out.detour(place.index);
         self.target(insn, miss);
-        self.out.find_cached(JUMP_SLOTS, miss);
-        self.branch(true)
+        self.branch_to_r15();
     }
 
     fn call_relative(&mut self, insn: &Instruction, place: Place) {
         self.out.clobber_flags(true);
         let miss = self.out.detour(place.index);
-        self.rip_at(insn.near_branch_target());
-        self.out.find_linked(miss);
-        self.out.keep_target();
         self.push_return(insn, miss);
-        self.rip_at(insn.near_branch_target());
-        self.call()
+        self.branch_to(insn.near_branch_target() as i64, true);
     }
 
     fn call_indirect(&mut self, insn: &Instruction, place: Place) {
         self.out.clobber_flags(true);
         let miss = self.out.detour(place.index);
         self.target(insn, miss);
-        self.out.find_cached(JUMP_SLOTS, miss);
-        self.out.keep_target();
         self.out.keep_rip();
         self.push_return(insn, miss);
         self.out.take_rip();
-        self.call()
-    }
-
-    /// The call goes to RIP R15, whose code is the kept target.
-    fn call(&mut self) {
-        if let Some(branch) = self.branch {
-            self.out.note_branch(branch, true);
-        }
-        self.out.go_to_target()
+        self.branch_to_r15();
     }
 
     fn push_return(&mut self, insn: &Instruction, miss: Label) {
         self.stack_slot(-8, AccessKind::Write, miss);
-        self.rip_at(insn.next_ip());
+        self.out.rip_at(insn.next_ip() as i64);
         self.out.asm.mov(qword_ptr(R14, 0), R15);
         self.move_stack(-8);
         if let Some(branch) = self.branch {
@@ -395,10 +384,9 @@ impl Translation<'_> {
         let miss = self.out.detour(place.index);
         self.stack_slot(0, AccessKind::Read, miss);
         self.out.asm.mov(R15, qword_ptr(R14, 0));
-        self.out.find_cached(JUMP_SLOTS, miss);
         let released = if insn.op_count() > 0 { i32::from(insn.immediate16()) } else { 0 };
         self.move_stack(8 + released);
-        self.branch(true)
+        self.branch_to_r15();
     }
 }
 

@@ -8,35 +8,31 @@ use std::mem::offset_of;
 use iced_x86::Register::{AH, AL, AX, EAX, R13, R13D, R14, R14D, R14L, R15, R15D, R15L, RAX, RBP};
 use iced_x86::{ConditionCode, IcedError, Instruction, Register};
 
-use super::asm::{byte_ptr, dword_ptr, qword_ptr, word_ptr, Asm, Label, Memory};
-use super::native::{FLAGS, TARGET, TARGET_RIP, VECTORS, X87};
+use super::asm::{byte_ptr, qword_ptr, word_ptr, Asm, Label, Memory};
+use super::exits::ExitSite;
+use super::native::{detour, FLAGS, VECTORS, X87};
 use super::registers;
 use super::vector::{Units, Width};
 use crate::cpu::Cpu;
-use crate::decode::block::{Block, Link};
-use crate::decode::cache::Jump;
+use crate::decode::block::Block;
+use crate::memory::PAGE_OFFSET;
 use crate::paging::tlb;
 use crate::paging::AccessKind;
 use crate::state::{Fpu, State};
-use crate::uop::slot;
 
-/// Where fixed things are that host code needs.
+/// Where shared code is.
 #[derive(Clone, Copy)]
 pub struct Places {
-    /// The stub that runs one instruction in the interpreter.
-    pub resume: u64,
+    /// The stub that leaves host code for a moment; see [`super::native::detour`].
+    pub detour: u64,
     /// The stub that does so in a block that works on vector registers or the x87 unit.
-    pub resume_keeping: u64,
+    pub detour_keeping: u64,
     /// The stubs that bring XMM registers, YMM registers, and the x87 unit into the host's.
     pub xmm: u64,
     pub ymm: u64,
     pub x87: u64,
-    /// The stub that returns to the dispatcher before a block.
-    pub boundary: u64,
-    /// The core's attention word.
-    pub attention: u64,
-    /// The jump cache.
-    pub jumps: u64,
+    /// The stub that returns to the dispatcher at RIP R15.
+    pub unknown: u64,
 }
 
 /// How OF follows from an instruction where host processors differ.
@@ -67,23 +63,29 @@ pub enum Rule {
 /// Code at the end that is rarely run.
 struct Cold {
     label: Label,
-    index: usize,
-    /// Where to go on, and whether host flags are expected there. Nowhere, if the instruction ends the block.
+    /// Why host code is left: a number of [`super::native::detour`].
+    why: u32,
+    /// Where to go on, and whether host flags are expected there. Nowhere, if host code does not come back here.
     back: Option<(Label, bool)>,
 }
 
 /// Host code of one block in the making.
 pub struct Emitter<'a> {
     pub asm: &'a mut Asm,
-    places: Places,
+    pub(super) places: Places,
     block: u64,
+    /// Distance of the block's first byte from the start of its page.
+    pub(super) offset: u64,
     /// Number of the block's last instruction.
-    last: usize,
+    last: u32,
     /// What the block works on besides the general registers.
     units: Units,
     /// Stubs that bring that, where they are called, and where it is there.
     gates: Vec<(u64, Label, Label)>,
+    pub(super) exits: Vec<ExitSite>,
     cold: Vec<Cold>,
+    /// Where the block is named to the stub: the plain one, and the one that keeps units.
+    tails: [Label; 2],
     /// The host's flags are the guest's.
     host_flags: bool,
     /// `Native::flags` are the guest's.
@@ -102,23 +104,20 @@ pub fn in_memory(guest: Register) -> Memory {
     cpu_field(offset_of!(Cpu, regs) + registers::offset(guest))
 }
 
-/// RIP of the running block.
-pub fn block_rip() -> Memory {
-    cpu_field(offset_of!(Cpu, regs) + slot::RIP as usize * 8)
-}
-
 impl<'a> Emitter<'a> {
     pub fn new(asm: &'a mut Asm, places: Places, block: &Block, units: Units) -> Self {
-        let last = block.instructions as usize - 1;
-        let block = std::ptr::from_ref(block) as u64;
+        let tails = [(); 2].map(|()| asm.create_label());
         Emitter {
             asm,
             places,
-            block,
-            last,
+            block: std::ptr::from_ref(block) as u64,
+            offset: block.key.host & PAGE_OFFSET,
+            last: block.instructions - 1,
             units,
             gates: Vec::new(),
+            exits: Vec::new(),
             cold: Vec::new(),
+            tails,
             host_flags: false,
             saved_flags: true,
             failed: false,
@@ -276,8 +275,13 @@ impl<'a> Emitter<'a> {
     /// before the next one.
     pub fn detour(&mut self, index: usize) -> Label {
         let label = self.asm.create_label();
-        self.cold.push(Cold { label, index, back: None });
+        self.cold(label, index as u32 | detour::MISS, None);
         label
+    }
+
+    /// Cold code at `label` that leaves host code.
+    pub(super) fn cold(&mut self, label: Label, why: u32, back: Option<(Label, bool)>) {
+        self.cold.push(Cold { label, why, back });
     }
 
     /// The last detour comes back here.
@@ -293,33 +297,18 @@ impl<'a> Emitter<'a> {
     /// Runs instruction `index` in the interpreter.
     pub fn interpret(&mut self, index: usize) {
         self.save_flags();
-        self.call_resume(index);
+        self.leave_for(index as u32);
         (self.host_flags, self.saved_flags) = (false, true);
     }
 
-    fn call_resume(&mut self, index: usize) {
-        let a = &mut *self.asm;
-        a.mov(R13D, index as i32);
-        a.mov(R14, self.block);
+    fn leave_for(&mut self, why: u32) {
+        self.asm.mov(R13D, why as i32);
         // Behind the last instruction nobody needs them, and it may have changed who may use them.
-        a.call(if self.units.any() && index < self.last { self.places.resume_keeping } else { self.places.resume })
+        let keep = self.units.any() && why & !detour::MISS < self.last;
+        self.asm.call(self.tails[usize::from(keep)]);
     }
 
-    // ---- ways between blocks ------------------------------------------------------------------------------------------------------------
-
-    /// What another block's jump meets before this block's first instruction: work of the dispatcher, and what the block costs.
-    pub fn prologue(&mut self, instructions: u32) {
-        let a = &mut *self.asm;
-        a.mov(R13, self.places.attention);
-        a.mov(R13D, dword_ptr(R13, 0));
-        a.or(R13D, dword_ptr(RBP, offset_of!(Cpu, pending) as i32));
-        a.jne(self.places.boundary);
-        let budget = cpu_field(offset_of!(Cpu, budget));
-        a.cmp(budget, 0);
-        a.jle(self.places.boundary);
-        a.sub(budget, instructions as i32);
-        a.inc(cpu_field(offset_of!(Cpu, blocks_run)))
-    }
+    // ---- the end --------------------------------------------------------------------------------------------------------------------
 
     /// The vector registers and the x87 unit that the block works on are in the host's from here on.
     pub fn enter_units(&mut self) {
@@ -346,116 +335,20 @@ impl<'a> Emitter<'a> {
     /// The last x87 instruction is the one `distance` bytes behind the block's first byte. Changes R15 alone.
     pub fn point_x87(&mut self, distance: u64) {
         const FIP: usize = offset_of!(Cpu, state) + offset_of!(State, fpu) + offset_of!(Fpu, fip);
-        self.asm.mov(R15, block_rip());
-        self.asm.lea(R15, qword_ptr(R15, distance as i32));
+        self.rip_at(distance as i64);
         self.asm.mov(cpu_field(FIP), R15);
     }
 
-    /// R13 = the host code of the block at the RIP in R15 that ran behind this one before; `miss` if there is none. Clobbers R14.
-    pub fn find_linked(&mut self, miss: Label) {
-        let links = self.block + offset_of!(Block, links) as u64;
-        let (found, second) = (self.asm.create_label(), self.asm.create_label());
-        let a = &mut *self.asm;
-        a.mov(R14, links);
-        a.mov(R13, cpu_field(offset_of!(Cpu, jump_context)));
-        for (n, other) in [(0, second), (1, miss)] {
-            let link = (n * size_of::<Link>()) as i32;
-            if n == 1 {
-                self.asm.set_label(second);
-            }
-            let a = &mut *self.asm;
-            a.cmp(qword_ptr(R14, link + offset_of!(Link, rip) as i32), R15);
-            a.jne(other);
-            a.cmp(qword_ptr(R14, link + offset_of!(Link, context) as i32), R13);
-            a.jne(other);
-            if n == 0 {
-                a.mov(R14, qword_ptr(R14, link + offset_of!(Link, block) as i32));
-                a.jmp(found);
-            } else {
-                a.mov(R14, qword_ptr(R14, link + offset_of!(Link, block) as i32));
-            }
-        }
-        self.asm.set_label(found);
-        self.code_of_block(miss)
-    }
-
-    /// R13 = the host code of the block that the jump cache has for the RIP in R15; `miss` if there is none. Clobbers R14.
-    pub fn find_cached(&mut self, slots: usize, miss: Label) {
-        const { assert!(size_of::<Jump>() == 24) };
-        let jumps = self.places.jumps;
-        let a = &mut *self.asm;
-        a.mov(R14, R15);
-        a.shr(R14, 14);
-        a.xor(R14D, R15D);
-        a.and(R14D, (slots - 1) as i32);
-        a.lea(R14, qword_ptr(R14, 0).index(R14, 2));
-        a.mov(R13, jumps);
-        a.lea(R14, qword_ptr(R13, 0).index(R14, 8));
-        a.cmp(qword_ptr(R14, offset_of!(Jump, rip) as i32), R15);
-        a.jne(miss);
-        a.mov(R13, cpu_field(offset_of!(Cpu, jump_context)));
-        a.cmp(qword_ptr(R14, offset_of!(Jump, context) as i32), R13);
-        a.jne(miss);
-        a.mov(R14, qword_ptr(R14, offset_of!(Jump, block) as i32));
-        self.code_of_block(miss)
-    }
-
-    /// R13 = where other blocks enter the block in R14.
-    fn code_of_block(&mut self, miss: Label) {
-        let a = &mut *self.asm;
-        a.cmp(byte_ptr(R14, offset_of!(Block, valid) as i32), 0);
-        a.je(miss);
-        a.mov(R13, qword_ptr(R14, offset_of!(Block, entry) as i32));
-        a.test(R13, R13);
-        a.je(miss)
-    }
-
-    /// Goes to the block at RIP R15, whose code is in R13.
-    pub fn go(&mut self) {
-        self.asm.mov(block_rip(), R15);
-        self.asm.jmp_indirect(R13)
-    }
-
-    /// Keeps the address of host code in R13 until [`Emitter::go_to_target`].
-    pub fn keep_target(&mut self) {
-        self.asm.mov(cpu_field(TARGET), R13)
-    }
-
-    /// Goes to the block at RIP R15, whose code is the kept target.
-    pub fn go_to_target(&mut self) {
-        self.asm.mov(block_rip(), R15);
-        self.asm.jmp_indirect(cpu_field(TARGET))
-    }
-
-    /// Keeps R15, the target of a call, until [`Emitter::take_rip`].
-    pub fn keep_rip(&mut self) {
-        self.asm.mov(cpu_field(TARGET_RIP), R15)
-    }
-
-    /// R15 = what [`Emitter::keep_rip`] kept.
-    pub fn take_rip(&mut self) {
-        self.asm.mov(R15, cpu_field(TARGET_RIP))
-    }
-
-    /// Jumps if the condition of the conditional branch `insn` holds.
-    pub fn jump_if(&mut self, insn: &Instruction, label: Label) {
-        self.asm.jcc(insn.condition_code(), label);
-    }
-
-    /// Ends the code with its cold part. False if there was an instruction that the encoder refused.
-    pub fn finish(mut self) -> bool {
-        for Cold { label, index, back } in std::mem::take(&mut self.cold) {
+    /// Ends the code with its cold part, and gives the exits. `None` if there was an instruction that the encoder refused.
+    pub fn finish(mut self) -> Option<Vec<ExitSite>> {
+        for Cold { label, why, back } in std::mem::take(&mut self.cold) {
             self.asm.set_label(label);
-            self.call_resume(index);
-            match back {
-                Some((back, host_flags)) => {
-                    if host_flags {
-                        self.restore_flags();
-                    }
-                    self.asm.jmp(back);
-                }
-                None => self.asm.int3(),
+            self.leave_for(why);
+            let Some((back, host_flags)) = back else { continue };
+            if host_flags {
+                self.restore_flags();
             }
+            self.asm.jmp(back);
         }
         for (stub, missing, there) in std::mem::take(&mut self.gates) {
             self.asm.set_label(missing);
@@ -463,7 +356,13 @@ impl<'a> Emitter<'a> {
             self.asm.call(stub);
             self.asm.jmp(there);
         }
-        !self.failed
+        let stubs = [self.places.detour, self.places.detour_keeping];
+        for (tail, stub) in self.tails.into_iter().zip(stubs).take(1 + usize::from(self.units.any())) {
+            self.asm.set_label(tail);
+            self.asm.mov(R14, self.block);
+            self.asm.jmp(stub);
+        }
+        (!self.failed).then_some(self.exits)
     }
 
     /// An instruction of the host's.

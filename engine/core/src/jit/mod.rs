@@ -5,29 +5,39 @@
 //!
 //! | file | is |
 //! |---|---|
+//! | `backend` | the seam: what makes host code |
+//! | `link`, `native` | what every back end's host code needs of Rust code: ways from block to block, and out of host code |
+//! | `x64` | the back end for x86-64 hosts, of which the rest are parts |
 //! | `plan` | which instructions become host code |
 //! | `block` | the translation of a block |
 //! | `asm` | the assembler |
-//! | `emit` | pieces of host code: flags, TLB checks, ways between blocks and into the interpreter |
+//! | `emit` | pieces of host code: flags, TLB checks, ways into the interpreter |
+//! | `exits` | the head of a block, and the ways to the next one |
 //! | `watched` | what a branch does for those who watch branches |
 //! | `registers`, `vector_registers` | where guest registers are meanwhile |
 //! | `integer` | integer instructions that take several of the host's |
 //! | `vector`, `x87` | which vector, MMX and x87 instructions become host code |
-//! | `stubs`, `native` | the way in and out, in host code and in Rust |
+//! | `stubs` | code that all blocks share |
 //! | `arena` | memory for host code |
 
 mod arena;
 mod asm;
+pub mod backend;
 mod block;
 mod emit;
+mod exits;
 mod integer;
+pub mod link;
 pub mod native;
 mod plan;
 mod registers;
+mod string;
 mod stubs;
+mod system;
 mod vector;
 mod vector_registers;
 mod watched;
+mod x64;
 mod x87;
 
 use std::ptr;
@@ -36,15 +46,12 @@ use crate::cpu::{CodeSize, Cpu};
 use crate::decode::block::{decode_page, Block};
 use crate::decode::cache::CodeCache;
 use crate::model::Model;
-use arena::Arena;
-use asm::Asm;
-use emit::Places;
+use backend::{Backend, HostCode, Made};
+use link::Links;
 use native::Trampoline;
-use plan::Host;
-use stubs::Stubs;
 
 /// Bytes of host code that a core may have.
-const ARENA_SIZE: usize = 64 << 20;
+const CODE_BYTES: usize = 64 << 20;
 /// Runs of a block before [`Tier::Auto`] translates it.
 const HOT: u32 = 32;
 
@@ -74,50 +81,31 @@ impl Tier {
     }
 }
 
-/// Makes host code for one core.
+/// The translations of one core.
 pub struct Translator {
-    arena: Arena,
-    asm: Asm,
-    stubs: Stubs,
-    places: Places,
-    /// Bytes of the arena that belong to the stubs.
-    base: usize,
-    host: Host,
+    backend: Box<dyn Backend>,
     pub translated: u64,
-    pub flushes: u64,
+    /// How often old translations were forgotten to make room.
+    pub evictions: u64,
 }
 
 impl Translator {
-    /// `None` where the host gives no memory for code.
-    fn new(cpu: &Cpu) -> Option<Self> {
-        let mut arena = Arena::new(ARENA_SIZE).inspect_err(|error| log::warn!("no memory for host code: {error}")).ok()?;
-        let mut asm = Asm::default();
-        let host = Host::new();
-        let stubs = stubs::write(&mut arena, &mut asm, host.vectors.has_ymm())?;
-        let places = Places {
-            resume: stubs.resume,
-            resume_keeping: stubs.resume_keeping,
-            xmm: stubs.xmm,
-            ymm: stubs.ymm,
-            x87: stubs.x87,
-            boundary: stubs.boundary,
-            attention: cpu.signal.pending_address() as u64,
-            jumps: cpu.code.jumps() as u64,
-        };
-        let base = arena.used();
-        Some(Translator { arena, asm, stubs, places, base, host, translated: 0, flushes: 0 })
+    /// `None` where the host has no back end, or gives no memory for code.
+    fn new(bytes: usize) -> Option<Self> {
+        let backend = backend::of_host(bytes).inspect_err(|error| log::info!("no host code: {error}")).ok()?;
+        Some(Translator { backend, translated: 0, evictions: 0 })
     }
 
     pub fn trampoline(&self) -> Trampoline {
-        self.stubs.trampoline
+        self.backend.trampoline()
     }
 
-    /// Bytes of host code in use.
+    /// Bytes of memory that host code has been in.
     pub fn bytes(&self) -> usize {
-        self.arena.used()
+        self.backend.bytes()
     }
 
-    /// Translates `block`. No host code may be running: a full arena forgets all.
+    /// Translates `block`. No host code may be running, because old code may be forgotten for it.
     fn translate(&mut self, block: &mut Block, code: &mut CodeCache, model: &Model) {
         if block.key.size != CodeSize::Bits64 || block.second_page.is_some() || block.breakpoint {
             return;
@@ -129,25 +117,44 @@ impl Translator {
         if instructions.len() != block.instructions as usize {
             return; // another core just wrote there, and the block is about to die
         }
-        self.asm.begin(self.arena.next());
-        let Some(body) = block::translate(&mut self.asm, block, &instructions, model, self.host, self.places) else { return };
-        let Some(entry) = self.arena.add(self.asm.finish()) else {
-            self.flushes += 1;
-            code.forget_translations();
-            return self.arena.truncate(self.base);
-        };
-        self.translated += 1;
-        block.entry = entry;
-        block.body = entry.wrapping_add(body);
+        loop {
+            match self.backend.translate(block, &instructions, model) {
+                Made::Code(HostCode { entry, body, exits }) => {
+                    self.translated += 1;
+                    (block.entry, block.body) = (entry, body);
+                    block.links = Some(Box::new(Links::new(exits)));
+                    return;
+                }
+                Made::Refused => return,
+                Made::Full(addresses) => {
+                    self.evictions += 1;
+                    code.forget_translations_at(&addresses);
+                }
+            }
+        }
+    }
+}
+
+/// What makes host code here, or why nothing does.
+pub fn describe() -> String {
+    match backend::of_host(1) {
+        Ok(_) => std::env::consts::ARCH.into(),
+        Err(error) => format!("none: {error}"),
     }
 }
 
 impl Cpu {
     /// Turns the translator on, for blocks that ran `threshold` times; or off.
     pub fn set_translator(&mut self, threshold: Option<u32>) {
-        self.code.forget_translations();
-        self.translator = threshold.and_then(|_| Translator::new(self)).map(Box::new);
+        self.set_translator_within(CODE_BYTES, threshold);
+    }
+
+    /// [`Cpu::set_translator`] with about `bytes` for host code.
+    pub fn set_translator_within(&mut self, bytes: usize, threshold: Option<u32>) {
+        self.translator = threshold.and_then(|_| Translator::new(bytes)).map(Box::new);
         self.hot = threshold.unwrap_or(0);
+        self.native.set_jumps(self.code.jumps());
+        self.code.forget_translations(self.translator.as_ref().map_or(ptr::null(), |translator| translator.backend.nowhere()));
     }
 
     /// Where the dispatcher enters host code of `block`, which it is about to run; counts the run if there is none yet.

@@ -1,27 +1,34 @@
-//! What host code and the interpreter share while a guest runs: flags in the host's form, and the way back for one instruction.
+//! What host code and Rust code share while a guest runs, and the ways from one to the other.
 
 use std::any::Any;
+use std::collections::HashMap;
 use std::mem::offset_of;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 
-use super::x87;
+use iced_x86::{Code, Mnemonic};
+
+use super::{link, x87};
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
+use crate::decode::cache::Jump;
 use crate::flags::Flags;
+use crate::memory::PAGE_OFFSET;
 use crate::pmu::Watching;
 use crate::state::rflags::OF;
-use crate::uop::{Exec, Stop};
+use crate::uop::{slot, Exec, Stop};
 
 /// The part of a CPU that host code keeps for itself.
 #[repr(C)]
 pub struct Native {
     /// Arithmetic flags: OF in the low byte (0 or 1), what LAHF gives in the high byte.
     flags: u16,
-    /// Where a call goes while its return address is pushed: host code, and RIP.
-    target: u64,
+    /// Linear page of the running block: with the block's place in it, its RIP.
+    pub(super) page: u64,
+    /// Where a call goes while its return address is pushed.
     target_rip: u64,
-    /// The block that was left by [`resume`], or that was not begun, and RIP of its first instruction.
-    block: *mut Block,
+    /// The jump cache.
+    jumps: *const Jump,
+    /// RIP of the first instruction of `block`.
     pub rip: u64,
     /// How much of the guest's vector registers is in the host's: nothing, or a `vector::Width`.
     vectors: u8,
@@ -33,42 +40,98 @@ pub struct Native {
     pub(super) image: x87::Image,
     /// MXCSR as Rust code expects it.
     default_mxcsr: u32,
+    /// Where host code goes on after a detour that says so.
+    pub(super) target: *const u8,
+    /// `Cpu::jump_context` when host code was entered.
+    pub(super) context: u64,
+    /// What was taken from the budget; see [`Cpu::keep_from_blocks`].
+    taken: i64,
+    /// The block that was left by a detour, or that was not begun.
+    pub(super) block: *mut Block,
     /// The panic that host code must not be unwound for.
     panic: Option<Box<dyn Any + Send>>,
+    pub counts: Counts,
+}
+
+/// What happened in host code.
+pub struct Counts {
+    /// Exits that were linked, again or for the first time.
+    pub links: u64,
+    /// Instructions that the interpreter ran because of their memory operand.
+    pub misses: u64,
+    /// Instructions that the interpreter ran because there is no host code for them, by `iced_x86::Code`.
+    interpreted: Box<[u64]>,
+}
+
+impl Default for Counts {
+    fn default() -> Self {
+        Counts { links: 0, misses: 0, interpreted: vec![0; Code::values().len()].into() }
+    }
+}
+
+impl Counts {
+    /// How often instructions without host code ran, by mnemonic; the most frequent first.
+    pub fn interpreted(&self) -> Vec<(Mnemonic, u64)> {
+        let mut sums = HashMap::new();
+        for (code, count) in Code::values().zip(&self.interpreted).filter(|(_, count)| **count != 0) {
+            *sums.entry(code.mnemonic()).or_default() += count;
+        }
+        let mut sums: Vec<(Mnemonic, u64)> = sums.into_iter().collect();
+        sums.sort_by_key(|(mnemonic, count)| (std::cmp::Reverse(*count), *mnemonic));
+        sums
+    }
 }
 
 impl Default for Native {
     fn default() -> Self {
         Native {
             flags: 0,
-            target: 0,
+            page: 0,
             target_rip: 0,
-            block: std::ptr::null_mut(),
+            jumps: std::ptr::null(),
             rip: 0,
             vectors: 0,
             x87: 0,
             kept: 0,
             image: x87::Image::default(),
             default_mxcsr: 0x1f80,
+            target: std::ptr::null(),
+            context: 0,
+            taken: 0,
+            block: std::ptr::null_mut(),
             panic: None,
+            counts: Counts::default(),
         }
     }
 }
 
-/// Offset of the flags in a CPU.
-pub const FLAGS: usize = offset_of!(Cpu, native) + offset_of!(Native, flags);
-/// Offsets of the target of a call in a CPU.
-pub const TARGET_RIP: usize = offset_of!(Cpu, native) + offset_of!(Native, target_rip);
-pub const TARGET: usize = offset_of!(Cpu, native) + offset_of!(Native, target);
+const NATIVE: usize = offset_of!(Cpu, native);
+/// Offsets of fields in a CPU.
+pub const FLAGS: usize = NATIVE + offset_of!(Native, flags);
+pub const PAGE: usize = NATIVE + offset_of!(Native, page);
+pub const TARGET_RIP: usize = NATIVE + offset_of!(Native, target_rip);
+pub const TARGET: usize = NATIVE + offset_of!(Native, target);
+pub const JUMPS: usize = NATIVE + offset_of!(Native, jumps);
+pub const BLOCK: usize = NATIVE + offset_of!(Native, block);
+pub const VECTORS: usize = NATIVE + offset_of!(Native, vectors);
+pub const X87: usize = NATIVE + offset_of!(Native, x87);
+pub const KEPT: usize = NATIVE + offset_of!(Native, kept);
+pub const IMAGE: usize = NATIVE + offset_of!(Native, image);
+pub const DEFAULT_MXCSR: usize = NATIVE + offset_of!(Native, default_mxcsr);
+pub const CONTEXT_FIELD: usize = offset_of!(Cpu, jump_context);
 
-/// Offset of the block that was left.
-pub const BLOCK: usize = offset_of!(Cpu, native) + offset_of!(Native, block);
-/// Offsets of what [`super::vector_registers`] keeps.
-pub const VECTORS: usize = offset_of!(Cpu, native) + offset_of!(Native, vectors);
-pub const X87: usize = offset_of!(Cpu, native) + offset_of!(Native, x87);
-pub const KEPT: usize = offset_of!(Cpu, native) + offset_of!(Native, kept);
-pub const IMAGE: usize = offset_of!(Cpu, native) + offset_of!(Native, image);
-pub const DEFAULT_MXCSR: usize = offset_of!(Cpu, native) + offset_of!(Native, default_mxcsr);
+/// More than any budget.
+const EVERYTHING: i64 = 1 << 60;
+
+/// Why host code asks Rust code: the number of an instruction of the block, which the interpreter shall run, or one of these.
+pub mod detour {
+    /// With the number of an instruction: host code would do, but its memory operand is not in the TLB, or is otherwise special.
+    pub const MISS: u32 = 0x80;
+    /// The block has not begun, and the budget does not cover it.
+    pub const HEAD: u32 = 0x100;
+    /// The direct exit of this number, added to it, is not linked.
+    pub const LINK: u32 = 0x200;
+}
 
 /// The part of `Native::kept` that is about the x87 unit.
 const KEPT_X87: u16 = 1 << 8;
@@ -81,20 +144,27 @@ pub mod status {
     pub const BOUNDARY: u32 = 0x100;
     /// A handler panicked.
     pub const PANIC: u32 = 0x101;
+    /// Host code goes on at `Native::target`.
+    pub const GO: u32 = 0x102;
     /// A block did not begin, although it was paid for, because the interpreter must run it.
-    pub const REFUSED: u32 = 0x102;
+    pub const REFUSED: u32 = 0x103;
 }
 
 /// Host code: the trampoline that enters a block.
-pub type Trampoline = unsafe extern "sysv64" fn(cpu: *mut Cpu, code: *const u8) -> u32;
+pub type Trampoline = unsafe extern "C" fn(cpu: *mut Cpu, code: *const u8) -> u32;
 
 impl Native {
+    /// Tells host code where the jump cache is.
+    pub fn set_jumps(&mut self, jumps: *const Jump) {
+        self.jumps = jumps;
+    }
+
     fn load(&mut self, flags: Flags) {
         let image = flags.bits();
         self.flags = (image as u16 & 0xff) << 8 | u16::from(image & OF != 0);
     }
 
-    fn flags(&self) -> Flags {
+    pub(super) fn flags(&self) -> Flags {
         Flags::from_bits(u64::from(self.flags >> 8) | if self.flags & 1 != 0 { OF } else { 0 })
     }
 }
@@ -109,14 +179,12 @@ impl Cpu {
         self.budget -= i64::from(unsafe { (*block).instructions });
         self.blocks_run += 1;
         self.native.load(self.flags);
+        (self.native.page, self.native.context) = (self.rip() & !PAGE_OFFSET, self.jump_context);
+        self.keep_from_blocks();
         // SAFETY: `body` is the start of a live block's host code, which keeps to the rules of this module.
         let status = unsafe { trampoline(self, body) };
-        if self.pmu.watching != Watching::NONE {
-            self.take_records();
-        }
-        if self.native.x87 != 0 {
-            self.take_x87(None);
-        }
+        self.give_back();
+        self.take_units();
         match status {
             status::BOUNDARY => {
                 self.flags = self.native.flags();
@@ -125,15 +193,42 @@ impl Cpu {
             status::REFUSED => {
                 self.flags = self.native.flags();
                 let block = self.native.block;
-                self.native.rip = self.rip();
                 // SAFETY: host code named the block that it did not begin.
-                self.budget += i64::from(unsafe { (*block).instructions });
-                self.blocks_run -= 1;
+                let (instructions, host) = unsafe { ((*block).instructions, (*block).key.host) };
+                self.budget += i64::from(instructions);
+                self.regs[slot::RIP as usize] = self.native.page | host & PAGE_OFFSET;
+                self.native.rip = self.rip();
                 self.interpret(block)
             }
             status::PANIC => resume_unwind(self.native.panic.take().unwrap_or_else(|| Box::new("a handler panicked"))),
             _ => self.stopped_native(status),
         }
+    }
+
+    /// Takes what host code has of the PMU's records and of the x87 unit.
+    fn take_units(&mut self) {
+        if self.pmu.watching != Watching::NONE {
+            self.take_records();
+        }
+        if self.native.x87 != 0 {
+            self.take_x87(None);
+        }
+    }
+
+    /// Takes the budget away if the dispatcher shall look at the CPU before the next block, or find it itself: host code looks at nothing
+    /// else there.
+    pub(super) fn keep_from_blocks(&mut self) {
+        if self.pending != 0 || self.native.context != self.jump_context {
+            self.native.taken = EVERYTHING;
+            self.budget -= EVERYTHING;
+        }
+    }
+
+    /// Takes [`Cpu::keep_from_blocks`] back; tells whether there was something.
+    pub(super) fn give_back(&mut self) -> bool {
+        let taken = std::mem::take(&mut self.native.taken);
+        self.budget += taken;
+        taken != 0
     }
 
     /// A handler stopped host code.
@@ -158,29 +253,65 @@ fn stop(status: u32) -> Option<Stop> {
     STOPS.into_iter().find(|stop| *stop as u32 == status)
 }
 
-/// Runs instruction `index` of `block` with its reference handler; the way back from host code, which has stored all registers.
+/// The way out of host code, which has stored all registers; `why` is one of [`detour`].
 ///
 /// # Safety
 /// Host code of `block` calls this on the CPU that runs it.
-pub unsafe extern "sysv64" fn resume(cpu: *mut Cpu, block: *mut Block, index: u32) -> u32 {
-    // SAFETY: by the caller's promise both are valid, and host code holds no references. The handler may kill the block, which stays
-    // allocated, so nothing but `uop` is borrowed from it meanwhile.
-    let (cpu, uop, handler) = unsafe {
+pub unsafe extern "C" fn leave(cpu: *mut Cpu, block: *mut Block, why: u32) -> u32 {
+    // SAFETY: by the caller's promise, and host code holds no references.
+    let cpu = unsafe { &mut *cpu };
+    if why < detour::HEAD {
+        // SAFETY: as above.
+        return unsafe { resume(cpu, block, why) };
+    }
+    let kept = cpu.give_back();
+    cpu.take_units();
+    // SAFETY: as above.
+    unsafe {
+        match why {
+            detour::HEAD => head(cpu, block, kept),
+            _ => link::follow(cpu, block, (why - detour::LINK) as usize),
+        }
+    }
+}
+
+/// `block` has been paid for with more than there was: that is too late only where nothing was left before, or where the budget was `kept`.
+unsafe fn head(cpu: &mut Cpu, block: *mut Block, kept: bool) -> u32 {
+    // SAFETY: the caller's promise is that of `leave`.
+    let (instructions, host) = unsafe { ((*block).instructions, (*block).key.host) };
+    let before = cpu.budget + i64::from(instructions);
+    if !kept && before > 0 {
+        return status::DONE;
+    }
+    cpu.budget = before;
+    cpu.regs[slot::RIP as usize] = cpu.native.page | host & PAGE_OFFSET;
+    status::BOUNDARY
+}
+
+/// Runs the instruction of `block` that a detour names with its reference handler.
+unsafe fn resume(cpu: &mut Cpu, block: *mut Block, instruction: u32) -> u32 {
+    let index = (instruction & !detour::MISS) as usize;
+    // SAFETY: the caller's promise is that of `leave`. The handler may kill the block, which stays allocated, so nothing but `uop` is
+    // borrowed from it meanwhile.
+    let (uop, handler, host) = unsafe {
         let (uops, reference) = (&(*block).uops, &(*block).reference);
-        let uop = uops[index as usize];
-        (&mut *cpu, uop, reference.get(index as usize).copied().unwrap_or(uop.run))
+        cpu.at = &raw const uops[index];
+        (uops[index], reference.get(index).copied().unwrap_or(uops[index].run), (*block).key.host)
     };
+    match instruction & detour::MISS {
+        0 => cpu.native.counts.interpreted[usize::from(uop.code)] += 1,
+        _ => cpu.native.counts.misses += 1,
+    }
+    cpu.give_back();
     cpu.flags = cpu.native.flags();
-    (cpu.native.block, cpu.native.rip) = (block, cpu.rip());
+    cpu.native.block = block;
+    cpu.regs[slot::RIP as usize] = cpu.native.page | host & PAGE_OFFSET;
+    cpu.native.rip = cpu.rip();
     if cpu.native.x87 != 0 {
         // SAFETY: as above.
-        cpu.take_x87(Some((unsafe { &*block }, index as usize)));
+        cpu.take_x87(Some((unsafe { &*block }, index)));
     }
-    // SAFETY: as above.
-    cpu.at = unsafe { &raw const (&(*block).uops)[index as usize] };
-    if cpu.pmu.watching != Watching::NONE {
-        cpu.take_records();
-    }
+    cpu.take_units();
     let result = catch_unwind(AssertUnwindSafe(|| handler(cpu, &uop)));
     // SAFETY: as above; a dead block is freed by `collect` only.
     let valid = unsafe { (*block).valid };
@@ -190,6 +321,7 @@ pub unsafe extern "sysv64" fn resume(cpu: *mut Cpu, block: *mut Block, index: u3
             if cpu.native.kept & KEPT_X87 != 0 {
                 cpu.give_x87();
             }
+            cpu.keep_from_blocks();
             status::DONE
         }
         Ok(Ok(())) => {

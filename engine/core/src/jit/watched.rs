@@ -9,7 +9,7 @@ use iced_x86::ConditionCode;
 use iced_x86::Register::{R13, R13D, R14, R15, R15D, RBP};
 
 use super::asm::{byte_ptr, dword_ptr, qword_ptr, Label, Memory};
-use super::emit::{block_rip, cpu_field, Emitter};
+use super::emit::{cpu_field, Emitter};
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::memory::PAGE_OFFSET;
@@ -25,7 +25,7 @@ pub struct Branch {
     watching: Watching,
     kind: Kind,
     /// Distance of its first byte from the block's.
-    distance: i32,
+    distance: i64,
     /// Its place in the predictor's table of directions, and in that of targets.
     direction: usize,
     target: usize,
@@ -174,8 +174,8 @@ impl Emitter<'_> {
         a.inc(count);
         a.and(R13D, lbr::RECENT as i32 - 1);
         a.mov(row(offset_of!(Recent, to)), R15);
-        a.mov(R15, block_rip());
-        a.add(R15, branch.distance);
+        self.rip_at(branch.distance);
+        let a = &mut *self.asm;
         a.mov(row(offset_of!(Recent, from)), R15);
         a.mov(R15D, dword_ptr(RBP, offset_of!(Cpu, budget) as i32));
         a.mov(row(offset_of!(Recent, info)), R15);

@@ -79,7 +79,6 @@ fn clears_pointer(mnemonic: Mnemonic) -> bool {
 }
 
 /// Whether an instruction becomes the last x87 instruction that the instruction pointer tells of.
-#[expect(clippy::match_like_matches_macro, reason = "a line is a group of the manual's, which rustfmt would tear apart in a macro")]
 pub fn sets_pointer(mnemonic: Mnemonic) -> bool {
     use Mnemonic::*;
     let moves = matches!(mnemonic, Fld | Fst | Fstp | Fild | Fist | Fistp | Fisttp | Fbld | Fbstp | Fxch | Fstpnce);

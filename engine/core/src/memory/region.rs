@@ -3,6 +3,7 @@
 //! Guests, devices and Python all write here at any time, so nobody ever forms a Rust reference to its bytes; access goes through raw
 //! pointers.
 
+use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
@@ -24,11 +25,16 @@ unsafe impl Sync for Region {}
 impl Region {
     /// Maps `size` bytes of zeroed memory; `size` must be a positive multiple of the page size.
     pub fn new(size: usize) -> io::Result<Self> {
+        Region::named(c"softkvm-ram", size)
+    }
+
+    /// [`Region::new`] with a name that the host shows for it.
+    pub fn named(name: &CStr, size: usize) -> io::Result<Self> {
         if size == 0 || size as u64 & PAGE_OFFSET != 0 {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         // SAFETY: the name is a valid C string and the flags are valid.
-        let raw = unsafe { libc::memfd_create(c"softkvm-ram".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+        let raw = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
         if raw < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -44,21 +50,7 @@ impl Region {
         if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: a fresh mapping at an address of the kernel's choice cannot alias anything.
-        let start = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                size,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_NORESERVE,
-                fd.as_raw_fd(),
-                0,
-            )
-        };
-        if start == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let start = NonNull::new(start.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
+        let start = map(&fd, size, libc::PROT_READ | libc::PROT_WRITE)?;
         Ok(Region { start, size, fd })
     }
 
@@ -86,6 +78,22 @@ impl Region {
             return Err(io::Error::last_os_error());
         }
         Ok(stat.st_blocks as u64 * 512)
+    }
+}
+
+/// Maps all `size` bytes of a memfd once more.
+pub fn map(fd: &impl AsRawFd, size: usize, protection: libc::c_int) -> io::Result<NonNull<u8>> {
+    // SAFETY: a fresh mapping at an address of the kernel's choice takes nobody's place, and nobody forms references there.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), size, protection, libc::MAP_SHARED | libc::MAP_NORESERVE, fd.as_raw_fd(), 0) };
+    if start == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    NonNull::new(start.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
+}
+
+impl AsRawFd for Region {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
     }
 }
 

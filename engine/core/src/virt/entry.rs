@@ -13,6 +13,9 @@ use crate::state::{activity, cr0, cr4, efer, rflags, rights, seg, State};
 use crate::virt::control::{intercept, perf, Block, ACCESS_MAX, WAIVER_MAX};
 use crate::virt::exits::code;
 
+/// Instructions without host code that [`Core::counters`] names.
+const SHOWN_MNEMONICS: usize = 10;
+
 /// Kinds of access for [`Core::translate`].
 pub mod access {
     pub const WRITE: u32 = 2;
@@ -208,23 +211,33 @@ impl Core {
     }
 
     /// Everything that the core counts, by name.
-    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+    pub fn counters(&self) -> Vec<(String, u64)> {
         let cpu = &*self.cpu;
-        let (translated, flushed, bytes) = cpu.translator.as_ref().map_or((0, 0, 0), |own| (own.translated, own.flushes, own.bytes()));
-        vec![
+        let translator = cpu.translator.as_ref();
+        let counts = &cpu.native.counts;
+        let interpreted = counts.interpreted();
+        let mut counters: Vec<(String, u64)> = [
             ("instructions", cpu.instructions()),
-            ("blocks_run", cpu.blocks_run),
+            ("blocks_run_by_dispatcher", cpu.blocks_run),
             ("blocks_decoded", cpu.code.decoded),
             ("blocks_invalidated", cpu.code.invalidated),
             ("blocks_cached", cpu.code.len() as u64),
-            ("blocks_translated", translated),
-            ("translations_flushed", flushed),
-            ("host_code_bytes", bytes as u64),
+            ("blocks_translated", translator.map_or(0, |own| own.translated)),
+            ("host_code_bytes", translator.map_or(0, |own| own.bytes() as u64)),
+            ("host_code_evictions", translator.map_or(0, |own| own.evictions)),
+            ("host_code_links", counts.links),
+            ("host_code_tlb_misses", counts.misses),
+            ("host_code_interpreted", interpreted.iter().map(|(_, count)| count).sum()),
             ("tlb_fills", cpu.tlb.fills),
             ("tlb_flushes", cpu.tlb.flushes),
             ("page_walks", cpu.walks),
             ("branches_lost", self.branches_lost()),
         ]
+        .map(|(name, count)| (name.into(), count))
+        .into();
+        let often = interpreted.iter().take(SHOWN_MNEMONICS);
+        counters.extend(often.map(|(mnemonic, count)| (format!("interpreted_{mnemonic:?}").to_lowercase(), *count)));
+        counters
     }
 }
 

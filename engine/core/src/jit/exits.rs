@@ -1,0 +1,165 @@
+//! Host code between blocks: the head of a block, direct ways to the next one, and those whose target is known only when they are taken.
+//!
+//! While host code runs, RIP is not kept: `Native::page` is the linear page of the running block, whose place in the page is known. A
+//! direct exit is a jump that [`super::link`] writes; until then it leads there.
+
+use std::mem::offset_of;
+
+use iced_x86::ConditionCode;
+use iced_x86::Register::{R13, R14, R14D, R15, R15D};
+
+use super::asm::{qword_ptr, Label};
+use super::emit::{cpu_field, Emitter};
+use super::link::NO_GUARD;
+use super::native::{detour, CONTEXT_FIELD, JUMPS, PAGE, TARGET_RIP};
+use crate::cpu::Cpu;
+use crate::decode::block::Block;
+use crate::decode::cache::{Jump, JUMP_SLOTS};
+use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
+
+/// A direct exit in the making.
+pub struct ExitSite {
+    pub distance: i64,
+    /// Offset of the byte behind the jump's distance.
+    pub end: usize,
+    /// The way to [`super::link`].
+    pub unlinked: Label,
+    /// Offsets of the guards' immediates.
+    pub guards: Option<[usize; 2]>,
+}
+
+impl Emitter<'_> {
+    /// What a jump meets before the block's first instruction: the block is paid for, and the dispatcher asked when nothing is left.
+    /// Returns the label behind.
+    pub fn head(&mut self, instructions: u32) -> Label {
+        let [body, exhausted] = [(); 2].map(|()| self.asm.create_label());
+        self.asm.sub(cpu_field(offset_of!(Cpu, budget)), instructions as i32);
+        self.asm.jcc(ConditionCode::s, exhausted);
+        self.asm.set_label(body);
+        self.cold(exhausted, detour::HEAD, Some((body, false)));
+        body
+    }
+
+    // ---- to a target that is known ------------------------------------------------------------------------------------------------------
+
+    /// Whether the target at `distance` is in the block's page.
+    pub fn is_near(&self, distance: i64) -> bool {
+        (0..PAGE_SIZE as i64).contains(&(self.offset as i64 + distance))
+    }
+
+    /// Goes to `distance` bytes behind the block's first byte. With `checked`, translations may have changed in this block.
+    pub fn exit(&mut self, distance: i64, checked: bool) {
+        let unlinked = self.way_to_link();
+        let guards = (checked || !self.is_near(distance)).then(|| self.guard(distance, unlinked));
+        self.asm.jmp(unlinked);
+        self.exits.push(ExitSite { distance, end: self.asm.len(), unlinked, guards });
+    }
+
+    /// Goes to `distance`, which is near, if `condition` holds.
+    pub fn exit_near_if(&mut self, condition: ConditionCode, distance: i64) {
+        let unlinked = self.way_to_link();
+        self.asm.jcc(condition, unlinked);
+        self.exits.push(ExitSite { distance, end: self.asm.len(), unlinked, guards: None });
+    }
+
+    fn way_to_link(&mut self) -> Label {
+        let unlinked = self.asm.create_label();
+        self.cold(unlinked, detour::LINK + self.exits.len() as u32, None);
+        unlinked
+    }
+
+    /// Goes to `unlinked` unless the block runs where, and the translations are those with which, the exit was linked; else enters the
+    /// target's page. Returns where these two are kept in the code.
+    fn guard(&mut self, distance: i64, unlinked: Label) -> [usize; 2] {
+        let guards = [PAGE, CONTEXT_FIELD].map(|field| {
+            self.asm.mov_wide(R13, NO_GUARD);
+            let immediate = self.asm.len() - 8;
+            self.asm.cmp(cpu_field(field), R13);
+            self.asm.jne(unlinked);
+            immediate
+        });
+        let pages = (self.offset as i64 + distance) & !(PAGE_OFFSET as i64);
+        match i32::try_from(pages) {
+            Ok(0) => {}
+            Ok(pages) => self.asm.add(cpu_field(PAGE), pages),
+            Err(_) => {
+                self.asm.mov(R13, pages as u64);
+                self.asm.add(cpu_field(PAGE), R13);
+            }
+        }
+        guards
+    }
+
+    // ---- to a target that is computed ---------------------------------------------------------------------------------------------------
+
+    /// R15 = RIP `distance` bytes behind the block's first byte. Changes nothing else.
+    pub fn rip_at(&mut self, distance: i64) {
+        let distance = self.offset as i64 + distance;
+        self.asm.mov(R15, cpu_field(PAGE));
+        match i32::try_from(distance) {
+            Ok(distance) => self.asm.lea(R15, qword_ptr(R15, distance)),
+            Err(_) => {
+                self.asm.lea(R15, qword_ptr(R15, i32::MAX));
+                self.asm.lea(R15, qword_ptr(R15, (distance - i64::from(i32::MAX)) as i32));
+            }
+        }
+    }
+
+    /// Goes to RIP R15: to the block that the jump cache has for it, or to the dispatcher.
+    pub fn go_to_r15(&mut self) {
+        const SHIFT: u8 = size_of::<Jump>().trailing_zeros() as u8;
+        const { assert!(size_of::<Jump>().is_power_of_two()) };
+        let unknown = self.places.unknown;
+        let a = &mut *self.asm;
+        a.mov(R14, R15);
+        a.shr(R14, 14);
+        a.xor(R14D, R15D);
+        a.and(R14D, (JUMP_SLOTS - 1) as i32);
+        a.shl(R14D, SHIFT);
+        a.add(R14, cpu_field(JUMPS));
+        a.cmp(qword_ptr(R14, offset_of!(Jump, rip) as i32), R15);
+        a.jne(unknown);
+        a.mov(R13, cpu_field(CONTEXT_FIELD));
+        a.cmp(qword_ptr(R14, offset_of!(Jump, context) as i32), R13);
+        a.jne(unknown);
+        a.mov(R13, R15);
+        a.and(R13, !(PAGE_OFFSET as i32));
+        a.mov(cpu_field(PAGE), R13);
+        a.mov(R14, qword_ptr(R14, offset_of!(Jump, block) as i32));
+        a.jmp_indirect(qword_ptr(R14, offset_of!(Block, entry) as i32));
+    }
+
+    /// Keeps R15, the target of a call, until [`Emitter::take_rip`].
+    pub fn keep_rip(&mut self) {
+        self.asm.mov(cpu_field(TARGET_RIP), R15);
+    }
+
+    /// R15 = what [`Emitter::keep_rip`] kept.
+    pub fn take_rip(&mut self) {
+        self.asm.mov(R15, cpu_field(TARGET_RIP));
+    }
+}
+
+/// The condition that holds when `condition` does not.
+pub fn opposite(condition: ConditionCode) -> ConditionCode {
+    use ConditionCode::*;
+    match condition {
+        o => no,
+        no => o,
+        b => ae,
+        ae => b,
+        e => ne,
+        ne => e,
+        be => a,
+        a => be,
+        s => ns,
+        ns => s,
+        p => np,
+        np => p,
+        l => ge,
+        ge => l,
+        le => g,
+        g => le,
+        None => unreachable!("a conditional branch has a condition"),
+    }
+}

@@ -1,0 +1,77 @@
+//! The back end for hosts that are x86-64 themselves.
+
+use std::io;
+use std::ptr;
+
+use iced_x86::Instruction;
+
+use super::arena::Arena;
+use super::asm::Asm;
+use super::backend::{Backend, HostCode, Made};
+use super::block::{self, Code};
+use super::exits::ExitSite;
+use super::link::Exit;
+use super::native::Trampoline;
+use super::plan::Host;
+use super::stubs::{self, Stubs};
+use crate::decode::block::Block;
+use crate::model::Model;
+
+/// See [`super`] for its parts.
+pub struct X64 {
+    arena: Arena,
+    asm: Asm,
+    stubs: Stubs,
+    host: Host,
+}
+
+impl X64 {
+    /// A back end with `size` bytes for host code.
+    pub fn new(size: usize) -> io::Result<Self> {
+        let mut arena = Arena::new(size)?;
+        let mut asm = Asm::default();
+        let host = Host::new();
+        let stubs = stubs::write(&mut arena, &mut asm, host.vectors.has_ymm()).ok_or(io::ErrorKind::OutOfMemory)?;
+        arena.keep();
+        Ok(X64 { arena, asm, stubs, host })
+    }
+
+    /// An exit of the translation at `entry`.
+    fn placed(&self, entry: *const u8, site: &ExitSite) -> Exit {
+        let writable = |offset: usize| self.arena.writable(entry.wrapping_add(offset));
+        Exit {
+            distance: site.distance,
+            field: writable(site.end - 4),
+            end: entry as u64 + site.end as u64,
+            unlinked: self.asm.offset(site.unlinked) as i32 - site.end as i32,
+            guards: site.guards.map(|guards| guards.map(writable)),
+        }
+    }
+}
+
+impl Backend for X64 {
+    fn translate(&mut self, block: &Block, instructions: &[Instruction], model: &Model) -> Made {
+        self.asm.begin(self.arena.next());
+        let code = block::translate(&mut self.asm, block, instructions, model, self.host, self.stubs.places);
+        let Some(Code { body, exits }) = code else { return Made::Refused };
+        let bytes = self.asm.finish();
+        if bytes.len() > self.arena.segment() {
+            return Made::Refused;
+        }
+        let Some(entry) = self.arena.add(bytes) else { return Made::Full(self.arena.take_segment()) };
+        let body = entry.wrapping_add(self.asm.offset(body));
+        Made::Code(HostCode { entry, body, exits: exits.iter().map(|site| self.placed(entry, site)).collect() })
+    }
+
+    fn trampoline(&self) -> Trampoline {
+        self.stubs.trampoline
+    }
+
+    fn nowhere(&self) -> *const u8 {
+        ptr::with_exposed_provenance(self.stubs.places.unknown as usize)
+    }
+
+    fn bytes(&self) -> usize {
+        self.arena.used()
+    }
+}

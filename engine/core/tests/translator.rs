@@ -1,0 +1,110 @@
+//! Translations as a cache: links between blocks, code that is written while it is linked, and less room than there is code.
+
+mod common;
+
+use common::{Machine, CODE};
+use softkvm_engine::state::gpr;
+use softkvm_engine::virt::control::intercept;
+
+const HLT: u8 = 0xf4;
+const EXIT_HLT: u32 = 12;
+/// Programs of blocks: one in each so many bytes.
+const STRIDE: u64 = 64;
+
+/// Runs the machine to HLT.
+fn run(machine: &mut Machine) {
+    let cpu = &mut machine.cpu;
+    cpu.control.intercepts |= 1 << intercept::HLT;
+    cpu.budget = 1 << 40;
+    cpu.run();
+    assert_eq!(cpu.exit.reason, EXIT_HLT);
+}
+
+/// JMP rel32 from behind its own bytes, at `at`, to `to`.
+fn jump(at: u64, to: u64) -> Vec<u8> {
+    let distance = to.wrapping_sub(at + 5) as i32;
+    [&[0xe9][..], &distance.to_le_bytes()].concat()
+}
+
+/// `blocks` blocks in a ring, each of which adds to RAX and counts RCX down, and HLT at the end.
+fn ring(machine: &mut Machine, blocks: u64) {
+    let end = CODE + blocks * STRIDE;
+    for n in 0..blocks {
+        let at = CODE + n * STRIDE;
+        // add rax, imm32; dec rcx; jz end; jmp next
+        let mut code = [&[0x48, 0x05][..], &(n as u32 + 1).to_le_bytes(), &[0x48, 0xff, 0xc9, 0x0f, 0x84]].concat();
+        code.extend((end.wrapping_sub(at + code.len() as u64 + 4) as i32).to_le_bytes());
+        code.extend(jump(at + code.len() as u64, CODE + (n + 1) % blocks * STRIDE));
+        machine.poke(at, &code);
+    }
+    machine.poke(end, &[HLT]);
+}
+
+/// What the ring leaves in RAX after `turns` blocks.
+fn sum(blocks: u64, turns: u64) -> u64 {
+    (0..turns).map(|turn| turn % blocks + 1).sum()
+}
+
+#[test]
+fn more_code_than_room_runs_all_the_same() {
+    const BLOCKS: u64 = 6000;
+    let mut machine = Machine::new();
+    machine.load(&[HLT]);
+    machine.cpu.set_translator_within(1 << 20, Some(1));
+    ring(&mut machine, BLOCKS);
+    let turns = 5 * BLOCKS - 7;
+    machine.cpu.set_gpr(gpr::RAX, 0);
+    machine.cpu.set_gpr(gpr::RCX, turns);
+    run(&mut machine);
+    assert_eq!(machine.cpu.gpr(gpr::RAX), sum(BLOCKS, turns));
+    let translator = machine.cpu.translator.as_ref().unwrap();
+    assert!(translator.evictions > 16 && translator.translated > 2 * BLOCKS, "{} evictions", translator.evictions);
+    assert!(translator.bytes() <= 1 << 20);
+}
+
+#[test]
+fn linked_blocks_run_without_the_dispatcher() {
+    const BLOCKS: u64 = 200;
+    let mut machine = Machine::new();
+    machine.load(&[HLT]);
+    machine.cpu.set_translator(Some(1));
+    ring(&mut machine, BLOCKS);
+    machine.cpu.set_gpr(gpr::RCX, 100 * BLOCKS);
+    run(&mut machine);
+    assert!(machine.cpu.blocks_run < 5 * BLOCKS, "{} entries", machine.cpu.blocks_run);
+    assert!(machine.cpu.native.counts.links >= BLOCKS);
+}
+
+#[test]
+fn a_linked_block_that_is_rewritten_is_left() {
+    let mut machine = Machine::new();
+    let (victim, page_ahead) = (CODE + 0x200, CODE + 0x1000);
+    // again: call victim; call page_ahead; dec ecx; jz done; cmp ecx, 50; jne again; mov byte [rel victim + 1], 7;
+    //        mov byte [rel page_ahead + 1], 9; jmp again; done: hlt
+    let mut code = Vec::new();
+    let call = |code: &mut Vec<u8>, to: u64| {
+        let distance = to.wrapping_sub(CODE + code.len() as u64 + 5) as i32;
+        code.push(0xe8);
+        code.extend(distance.to_le_bytes());
+    };
+    call(&mut code, victim);
+    call(&mut code, page_ahead);
+    code.extend([0xff, 0xc9, 0x74, 0x15, 0x83, 0xf9, 50, 0x75, 0xed]);
+    for (to, value) in [(victim + 1, 7), (page_ahead + 1, 9)] {
+        let distance = to.wrapping_sub(CODE + code.len() as u64 + 7) as i32;
+        code.extend([0xc6, 0x05]);
+        code.extend(distance.to_le_bytes());
+        code.push(value);
+    }
+    code.extend([0xeb, 0xdd, HLT]);
+    machine.load(&code);
+    for at in [victim, page_ahead] {
+        machine.poke(at, &[0xb2, 1, 0x48, 0x0f, 0xb6, 0xd2, 0x48, 0x01, 0xd0, 0xc3]);
+        // mov dl, 1; movzx rdx, dl; add rax, rdx; ret
+    }
+    machine.cpu.set_translator(Some(1));
+    machine.cpu.set_gpr(gpr::RAX, 0);
+    machine.cpu.set_gpr(gpr::RCX, 100);
+    run(&mut machine);
+    assert_eq!(machine.cpu.gpr(gpr::RAX), 50 * 2 + 50 * (7 + 9));
+}
