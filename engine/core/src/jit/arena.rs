@@ -46,7 +46,7 @@ impl Arena {
 
     /// Bytes of a segment, which no code may exceed.
     pub fn segment(&self) -> usize {
-        (self.memory.size() - self.base) / SEGMENTS & !(PAGE_OFFSET as usize)
+        ((self.memory.size() - self.base) / SEGMENTS) & !(PAGE_OFFSET as usize)
     }
 
     fn address(&self, offset: usize) -> u64 {
