@@ -100,6 +100,39 @@ def test_guest_counts_are_exact(tmp_path: Path) -> None:
     assert counts == {"instructions": 2 * ITERATIONS + 4, "branches": ITERATIONS + 1}
 
 
+PERF = """
+cd /tmp
+perf stat -x, -e '{instructions:u,branches:u}' /root/counted
+perf stat -x, -e branches:u,r01c4:u,r02c4:u,r08c4:u,r20c4:u,r10c4:u /root/profiled
+perf record -q -j any,u -c 50021 -o user.data /root/profiled
+echo user: $(perf script -i user.data -F brstack | wc -w) kernel: $(perf script -i user.data -F brstack | tr ' ' '\\n' | grep -c 0xf)
+perf record -q -j any_call,k -c 20011 -o calls.data find /sys/devices -name none
+perf script -i calls.data -F brstack | tr ' ' '\\n' | grep 0x | cut -d/ -f1,2 | sort -u | head -n 200 >calls
+echo calls: $(wc -l <calls) of user code: $(grep -vc 0xf <calls)
+"""
+
+
+def test_perf_in_the_guest(tmp_path: Path) -> None:
+    counted, profiled = (
+        compiled("counted.S", tmp_path / "counted", "-nostdlib", "-static"),
+        compiled("profiled.c", tmp_path / "profiled", "-O1"),
+    )
+    result = in_guest(PERF, "--with", str(counted), "--with", str(profiled))
+    counts = [(name, int(count), float(share)) for count, name, share in re.findall(r"^(\d+),,([\w:]+),\d+,([\d.]+)", result.stderr, re.M)]
+    assert counts[:2] == [("instructions:u", 2 * ITERATIONS + 4, 100.0), ("branches:u", ITERATIONS + 1, 100.0)]
+    several = {name: count for name, count, _ in counts[2:]}
+    assert all(share < 100 for _, _, share in counts[2:]), "six events on four counters"
+    assert abs(several["branches:u"] - several["r20c4:u"] - several["r10c4:u"]) < several["branches:u"] / 5
+    user = re.search(r"user: (\d+) kernel: (\d+)", result.stdout)
+    assert user is not None, result.stdout
+    assert int(user[1]) > 300
+    assert int(user[2]) == 0
+    calls = re.search(r"calls: (\d+) of user code: (\d+)", result.stdout)
+    assert calls is not None, result.stdout
+    assert int(calls[1]) > 50
+    assert int(calls[2]) == 0
+
+
 def test_perf_record_goes_on_in_a_second_machine(tmp_path: Path) -> None:
     program, path, rounds = compiled("profiled.c", tmp_path / "profiled", "-O1"), tmp_path / "snapshot", 20
     work = f"n=1; while [ $n -le {rounds} ]; do /root/profiled; echo ro''und $n; n=$((n + 1)); done"

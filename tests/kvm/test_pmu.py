@@ -61,6 +61,8 @@ def test_without_the_leaf_there_is_no_pmu(host: Host) -> None:
     for index in (FULL0, FIXED0, FIXED_CTRL, STATUS, CTRL, OVF_CTRL, PMC0 + 2, EVENTSEL0 + 2):
         with pytest.raises(msr.MsrError):
             msr.get(vcpu, index, False)
+        with pytest.raises(msr.MsrError):
+            msr.set(vcpu, index, 0, False)
     assert msr.get(vcpu, PMC0, False) == 0
 
 
@@ -85,6 +87,35 @@ def test_reserved_bits_are_gp_and_change_nothing(vcpu: Vcpu, index: int, value: 
     with pytest.raises(msr.MsrError):
         msr.set(vcpu, index, value, False)
     assert vcpu.get_msrs([EVENTSEL0, FIXED_CTRL, CTRL, STATUS]) == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("index", "taken"),
+    [
+        (EVENTSEL0, 0xFFDF_FFFF),
+        (EVENTSEL0 + 3, 0xFFDF_FFFF),
+        (PMC0, (1 << 64) - 1),
+        (FULL0, MASK),
+        (FIXED0, MASK),
+        (FIXED0 + 2, MASK),
+        (FIXED_CTRL, 0xBBB),
+        (STATUS, 0),
+        (CTRL, 0x7_0000_000F),
+        (OVF_CTRL, 0xC000_0007_0000_000F),
+        (0x1D9, 0x803),
+        (0x345, 0),
+    ],
+)
+def test_every_bit_of_a_register_is_taken_or_gp(vcpu: Vcpu, index: int, taken: int) -> None:
+    for passing in (False, True):
+        for bit in range(64):
+            if taken >> bit & 1:
+                msr.set(vcpu, index, 1 << bit, False)
+            else:
+                with pytest.raises(msr.MsrError):
+                    msr.set(vcpu, index, 1 << bit, False)
+        msr.set(vcpu, EVENTSEL0 + 1, BRANCHES, False)  # from here on the guest has counters without exits
+        assert passing or vcpu.pmu.access.on
 
 
 def test_both_names_of_a_counter(vcpu: Vcpu) -> None:

@@ -4,7 +4,7 @@
 mod common;
 
 use common::host::{Comparison, Registers};
-use common::{Machine, CODE, DATA};
+use common::{Machine, Random, CODE, DATA};
 use softkvm_engine::cpu::{pending, CodeSize};
 use softkvm_engine::fault::vector;
 use softkvm_engine::state::{gpr, rflags};
@@ -135,4 +135,90 @@ fn narrow_addresses_wrap() {
     machine.cpu.set_gpr(gpr::RCX, 0xffff_ffff_0000_0010);
     machine.run(&[0x67, 0xf3, 0xaa], 1).unwrap();
     assert_eq!((machine.cpu.gpr(gpr::RDI), machine.cpu.gpr(gpr::RCX)), (DATA + 16, 0));
+}
+
+/// The registers that a string instruction moves, and the address of the page fault that ended it.
+type Outcome = ([u64; 4], Option<u64>);
+
+fn outcome(machine: &Machine, fault: Option<u64>) -> Outcome {
+    ([gpr::RAX, gpr::RCX, gpr::RSI, gpr::RDI].map(|number| machine.cpu.gpr(number)), fault)
+}
+
+/// Runs the instruction at RIP one element at a time.
+fn by_elements(machine: &mut Machine) -> Outcome {
+    loop {
+        machine.cpu.pending |= pending::STEP;
+        match machine.step() {
+            Err(Stop::Again) => {}
+            Err(Stop::Fault) => return outcome(machine, Some(machine.cpu.fault.payload)),
+            done => {
+                done.unwrap();
+                return outcome(machine, None);
+            }
+        }
+    }
+}
+
+/// Runs it as the dispatcher does, up to the INT3 behind it.
+fn by_the_dispatcher(machine: &mut Machine) -> Outcome {
+    machine.cpu.control.exception_bitmap = u32::MAX;
+    machine.cpu.budget = 1000;
+    machine.cpu.run();
+    let exit = machine.cpu.exit;
+    outcome(machine, (exit.interruption as u8 == vector::PF).then_some(exit.qualification))
+}
+
+#[test]
+fn many_elements_at_once_do_what_single_ones_do() {
+    const SPAN: u64 = 0x4000;
+    const UNMAPPED: u64 = DATA + 0x2000;
+    let mut random = Random::new(43);
+    let machines = |threshold| {
+        let mut machine = Machine::new();
+        machine.unmap(UNMAPPED);
+        machine.cpu.set_translator(threshold);
+        machine
+    };
+    let (mut single, mut others) = (machines(None), [None, Some(1)].map(machines));
+    for round in 0..600 {
+        let opcode = [0xa4, 0xa5, 0xaa, 0xab, 0xac, 0xa6, 0xa7, 0xae, 0xaf][random.below(9) as usize];
+        let size = [None, Some(0x66), Some(0x48)][random.below(3) as usize];
+        let code: Vec<u8> = [0xf3].into_iter().chain(size).chain([opcode, 0xcc]).collect();
+        let near = |random: &mut Random| DATA + random.below(SPAN - 0x100);
+        let source = near(&mut random);
+        let target = if random.below(2) == 0 { source.wrapping_add(random.below(40)).wrapping_sub(20) } else { near(&mut random) };
+        let count = random.below(0x900) >> random.below(12);
+        let flags = rflags::FIXED | if random.below(4) == 0 { rflags::DF } else { 0 };
+        let rare = random.below(100) + 2;
+        let image: Vec<u8> = (0..SPAN).map(|_| (random.below(rare) == 0).into()).collect();
+        let prepare = |machine: &mut Machine| {
+            machine.poke(DATA, &image);
+            for (number, value) in [(gpr::RAX, 0), (gpr::RCX, count), (gpr::RSI, source), (gpr::RDI, target)] {
+                machine.cpu.set_gpr(number, value);
+            }
+            machine.cpu.set_rflags(flags);
+            machine.set_rip(CODE);
+        };
+        let npt = single.cpu.npt.clone();
+        single.cpu.code.clear(&npt.code);
+        single.load(&code);
+        prepare(&mut single);
+        let wanted = (by_elements(&mut single), single.peek(DATA, SPAN as usize), single.cpu.rflags());
+        for other in &mut others {
+            let npt = other.cpu.npt.clone();
+            other.cpu.code.clear(&npt.code);
+            other.load(&code);
+            // Pages are in the TLB the second time.
+            for _ in 0..2 {
+                prepare(other);
+                let found = (by_the_dispatcher(other), other.peek(DATA, SPAN as usize), other.cpu.rflags());
+                assert!(
+                    found == wanted,
+                    "round {round}: {code:02x?} with {count} at {source:#x}, {target:#x}: {:x?} {:x?}",
+                    found.0,
+                    wanted.0
+                );
+            }
+        }
+    }
 }

@@ -7,7 +7,6 @@ import struct
 
 from softkvm import _engine
 from softkvm.silicon import control
-from softkvm.uapi.layout import offset_of
 
 EMULATE_ONE, EMULATE_FIRST = 1, 2
 """`Control.emulate`: run exactly one instruction, which takes its device accesses from `ControlBlock.access`; or run on behind it."""
@@ -58,8 +57,9 @@ class DeviceAccess:
     """The device accesses of a control block, which `EXIT_ACCESS` is about: one `struct` call instead of four fields."""
 
     _FORMAT = struct.Struct("<QIIQ")
-    _WANTED = offset_of(control.ControlBlock, "exit") + offset_of(control.Exit, "access")
-    _DONE = offset_of(control.ControlBlock, "access")
+    _BLOCK = control.ControlBlock()
+    _WANTED = ctypes.addressof(_BLOCK.exit.access) - ctypes.addressof(_BLOCK)
+    _DONE = ctypes.addressof(_BLOCK.access) - ctypes.addressof(_BLOCK)
     _SIZE = ctypes.sizeof(control.Access)
 
     @classmethod

@@ -49,6 +49,7 @@ BOOT_STACK = Range(0x8000, 0x1000, "stack at the kernel's entry")
 BOOT_PAGE_TABLES = Range(0x9000, 0x6000, "PML4, PDPT and four page directories: identity map of the first 4 GB")
 COMMAND_LINE = Range(0x20000, 0x10000, "kernel command line")
 MULTIBOOT_INFO = Range(0x30000, 0x2000, "multiboot information, EBX at the kernel's entry, and what it points to")
+PVH_INFO = Range(0x32000, 0x1000, "struct hvm_start_info, EBX at the entry of a PVH kernel, and what it points to")
 EBDA = Range(0x9FC00, 0x400, "end of base memory: the BIOS data area of a PC, reserved")
 LEGACY_VIDEO = Range(0xA0000, 0x40000, "video memory and option ROMs of a PC; nothing is there")
 ACPI_TABLES = Range(0xE0000, 0x20000, "ACPI tables, the RSDP first; reserved")
@@ -74,6 +75,7 @@ MEMORY_MAP = (
     BOOT_PAGE_TABLES,
     COMMAND_LINE,
     MULTIBOOT_INFO,
+    PVH_INFO,
     EBDA,
     LEGACY_VIDEO,
     ACPI_TABLES,

@@ -71,16 +71,17 @@ class Machine:
     ) -> None:
         """Build the machine and load the kernel; nothing runs yet.
 
-        `kernel` is a bzImage, an ELF vmlinux or a multiboot image, `initrd` a file or its bytes (multiboot: the module); `append` is
-        the command line, for Linux behind `console=ttyS0` unless it names a console; `memory` is bytes or text such as `512M`; `cpu`
-        is a model with switched features such as `epyc,-avx2`; `serial` gives each port number its listener; `output_limit` bytes of
-        the console are kept; `clock` is the time that guest and devices live by, the host's if none is given; `test_device` adds the
-        registers of `devices/test_device.py`; `kvm_parameters` are KVM's module parameters, such as `nrips=0`; `process` is who calls
-        KVM (ioctl filters, audit log, tracer), a new one if none is given; `cores` is how many the host has for all vCPUs together, as
-        many as they want if none is given; `tsc_khz` is the rate of the guest's TSCs, the host's if none is given. `deterministic` is a
-        seed: the vCPUs then run by turns in virtual time, and every run with the same seed and input is the same (`kvm.Turns`), as long as
-        input comes between runs or from a listener of `serial`. `tier` is how guest code runs: by the `interpreter`, as host code of the
-        `translator`, or as host code where it is hot (`auto`); what the guest sees is the same. ConfigError for anything that cannot be.
+        `kernel` is a bzImage, an ELF file (PVH, vmlinux) or a multiboot image, `initrd` a file or its bytes (PVH and multiboot: the
+        module); `append` is the command line, for Linux behind `console=ttyS0` unless it names a console; `memory` is bytes or text such
+        as `512M`; `cpu` is a model with switched features such as `epyc,-avx2`; `serial` gives each port number its listener;
+        `output_limit` bytes of the console are kept; `clock` is the time that guest and devices live by, the host's if none is given;
+        `test_device` adds the registers of `devices/test_device.py`; `kvm_parameters` are KVM's module parameters, such as `nrips=0`;
+        `process` is who calls KVM (ioctl filters, audit log, tracer), a new one if none is given; `cores` is how many the host has for all
+        vCPUs together, as many as they want if none is given; `tsc_khz` is the rate of the guest's TSCs, the host's if none is given.
+        `deterministic` is a seed: the vCPUs then run by turns in virtual time, and every run with the same seed and input is the same
+        (`kvm.Turns`), as long as input comes between runs or from a listener of `serial`. `tier` is how guest code runs: by the
+        `interpreter`, as host code of the `translator`, or as host code where it is hot (`auto`); what the guest sees is the same.
+        ConfigError for anything that cannot be.
         """
         settings = config.check(kernel, initrd, append, memory, cpu, cpus, serial, kvm_parameters, deterministic, tsc_khz)
         if deterministic is not None and (clock is not None or cores is not None):

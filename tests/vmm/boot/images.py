@@ -62,6 +62,21 @@ def multiboot(bits: int = 32, flags: int = 0, memsz: int = 8192, entry: int = 4 
     return header + struct.pack("<IIQQQQQQ", 1, 7, 120, 4 * MIB, 4 * MIB, len(content), memsz, 4096) + content
 
 
+def pvh(note: bytes | None = None, entry: int = 16 * MIB + 8, **segment: int) -> bytes:
+    """A vmlinux with a note behind its segment: by default that of a PVH entry."""
+    image = bytearray(vmlinux(**segment))
+    note = phys32_entry(entry) if note is None else note
+    header = struct.pack("<IIQQQQQQ", 4, 4, 176 + 256, 0, 0, len(note), len(note), 4)
+    struct.pack_into("<H", image, 56, 2)
+    struct.pack_into("<Q", image, 64 + 8, 176)  # the segment's content is behind the second program header now
+    return bytes(image[:120]) + header + bytes(image[120:]) + note
+
+
+def phys32_entry(entry: int, name: bytes = b"Xen\0", kind: int = 18) -> bytes:
+    """An ELF note with a 4-byte descriptor."""
+    return struct.pack("<3I", len(name), 4, kind) + name.ljust(-(-len(name) // 4) * 4, b"\0") + struct.pack("<I", entry)
+
+
 def program(code: bytes) -> bytes:
     """A bzImage whose 64-bit entry point is `code`."""
     image = bytearray(bzimage())

@@ -83,6 +83,8 @@ pub struct Cpu {
     pub active_table: *const tlb::Entry,
     /// What host code keeps.
     pub native: Native,
+    /// What `active_table` is at CPL 0 with EFLAGS.AC clear and set.
+    pub(crate) kernel_tables: [*const tlb::Entry; 2],
     /// Segment bases as addresses use them: zero for ES, CS, SS and DS in 64-bit mode. Entry 6 is "no segment".
     pub(crate) bases: [u64; 8],
     /// RFLAGS without the arithmetic flags.
@@ -146,7 +148,7 @@ pub struct Cpu {
     pub unknown_opcodes: std::collections::HashSet<u16>,
 }
 
-// SAFETY: `active_table` points into `tlb` and `at` into `code`, which move between threads together with the CPU, and `bitmaps` is null
+// SAFETY: `active_table` and `kernel_tables` point into `tlb` and `at` into `code`, which move between threads together with the CPU, and `bitmaps` is null
 // outside a run.
 unsafe impl Send for Cpu {}
 
@@ -158,6 +160,7 @@ impl Cpu {
             flags: Flags::default(),
             at: std::ptr::null(),
             active_table: std::ptr::null(),
+            kernel_tables: [std::ptr::null(); 2],
             bases: [0; 8],
             rflags: rflags::FIXED,
             pending: 0,
@@ -461,5 +464,6 @@ impl Cpu {
         let low = u64::from(self.watching().number()) << 5 | u64::from(user) << 4 | self.code_size as u64;
         self.jump_context = self.tlb.generation(user) << CONTEXT_BITS | low;
         self.active_table = if self.alignment_checked() { tlb::never() } else { self.tlb.table(self.privilege()) };
+        self.kernel_tables = [Privilege::Supervisor, Privilege::SupervisorAc].map(|privilege| self.tlb.table(privilege));
     }
 }

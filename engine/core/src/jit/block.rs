@@ -28,10 +28,13 @@ pub struct Code {
     pub exits: Vec<ExitSite>,
 }
 
-/// Translates `block`, which was made from `instructions`; `None` if an instruction cannot be encoded.
+/// Translates `block`, which was made from `instructions`; `None` if an instruction cannot be encoded, or nothing would become host code.
 pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], model: &Model, host: Host, places: Places) -> Option<Code> {
     let live = live_flags(instructions);
     let plans: Vec<Plan> = instructions.iter().zip(&live).map(|(insn, live)| plan(insn, *live, host, model)).collect();
+    if plans.iter().all(|plan| matches!(plan, Plan::Interpret)) {
+        return None; // the way into host code and out of it is all that would be added
+    }
     let units = plans.iter().fold(Units::default(), |all, plan| all.and(plan.units()));
     let last_x87 = instructions.iter().rposition(|insn| x87::sets_pointer(insn.mnemonic()));
     let out = Emitter::new(asm, places, block, units);
@@ -83,6 +86,10 @@ impl Translation<'_> {
             Plan::PushFlags => self.push_flags(place),
             Plan::DisableInterrupts => self.disable_interrupts(place),
             Plan::Direction(down) => self.set_direction(down, place),
+            Plan::Repeat => self.repeat(insn, place),
+            Plan::SwapGs => self.swap_gs(place),
+            Plan::UserPages(allow) => self.allow_user_pages(allow, place),
+            Plan::PushMemory => self.push_memory(insn, place),
             Plan::Lea => self.lea(insn),
             Plan::Nothing => {}
             Plan::Push => self.push(insn, place),

@@ -7,6 +7,7 @@ use iced_x86::{Code, ConditionCode, FlowControl, Instruction, Mnemonic, OpKind, 
 
 use super::emit::{Overflow, Rule};
 use super::registers;
+use super::string;
 use super::vector::{self, Extensions, Units};
 use super::x87;
 use crate::decode::feature;
@@ -32,6 +33,13 @@ pub enum Plan {
     DisableInterrupts,
     /// CLD, or with `true` STD.
     Direction(bool),
+    /// REP MOVS and REP STOS.
+    Repeat,
+    SwapGs,
+    /// CLAC, or with `true` STAC.
+    UserPages(bool),
+    /// PUSH from memory.
+    PushMemory,
     Lea,
     Nothing,
     Push,
@@ -87,6 +95,9 @@ impl Host {
 
 /// The plan for `insn`; `live` are the flags behind it that somebody sees.
 pub fn plan(insn: &Instruction, live: u64, host: Host, model: &Model) -> Plan {
+    if string::is_host_code(insn) {
+        return Plan::Repeat;
+    }
     if !feature::offers(model, insn) || insn.has_rep_prefix() && insn.mnemonic() != Mnemonic::Ret || insn.has_repne_prefix() {
         return Plan::Interpret;
     }
@@ -103,6 +114,7 @@ pub fn plan(insn: &Instruction, live: u64, host: Host, model: &Model) -> Plan {
 fn structural(insn: &Instruction) -> Plan {
     match insn.code() {
         Code::Pushq_imm8 | Code::Pushq_imm32 | Code::Push_r64 => return Plan::Push,
+        Code::Push_rm64 if in_memory(insn) && operands_fit(insn) => return Plan::PushMemory,
         Code::Pop_r64 => return Plan::Pop,
         Code::Leaveq => return Plan::Leave,
         Code::Retnq | Code::Retnq_imm16 => return Plan::Return,
@@ -116,6 +128,10 @@ fn structural(insn: &Instruction) -> Plan {
         Mnemonic::Lea if address_fits(insn) && insn.op0_register().size() >= 4 => Plan::Lea,
         Mnemonic::Nop | Mnemonic::Endbr64 => Plan::Nothing,
         Mnemonic::Prefetchw | Mnemonic::Prefetchnta | Mnemonic::Prefetcht0 | Mnemonic::Prefetcht1 | Mnemonic::Prefetcht2 => Plan::Nothing,
+        Mnemonic::Lfence | Mnemonic::Sfence => Plan::Nothing, // the host's accesses are in order
+        Mnemonic::Swapgs => Plan::SwapGs,
+        Mnemonic::Stac => Plan::UserPages(true),
+        Mnemonic::Clac => Plan::UserPages(false),
         Mnemonic::Pushfq => Plan::PushFlags,
         Mnemonic::Cli => Plan::DisableInterrupts,
         Mnemonic::Cld => Plan::Direction(false),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from softkvm.uapi import kvm as uapi
-from softkvm.vmm.boot import cpu, linux, multiboot
+from softkvm.vmm.boot import cpu, linux, multiboot, pvh
 from softkvm.vmm.boot.image import Kernel, parse_kernel, read_file
 from softkvm.vmm.memory import GuestMemory
 
@@ -41,8 +41,13 @@ class LinuxKernel:
 
 
 def read(path: Path, ram_end: int) -> Bootable:
-    """Read an image for a machine whose low RAM ends at `ram_end`: multiboot if it has that header, otherwise Linux; ConfigError."""
+    """Read an image for a machine whose low RAM ends at `ram_end`; ConfigError.
+
+    It is started by multiboot if it has that header, by PVH if it has that note, otherwise as Linux.
+    """
     data = read_file(path)
     if multiboot.find_header(data) is not None:
         return multiboot.parse(data, path, ram_end)
+    if pvh.find_entry(data) is not None:
+        return pvh.parse(data, path, ram_end)
     return LinuxKernel(parse_kernel(data, path, ram_end))

@@ -127,7 +127,7 @@ fn ffreep(cpu: &mut Cpu, uop: &Uop) -> Exec {
     Ok(())
 }
 
-/// As other MMX instructions EMMS leaves TOP at 0 (SDM vol. 3, table 12-1).
+/// As other MMX instructions EMMS leaves TOP at 0 (SDM vol. 3, table 12-2).
 fn emms(cpu: &mut Cpu, _uop: &Uop) -> Exec {
     cpu.require_mmx()?;
     cpu.state.fpu.fsw &= !TOP;

@@ -50,6 +50,50 @@ impl Frame {
     }
 }
 
+/// Whether the unit keeps C1 in an instruction on two registers that are not empty: declares a function that has tried it.
+macro_rules! keeps_c1 {
+    ($(#[$doc:meta])* $name:ident, $instruction:literal) => {
+        $(#[$doc])*
+        pub fn $name() -> bool {
+            static KEEPS: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+            *KEEPS.get_or_init(|| {
+                let mut environment = [0u32; 7];
+                let status: u16;
+                // SAFETY: the block touches `environment` and the x87 unit alone, and leaves the unit as Rust code expects it.
+                unsafe {
+                    core::arch::asm!(
+                        "fninit",
+                        "fld1",
+                        "fld1",
+                        "fnstenv [{environment}]",
+                        "or word ptr [{environment} + 4], 0x200",
+                        "fldenv [{environment}]",
+                        $instruction,
+                        "fnstsw ax",
+                        "fninit",
+                        environment = in(reg) environment.as_mut_ptr(),
+                        out("ax") status,
+                        out("st(0)") _, out("st(1)") _, out("st(2)") _, out("st(3)") _,
+                        out("st(4)") _, out("st(5)") _, out("st(6)") _, out("st(7)") _,
+                        options(nostack),
+                    );
+                }
+                status & super::stack::status::C1 != 0
+            })
+        }
+    };
+}
+keeps_c1!(
+    /// Whether FCOMI keeps C1.
+    comparison_keeps_c1,
+    "fcomi st(0), st(1)"
+);
+keeps_c1!(
+    /// Whether FCMOVcc keeps C1.
+    move_keeps_c1,
+    "fcmove st(0), st(1)"
+);
+
 /// An instruction on a frame.
 pub trait Operation {
     fn run(frame: &mut Frame);
