@@ -41,7 +41,6 @@ REASONS = {
     "hyperv_.*": "KVM does not offer Hyper-V's enlightenments",
     "intel_iommu": "the machine has no IOMMU",
     "pmu_pebs": "the silicon has no PEBS",
-    "s3": "the machine has no suspend to RAM",
     "tsx-ctrl": "the CPU models have no transactional memory",
     "vmware_backdoors": "KVM has no VMware backdoor",
     "access-reduced-maxphyaddr|.*_reduced_maxphyaddr": "KVM has no allow_smaller_maxphyaddr: guests have the silicon's physical addresses",

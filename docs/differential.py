@@ -37,6 +37,8 @@ def section(ledger: str, today: datetime.date) -> str:
         "or 16 bits, and compares general registers, RIP, RFLAGS, x87, XMM and YMM registers, MXCSR, memory, and the exception with its",
         "error code and address.",
         "",
+        "What the manuals leave undefined is, on every CPU model, what Intel's silicon does; the host may be another's.",
+        "",
         "| family | forms | comparisons | faulting |",
         "|---|--:|--:|--:|",
         *(f"| {name} | {forms} | {int(count):,} | {int(faulting):,} |" for name, forms, count, faulting, *_ in rows["family"]),

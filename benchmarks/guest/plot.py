@@ -1,4 +1,4 @@
-"""One figure: a bar for each case, as long as softkvm is fast beside TCG, with the goal marked."""
+"""One figure: a bar for each case from 1, where softkvm is as fast as TCG, to how fast it is, with the goal marked."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ def draw(report: Report, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 0.24 * len(results) + 1), layout="constrained")
     places = range(len(results))
     spread = [[ratio.median - ratio.low for ratio in ratios], [ratio.high - ratio.median for ratio in ratios]]
-    axes.barh(places, [ratio.median for ratio in ratios], color=colours, xerr=spread, error_kw={"elinewidth": 0.8, "ecolor": "#333333"})
+    lengths = [ratio.median - 1 for ratio in ratios]
+    axes.barh(places, lengths, left=1, color=colours, xerr=spread, error_kw={"elinewidth": 0.8, "ecolor": "#333333"})
     axes.scatter([result.goal for result in results], places, marker="|", s=90, color="black", label="goal", zorder=3)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(places, [result.name for result in results])
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel("times as fast as QEMU's TCG")
     axes.legend(loc="lower right")

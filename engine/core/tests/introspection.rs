@@ -1,4 +1,4 @@
-//! What a hypervisor that watches memory asks of the silicon: rights waived for one instruction, and hidden breakpoints.
+//! What a hypervisor that watches memory asks of the silicon: rights waived for one instruction, devices, and hidden breakpoints.
 
 mod common;
 
@@ -57,6 +57,22 @@ fn what_reads_and_writes_needs_both_rights_and_reads_first() {
         assert_eq!(violation(&mut machine(rights), &ADD), expected, "rights {rights}");
     }
     assert_eq!(violation(&mut machine(right::WRITE), &STORE), None);
+}
+
+#[test]
+fn a_device_is_asked_for_data_at_once_and_has_no_code() {
+    let mut machine = Machine::new();
+    machine.cpu.npt.map_device(DATA, PAGE).unwrap();
+    machine.cpu.flush_nested();
+    machine.cpu.refresh_table();
+    machine.cpu.set_gpr(gpr::RBX, DATA);
+    machine.cpu.set_gpr(gpr::RAX, 5);
+    assert_eq!(machine.run(&STORE, 1), Err(Stop::Exit));
+    let (reason, access) = (machine.cpu.exit.reason, machine.cpu.exit.access);
+    assert_eq!((reason, access.gpa, access.size, access.write, access.data[0]), (code::ACCESS.vmx, DATA, 1, 1, 5));
+    machine.set_rip(DATA);
+    assert_eq!(machine.step(), Err(Stop::Exit));
+    assert_eq!((machine.cpu.exit.reason, machine.cpu.exit.qualification & 0x3f), (code::NESTED_FAULT.vmx, 4));
 }
 
 #[test]

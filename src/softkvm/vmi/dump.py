@@ -20,6 +20,8 @@ _ZEROS = bytes(_CHUNK)
 _ELF_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")
 _ET_CORE, _EM_X86_64, _PT_LOAD, _PT_NOTE, _PF_RWX = 4, 62, 1, 4, 7
+_AS_IN_VMCORE = 0
+"""The segments' alignment: by it crash(8) tells a kdump, whose VMCOREINFO it follows, from a netdump."""
 _NT_PRSTATUS = 1
 _PRSTATUS_SIZE, _PRSTATUS_PID, _PRSTATUS_REGISTERS = 336, 32, 112
 _LIME_MAGIC, _LIME_VERSION = 0x4C69_4D45, 1
@@ -56,7 +58,7 @@ def elf(
     for area in areas:
         size = area.end - area.base
         virtual = direct_map + area.base if direct_map else 0
-        file.write(_PROGRAM_HEADER.pack(_PT_LOAD, _PF_RWX, position, virtual, area.base, size, size, PAGE_SIZE))
+        file.write(_PROGRAM_HEADER.pack(_PT_LOAD, _PF_RWX, position, virtual, area.base, size, size, _AS_IN_VMCORE))
         position += size
     file.write(content)
     _write_areas(file, memory, [(area, b"") for area in areas], start, progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from softkvm.vmi import requests
 from softkvm.vmi.client import Client
-from softkvm.vmi.errors import CommandFailed, NoAnswer, Unreadable
+from softkvm.vmi.errors import CommandFailed, KernelNotFound, NoAnswer, Unreadable
 from softkvm.vmi.events import VcpuEvent
 from softkvm.vmi.linux import kernel as linux
 from softkvm.vmi.linux.kernel import Kernel
@@ -19,6 +20,9 @@ from softkvm.vmi.paging import CR4_LA57
 from softkvm.vmi.requests import Registers
 
 _KERNEL_HALF = 1 << 63
+_LSTAR = 0xC000_0082
+_TURN = 0.25
+"""Seconds between two looks at a guest that boots."""
 _PATIENCE = 1.0
 """Seconds for a vCPU to give its registers; one that its VMM does not run never does."""
 
@@ -45,6 +49,23 @@ class Target:
         if registers is None:
             return linux.find(self.client.memory, cache=self._cache)
         return linux.find(self.client.memory, registers.sregs.cr3, la57=bool(registers.sregs.cr4 & CR4_LA57), cache=self._cache)
+
+    def wait_for_kernel(self, timeout: float) -> None:
+        """Return when there is a kernel that has booted; KernelNotFound after `timeout` seconds without one. No event may be enabled."""
+        deadline = time.monotonic() + timeout
+        while not self._has_booted():
+            if time.monotonic() > deadline:
+                raise KernelNotFound(f"no kernel has booted in {timeout:g} seconds")
+            self.client.next_event(_TURN)
+            self.forget()
+
+    def _has_booted(self) -> bool:
+        registers = self.registers(0)
+        if registers is None or not registers.msrs.get(_LSTAR, 0) & _KERNEL_HALF:
+            return False
+        with suppress(KernelNotFound, Unreadable):
+            return self.kernel.is_booted
+        return False
 
     def forget(self) -> None:
         """The guest has run: what was read before may be old."""

@@ -115,7 +115,7 @@ def test_every_command_of_the_tutorial(tutorial: Guest) -> None:
                 attacked = True
                 continue
             result = tutorial.run(command)
-            found = attacked and re.search(r"vmi (check|ps)\b", command)
+            found = attacked and re.search(r"vmi (check|ps) --name", command)
             assert result.returncode == (1 if found else 0), f"{command}\n{result.stdout}\n{result.stderr}"
             assert result.stdout or "--timeout" in command or "dump" in command, command
             assert not found or "hidden" in result.stdout.lower()

@@ -350,6 +350,15 @@ def test_translate(tool: Tool) -> None:
     assert tool.do(Command.VCPU_TRANSLATE_GVA, struct.pack("<Q", 1 << 63)) == b"\xff" * 8
 
 
+def test_translate_by_tables_that_a_device_has(tool: Tool) -> None:
+    """Where no slot is, the nested page table soon says so, and a walker for an observer finds no table there either."""
+    sregs = tool.guest.vcpu.get_sregs()
+    sregs.cr3 = 1 << 36
+    tool.guest.vcpu.set_sregs(sregs)
+    for _ in range(3):
+        assert tool.do(Command.VCPU_TRANSLATE_GVA, struct.pack("<Q", DATA)) == b"\xff" * 8
+
+
 def test_uninitialised_processors_get_pauses_alone(model: kvm.Model) -> None:
     system = kvm.System(model)
     guest = Guest(system, END)

@@ -297,7 +297,10 @@ impl<F: FnMut(u64) -> Option<Leaf>> Walker<'_, F> {
 
     fn host(&mut self, gpa: u64, needed: u8) -> Result<u64, Obstacle> {
         let waivers = self.waivers;
-        let allows = |leaf: &Leaf| waivers.is_none_or(|waivers| waivers.walk_rights(leaf.rights, gpa) & needed == needed);
+        let allows = |leaf: &Leaf| {
+            let memory = leaf.rights & right::DEVICE == 0; // an observer needs no right, but a device has no bytes
+            memory && waivers.is_none_or(|waivers| waivers.walk_rights(leaf.rights, gpa) & needed == needed)
+        };
         match (self.find)(gpa).filter(allows) {
             Some(leaf) => Ok(leaf.host + (gpa & PAGE_OFFSET)),
             None => Err(Obstacle::Error(WalkError::Nested { gpa, write: needed & right::WRITE != 0 })),

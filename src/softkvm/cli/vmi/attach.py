@@ -16,15 +16,22 @@ from softkvm.vmi.client import Client
 from softkvm.vmi.errors import VmiError
 from softkvm.vmi.target import Target
 
-_CONNECT_TIMEOUT = 60.0
+_CONNECT_TIMEOUT, _BOOT_TIMEOUT = 60.0, 300.0
 
 
 @contextmanager
-def attached(where: Where) -> Iterator[Target]:
-    """The guest, until the block ends; CliError, one sentence, for whatever goes wrong with it."""
+def attached(where: Where, *, booted: bool = True) -> Iterator[Target]:
+    """The guest, until the block ends; CliError, one sentence, for whatever goes wrong with it.
+
+    A VMM that connects to us has mostly just started: unless `booted` is false, its kernel is waited for.
+    """
     try:
         with _connect(where) as client:
-            yield Target(client, default_directory() / "vmi")
+            target = Target(client, default_directory() / "vmi")
+            if booted and where.listen is not None:
+                output.say("waiting for its kernel")
+                target.wait_for_kernel(_BOOT_TIMEOUT)
+            yield target
     except VmiError as error:
         raise CliError(str(error)) from error
 

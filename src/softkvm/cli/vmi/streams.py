@@ -45,9 +45,16 @@ def _until_interrupted(dispatcher: Dispatcher[Any]) -> Iterator[None]:
 
 
 def _stream(
-    where: Where, timeout: float | None, as_json: bool, ready: str, make: Callable[[Target], Dispatcher[R]], show: Callable[[R], str]
+    where: Where,
+    timeout: float | None,
+    as_json: bool,
+    ready: str,
+    make: Callable[[Target], Dispatcher[R]],
+    show: Callable[[R], str],
+    *,
+    booted: bool = True,
 ) -> int:
-    with attached(where) as target:
+    with attached(where, booted=booted) as target:
         dispatcher = make(target)
         with _until_interrupted(dispatcher):
             dispatcher.arm()
@@ -126,7 +133,7 @@ def lock_kernel(where: Where, timeout: float | None, as_json: bool, verbose: boo
         lock.engage_when_booted()
         return lock
 
-    return _stream(where, timeout, as_json, "kernel locked, or about to be when it has booted", make, _show_attempt)
+    return _stream(where, timeout, as_json, "kernel locked, or about to be when it has booted", make, _show_attempt, booted=False)
 
 
 def _show_attempt(attempt: Attempt) -> str:

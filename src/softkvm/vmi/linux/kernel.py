@@ -12,7 +12,7 @@ from pathlib import Path
 
 from softkvm.vmi.errors import Corrupt, KernelNotFound, UnknownName, Unreadable
 from softkvm.vmi.linux import objects, symbols
-from softkvm.vmi.linux.btf import Btf
+from softkvm.vmi.linux.btf import Btf, Kind
 from softkvm.vmi.linux.objects import Struct
 from softkvm.vmi.memory import PAGE_SIZE, Memory
 from softkvm.vmi.paging import AddressSpace
@@ -60,6 +60,12 @@ class Kernel:
     def release(self) -> str:
         """What `uname -r` prints."""
         return self.banner.split()[2]
+
+    @property
+    def is_booted(self) -> bool:
+        """Whether it has started its first process (`system_state`)."""
+        states = self.types.enumerators(self.types.find("system_states", frozenset({Kind.ENUM})).number)
+        return self.number(self.symbols["system_state"], 4) >= states["SYSTEM_RUNNING"]
 
     def forget(self) -> None:
         """The guest has run: walk its page tables anew."""

@@ -17,7 +17,6 @@ from softkvm.uapi.kvmi import Access, Descriptor, Event, FilterField
 from softkvm.vmi.errors import KernelNotFound, Unreadable, VmiError
 from softkvm.vmi.events import CrEvent, DescriptorEvent, HiddenBreakpointEvent, MsrEvent, PageEvent, VcpuEvent
 from softkvm.vmi.linux import modules
-from softkvm.vmi.linux.btf import Kind
 from softkvm.vmi.linux.objects import Struct
 from softkvm.vmi.linux.patching import Patching
 from softkvm.vmi.memory import PAGE_MASK, PAGE_SIZE
@@ -99,8 +98,7 @@ class KernelLock(Dispatcher[Attempt]):
         except KernelNotFound:
             self.on_msr(_LSTAR, self._kernel_comes)
             return
-        states = kernel.types.enumerators(kernel.types.find("system_states", frozenset({Kind.ENUM})).number)
-        if kernel.number(kernel.symbols["system_state"], 4) >= states["SYSTEM_RUNNING"]:
+        if kernel.is_booted:
             self.engage()
         else:
             self.at(kernel.symbols[_AFTER_MARK_READONLY], self._booted)
