@@ -135,24 +135,25 @@ def test_perf_in_the_guest(tmp_path: Path) -> None:
 
 def test_perf_record_goes_on_in_a_second_machine(tmp_path: Path) -> None:
     program, path, rounds = compiled("profiled.c", tmp_path / "profiled", "-O1"), tmp_path / "snapshot", 20
-    work = f"n=1; while [ $n -le {rounds} ]; do /root/profiled; echo ro''und $n; n=$((n + 1)); done"
+    work = f"n=1; while [ $n -le {rounds} ]; do [ $n -le 10 ] && /root/profiled || ./later; echo ro''und $n; n=$((n + 1)); done"
     command = [*SOFTKVM, "run", "--name", "recording", "--with", "linux-perf", "--with", str(program)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdin is not None
         assert first.stdout is not None
-        first.stdin.write(f'cd /tmp; perf record -b -c 100003 -o p.data sh -c "{work.replace("$", chr(92) + "$")}"\n')
+        first.stdin.write(
+            f'cd /tmp; cp /root/profiled later; perf record -b -c 100003 -o p.data sh -c "{work.replace("$", chr(92) + "$")}"\n'
+        )
         first.stdin.flush()
         while "round 3" not in first.stdout.readline():
             pass
         subprocess.run([*SOFTKVM, "snapshot", "recording", str(path)], capture_output=True, check=True)
         first.kill()
-    questions = "perf script -i p.data -F brstacksym >s; echo samples $(wc -l <s), the last: $(tail -n 9 s | grep -c foo); poweroff -f\n"
+    questions = "echo in the last rounds: $(perf script -i p.data -F comm,brstacksym | grep -c 'later.*foo'); poweroff -f\n"
     second = subprocess.run([*SOFTKVM, "run", "--restore", str(path), "--timeout", "300"], input=questions, capture_output=True, text=True)
     assert f"round {rounds}" in second.stdout
-    found = re.search(r"samples (\d+), the last: (\d+)", second.stdout)
+    found = re.search(r"in the last rounds: (\d+)", second.stdout)
     assert found is not None, second.stdout
-    assert int(found[1]) > 100 * rounds, "a run of the program is some 200 samples"
-    assert int(found[2]) > 0, "the records of the last ones are there"
+    assert int(found[1]) > 20, "samples with branch records, of what ran in the second machine alone"
 
 
 def test_the_log_has_every_branch(tmp_path: Path) -> None:
