@@ -127,7 +127,7 @@ mod tests {
         assert!(arena.add(&[0x90; 100]).is_some());
         arena.keep();
         let (first, mut taken) = (arena.next(), Vec::new());
-        for _ in 0..SEGMENTS {
+        for _ in 0..2 * SEGMENTS {
             assert!(arena.add(&vec![0x90; arena.segment()]).is_some());
             assert!(arena.add(&[0x90]).is_none());
             taken.push(arena.take_segment());
