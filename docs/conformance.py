@@ -40,7 +40,6 @@ REASONS = {
     "svm.*": "nested SVM is not implemented",
     "hyperv_.*": "KVM does not offer Hyper-V's enlightenments",
     "intel_iommu": "the machine has no IOMMU",
-    "pmu": "the suite allows reference cycles a time that it has measured before; here they are instructions, which a busy host slows",
     "pmu_pebs": "the silicon has no PEBS",
     "tsx-ctrl": "the CPU models have no transactional memory",
     "vmware_backdoors": "KVM has no VMware backdoor",

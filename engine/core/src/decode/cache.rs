@@ -118,18 +118,20 @@ impl CodeCache {
         }
     }
 
-    /// Forgets host code at `addresses`, whose place is needed.
-    pub fn forget_translations_at(&mut self, addresses: &Range<u64>) {
-        let nowhere = self.nowhere;
+    /// Forgets host code at `addresses`, whose place is needed; returns that of how many blocks.
+    pub fn forget_translations_at(&mut self, addresses: &Range<u64>) -> u64 {
+        let (nowhere, mut forgotten) = (self.nowhere, 0);
         for block in self.blocks.iter_mut().flatten().chain(&mut self.dead) {
             if let Some(links) = block.links.as_mut().filter(|_| addresses.contains(&(block.body as u64))) {
                 links.cut();
                 (block.entry, block.body, block.links, block.heat) = (nowhere, std::ptr::null(), None, 0);
+                forgotten += 1;
             }
         }
         for block in self.blocks.iter_mut().flatten().chain(&mut self.dead) {
             block.links.iter_mut().for_each(|links| links.forget(addresses));
         }
+        forgotten
     }
 
     /// Remembers that `rip` in `context` runs `block`.

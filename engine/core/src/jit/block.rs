@@ -1,7 +1,7 @@
 //! The translation of one block.
 
 use iced_x86::Register::{R13, R14, R14D, R15};
-use iced_x86::{Instruction, InstructionInfoFactory, MemorySize, OpAccess, OpKind, Register};
+use iced_x86::{ConditionCode, Instruction, InstructionInfoFactory, MemorySize, OpAccess, OpKind, Register};
 
 use super::asm::{qword_ptr, Asm, Label};
 use super::emit::{cpu_field, in_memory, Emitter, Places, Rule};
@@ -341,11 +341,25 @@ impl Translation<'_> {
     fn target(&mut self, insn: &Instruction, miss: Label) {
         if insn.op0_kind() == OpKind::Register {
             let register = self.get(insn.op0_register(), Register::R15);
-            return self.out.asm.mov(R15, register);
+            self.out.asm.mov(R15, register);
+        } else {
+            self.operand_address(insn);
+            self.out.translate(8, AccessKind::Read, miss);
+            self.out.asm.mov(R15, qword_ptr(R14, 0));
         }
-        self.operand_address(insn);
-        self.out.translate(8, AccessKind::Read, miss);
-        self.out.asm.mov(R15, qword_ptr(R14, 0))
+        self.require_canonical(miss);
+    }
+
+    /// A branch to an address that none is faults before it is taken, which is the interpreter's: so is, with five levels of tables, one
+    /// of more than 48 bits.
+    fn require_canonical(&mut self, miss: Label) {
+        const SIGN: u8 = 47;
+        let a = &mut *self.out.asm;
+        a.mov(R13, R15);
+        a.sar(R13, SIGN);
+        a.lea(R13, qword_ptr(R13, 1));
+        a.cmp(R13, 1);
+        a.jcc(ConditionCode::a, miss);
     }
 
     fn jump_indirect(&mut self, insn: &Instruction, place: Place) {
@@ -387,6 +401,7 @@ impl Translation<'_> {
         let miss = self.out.detour(place.index);
         self.stack_slot(0, AccessKind::Read, miss);
         self.out.asm.mov(R15, qword_ptr(R14, 0));
+        self.require_canonical(miss);
         let released = if insn.op_count() > 0 { i32::from(insn.immediate16()) } else { 0 };
         self.move_stack(8 + released);
         self.branch_to_r15();

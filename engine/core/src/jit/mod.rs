@@ -85,15 +85,15 @@ impl Tier {
 pub struct Translator {
     backend: Box<dyn Backend>,
     pub translated: u64,
-    /// How often old translations were forgotten to make room.
-    pub evictions: u64,
+    /// Translations that were forgotten to make room.
+    pub evicted: u64,
 }
 
 impl Translator {
     /// `None` where the host has no back end, or gives no memory for code.
     fn new(bytes: usize) -> Option<Self> {
         let backend = backend::of_host(bytes).inspect_err(|error| log::info!("no host code: {error}")).ok()?;
-        Some(Translator { backend, translated: 0, evictions: 0 })
+        Some(Translator { backend, translated: 0, evicted: 0 })
     }
 
     pub fn trampoline(&self) -> Trampoline {
@@ -127,8 +127,7 @@ impl Translator {
                 }
                 Made::Refused => return,
                 Made::Full(addresses) => {
-                    self.evictions += 1;
-                    code.forget_translations_at(&addresses);
+                    self.evicted += code.forget_translations_at(&addresses);
                 }
             }
         }

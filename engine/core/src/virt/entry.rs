@@ -221,7 +221,7 @@ impl Core {
             ("blocks_cached", cpu.code.len() as u64),
             ("blocks_translated", translator.map_or(0, |own| own.translated)),
             ("host_code_bytes", translator.map_or(0, |own| own.bytes() as u64)),
-            ("host_code_evictions", translator.map_or(0, |own| own.evictions)),
+            ("translations_evicted", translator.map_or(0, |own| own.evicted)),
             ("host_code_links", counts.links),
             ("host_code_tlb_misses", counts.misses),
             ("host_code_interpreted", interpreted.iter().map(|(_, count)| count).sum()),
