@@ -231,6 +231,23 @@ impl Cpu {
         taken != 0
     }
 
+    /// The interpreter has run a branch (a system call, IRET, a return that host code did not find): goes on as host code if the block
+    /// there is some, and neither the dispatcher nor who watches branches must know.
+    fn go_on(&mut self) -> Option<u32> {
+        if self.pending != 0 || self.pmu.watching != Watching::NONE {
+            return None;
+        }
+        let (rip, context) = (self.rip(), self.jump_context);
+        // SAFETY: the jump cache forgets blocks before they are freed.
+        let target = self.code.jump(rip, context).map(|target| unsafe { &*target })?;
+        if !target.valid || target.body.is_null() {
+            return None;
+        }
+        self.native.load(self.flags);
+        (self.native.page, self.native.context, self.native.target) = (rip & !PAGE_OFFSET, context, target.entry);
+        Some(status::GO)
+    }
+
     /// A handler stopped host code.
     fn stopped_native(&mut self, status: u32) -> Exec<*mut Block> {
         let block = self.native.block;
@@ -329,6 +346,7 @@ unsafe fn resume(cpu: &mut Cpu, block: *mut Block, instruction: u32) -> u32 {
             cpu.at = unsafe { cpu.at.add(1) };
             Stop::Retry as u32
         }
+        Ok(Err(Stop::Next)) => cpu.go_on().unwrap_or(Stop::Next as u32),
         Ok(Err(stop)) => stop as u32,
         Err(panic) => {
             cpu.native.panic = Some(panic);
