@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 SEND_TIMEOUT = 10
 """Seconds that a peer may leave a message of ours unread; then it is closed."""
+_AWAKE = 100e-6
+"""Seconds that a vCPU looks for an answer before it sleeps."""
 _RECEIVE = 1 << 16
 _LOOK_UP = 200_000
 """Microseconds after which whoever reads the socket looks at the time."""
@@ -113,7 +115,7 @@ class SocketChannel:
             return vcpu.wait_for_job(deadline)
         self._reader, self._lent_until = vcpu, time.monotonic() + _LENT
         try:
-            if not self._read(0):
+            if not self._await():
                 self._session.lose(self)
         except BlockingIOError:  # SO_RCVTIMEO is over
             if deadline is not None and time.monotonic() > deadline:
@@ -141,6 +143,14 @@ class SocketChannel:
         with self._turn:
             self.close()  # the VMM's copy of the descriptor would keep the connection
             self._socket.close()
+
+    def _await(self) -> bool:
+        """`_read()` of a vCPU: it stays awake for a quick tool, as KVM for an interrupt (`halt_poll_ns`), because waking takes long."""
+        until = time.monotonic() + _AWAKE
+        while time.monotonic() < until:
+            with suppress(BlockingIOError):
+                return self._read(socket.MSG_DONTWAIT)
+        return self._read(0)
 
     def _read(self, flags: int) -> bool:
         """Take what is there, and act on the messages that are whole; False if the peer has ended the stream.
