@@ -4,8 +4,8 @@ A Debian guest at its shell. "Attach" is a session over a UNIX socket, the kerne
 nothing of it in memory, with and without decoded symbols on the disk. The slow-down is that of a pipeline and a series of programs in the
 guest: CPU time of this process, which is both the machine and the tool. Each round is one run without the lock and one with it, and every
 other round has them the other way round. Before each there is a run that does not count: engaging the lock changes the rights of all the
-kernel's pages, and what the silicon cached of them comes back meanwhile. Programs lie at the same addresses each time (`norandmaps`), because how
-they fall into the silicon's caches makes a greater difference than the lock.
+kernel's pages, and what the silicon cached of them comes back meanwhile. Programs lie at the same addresses each time (`norandmaps`),
+because how they fall into the silicon's caches makes a greater difference than the lock.
 """
 
 from __future__ import annotations
@@ -112,7 +112,10 @@ def main(rounds: int, path: Path | None) -> None:
     """Measure the tools."""
     image = guest.prepare("cloud")
     results: dict[str, list[float]] = {}
-    with Machine(kernel=image.kernel, initrd=image.initrd, append="loglevel=3 norandmaps") as machine, tempfile.TemporaryDirectory() as folder:
+    with (
+        Machine(kernel=image.kernel, initrd=image.initrd, append="loglevel=3 norandmaps") as machine,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         machine.run(until="# ", timeout=300)
         results["attach to first ps, first time"] = [attach(machine, Path(folder) / str(turn)) for turn in range(rounds)]
         results["attach to first ps, again"] = [attach(machine, Path(folder) / "0") for _ in range(rounds)]
