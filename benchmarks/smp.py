@@ -64,7 +64,7 @@ def _expect(machine: Machine, text: str) -> None:
 
 @click.command()
 @click.option("-n", "--rounds", default=3, show_default=True, help="Runs of each.")
-@click.option("--loops", default=10, show_default=True, help="Checksums of busybox per loop.")
+@click.option("--loops", default=100, show_default=True, help="Checksums of busybox per loop.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write the samples to this file.")
 def main(rounds: int, loops: int, path: Path | None) -> None:
     """Compare one vCPU with two."""
