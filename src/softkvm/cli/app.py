@@ -15,7 +15,7 @@ from click.shell_completion import CompletionItem
 
 from softkvm.cli import output, status
 from softkvm.cli.errors import CliError
-from softkvm.cli.options import RunOptions, StatsFormat
+from softkvm.cli.options import TIERS, RunOptions, StatsFormat
 from softkvm.cli.vmi import vmi
 
 _WITH_SELFTEST = frozenset({"selftest", "memory", "cpu", "timeout", "stats"})
@@ -98,7 +98,7 @@ def cli() -> None:
 @click.option("--cores", type=click.IntRange(min=1), metavar="N", help="Cores of the host under all CPUs.  [default: as many as they want]")
 @click.option(
     "--tier",
-    type=click.Choice(["interpreter", "translator", "auto"]),
+    type=click.Choice(TIERS),
     default="auto",
     help="How guest code runs: `auto` translates hot code.",
 )

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from softkvm.vmm.introspection_peer import PeerOptions
 
 StatsFormat = Literal["table", "json"]
+TIERS = ("interpreter", "translator", "auto")
+"""How guest code may run."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from softkvm.cli import status
+from softkvm.cli.options import TIERS
 
 PROGRAM = "softkvm-qemu"
 FAILURE = 1
@@ -22,7 +23,6 @@ _VERSION = "QEMU emulator version 7.2.0 (its command line, spoken by softkvm)"
 _DEBUG_EXIT = ("isa-debug-exit", {"iobase": "0xf4", "iosize": "0x4"})
 _MOST_CPUS = 64
 """What `Machine` takes."""
-_TIERS = ("interpreter", "translator", "auto")
 _DEVICES = {"isa-debug-exit": "ISA", "pc-testdev": "ISA"}
 
 
@@ -145,8 +145,8 @@ def _accelerator(invocation: Invocation, option: str, name: str, properties: dic
     if name not in ("tcg", "kvm"):
         raise UsageError(f"{option}: invalid accelerator {name}")
     invocation.tier = properties.get("tier", invocation.tier)
-    if invocation.tier not in (None, *_TIERS):
-        raise UsageError(f"{option}: the tiers are {', '.join(_TIERS)}")
+    if invocation.tier not in (None, *TIERS):
+        raise UsageError(f"{option}: the tiers are {', '.join(TIERS)}")
 
 
 def _serial(invocation: Invocation, text: str) -> None:

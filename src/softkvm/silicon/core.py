@@ -22,9 +22,9 @@ EXIT_MONITOR_TRAP_AMD = 0x10003
 """`Intercept.MONITOR_TRAP` on AMD silicon, which has no number of its own for it."""
 
 RIGHT_R, RIGHT_W, RIGHT_X = 1, 2, 4
-RIGHT_SAME = 8
 """Rights of a nested page table entry, and access types of `Core.translate` (where 8 = by user mode)."""
-
+RIGHT_SAME = 8
+"""Of a nested page table entry: a store that leaves memory as it is does not need `RIGHT_W`."""
 RIGHT_DEVICE = 16
 """In `NestedPageTable.lookup()`: no right and no memory, but a device (`map_device()`)."""
 WAIVE_WALK = 8

@@ -73,6 +73,16 @@ impl Links {
         Links { exits, incoming: Vec::new() }
     }
 
+    /// `exit` leads to this block now. One that is linked to several by turns, as processes that share code are run, comes again and again.
+    fn add(&mut self, exit: Exit) {
+        if self.incoming.len() == self.incoming.capacity() {
+            self.incoming.sort_unstable_by_key(|exit| exit.end);
+            self.incoming.dedup_by_key(|exit| exit.end);
+            self.incoming.reserve(self.incoming.len()); // or most of the next ones would be looked for as well
+        }
+        self.incoming.push(exit);
+    }
+
     /// Forgets exits of code at `addresses`, which is not used any more.
     pub fn forget(&mut self, addresses: &Range<u64>) {
         self.incoming.retain(|exit| !addresses.contains(&exit.end));
@@ -104,7 +114,7 @@ pub unsafe fn follow(cpu: &mut Cpu, block: *mut Block, number: usize) -> u32 {
     let Some(target) = found.filter(|target| target.valid && !target.body.is_null()) else { return cpu.left_after(block) };
     if exit.link(host, page, cpu.jump_context, target) {
         cpu.native.counts.links += 1;
-        target.links.as_mut().into_iter().for_each(|links| links.incoming.push(exit));
+        target.links.as_mut().into_iter().for_each(|links| links.add(exit));
     }
     cpu.native.page = rip & !PAGE_OFFSET;
     cpu.native.target = target.entry;
@@ -121,5 +131,20 @@ impl Cpu {
         self.flags = self.native.flags();
         self.native.block = block;
         Stop::Next as u32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_exit_that_comes_again_and_again_takes_no_more_room() {
+        let mut links = Links::new(Vec::new());
+        let exit = |end| Exit { distance: 0, field: std::ptr::null_mut(), end, unlinked: 0, guards: None };
+        (0..100_000).for_each(|n| links.add(exit(n % 10)));
+        assert!(links.incoming.capacity() < 100, "{}", links.incoming.capacity());
+        links.forget(&(3..10));
+        assert!((0..10).all(|end| links.incoming.iter().any(|exit| exit.end == end) == (end < 3)));
     }
 }

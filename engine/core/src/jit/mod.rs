@@ -15,7 +15,7 @@
 //! | `exits` | the head of a block, and the ways to the next one |
 //! | `watched` | what a branch does for those who watch branches |
 //! | `registers`, `vector_registers` | where guest registers are meanwhile |
-//! | `integer` | integer instructions that take several of the host's |
+//! | `integer`, `string`, `system` | instructions that take several of the host's |
 //! | `vector`, `x87` | which vector, MMX and x87 instructions become host code |
 //! | `stubs` | code that all blocks share |
 //! | `arena` | memory for host code |

@@ -1,6 +1,6 @@
 //! Where guest registers are while host code runs.
 //!
-//! Twelve general registers live in host registers of the same number, so that instructions with implicit operands keep their encoding;
+//! Eleven general registers live in host registers of the same number, so that instructions with implicit operands keep their encoding;
 //! only RSP moves to R12, because the host needs its own stack. RBP and R12 to R15 stay in the CPU's register file; the host's RBP is the
 //! address of the CPU.
 
