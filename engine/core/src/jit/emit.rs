@@ -1,13 +1,14 @@
-//! Pieces of host code that translations are made of: flags between host and guest, TLB checks, the way into the interpreter and back.
+//! Pieces of host code that translations are made of: flags between host and guest, the way into the interpreter and back.
 //!
 //! Guest flags are in the host's flags, in `Native::flags`, in both, or dead. What the interpreter would see at an instruction that may
 //! fault, exit or leave the block is in memory there: state is precise at every instruction.
 
 use std::mem::offset_of;
 
-use iced_x86::Register::{AH, AL, AX, EAX, R13, R13D, R14, R14D, R14L, R15, R15D, R15L, RAX, RBP};
+use iced_x86::Register::{AH, AL, AX, EAX, R13, R13D, R14, R15, R15D, R15L, RAX, RBP};
 use iced_x86::{ConditionCode, IcedError, Instruction, Register};
 
+use super::access::Refill;
 use super::asm::{byte_ptr, qword_ptr, word_ptr, Asm, Label, Memory};
 use super::exits::ExitSite;
 use super::native::{detour, FLAGS, VECTORS, X87};
@@ -16,8 +17,6 @@ use super::vector::{Units, Width};
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::memory::PAGE_OFFSET;
-use crate::paging::tlb;
-use crate::paging::AccessKind;
 use crate::state::{Fpu, State};
 
 /// Where shared code is.
@@ -33,6 +32,9 @@ pub struct Places {
     pub x87: u64,
     /// The stub that returns to the dispatcher at RIP R15.
     pub unknown: u64,
+    /// The stubs that look a page up for a site that reads, and for one that writes.
+    pub refill_read: u64,
+    pub refill_write: u64,
 }
 
 /// How OF follows from an instruction where host processors differ.
@@ -84,6 +86,10 @@ pub struct Emitter<'a> {
     gates: Vec<(u64, Label, Label)>,
     pub(super) exits: Vec<ExitSite>,
     cold: Vec<Cold>,
+    /// Distance of the block's first cell from the start of the code, and how many cells there are.
+    pub(super) first_cell: i32,
+    pub(super) cells: usize,
+    pub(super) refills: Vec<Refill>,
     /// Where the block is named to the stub: the plain one, and the one that keeps units.
     tails: [Label; 2],
     /// The host's flags are the guest's.
@@ -105,7 +111,7 @@ pub fn in_memory(guest: Register) -> Memory {
 }
 
 impl<'a> Emitter<'a> {
-    pub fn new(asm: &'a mut Asm, places: Places, block: &Block, units: Units) -> Self {
+    pub fn new(asm: &'a mut Asm, places: Places, block: &Block, units: Units, first_cell: i32) -> Self {
         let tails = [(); 2].map(|()| asm.create_label());
         Emitter {
             asm,
@@ -117,6 +123,9 @@ impl<'a> Emitter<'a> {
             gates: Vec::new(),
             exits: Vec::new(),
             cold: Vec::new(),
+            first_cell,
+            cells: 0,
+            refills: Vec::new(),
             tails,
             host_flags: false,
             saved_flags: true,
@@ -210,11 +219,11 @@ impl<'a> Emitter<'a> {
 
     fn restore_flags(&mut self) {
         let a = &mut *self.asm;
-        a.mov(R13, RAX);
+        a.mov(R15, RAX);
         a.movzx(EAX, word_ptr(RBP, FLAGS as i32));
         a.add(AL, 0x7f);
         a.sahf();
-        a.mov(RAX, R13)
+        a.mov(RAX, R15)
     }
 
     /// Host code is about to destroy the host's flags; `live` tells whether the guest's are seen again.
@@ -235,37 +244,6 @@ impl<'a> Emitter<'a> {
             Rule::CarryAndResult if live => self.store_result_flags(result, true),
             Rule::Result if live => self.store_result_flags(result, false),
             _ => {}
-        }
-    }
-
-    // ---- memory ---------------------------------------------------------------------------------------------------------------------
-
-    /// Turns the linear address in R14 of an access of `bytes` into a host address there, or goes to cold code. Clobbers R13, R15 and the
-    /// flags.
-    pub fn translate(&mut self, bytes: usize, kind: AccessKind, miss: Label) {
-        const SLOT_SHIFT: u8 = 12 - size_of::<tlb::Entry>().trailing_zeros() as u8;
-        let tag = match kind {
-            AccessKind::Read => offset_of!(tlb::Entry, read),
-            AccessKind::Write => offset_of!(tlb::Entry, write),
-            AccessKind::Fetch => offset_of!(tlb::Entry, fetch),
-        };
-        let a = &mut *self.asm;
-        a.mov(R13D, R14D);
-        a.lea(R15, qword_ptr(R14, (bytes - 1) as i32));
-        a.shr(R13D, SLOT_SHIFT);
-        a.and(R13D, ((tlb::ENTRIES - 1) * size_of::<tlb::Entry>()) as i32);
-        a.add(R13, cpu_field(offset_of!(Cpu, active_table)));
-        a.and(R15, -4096);
-        a.cmp(R15, qword_ptr(R13, tag as i32));
-        a.jne(miss);
-        a.add(R14, qword_ptr(R13, offset_of!(tlb::Entry, addend) as i32))
-    }
-
-    /// Locked accesses that are not aligned need the bus, which the interpreter has.
-    pub fn require_alignment(&mut self, bytes: usize, miss: Label) {
-        if bytes > 1 {
-            self.asm.test(R14L, (bytes - 1) as i32);
-            self.asm.jne(miss);
         }
     }
 
@@ -339,8 +317,10 @@ impl<'a> Emitter<'a> {
         self.asm.mov(cpu_field(FIP), R15);
     }
 
-    /// Ends the code with its cold part, and gives the exits. `None` if there was an instruction that the encoder refused.
-    pub fn finish(mut self) -> Option<Vec<ExitSite>> {
+    /// Ends the code with its cold part, and gives the exits and the number of cells. `None` if there was an instruction that the encoder
+    /// refused.
+    pub fn finish(mut self) -> Option<(Vec<ExitSite>, usize)> {
+        self.finish_sites();
         for Cold { label, why, back } in std::mem::take(&mut self.cold) {
             self.asm.set_label(label);
             self.leave_for(why);
@@ -362,7 +342,7 @@ impl<'a> Emitter<'a> {
             self.asm.mov(R14, self.block);
             self.asm.jmp(stub);
         }
-        (!self.failed).then_some(self.exits)
+        (!self.failed).then_some((self.exits, self.cells))
     }
 
     /// An instruction of the host's.

@@ -46,6 +46,8 @@ pub struct Native {
     pub(super) context: u64,
     /// What was taken from the budget; see [`Cpu::keep_from_blocks`].
     taken: i64,
+    /// The epoch of the active table, as long as host code runs.
+    stamp: u64,
     /// The block that was left by a detour, or that was not begun.
     pub(super) block: *mut Block,
     /// The panic that host code must not be unwound for.
@@ -98,6 +100,7 @@ impl Default for Native {
             target: std::ptr::null(),
             context: 0,
             taken: 0,
+            stamp: 0,
             block: std::ptr::null_mut(),
             panic: None,
             counts: Counts::default(),
@@ -110,6 +113,7 @@ const NATIVE: usize = offset_of!(Cpu, native);
 pub const FLAGS: usize = NATIVE + offset_of!(Native, flags);
 pub const PAGE: usize = NATIVE + offset_of!(Native, page);
 pub const TARGET_RIP: usize = NATIVE + offset_of!(Native, target_rip);
+pub const STAMP: usize = NATIVE + offset_of!(Native, stamp);
 pub const TARGET: usize = NATIVE + offset_of!(Native, target);
 pub const JUMPS: usize = NATIVE + offset_of!(Native, jumps);
 pub const BLOCK: usize = NATIVE + offset_of!(Native, block);
@@ -181,6 +185,7 @@ impl Cpu {
         self.native.load(self.flags);
         (self.native.page, self.native.context) = (self.rip() & !PAGE_OFFSET, self.jump_context);
         self.keep_from_blocks();
+        self.stamp_cells();
         // SAFETY: `body` is the start of a live block's host code, which keeps to the rules of this module.
         let status = unsafe { trampoline(self, body) };
         self.give_back();
@@ -213,6 +218,12 @@ impl Cpu {
         if self.native.x87 != 0 {
             self.take_x87(None);
         }
+    }
+
+    /// Host code is about to go on: its cells must be of the epoch that the active table is in now.
+    fn stamp_cells(&mut self) {
+        // SAFETY: `active_table` points to a table that lives as long as the TLB.
+        self.native.stamp = unsafe { (*self.active_table).epoch };
     }
 
     /// Takes the budget away if the dispatcher shall look at the CPU before the next block, or find it itself: host code looks at nothing
@@ -277,6 +288,14 @@ fn stop(status: u32) -> Option<Stop> {
 pub unsafe extern "C" fn leave(cpu: *mut Cpu, block: *mut Block, why: u32) -> u32 {
     // SAFETY: by the caller's promise, and host code holds no references.
     let cpu = unsafe { &mut *cpu };
+    // SAFETY: as above.
+    let status = unsafe { act(cpu, block, why) };
+    cpu.stamp_cells();
+    status
+}
+
+/// Does what [`leave`] is called for.
+unsafe fn act(cpu: &mut Cpu, block: *mut Block, why: u32) -> u32 {
     if why < detour::HEAD {
         // SAFETY: as above.
         return unsafe { resume(cpu, block, why) };
