@@ -14,6 +14,7 @@ import random
 import socket
 import struct
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -33,8 +34,6 @@ ERRORS = {-int(error) for error in Error} | {0}
 MOST = kvmi.MAX_MESSAGE
 AMOUNTS, FEW = ("size", "count", "nmsrs"), (0, 1, 2, 8, 64, 255, 480, 4096)
 """Who announces more than comes is closed, and can do no more."""
-RECEIVER = "softkvm-kvmi-recv"
-"""Name of a session's receiver thread."""
 LOOP = b"\xcc\x88\x03\x0f\xa2\x0f\x20\xe0\x0f\x22\xe0\xeb\xf3"  # 1: int3; mov [rbx], al; cpuid; mov rax, cr4; mov cr4, rax; jmp 1b
 
 
@@ -165,13 +164,13 @@ def assault(model: kvm.Model, seed: int, messages: int, dialect: Dialect) -> int
 
 
 def left_behind() -> tuple[int, int, int]:
-    """Threads, descriptors and sessions that are there when the receivers of connections that were closed have ended."""
-    for thread in threading.enumerate():
-        if thread.name == RECEIVER:
-            thread.join(TIMEOUT)
-    gc.collect()
-    sessions = sum(isinstance(found, Session) for found in gc.get_objects())
-    return threading.active_count(), len(os.listdir("/proc/self/fd")), sessions
+    """Threads, descriptors and sessions that are there once the last receiver, which ends by itself, had its time to."""
+    deadline = time.monotonic() + TIMEOUT
+    while True:
+        gc.collect()
+        sessions = sum(isinstance(found, Session) for found in gc.get_objects())
+        if not sessions or time.monotonic() > deadline:
+            return threading.active_count(), len(os.listdir("/proc/self/fd")), sessions
 
 
 @pytest.mark.parametrize("dialect", kvmi.DIALECTS.values(), ids=lambda dialect: dialect.name)
@@ -195,8 +194,8 @@ def test_a_million_random_messages_do_no_harm(model: kvm.Model) -> None:
     while left > 0:
         left -= max(1, assault(model, seed, 400, list(kvmi.DIALECTS.values())[seed % 3]))
         seed += 1
-    now = left_behind()
-    assert all(after <= at_first for after, at_first in zip(now, before, strict=True)), (before, now)
+    after = left_behind()
+    assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)
 
 
 def test_messages_cut_anywhere(hooked: Hooked) -> None:
