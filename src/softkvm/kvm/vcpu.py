@@ -140,10 +140,8 @@ class Vcpu(VcpuOptions):
             self.make_request(REQ_STEAL_UPDATE)
 
     def update_exception_bitmap(self) -> None:
-        """`vmx_update_exception_bitmap()`: what KVM emulates (RSM, the forced prefix), a debugger in user space, or a tool must see."""
-        bitmap = guest_debug.exceptions(self.guest_debug)
-        if self.smm.active or self.vm.parameters.force_emulation_prefix:
-            bitmap |= 1 << events.UD
+        """`vmx_update_exception_bitmap()`: what KVM emulates, a debugger in user space, or a tool must see."""
+        bitmap = guest_debug.exceptions(self.guest_debug) | 1 << events.UD
         if self.introspection is not None and self.introspection.intercepts_breakpoints:
             bitmap |= 1 << events.BP
         self.control.exception_bitmap = bitmap
