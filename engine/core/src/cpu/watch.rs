@@ -83,7 +83,7 @@ impl Cpu {
         if self.pmu.cpl != self.cpl() {
             self.enter_level();
         }
-        if self.overflow_is_near() {
+        if self.instructions() >= self.pmu.check_at {
             alone |= self.approach_overflow()?;
         }
         if alone {
@@ -91,6 +91,10 @@ impl Cpu {
             return Ok(ptr::null_mut());
         }
         match self.successor(previous) {
+            Ok(block) if self.overflow_is_near() && self.reaches_overflow(block) => {
+                self.single()?;
+                Ok(ptr::null_mut())
+            }
             Ok(block) => self.execute_watched(block),
             Err(stop) => {
                 self.stopped(stop)?;
@@ -107,10 +111,6 @@ impl Cpu {
         }
         // SAFETY: blocks are freed by `collect` only, which neither this nor `execute` calls.
         let (kind, watching) = unsafe { ((*block).branch, (*block).key.watching) };
-        if kind == Kind::Loop && self.overflow_is_near() {
-            self.single()?; // or it might turn too often
-            return Ok(ptr::null_mut());
-        }
         let (first, before) = (self.rip(), self.instructions());
         if watching != Watching::NONE {
             if let Some(body) = self.translation(block) {
@@ -143,6 +143,14 @@ impl Cpu {
         self.instructions().wrapping_add(LONGEST) >= self.pmu.check_at
     }
 
+    /// Whether a counter may overflow before the last instruction of `block`: in one that is too long, or that turns as often as it can.
+    fn reaches_overflow(&self, block: *const Block) -> bool {
+        // SAFETY: as in `execute_watched`.
+        let (instructions, kind) = unsafe { ((*block).instructions, (*block).branch) };
+        let left = self.pmu.check_at.saturating_sub(self.instructions());
+        kind == Kind::Loop || self.pmu.exact && u64::from(instructions) > left
+    }
+
     /// The privilege level has changed: from here on others count.
     #[cold]
     fn enter_level(&mut self) {
@@ -153,7 +161,8 @@ impl Cpu {
         self.pmu.check_at = if self.pmu.watched & watch::COUNT != 0 { now } else { u64::MAX };
     }
 
-    /// A counter may overflow before the next block ends. Takes the interrupt of one that did; tells whether instructions must run alone.
+    /// A counter may have overflowed. Takes the interrupt of one that did, and finds out how far it is to the next; tells whether the next
+    /// instruction must run alone.
     #[cold]
     #[inline(never)]
     fn approach_overflow(&mut self) -> Exec<bool> {
@@ -170,9 +179,9 @@ impl Cpu {
             self.interrupt_guest()?;
         }
         let (room, exact) = self.pmu.headroom(LONGEST);
-        self.pmu.check_at = now.saturating_add(room);
+        (self.pmu.check_at, self.pmu.exact) = (now.saturating_add(room), exact);
         self.shorten_budget();
-        Ok(exact)
+        Ok(false)
     }
 
     /// An overflow's interrupt: the guest takes it if it is its own and can come at once. Otherwise it is one of the host's.

@@ -109,11 +109,12 @@ pub unsafe fn follow(cpu: &mut Cpu, block: *mut Block, number: usize) -> u32 {
     if cpu.native.context != cpu.jump_context {
         return status::BOUNDARY;
     }
-    // The dispatcher knows the block's followers, and does not tell the jump cache, where others may have taken the target's place.
-    // SAFETY: both forget blocks before they are freed; nobody else has a reference.
-    let known = cpu.code.jump(rip, cpu.jump_context).or_else(|| unsafe { (*block).successor(rip, cpu.jump_context) });
+    // The jump cache may have another block in the place of one that was found before this code was hot, and that the block remembers.
     // SAFETY: as above.
-    let found = known.map(|target| unsafe { &mut *target });
+    let remembered = || unsafe { (*block).successor(rip, cpu.jump_context) };
+    let found = cpu.code.jump(rip, cpu.jump_context).or_else(remembered);
+    // SAFETY: both forget blocks before they are freed; nobody else has a reference.
+    let found = found.map(|target| unsafe { &mut *target });
     let Some(target) = found.filter(|target| target.valid && !target.body.is_null()) else { return cpu.left_after(block) };
     if exit.link(host, page, cpu.jump_context, target) {
         cpu.native.counts.links += 1;

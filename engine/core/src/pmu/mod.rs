@@ -75,6 +75,8 @@ pub struct Pmu {
     pub since: u64,
     /// Instruction count of the core before which no counter overflows.
     pub check_at: u64,
+    /// A counter overflows at `check_at` and not later, whatever runs, so a block must end there.
+    pub exact: bool,
     /// An overflow's interrupt waits for the next instruction boundary that can take it.
     pub interrupt: bool,
     pub tally: Tally,
@@ -118,6 +120,7 @@ impl Pmu {
             cpl: 0,
             since: 0,
             check_at: u64::MAX,
+            exact: false,
             interrupt: false,
             tally: Tally::default(),
             lbr: Lbr::default(),
@@ -249,18 +252,19 @@ impl Pmu {
         self.lvtpc & lvt::DELIVERY == lvt::NMI
     }
 
-    /// How long code at the current privilege level can run, in instructions, before a counter may overflow; and whether it must run one
-    /// instruction at a time, because that is less than a block of `longest`.
+    /// How long code at the current privilege level can run, in instructions, before a counter may overflow; and whether a block of `longest`
+    /// that goes beyond would be too long for one.
     pub fn headroom(&self, longest: u64) -> (u64, bool) {
-        let mut room = u64::MAX;
-        let mut exact = false;
+        let (mut room, mut certain) = (u64::MAX, u64::MAX);
         for counter in &self.counters {
             let Some(measure) = counter.running_at(self.cpl) else { continue };
             let left = counter.remaining();
             room = room.min(left);
-            exact |= left < longest && measure.follows_instructions();
+            if measure.follows_instructions() {
+                certain = certain.min(left);
+            }
         }
-        (room, exact)
+        (room, certain < room.saturating_add(longest))
     }
 
     /// Notes a branch or an event's delivery at privilege level `cpl`; returns whether it was mispredicted, and the cycles for which it makes
