@@ -30,14 +30,14 @@ pub struct Code {
 
 /// Translates `block`, which was made from `instructions`; `None` if an instruction cannot be encoded, or nothing would become host code.
 pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], model: &Model, host: Host, places: Places) -> Option<Code> {
-    let live = live_flags(instructions);
+    let live = live_flags(instructions, model.silicon());
     let plans: Vec<Plan> = instructions.iter().zip(&live).map(|(insn, live)| plan(insn, *live, host, model)).collect();
     if plans.iter().all(|plan| matches!(plan, Plan::Interpret)) {
         return None; // the way into host code and out of it is all that would be added
     }
     let units = plans.iter().fold(Units::default(), |all, plan| all.and(plan.units()));
     let last_x87 = instructions.iter().rposition(|insn| x87::sets_pointer(insn.mnemonic()));
-    let out = Emitter::new(asm, places, block, units);
+    let out = Emitter::new(asm, places, block, units, model.silicon());
     let mut translation = Translation { out, info: InstructionInfoFactory::new(), branch: Branch::of(block) };
     let body = translation.out.head(block.instructions);
     translation.out.enter_units();
@@ -127,6 +127,9 @@ impl Translation<'_> {
         let partial = modifies != 0 && (modifies != ALL_FLAGS || may_keep_flags(insn));
         if reads & ALL_FLAGS != 0 || partial && place.seen_behind {
             self.out.need_flags();
+        }
+        if rule.keeps_flags() {
+            self.out.clobber_flags(place.seen_behind);
         }
         let result = self.with_operands(insn, memory.is_some());
         if modifies != 0 {
