@@ -376,7 +376,12 @@ impl Translation<'_> {
         self.out.clobber_flags(true);
         let miss = self.out.detour(place.index);
         self.push_return(insn, miss);
-        self.branch_to(insn.near_branch_target() as i64, true);
+        let (target, back) = (insn.near_branch_target() as i64, insn.next_ip() as i64);
+        if self.is_host_call(back) {
+            self.out.call(target, back);
+        } else {
+            self.branch_to(target, true);
+        }
     }
 
     fn call_indirect(&mut self, insn: &Instruction, place: Place) {
@@ -385,8 +390,18 @@ impl Translation<'_> {
         self.target(insn, miss);
         self.out.keep_rip();
         self.push_return(insn, miss);
-        self.out.take_rip();
-        self.branch_to_r15();
+        let back = insn.next_ip() as i64;
+        if self.is_host_call(back) {
+            self.out.call_kept_rip(back);
+        } else {
+            self.out.take_rip();
+            self.branch_to_r15();
+        }
+    }
+
+    /// Whether a call that comes back at `back` is the host's too: nobody watches branches, and the way on is in the page that is returned to.
+    fn is_host_call(&self, back: i64) -> bool {
+        self.branch.is_none() && self.out.is_near(back)
     }
 
     fn push_return(&mut self, insn: &Instruction, miss: Label) {
@@ -404,9 +419,15 @@ impl Translation<'_> {
         let miss = self.out.detour(place.index);
         self.stack_slot(0, AccessKind::Read, miss);
         self.out.asm.mov(R15, qword_ptr(R14, 0));
+        let released = 8 + if insn.op_count() > 0 { i32::from(insn.immediate16()) } else { 0 };
+        if self.branch.is_none() {
+            let other = self.out.asm.create_label();
+            self.out.return_to_r15(released, other);
+            self.out.asm.set_label(other);
+        }
         self.require_canonical(miss);
-        let released = if insn.op_count() > 0 { i32::from(insn.immediate16()) } else { 0 };
-        self.move_stack(8 + released);
+        self.move_stack(released);
+        self.out.forget_calls();
         self.branch_to_r15();
     }
 }

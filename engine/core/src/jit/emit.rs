@@ -107,6 +107,8 @@ pub struct Emitter<'a> {
     /// Stubs that bring that, where they are called, and where it is there.
     gates: Vec<(u64, Label, Label)>,
     pub(super) exits: Vec<ExitSite>,
+    /// Calls for which the host's stack may have no room, and where they go on.
+    pub(super) full_stacks: Vec<(Label, Label)>,
     cold: Vec<Cold>,
     /// Where the block is named to the stub: the plain one, and the one that keeps units.
     tails: [Label; 2],
@@ -141,6 +143,7 @@ impl<'a> Emitter<'a> {
             silicon,
             gates: Vec::new(),
             exits: Vec::new(),
+            full_stacks: Vec::new(),
             cold: Vec::new(),
             tails,
             host_flags: false,
@@ -441,6 +444,7 @@ impl<'a> Emitter<'a> {
             }
             self.asm.jmp(back);
         }
+        self.finish_calls();
         for (stub, missing, there) in std::mem::take(&mut self.gates) {
             self.asm.set_label(missing);
             self.asm.mov(R14, self.block);
