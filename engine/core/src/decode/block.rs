@@ -66,6 +66,8 @@ pub struct Block {
     pub body: *const u8,
     /// Ways between its host code and that of others.
     pub links: Option<Box<Links>>,
+    /// Accesses of its host code that have no cell, because they meet another page each time; those from number 63 on are one.
+    pub wandering: u64,
     /// Runs by the interpreter.
     pub heat: u32,
     /// Length in bytes.
@@ -90,6 +92,7 @@ impl Block {
             entry: std::ptr::null(),
             body: std::ptr::null(),
             links: None,
+            wandering: 0,
             heat: 0,
             length: 0,
             key,
@@ -100,7 +103,7 @@ impl Block {
 
     /// Makes the block one of `instructions`, with fast handlers where there are some.
     fn fill(&mut self, instructions: &[Instruction], model: &Model) {
-        let dead = dead_flags(instructions);
+        let dead = dead_flags(instructions, model.silicon());
         let mut uops: Vec<Uop> = instructions.iter().map(|insn| lower(insn, self.key.size, model)).collect();
         self.reference = uops.iter().map(|uop| uop.run).collect();
         for (n, (uop, insn)) in uops.iter_mut().zip(instructions).enumerate() {

@@ -90,20 +90,21 @@ impl Arena {
         }
     }
 
-    /// Adds `code`, which was assembled for [`Arena::next`], and so many cells, which are empty; `None` when they do not fit in the segment.
-    pub fn add(&mut self, code: &[u8], cells: usize) -> Option<*const u8> {
-        if code.len() > self.end - self.next || cells > self.end_cell - self.next_cell {
+    /// Adds `code`, which was assembled for [`Arena::next`], and empty cells for these sites of it; `None` when they do not fit in the
+    /// segment.
+    pub fn add(&mut self, code: &[u8], cells: &[u16]) -> Option<*const u8> {
+        if code.len() > self.end - self.next || cells.len() > self.end_cell - self.next_cell {
             return None;
         }
         let start = self.executable.as_ptr().wrapping_add(self.next);
         // SAFETY: the bytes are inside the mapping by the test above, and no code is running there.
         unsafe { self.writable(start).copy_from_nonoverlapping(code.as_ptr(), code.len()) };
-        for n in self.next_cell..self.next_cell + cells {
-            let cell = self.executable.as_ptr().wrapping_add(self.memory.size()).cast::<Cell>().wrapping_add(n);
+        for site in cells {
+            let cell = self.executable.as_ptr().wrapping_add(self.memory.size()).cast::<Cell>().wrapping_add(self.next_cell);
             // SAFETY: the mapping has cells for every segment, and no code that uses this one is running.
-            unsafe { cell.write(Cell::default()) };
+            unsafe { cell.write(Cell::of(*site)) };
+            self.next_cell += 1;
         }
-        self.next_cell += cells;
         self.next = (self.next + code.len()).next_multiple_of(ALIGNMENT).min(self.end);
         Some(start)
     }
@@ -168,7 +169,7 @@ mod tests {
         let mut arena = Arena::new(4096).unwrap();
         let at = arena.next();
         // mov eax, 42; ret
-        let code = arena.add(&[0xb8, 42, 0, 0, 0, 0xc3], 0).unwrap();
+        let code = arena.add(&[0xb8, 42, 0, 0, 0, 0xc3], &[]).unwrap();
         assert_eq!(code as u64, at);
         // SAFETY: the bytes above are a function without arguments.
         let answer: extern "C" fn() -> u32 = unsafe { std::mem::transmute(code) };
@@ -178,12 +179,12 @@ mod tests {
     #[test]
     fn segments_are_used_again_in_turn() {
         let mut arena = Arena::new(1 << 20).unwrap();
-        assert!(arena.add(&[0x90; 100], 0).is_some());
+        assert!(arena.add(&[0x90; 100], &[]).is_some());
         arena.keep();
         let (first, mut taken) = (arena.next(), Vec::new());
         for _ in 0..2 * SEGMENTS {
-            assert!(arena.add(&vec![0x90; arena.segment()], 0).is_some());
-            assert!(arena.add(&[0x90], 0).is_none());
+            assert!(arena.add(&vec![0x90; arena.segment()], &[]).is_some());
+            assert!(arena.add(&[0x90], &[]).is_none());
             taken.push(arena.take_segment());
         }
         assert!(taken.windows(2).any(|pair| pair[1].start < pair[0].start), "none was used again");

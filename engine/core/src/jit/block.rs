@@ -3,6 +3,7 @@
 use iced_x86::Register::{R13, R14, R15};
 use iced_x86::{ConditionCode, Instruction, InstructionInfoFactory, MemorySize, OpAccess, OpKind, Register};
 
+use super::access::MAX_DISPLACEMENT;
 use super::asm::{qword_ptr, Asm, Label, Memory};
 use super::emit::{cpu_field, in_memory, Emitter, Places, Rule};
 use super::exits::{opposite, ExitSite};
@@ -26,8 +27,8 @@ pub struct Code {
     /// Where the dispatcher enters it, behind the head.
     pub body: Label,
     pub exits: Vec<ExitSite>,
-    /// Cells that it has.
-    pub cells: usize,
+    /// The site of each of its cells.
+    pub cells: Vec<u16>,
 }
 
 /// What a back end knows before it translates a block.
@@ -41,14 +42,14 @@ pub struct Ground {
 
 /// Translates `block`, which was made from `instructions`; `None` if an instruction cannot be encoded, or nothing would become host code.
 pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], model: &Model, ground: Ground) -> Option<Code> {
-    let live = live_flags(instructions);
+    let live = live_flags(instructions, model.silicon());
     let plans: Vec<Plan> = instructions.iter().zip(&live).map(|(insn, live)| plan(insn, *live, ground.host, model)).collect();
     if plans.iter().all(|plan| matches!(plan, Plan::Interpret)) {
         return None; // the way into host code and out of it is all that would be added
     }
     let units = plans.iter().fold(Units::default(), |all, plan| all.and(plan.units()));
     let last_x87 = instructions.iter().rposition(|insn| x87::sets_pointer(insn.mnemonic()));
-    let out = Emitter::new(asm, ground.places, block, units, ground.first_cell);
+    let out = Emitter::new(asm, ground, block, units, model.silicon());
     let mut translation = Translation { out, info: InstructionInfoFactory::new(), branch: Branch::of(block) };
     let body = translation.out.head(block.instructions);
     translation.out.enter_units();
@@ -131,15 +132,17 @@ impl Translation<'_> {
             let address = self.operand_address(insn);
             let bytes = insn.memory_size().size();
             let kind = if self.writes(insn, operand) { AccessKind::Write } else { AccessKind::Read };
-            let memory = self.out.access(address, bytes, kind, miss);
             if insn.has_lock_prefix() || insn.mnemonic() == iced_x86::Mnemonic::Xchg || vector::is_aligned(insn) {
-                self.out.require_alignment(bytes, miss);
+                self.out.require_alignment(address, bytes, miss);
             }
-            memory
+            self.out.access(address, bytes, kind, miss)
         });
         let partial = modifies != 0 && (modifies != ALL_FLAGS || may_keep_flags(insn));
         if reads & ALL_FLAGS != 0 || partial && place.seen_behind {
             self.out.need_flags();
+        }
+        if rule.keeps_flags() {
+            self.out.clobber_flags(place.seen_behind);
         }
         let result = self.with_operands(insn, memory);
         if modifies != 0 {
@@ -244,7 +247,8 @@ impl Translation<'_> {
         if index != Register::None {
             address = address.index(self.get(index, R15), insn.memory_index_scale() as u8);
         }
-        if address.index != R15 && (base != R14 || index == Register::None && displacement != i32::MIN) {
+        let wide = displacement.unsigned_abs() > MAX_DISPLACEMENT;
+        if !wide && address.index != R15 && (base != R14 || index == Register::None) {
             return address;
         }
         self.out.asm.lea(R14, address);
@@ -386,7 +390,12 @@ impl Translation<'_> {
         self.out.clobber_flags(true);
         let miss = self.out.detour(place.index);
         self.push_return(insn, miss);
-        self.branch_to(insn.near_branch_target() as i64, true);
+        let (target, back) = (insn.near_branch_target() as i64, insn.next_ip() as i64);
+        if self.is_host_call(back) {
+            self.out.call(target, back);
+        } else {
+            self.branch_to(target, true);
+        }
     }
 
     fn call_indirect(&mut self, insn: &Instruction, place: Place) {
@@ -395,8 +404,18 @@ impl Translation<'_> {
         self.target(insn, miss);
         self.out.keep_rip();
         self.push_return(insn, miss);
-        self.out.take_rip();
-        self.branch_to_r15();
+        let back = insn.next_ip() as i64;
+        if self.is_host_call(back) {
+            self.out.call_kept_rip(back);
+        } else {
+            self.out.take_rip();
+            self.branch_to_r15();
+        }
+    }
+
+    /// Whether a call that comes back at `back` is the host's too: nobody watches branches, and the way on is in the page that is returned to.
+    fn is_host_call(&self, back: i64) -> bool {
+        self.branch.is_none() && self.out.is_near(back)
     }
 
     fn push_return(&mut self, insn: &Instruction, miss: Label) {
@@ -414,9 +433,15 @@ impl Translation<'_> {
         let miss = self.out.detour(place.index);
         let slot = self.stack_slot(0, AccessKind::Read, miss);
         self.out.asm.mov(R15, slot);
+        let released = 8 + if insn.op_count() > 0 { i32::from(insn.immediate16()) } else { 0 };
+        if self.branch.is_none() {
+            let other = self.out.asm.create_label();
+            self.out.return_to_r15(released, other);
+            self.out.asm.set_label(other);
+        }
         self.require_canonical(miss);
-        let released = if insn.op_count() > 0 { i32::from(insn.immediate16()) } else { 0 };
-        self.move_stack(8 + released);
+        self.move_stack(released);
+        self.out.forget_calls();
         self.branch_to_r15();
     }
 }

@@ -109,8 +109,12 @@ pub unsafe fn follow(cpu: &mut Cpu, block: *mut Block, number: usize) -> u32 {
     if cpu.native.context != cpu.jump_context {
         return status::BOUNDARY;
     }
-    // SAFETY: the jump cache forgets blocks before they are freed; nobody else has a reference.
-    let found = cpu.code.jump(rip, cpu.jump_context).map(|target| unsafe { &mut *target });
+    // The jump cache may have another block in the place of one that was found before this code was hot, and that the block remembers.
+    // SAFETY: as above.
+    let remembered = || unsafe { (*block).successor(rip, cpu.jump_context) };
+    let found = cpu.code.jump(rip, cpu.jump_context).or_else(remembered);
+    // SAFETY: both forget blocks before they are freed; nobody else has a reference.
+    let found = found.map(|target| unsafe { &mut *target });
     let Some(target) = found.filter(|target| target.valid && !target.body.is_null()) else { return cpu.left_after(block) };
     if exit.link(host, page, cpu.jump_context, target) {
         cpu.native.counts.links += 1;

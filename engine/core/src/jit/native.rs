@@ -7,6 +7,7 @@ use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 
 use iced_x86::{Code, Mnemonic};
 
+use super::access::Cell;
 use super::{link, x87};
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
@@ -44,10 +45,15 @@ pub struct Native {
     pub(super) target: *const u8,
     /// `Cpu::jump_context` when host code was entered.
     pub(super) context: u64,
+    /// The host's RSP while no call of host code waits for its return, and where it has no room for more.
+    stack: u64,
+    stack_end: u64,
     /// What was taken from the budget; see [`Cpu::keep_from_blocks`].
     taken: i64,
     /// The epoch of the active table, as long as host code runs.
     stamp: u64,
+    /// The cell of a site that has too many pages for it, if one was found.
+    pub(super) wanderer: *const Cell,
     /// The block that was left by a detour, or that was not begun.
     pub(super) block: *mut Block,
     /// The panic that host code must not be unwound for.
@@ -99,8 +105,11 @@ impl Default for Native {
             default_mxcsr: 0x1f80,
             target: std::ptr::null(),
             context: 0,
+            stack: 0,
+            stack_end: 0,
             taken: 0,
             stamp: 0,
+            wanderer: std::ptr::null(),
             block: std::ptr::null_mut(),
             panic: None,
             counts: Counts::default(),
@@ -113,8 +122,11 @@ const NATIVE: usize = offset_of!(Cpu, native);
 pub const FLAGS: usize = NATIVE + offset_of!(Native, flags);
 pub const PAGE: usize = NATIVE + offset_of!(Native, page);
 pub const TARGET_RIP: usize = NATIVE + offset_of!(Native, target_rip);
+pub const WANDERER: usize = NATIVE + offset_of!(Native, wanderer);
 pub const STAMP: usize = NATIVE + offset_of!(Native, stamp);
 pub const TARGET: usize = NATIVE + offset_of!(Native, target);
+pub const HOST_STACK: usize = NATIVE + offset_of!(Native, stack);
+pub const HOST_STACK_END: usize = NATIVE + offset_of!(Native, stack_end);
 pub const JUMPS: usize = NATIVE + offset_of!(Native, jumps);
 pub const BLOCK: usize = NATIVE + offset_of!(Native, block);
 pub const VECTORS: usize = NATIVE + offset_of!(Native, vectors);
@@ -326,6 +338,8 @@ unsafe fn head(cpu: &mut Cpu, block: *mut Block, kept: bool) -> u32 {
 
 /// Runs the instruction of `block` that a detour names with its reference handler.
 unsafe fn resume(cpu: &mut Cpu, block: *mut Block, instruction: u32) -> u32 {
+    // SAFETY: by the caller's promise; the reference ends here.
+    cpu.settle_wanderer(unsafe { &mut *block });
     let index = (instruction & !detour::MISS) as usize;
     // SAFETY: the caller's promise is that of `leave`. The handler may kill the block, which stays allocated, so nothing but `uop` is
     // borrowed from it meanwhile.

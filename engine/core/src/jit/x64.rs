@@ -57,10 +57,10 @@ impl Backend for X64 {
             return Made::Refused;
         };
         let bytes = self.asm.finish();
-        if !self.arena.has_room_for(bytes.len(), cells) {
+        if !self.arena.has_room_for(bytes.len(), cells.len()) {
             return Made::Refused;
         }
-        let Some(entry) = self.arena.add(bytes, cells) else { return Made::Full(self.arena.take_segment()) };
+        let Some(entry) = self.arena.add(bytes, &cells) else { return Made::Full(self.arena.take_segment()) };
         let body = entry.wrapping_add(self.asm.offset(body));
         Made::Code(HostCode { entry, body, exits: exits.iter().map(|site| self.placed(entry, site)).collect() })
     }
