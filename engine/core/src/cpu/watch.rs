@@ -8,13 +8,13 @@ use core::ptr;
 
 use super::{pending, CodeSize, Cpu};
 use crate::decode::block::{self, Block};
+use crate::fault::vector;
+use crate::interrupts::Kind as InterruptKind;
 use crate::paging::AccessKind;
 use crate::pmu::branch::{taken_in_place, Kind};
 use crate::pmu::lbr::Transfer;
 use crate::pmu::predictor::Predictor;
 use crate::pmu::registers::Refused;
-use crate::fault::vector;
-use crate::interrupts::Kind as InterruptKind;
 use crate::pmu::{debugctl, registers, watch, Watching};
 use crate::uop::Exec;
 
