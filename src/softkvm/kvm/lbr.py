@@ -144,7 +144,7 @@ class GuestLbr:
         self._debugctl = self.vcpu.state.debugctl = value
 
     def choose_debugctl(self) -> None:
-        """Let the guest write DEBUGCTL as long as it uses both records and counters by itself; bits that it does not have are KVM's to judge."""
+        """Let the guest write DEBUGCTL as long as it uses records and counters by itself; bits that it lacks are KVM's to judge."""
         alone = self.passed_through and not self._host_debugctl and bool(self.vcpu.control.perf_controls & VIRTUAL_PMI)
         if alone != self._writes_debugctl:
             self._writes_debugctl = alone

@@ -40,6 +40,8 @@ pub mod debugctl {
 pub mod lvt {
     pub const MASKED: u64 = 1 << 16;
     pub const DELIVERY: u64 = 7 << 8;
+    /// The interrupt has not been delivered yet; read-only for software.
+    pub const PENDING: u64 = 1 << 12;
     pub const NMI: u64 = 4 << 8;
     /// Bits that can be written: vector, delivery mode, mask.
     pub const BITS: u64 = 0x1_07ff;
@@ -227,6 +229,18 @@ impl Pmu {
         if self.interrupt && self.virtual_lvtpc.is_none() {
             self.mask_interrupts();
         }
+    }
+
+    /// A guest with this LVT entry runs from now on.
+    pub fn load_virtual_interrupt(&mut self, entry: u64) {
+        self.interrupt |= entry & lvt::PENDING != 0;
+        self.virtual_lvtpc = Some(entry & !lvt::PENDING);
+    }
+
+    /// It does no more: its LVT entry, where an interrupt that it has not taken is pending. None if interrupts were not its own.
+    pub fn save_virtual_interrupt(&mut self) -> Option<u64> {
+        let entry = self.virtual_lvtpc.take()?;
+        Some(entry | if std::mem::take(&mut self.interrupt) { lvt::PENDING } else { 0 })
     }
 
     /// The core's interrupt is on its way: on Intel silicon it masks itself.

@@ -154,7 +154,9 @@ impl Core {
         if cpu.control.perf_controls & perf::LOAD_GUEST != 0 {
             cpu.pmu.load_global_control(cpu.control.guest_perf_global_ctrl);
         }
-        cpu.pmu.virtual_lvtpc = (cpu.control.perf_controls & perf::VIRTUAL_PMI != 0).then_some(cpu.control.virtual_lvtpc.into());
+        if cpu.control.perf_controls & perf::VIRTUAL_PMI != 0 {
+            cpu.pmu.load_virtual_interrupt(cpu.control.virtual_lvtpc.into());
+        }
         cpu.begin_watch();
     }
 
@@ -182,7 +184,7 @@ impl Core {
         cpu.signal.set_running(false);
         cpu.end_watch();
         cpu.pmu.leave_guest();
-        if let Some(entry) = cpu.pmu.virtual_lvtpc.take() {
+        if let Some(entry) = cpu.pmu.save_virtual_interrupt() {
             cpu.control.virtual_lvtpc = entry as u32;
         }
         if cpu.control.perf_controls & perf::SAVE_GUEST != 0 {

@@ -33,6 +33,7 @@ from softkvm.kvm.irqchip.lapic_registers import (
 )
 from softkvm.kvm.irqchip.lapic_timer import TSC_DEADLINE
 from softkvm.kvm.msr import MsrError
+from softkvm.silicon.pmu import LVTPC_PENDING
 
 _U32 = 0xFFFF_FFFF
 _PAGE = struct.Struct("<" + "I12x" * 64)
@@ -158,7 +159,7 @@ class Lapic(LapicCore):
     def _write_lvt_pmc(self, value: int) -> None:
         if not self.sw_enabled:
             value |= LVT_MASKED
-        self.lvtpc = value & LVT_WRITABLE[Reg.LVT_PMC]
+        self.lvtpc = value & LVT_WRITABLE[Reg.LVT_PMC] & ~LVTPC_PENDING
 
     def _write_lvt_timer(self, value: int) -> None:
         modes = LVT_TIMER_MODE if self.vcpu.cpuid.has(cpuid.TSC_DEADLINE) else LVT_TIMER_PERIODIC

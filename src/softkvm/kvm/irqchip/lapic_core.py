@@ -81,7 +81,7 @@ class LapicCore:
     @property
     def lvtpc(self) -> int:
         """The LVT register for performance monitoring, which is in the control block: the silicon takes the guest's interrupts by it."""
-        return self.vcpu.control.virtual_lvtpc
+        return int(self.vcpu.control.virtual_lvtpc)
 
     @lvtpc.setter
     def lvtpc(self, value: int) -> None:

@@ -17,7 +17,7 @@ from softkvm.kvm.irqchip.lapic_registers import LVT_MASKED, Reg
 from softkvm.kvm.pmu.counter import Counter
 from softkvm.kvm.pmu.passthrough import PassThrough
 from softkvm.kvm.request import REQ_PMI, REQ_PMU
-from softkvm.silicon.pmu import LOAD_GUEST_GLOBAL_CTRL, LOAD_HOST_GLOBAL_CTRL, SAVE_GUEST_GLOBAL_CTRL, VIRTUAL_PMI
+from softkvm.silicon.pmu import LOAD_GUEST_GLOBAL_CTRL, LOAD_HOST_GLOBAL_CTRL, LVTPC_PENDING, SAVE_GUEST_GLOBAL_CTRL, VIRTUAL_PMI
 
 if TYPE_CHECKING:
     from softkvm.host.sched import Cpu
@@ -235,6 +235,7 @@ class VirtualPmu:
         """Let the guest use the counters in `owned`, and with them the global registers, without exits."""
         if self.access.on and not owned:
             self._global_ctrl, self._global_status = self.global_ctrl, self.global_status
+            self._take_pending_interrupt()
         passing = self.access.on
         self.access.set(owned)
         if self.access.on and not passing:
@@ -242,6 +243,13 @@ class VirtualPmu:
             self.access.status = self._global_status
         if self.access.on != passing:
             self._update_retire()
+
+    def _take_pending_interrupt(self) -> None:
+        """The silicon does not bring the guest its interrupts any more: one that it has not yet brought is KVM's."""
+        lapic = self.vcpu.lapic
+        if lapic is not None and lapic.lvtpc & LVTPC_PENDING:
+            lapic.lvtpc &= ~LVTPC_PENDING
+            self.vcpu.make_request(REQ_PMI)
 
     def written(self, counter: Counter) -> None:
         """A counter has another value, which RDPMC reads without an exit while the guest has some of them."""
