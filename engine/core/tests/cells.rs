@@ -66,10 +66,7 @@ const INVALIDATIONS: [(&str, &[u8]); 10] = [
     ("mov r9d, 3; invpcid r9, [r12]", &[0x41, 0xb9, 3, 0, 0, 0, 0x66, 0x45, 0x0f, 0x38, 0x82, 0x0c, 0x24]),
     ("mov rax, cr4; xor eax, PGE; mov cr4, rax", &[0x0f, 0x20, 0xe0, 0x35, 0x80, 0, 0, 0, 0x0f, 0x22, 0xe0]),
     ("mov rax, cr0; xor eax, WP; mov cr0, rax", &[0x0f, 0x20, 0xc0, 0x35, 0, 0, 1, 0, 0x0f, 0x22, 0xc0]),
-    (
-        "mov ecx, EFER; rdmsr; xor eax, NXE; wrmsr",
-        &[0xb9, 0x80, 0, 0, 0xc0, 0x0f, 0x32, 0x35, 0, 8, 0, 0, 0x0f, 0x30],
-    ),
+    ("mov ecx, EFER; rdmsr; xor eax, NXE; wrmsr", &[0xb9, 0x80, 0, 0, 0xc0, 0x0f, 0x32, 0x35, 0, 8, 0, 0, 0x0f, 0x30]),
     ("mov rax, [rbx + 16 MB], which takes its place in the TLB", &[0x48, 0x8b, 0x83, 0, 0, 0, 1]),
 ];
 
@@ -84,14 +81,8 @@ fn a_cell_dies_with_its_translation() {
         let mut code = [&head, invalidation, &[0x41, 0xff, 0xca, 0x75]].concat();
         code.extend([(-(code.len() as i32 + 1)) as u8, HLT]);
         let entry = entry_of(&machine, PLACE);
-        let registers = [
-            (gpr::RBX, PLACE),
-            (gpr::RSI, entry),
-            (gpr::RDI, RESULTS),
-            (8, FRAMES[0] ^ FRAMES[1]),
-            (10, TURNS),
-            (12, DESCRIPTOR),
-        ];
+        let registers =
+            [(gpr::RBX, PLACE), (gpr::RSI, entry), (gpr::RDI, RESULTS), (8, FRAMES[0] ^ FRAMES[1]), (10, TURNS), (12, DESCRIPTOR)];
         registers.into_iter().for_each(|(register, value)| machine.cpu.set_gpr(register, value));
         assert_eq!(run(&mut machine, &code), EXIT_HLT, "{name}");
         let found: Vec<u8> = (0..TURNS).map(|turn| machine.bytes::<1>(RESULTS + 8 * turn)[0]).collect();
@@ -202,7 +193,8 @@ fn an_access_that_wanders_goes_without_a_cell() {
     }
     // again: movzx edx, byte [rbx]; add rax, rdx; add ebx, 4096; and ebx, 0x18ffff; inc dword [rsi]; dec ecx; jnz again; hlt
     let code = [
-        0x0f, 0xb6, 0x13, 0x48, 0x01, 0xd0, 0x81, 0xc3, 0, 0x10, 0, 0, 0x81, 0xe3, 0xff, 0xff, 0x18, 0, 0xff, 0x06, 0xff, 0xc9, 0x75, 0xe8, HLT,
+        0x0f, 0xb6, 0x13, 0x48, 0x01, 0xd0, 0x81, 0xc3, 0, 0x10, 0, 0, 0x81, 0xe3, 0xff, 0xff, 0x18, 0, 0xff, 0x06, 0xff, 0xc9, 0x75, 0xe8,
+        HLT,
     ];
     let registers = [(gpr::RAX, 0), (gpr::RBX, PLACE), (gpr::RCX, 1600), (gpr::RSI, RESULTS)];
     registers.into_iter().for_each(|(register, value)| machine.cpu.set_gpr(register, value));
