@@ -30,7 +30,7 @@ from softkvm.kvm.ioctl import (
     zero,
 )
 from softkvm.kvm.irqchip.lapic import Lapic
-from softkvm.kvm.kvmclock import MSR_ENABLED, PvClock
+from softkvm.kvm.kvmclock import PvClock
 from softkvm.kvm.lbr import GuestLbr
 from softkvm.kvm.pmu.vpmu import VirtualPmu
 from softkvm.kvm.request import REQ_EVENT, REQ_GLOBAL_CLOCK_UPDATE, REQ_SMI, REQ_STEAL_UPDATE
@@ -136,7 +136,7 @@ class Vcpu(VcpuOptions):
 
     def account_steal_time(self) -> None:
         """The thread was off its processor: let the guest know how long it had to wait for it, if the guest wants to."""
-        if self.pvclock.steal_msr & MSR_ENABLED:
+        if self.pvclock.steal_is_old:
             self.make_request(REQ_STEAL_UPDATE)
 
     def update_exception_bitmap(self) -> None:
