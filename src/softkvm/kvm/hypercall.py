@@ -84,9 +84,9 @@ def _call(vcpu: Vcpu, nr: int, *arguments: int) -> int:
 def fix(vcpu: Vcpu, prefixes: int, opcode: bytes) -> int:
     """The other vendor's hypercall, behind `prefixes` bytes: the silicon's own is stored over it, and the guest executes that.
 
-    The silicon's own is here only if one of its prefixes makes it undefined, and stays so. The store is to the guest's own code, by its page
-    tables: where they forbid it the guest gets #PF. Code in read-only memory cannot be mended and stays undefined. KVM checks the privilege
-    of VMCALL here, not of VMMCALL.
+    The silicon's own is here only if one of its prefixes makes it undefined, and stays so. The store is to the guest's own code, by its
+    page tables: where they forbid it the guest gets #PF. Code in read-only memory cannot be mended and stays undefined. KVM checks the
+    privilege of VMCALL here, not of VMMCALL.
     """
     own = _OWN[vcpu.model.vendor]
     if opcode.startswith(own):
