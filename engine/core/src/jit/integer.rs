@@ -8,7 +8,8 @@ use iced_x86::{Code, ConditionCode, Instruction, Mnemonic, OpKind, Register};
 
 use super::asm::{byte_ptr, dword_ptr, qword_ptr, word_ptr, Label};
 use super::block::{Place, Translation};
-use super::emit::{cpu_field, in_memory, Overflow, Rule};
+use super::emit::{cpu_field, in_memory};
+use super::flags::{Overflow, Rule};
 use super::native::FLAGS;
 use super::registers::{host, resized};
 use crate::cpu::Cpu;
@@ -69,7 +70,7 @@ impl Translation<'_> {
     /// SHL, SHR or SAR of at least 32 bits by CL, whose flags somebody sees: those before it, if the count is zero.
     pub(super) fn shift_by_cl(&mut self, insn: &Instruction, place: Place) {
         let memory = insn.op0_kind() == OpKind::Memory;
-        self.out.clobber_flags(place.seen_before);
+        self.out.flush_flags(place.seen_before);
         let bytes = if memory { insn.memory_size().size() } else { insn.op0_register().size() };
         if memory {
             let miss = self.out.detour(place.index);
@@ -158,7 +159,7 @@ impl Translation<'_> {
     pub(super) fn push_flags(&mut self, place: Place) {
         const HIDDEN: i32 = (rflags::VM | rflags::RF) as i32;
         const STORED: i32 = (rflags::ARITHMETIC & 0xff) as i32;
-        self.out.clobber_flags(place.seen_before);
+        self.out.flush_flags(place.seen_before);
         let miss = self.out.detour(place.index);
         self.stack_slot(-8, AccessKind::Write, miss);
         let a = &mut *self.out.asm;
