@@ -13,6 +13,7 @@ use crate::model::Feature;
 use crate::pmu::registers::debugctl_bits;
 use crate::state::{cr0, cr4, efer, gpr, rflags, seg};
 use crate::uop::{Exec, Handler, Stop, Uop};
+use crate::virt::apic;
 use crate::virt::control::intercept;
 use crate::virt::exits::{code, Code};
 use crate::word::Word;
@@ -89,7 +90,10 @@ fn wrmsr(cpu: &mut Cpu, _uop: &Uop) -> Exec {
     let index = cpu.gpr(gpr::RCX) as u32;
     check_msr_intercept(cpu, index, true)?;
     let value = cpu.gpr(gpr::RDX) << 32 | cpu.gpr(gpr::RAX) & 0xffff_ffff;
-    write_msr(cpu, index, value)?;
+    match index {
+        apic::EOI | apic::ICR | apic::SELF_IPI if cpu.apic.is_enabled() => cpu.write_apic(index, value)?,
+        _ => write_msr(cpu, index, value)?,
+    }
     Err(Stop::Leave)
 }
 
@@ -99,7 +103,8 @@ fn set_edx_eax(cpu: &mut Cpu, value: u64) {
 }
 
 fn check_msr_intercept(cpu: &mut Cpu, index: u32, write: bool) -> Exec {
-    if cpu.control.intercepts(intercept::MSR_BITMAP) && !cpu.msr_intercepted(index, write) {
+    let of_apic = (apic::FIRST..=apic::LAST).contains(&index);
+    if cpu.control.intercepts(intercept::MSR_BITMAP) && !cpu.msr_intercepted(index, write) && !(of_apic && cpu.emulates()) {
         return Ok(());
     }
     let (number, detail) = if write { (code::WRMSR, 1) } else { (code::RDMSR, 0) };
