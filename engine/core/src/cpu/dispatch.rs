@@ -81,6 +81,13 @@ impl Cpu {
         if signals & attention::SHOOT_DOWN != 0 {
             self.shoot_down();
         }
+        if self.pending & pending::APIC_EXIT != 0 {
+            return Err(self.exit_apic());
+        }
+        if signals & attention::POSTED != 0 {
+            self.signal.take(attention::POSTED);
+            self.receive_posted();
+        }
         if self.pending & pending::DEBUG != 0 {
             self.take_debug_trap()?; // before interrupts, which leave the guest (SDM vol. 3, table 6-2)
         }
@@ -94,6 +101,9 @@ impl Cpu {
         }
         if self.pending & (pending::WINDOW | pending::EMULATE) == pending::WINDOW {
             self.check_windows()?;
+        }
+        if self.pending & (pending::VIRTUAL | pending::EMULATE) == pending::VIRTUAL {
+            self.take_virtual_interrupt()?;
         }
         if self.pending & pending::HALTED != 0 {
             self.wait_halted()?;
@@ -193,6 +203,15 @@ impl Cpu {
                 return Err(self.exit_external_interrupt());
             }
             self.check_clocks()?;
+            if self.signal.take(attention::POSTED) != 0 {
+                self.receive_posted();
+            }
+            if self.pending & pending::VIRTUAL != 0 {
+                self.take_virtual_interrupt()?;
+                if self.pending & pending::HALTED == 0 {
+                    return Ok(());
+                }
+            }
             std::thread::sleep(std::time::Duration::from_micros(50));
         }
     }

@@ -32,6 +32,7 @@ use crate::paging::{canonical, unused_bits, Privilege};
 use crate::pmu::{Pmu, Watching};
 use crate::state::{cr0, interruptibility, rflags, seg, Segment, State};
 use crate::uop::{slot, Exec, RegOffset, Stop, Uop, RIP_STRIDE};
+use crate::virt::apic::Apic;
 use crate::virt::control::{self, Access, Control, Exit};
 use crate::word::Word;
 
@@ -55,6 +56,10 @@ pub mod pending {
     pub const BREAKPOINTS: u32 = 128;
     /// Counters begin to count, or branches to be recorded: the dispatcher of `watch` takes over.
     pub const WATCHED: u32 = 256;
+    /// The virtual APIC has an interrupt that the guest's priority lets through.
+    pub const VIRTUAL: u32 = 512;
+    /// The last instruction is complete, and its effect on the virtual APIC is for the hypervisor.
+    pub const APIC_EXIT: u32 = 1024;
 }
 
 /// How wide code, addresses and RIP are by default.
@@ -133,6 +138,7 @@ pub struct Cpu {
     pub waivers: Waivers,
     /// Permission bitmaps of the hypervisor, of the block that the CPU runs on; null outside a run.
     pub(crate) bitmaps: *const control::Block,
+    pub apic: Apic,
     /// The event whose delivery is under way, in the format of exit interruption information; zero when there is none.
     pub vectoring: u32,
     pub vectoring_error: u32,
@@ -195,6 +201,7 @@ impl Cpu {
             access_next: 0,
             waivers: Waivers::default(),
             bitmaps: std::ptr::null(),
+            apic: Apic::default(),
             vectoring: 0,
             vectoring_error: 0,
             step_settled: false,
