@@ -39,10 +39,12 @@ REQ_APICV_UPDATE = 1 << 16
 """Let the silicon virtualize the local APIC, or take it back."""
 REQ_SCAN_IOAPIC = 1 << 17
 """Other vectors than before concern an IOAPIC when they end."""
+REQ_MCLOCK_INPROGRESS = 1 << 18
+"""Stay out of the guest until the master clock has changed."""
 
 REQ_APICV = REQ_APICV_UPDATE | REQ_SCAN_IOAPIC
 REQ_PERF = REQ_PMU | REQ_PMI
 REQ_EXIT = REQ_TRIPLE_FAULT | REQ_DIRTY_RING_FULL | REQ_IOAPIC_EOI_EXIT
 """What may lead to user space before anything else is done."""
-REQ_CLOCK = REQ_CLOCK_UPDATE | REQ_MASTERCLOCK_UPDATE | REQ_GLOBAL_CLOCK_UPDATE | REQ_STEAL_UPDATE
+REQ_CLOCK = REQ_CLOCK_UPDATE | REQ_MASTERCLOCK_UPDATE | REQ_GLOBAL_CLOCK_UPDATE | REQ_STEAL_UPDATE | REQ_MCLOCK_INPROGRESS
 """All that `kvmclock.service()` handles."""
