@@ -36,11 +36,8 @@ class Guest:
         self.view.state.gpr[Register.RSP] = 0x8000
         self.view.state.rflags |= IF
         self.view.control.intercepts = 1 << Intercept.IO | 1 << Intercept.MSR_BITMAP
+        self.apic: VirtualApic = self.view.apic
         self.apic.enable = 1
-
-    @property
-    def apic(self) -> VirtualApic:
-        return self.view.apic
 
     def write(self, msr: int, value: int) -> None:
         """Let the WRMSR at RIP write this."""
@@ -50,7 +47,7 @@ class Guest:
     def port(self) -> int:
         """Run to the next OUT: its port."""
         assert self.machine.run() in IO_EXITS
-        return self.view.exit.io_port
+        return int(self.view.exit.io_port)
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ class Vm(VmMemory, VmOptions, IntrospectionIoctls):
         self.pio_bus, self.mmio_bus = IoBus(self.lock), IoBus(self.lock)
         self.routing = Routing(self)
         self.apic_map = ApicMap(self)
-        self.has_apicv = self.parameters.enable_apicv and self.turns is None
+        self.has_apicv: bool = self.parameters.enable_apicv and self.turns is None
         """Whether the silicon virtualizes local APICs; who is interrupted when must not depend on the host where runs are to repeat."""
         self.ipi_table = silicon.IpiTable()
         self.irqchip: Irqchip | None = None

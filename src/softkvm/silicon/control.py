@@ -229,9 +229,9 @@ class Exit(LittleEndianStructure):
 class VirtualApic(LittleEndianStructure):
     """The part of a local APIC in x2APIC mode that the silicon works on by itself: SDM vol. 3, ch. 30; APM vol. 2, 15.29.
 
-    With `enable`, interrupts arrive from `PostedInterrupts`, are delivered by priority and end without an exit, and a fixed IPI to an APIC id
-    that the core's `IpiTable` knows is sent without one: as far as the MSR bitmap lets the guest write EOI, ICR and SELF_IPI. What is left to
-    the hypervisor exits behind the WRMSR: other commands, which are in `icr`, and the end of a vector in `eoi_exit`.
+    With `enable`, interrupts arrive from `PostedInterrupts`, are delivered by priority and end without an exit, and a fixed IPI to an APIC
+    id that the core's `IpiTable` knows is sent without one: as far as the MSR bitmap lets the guest write EOI, ICR and SELF_IPI. What is
+    left to the hypervisor exits behind the WRMSR: other commands, which are in `icr`, and the end of a vector in `eoi_exit`.
     """
 
     _fields_ = [
