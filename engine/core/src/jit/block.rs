@@ -10,7 +10,7 @@ use super::native::PAGE;
 use super::plan::{plan, Host, Plan};
 use super::registers::{self, host, resized, SCRATCH, STACK};
 use super::vector::{self, Units};
-use super::watched::Branch;
+use super::watched::{Branch, Target};
 use super::x87;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
@@ -303,8 +303,7 @@ impl Translation<'_> {
     /// The branch goes to `distance` bytes behind the block's first byte.
     fn branch_to(&mut self, distance: i64, taken: bool) {
         if let Some(branch) = self.branch {
-            self.out.rip_at(distance);
-            self.out.note_branch(branch, taken);
+            self.out.note_branch(branch, Target::Distance(distance), taken);
         }
         self.out.exit(distance, false);
     }
@@ -312,7 +311,7 @@ impl Translation<'_> {
     /// The branch goes to RIP R15.
     fn branch_to_r15(&mut self) {
         if let Some(branch) = self.branch {
-            self.out.note_branch(branch, true);
+            self.out.note_branch(branch, Target::Computed, true);
         }
         self.out.go_to_r15();
     }
@@ -388,7 +387,7 @@ impl Translation<'_> {
 
     fn push_return(&mut self, insn: &Instruction, miss: Label) {
         self.stack_slot(-8, AccessKind::Write, miss);
-        self.out.rip_at(insn.next_ip() as i64);
+        self.out.rip_at(R15, insn.next_ip() as i64);
         self.out.asm.mov(qword_ptr(R14, 0), R15);
         self.move_stack(-8);
         if let Some(branch) = self.branch {
