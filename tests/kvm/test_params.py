@@ -38,9 +38,3 @@ def test_what_is_no_setting(setting: str, sentence: str) -> None:
 def test_nrips_needs_the_silicon_and_the_parameter(wanted: bool, saved: bool, clock: VirtualClock) -> None:
     system = System(silicon.Model("epyc", {"nrip-save": saved}), Parameters(nrips=wanted))
     assert system.create_vm(clock=clock).create_vcpu(0).saves_next_rip is (wanted and saved)
-
-
-def test_the_emulation_prefix_needs_the_intercept_of_undefined_instructions(model: silicon.Model, clock: VirtualClock) -> None:
-    for wanted in (True, False):
-        vcpu = System(model, Parameters(force_emulation_prefix=wanted)).create_vm(clock=clock).create_vcpu(0)
-        assert vcpu.control.exception_bitmap == (1 << 6 if wanted else 0)

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from softkvm.kvm import emulate
 from softkvm.silicon.control import Intercept
@@ -18,7 +20,7 @@ from softkvm.uapi import kvm as uapi
 from tests.helpers import long_guest
 from tests.helpers.hosts import HOSTS, Host
 from tests.helpers.long_guest import CODE, CR4_PAE, DATA, END, Guest
-from tests.kvm_guests.conftest import Boot
+from tests.kvm_guests.conftest import Boot, system_of
 
 DB, UD, GP = 1, 6, 13
 TF, IF, RF = 1 << 8, 1 << 9, 1 << 16
@@ -271,6 +273,32 @@ def test_lock_is_undefined_before_every_intercepted_instruction(boot: Boot, host
     assert outcome.event is not None
     assert (outcome.event.vector, outcome.event.rip) == (UD, CODE)
     assert guest.vcpu.instructions_skipped == 0
+
+
+PREFIXES = (0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3, *range(0x40, 0x50))
+
+
+@pytest.mark.parametrize("vendor", ["intel", "amd"])
+@given(
+    prefixes=st.lists(st.sampled_from(PREFIXES), max_size=14).map(bytes), number=st.integers(0, len(INSTRUCTIONS) - 1), trap=st.booleans()
+)
+def test_any_prefixes_do_the_same_on_every_host(vendor: str, prefixes: bytes, number: int, trap: bool) -> None:
+    """Whatever a guest puts before the instruction, it faults there or goes on behind it, however KVM learns where that is."""
+    instruction = INSTRUCTIONS[number]
+    registers = {**(instruction.good or instruction.bad or {}), "rflags": 2 | TF * trap}
+    code, seen = prefixes + instruction.code, []
+    for host in HOSTS:
+        if host.vendor == vendor:
+            guest = Guest(system_of(host), code + NOP + END, **registers)
+            instruction.arrange(guest)
+            outcome, regs = guest.run(), guest.vcpu.get_regs()
+            assert not {(uapi.KVM_EXIT_INTERNAL_ERROR,), (uapi.KVM_EXIT_SHUTDOWN,)} & set(outcome.exits), (
+                "it harms KVM, or more than itself"
+            )
+            assert outcome.event is None or CODE <= outcome.event.rip <= CODE + len(code) + 1
+            seen.append((outcome.event, outcome.exits, regs.rip, regs.rflags, guest.vcpu.instructions_skipped))
+            guest.close()
+    assert seen == seen[:1] * len(seen)
 
 
 # --- Skips that fail ---------------------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ impl Emitter<'_> {
         a.mov(cpu_field(RETURNS).index(R13, 8), R15);
     }
 
-    /// The branch is about to go to `target`. Clobbers R13, R14 and the flags, and R15 unless the target is there.
+    /// The branch is about to go to `target`. Clobbers R13, R14 and the flags.
     pub fn note_branch(&mut self, branch: Branch, target: Target, taken: bool) {
         let (right, done) = (self.asm.create_label(), self.asm.create_label());
         if self.predict(branch, taken, right) {
@@ -186,10 +186,14 @@ impl Emitter<'_> {
         a.mov(R13, count);
         a.inc(count);
         a.and(R13D, lbr::RECENT as i32 - 1);
-        if let Target::Distance(distance) = target {
-            self.rip_at(R15, distance);
+        let to = row(offset_of!(Recent, to));
+        match target {
+            Target::Computed => self.asm.mov(to, R15),
+            Target::Distance(distance) => {
+                self.rip_at(R14, distance);
+                self.asm.mov(to, R14);
+            }
         }
-        self.asm.mov(row(offset_of!(Recent, to)), R15);
         self.rip_at(R14, branch.distance);
         let a = &mut *self.asm;
         a.mov(row(offset_of!(Recent, from)), R14);
