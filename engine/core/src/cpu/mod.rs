@@ -130,7 +130,7 @@ pub struct Cpu {
     pub signal: Arc<Signal>,
     pub clock: Clock,
     pub model: Arc<Model>,
-    pub pmu: Box<Pmu>,
+    pub pmu: Pmu,
     /// Completed device accesses of an emulated instruction, and how many of them it has used.
     pub accesses: Vec<Access>,
     pub access_next: usize,
@@ -471,7 +471,7 @@ impl Cpu {
     /// Points `active_table` to the table of the current privilege and address space. Whoever switches or flushes the TLB calls this.
     pub fn refresh_table(&mut self) {
         let user = self.cpl == 3;
-        let low = u64::from(self.watching().number()) << 5 | u64::from(user) << 4 | self.code_size as u64;
+        let low = self.watching().in_context() | u64::from(user) << 4 | self.code_size as u64;
         self.jump_context = self.tlb.generation(user) << CONTEXT_BITS | low;
         self.active_table = if self.alignment_checked() { tlb::never() } else { self.tlb.table(self.privilege()) };
         self.kernel_tables = [Privilege::Supervisor, Privilege::SupervisorAc].map(|privilege| self.tlb.table(privilege));

@@ -10,7 +10,7 @@ use super::native::PAGE;
 use super::plan::{plan, Host, Plan};
 use super::registers::{self, host, resized, SCRATCH, STACK};
 use super::vector::{self, Units};
-use super::watched::Branch;
+use super::watched::{Branch, Target};
 use super::x87;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
@@ -306,8 +306,7 @@ impl Translation<'_> {
     /// The branch goes to `distance` bytes behind the block's first byte.
     fn branch_to(&mut self, distance: i64, taken: bool) {
         if let Some(branch) = self.branch {
-            self.out.rip_at(distance);
-            self.out.note_branch(branch, taken);
+            self.out.note_branch(branch, Target::Distance(distance), taken);
         }
         self.out.exit(distance, false);
     }
@@ -315,7 +314,7 @@ impl Translation<'_> {
     /// The branch goes to RIP R15.
     fn branch_to_r15(&mut self) {
         if let Some(branch) = self.branch {
-            self.out.note_branch(branch, true);
+            self.out.note_branch(branch, Target::Computed, true);
         }
         self.out.go_to_r15();
     }
@@ -377,7 +376,10 @@ impl Translation<'_> {
         let miss = self.out.detour(place.index);
         self.push_return(insn, miss);
         let (target, back) = (insn.near_branch_target() as i64, insn.next_ip() as i64);
-        if self.is_host_call(back) {
+        if self.out.is_near(back) {
+            if let Some(branch) = self.branch {
+                self.out.note_branch(branch, Target::Distance(target), true);
+            }
             self.out.call(target, back);
         } else {
             self.branch_to(target, true);
@@ -391,7 +393,12 @@ impl Translation<'_> {
         self.out.keep_rip();
         self.push_return(insn, miss);
         let back = insn.next_ip() as i64;
-        if self.is_host_call(back) {
+        if self.out.is_near(back) {
+            if let Some(branch) = self.branch {
+                self.out.take_rip();
+                self.out.note_branch(branch, Target::Computed, true);
+                self.out.rip_at(R15, back);
+            }
             self.out.call_kept_rip(back);
         } else {
             self.out.take_rip();
@@ -399,14 +406,9 @@ impl Translation<'_> {
         }
     }
 
-    /// Whether a call that comes back at `back` is the host's too: nobody watches branches, and the way on is in the page that is returned to.
-    fn is_host_call(&self, back: i64) -> bool {
-        self.branch.is_none() && self.out.is_near(back)
-    }
-
     fn push_return(&mut self, insn: &Instruction, miss: Label) {
         self.stack_slot(-8, AccessKind::Write, miss);
-        self.out.rip_at(insn.next_ip() as i64);
+        self.out.rip_at(R15, insn.next_ip() as i64);
         self.out.asm.mov(qword_ptr(R14, 0), R15);
         self.move_stack(-8);
         if let Some(branch) = self.branch {
@@ -420,15 +422,19 @@ impl Translation<'_> {
         self.stack_slot(0, AccessKind::Read, miss);
         self.out.asm.mov(R15, qword_ptr(R14, 0));
         let released = 8 + if insn.op_count() > 0 { i32::from(insn.immediate16()) } else { 0 };
-        if self.branch.is_none() {
-            let other = self.out.asm.create_label();
-            self.out.return_to_r15(released, other);
-            self.out.asm.set_label(other);
+        let other = self.out.asm.create_label();
+        if let Some(branch) = self.branch {
+            self.require_canonical(miss);
+            self.out.note_branch(branch, Target::Computed, true);
         }
-        self.require_canonical(miss);
+        self.out.return_to_r15(released, other);
+        self.out.asm.set_label(other);
+        if self.branch.is_none() {
+            self.require_canonical(miss);
+        }
         self.move_stack(released);
         self.out.forget_calls();
-        self.branch_to_r15();
+        self.out.go_to_r15();
     }
 }
 

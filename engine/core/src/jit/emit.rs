@@ -15,6 +15,7 @@ use super::registers;
 use super::vector::{Units, Width};
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
+use crate::decode::cache::jump_salt;
 use crate::memory::PAGE_OFFSET;
 use crate::model::Silicon;
 use crate::paging::tlb;
@@ -98,6 +99,8 @@ pub struct Emitter<'a> {
     block: u64,
     /// Distance of the block's first byte from the start of its page.
     pub(super) offset: u64,
+    /// What sets the block's own kind apart in the jump cache.
+    pub(super) salt: i32,
     /// Number of the block's last instruction.
     last: u32,
     /// What the block works on besides the general registers.
@@ -138,6 +141,7 @@ impl<'a> Emitter<'a> {
             places,
             block: std::ptr::from_ref(block) as u64,
             offset: block.key.host & PAGE_OFFSET,
+            salt: jump_salt(block.key.watching.number()) as i32,
             last: block.instructions - 1,
             units,
             silicon,
@@ -429,7 +433,7 @@ impl<'a> Emitter<'a> {
     /// The last x87 instruction is the one `distance` bytes behind the block's first byte. Changes R15 alone.
     pub fn point_x87(&mut self, distance: u64) {
         const FIP: usize = offset_of!(Cpu, state) + offset_of!(State, fpu) + offset_of!(Fpu, fip);
-        self.rip_at(distance as i64);
+        self.rip_at(R15, distance as i64);
         self.asm.mov(cpu_field(FIP), R15);
     }
 
