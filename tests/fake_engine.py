@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -164,6 +165,13 @@ class Core:
 
     def pmu_write(self, index: int, value: int) -> None:
         self.pmu[index] = value
+
+
+class Wakeup(threading.Event):
+    """Without polling."""
+
+    def poll(self, ns: int) -> bool:
+        return self.is_set()
 
 
 def model_names() -> list[str]:

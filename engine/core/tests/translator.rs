@@ -130,3 +130,90 @@ fn a_linked_block_that_is_rewritten_is_left() {
     run(&mut machine);
     assert_eq!(machine.cpu.gpr(gpr::RAX), 50 * 2 + 50 * (7 + 9));
 }
+
+/// Programs of calls and returns that end with HLT, with a count in RCX.
+const CALLS: [(&str, &[u8]); 8] = [
+    // call f; hlt; f: dec rcx; jz r; call f; inc rax; r: ret
+    (
+        "deeper than the host's stack has room for",
+        &[
+            0xe8, 0x01, 0, 0, 0, 0xf4, 0x48, 0xff, 0xc9, 0x74, 0x08, 0xe8, 0xf6, 0xff, 0xff, 0xff, 0x48, 0xff, 0xc0, 0xc3, //
+        ],
+    ),
+    // a: lea rdx, [rip + b]; call f; b: dec rcx; jnz a; hlt; f: add rax, rcx; pop rdx; jmp rdx
+    (
+        "a jump in the place of a return",
+        &[
+            0x48, 0x8d, 0x15, 0x05, 0, 0, 0, 0xe8, 0x06, 0, 0, 0, 0x48, 0xff, 0xc9, 0x75, 0xef, 0xf4, 0x48, 0x01, 0xc8, 0x5a, 0xff,
+            0xe2, //
+        ],
+    ),
+    // a: call f; hlt; b: dec rcx; jnz a; hlt; f: inc rax; add qword ptr [rsp], 1; ret
+    (
+        "a return elsewhere",
+        &[
+            0xe8, 0x07, 0, 0, 0, 0xf4, 0x48, 0xff, 0xc9, 0x75, 0xf5, 0xf4, 0x48, 0xff, 0xc0, 0x48, 0x83, 0x04, 0x24, 0x01, 0xc3, //
+        ],
+    ),
+    // a: push rcx; call f; dec rcx; jnz a; hlt; f: add rax, [rsp + 8]; ret 8
+    (
+        "a return that releases arguments",
+        &[
+            0x51, 0xe8, 0x06, 0, 0, 0, 0x48, 0xff, 0xc9, 0x75, 0xf5, 0xf4, 0x48, 0x03, 0x44, 0x24, 0x08, 0xc2, 0x08, 0, //
+        ],
+    ),
+    // mov rbx, rsp; sub rbx, 0x1000; lea rdx, [rip + g]; mov [rbx], rdx; a: call s; dec rcx; jnz a; hlt; s: xchg rbx, rsp; ret;
+    // g: add rax, rcx; call s; jmp g
+    (
+        "two stacks",
+        &[
+            0x48, 0x89, 0xe3, 0x48, 0x81, 0xeb, 0, 0x10, 0, 0, 0x48, 0x8d, 0x15, 0x12, 0, 0, 0, 0x48, 0x89, 0x13, 0xe8, 0x06, 0, 0, 0,
+            0x48, 0xff, 0xc9, 0x75, 0xf6, 0xf4, 0x48, 0x87, 0xe3, 0xc3, 0x48, 0x01, 0xc8, 0xe8, 0xf4, 0xff, 0xff, 0xff, 0xeb, 0xf6, //
+        ],
+    ),
+    // lea rdx, [rip + f]; mov [rsp - 64], rdx; a: call rdx; call [rsp - 64]; dec rcx; jnz a; hlt; f: add rax, rcx; ret
+    (
+        "calls through a register and through memory",
+        &[
+            0x48, 0x8d, 0x15, 0x11, 0, 0, 0, 0x48, 0x89, 0x54, 0x24, 0xc0, 0xff, 0xd2, 0xff, 0x54, 0x24, 0xc0, 0x48, 0xff, 0xc9, 0x75,
+            0xf5, 0xf4, 0x48, 0x01, 0xc8, 0xc3, //
+        ],
+    ),
+    // mov byte [0], 0xf4 (hlt); call f; hlt; f: inc rax; push 0; ret
+    (
+        "a return to where no call came from",
+        &[
+            0xc6, 0x04, 0x25, 0, 0, 0, 0, 0xf4, 0xe8, 0x01, 0, 0, 0, 0xf4, 0x48, 0xff, 0xc0, 0x6a, 0, 0xc3, //
+        ],
+    ),
+    // a: call f; b: mov dl, 1; movzx edx, dl; add rax, rdx; dec rcx; jnz a; hlt; f: mov byte [rip + b + 1], cl; ret
+    (
+        "code behind the call that is rewritten before the return",
+        &[
+            0xe8, 0x0e, 0, 0, 0, 0xb2, 0x01, 0x0f, 0xb6, 0xd2, 0x48, 0x01, 0xd0, 0x48, 0xff, 0xc9, 0x75, 0xee, 0xf4, 0x88, 0x0d, 0xed,
+            0xff, 0xff, 0xff, 0xc3, //
+        ],
+    ),
+];
+
+#[test]
+fn calls_and_returns_of_every_kind_go_where_they_say() {
+    let outcome = |code: &[u8], at: u64, tier: Option<u32>| {
+        let mut machine = Machine::new();
+        machine.load(&[HLT]);
+        machine.poke(at, code);
+        machine.poke(CODE, &jump(CODE, at));
+        machine.cpu.set_translator(tier);
+        (0..16).filter(|n| *n != gpr::RSP).for_each(|n| machine.cpu.set_gpr(n, 0));
+        machine.cpu.set_gpr(gpr::RCX, 5000);
+        run(&mut machine);
+        let registers: Vec<u64> = (0..16).map(|n| machine.cpu.gpr(n)).collect();
+        (registers, machine.cpu.rip(), machine.cpu.instructions())
+    };
+    for (name, code) in CALLS {
+        // In one page, and with the end of a page behind each of the first instructions.
+        for at in std::iter::once(CODE + 0x400).chain((0..14).map(|n| CODE + 0x1000 - n)) {
+            assert_eq!(outcome(code, at, None), outcome(code, at, Some(1)), "{name}, at {at:#x}");
+        }
+    }
+}

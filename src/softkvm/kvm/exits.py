@@ -122,7 +122,7 @@ def handle_halt(vcpu: Vcpu) -> int:
 
 
 def handle_nop(vcpu: Vcpu) -> int:
-    """An instruction that has no effect under KVM (WBINVD, MONITOR, MWAIT)."""
+    """An instruction that has no effect under KVM (INVD, WBINVD, MONITOR, MWAIT)."""
     return skip(vcpu)
 
 

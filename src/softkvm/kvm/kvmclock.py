@@ -226,6 +226,7 @@ class PvClock:
         """What `update_time()` last wrote."""
         self._stopped = False
         self._run_delay_ns: int | None = None
+        self._recorded_ns = 0
 
     @property
     def active(self) -> bool:
@@ -281,6 +282,11 @@ class PvClock:
         except OSError as error:
             _require_fault(error)
 
+    @property
+    def steal_is_old(self) -> bool:
+        """Whether the guest wants to know the stolen time, and what it knows is not of this millisecond: it looks at its own ticks."""
+        return bool(self.steal_msr & MSR_ENABLED) and self._vcpu.vm.clock.monotonic_ns() - self._recorded_ns >= NSEC_PER_MSEC
+
     def record_steal_time(self) -> None:
         """Add the time that this thread waited for a CPU to the steal time record; called in the vCPU's thread."""
         if not self.steal_msr & MSR_ENABLED:
@@ -297,7 +303,7 @@ class PvClock:
         except OSError as error:
             _require_fault(error)
             return
-        self._run_delay_ns = delay
+        self._run_delay_ns, self._recorded_ns = delay, self._vcpu.vm.clock.monotonic_ns()
 
 
 def service(vcpu: Vcpu, requests: int) -> None:

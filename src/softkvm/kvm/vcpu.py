@@ -30,7 +30,7 @@ from softkvm.kvm.ioctl import (
     zero,
 )
 from softkvm.kvm.irqchip.lapic import Lapic
-from softkvm.kvm.kvmclock import MSR_ENABLED, PvClock
+from softkvm.kvm.kvmclock import PvClock
 from softkvm.kvm.lbr import GuestLbr
 from softkvm.kvm.pmu.vpmu import VirtualPmu
 from softkvm.kvm.request import REQ_EVENT, REQ_GLOBAL_CLOCK_UPDATE, REQ_SMI, REQ_STEAL_UPDATE
@@ -136,14 +136,12 @@ class Vcpu(VcpuOptions):
 
     def account_steal_time(self) -> None:
         """The thread was off its processor: let the guest know how long it had to wait for it, if the guest wants to."""
-        if self.pvclock.steal_msr & MSR_ENABLED:
+        if self.pvclock.steal_is_old:
             self.make_request(REQ_STEAL_UPDATE)
 
     def update_exception_bitmap(self) -> None:
-        """`vmx_update_exception_bitmap()`: what KVM emulates (RSM, the forced prefix), a debugger in user space, or a tool must see."""
-        bitmap = guest_debug.exceptions(self.guest_debug)
-        if self.smm.active or self.vm.parameters.force_emulation_prefix:
-            bitmap |= 1 << events.UD
+        """`vmx_update_exception_bitmap()`: what KVM emulates, a debugger in user space, or a tool must see."""
+        bitmap = guest_debug.exceptions(self.guest_debug) | 1 << events.UD
         if self.introspection is not None and self.introspection.intercepts_breakpoints:
             bitmap |= 1 << events.BP
         self.control.exception_bitmap = bitmap

@@ -78,7 +78,7 @@ class Vm(VmMemory, VmOptions, IntrospectionIoctls):
         self.kvmclock = VmClock(self)
         self.eventfds = EventFds(self)
         self.coalesced = Coalesced(self)
-        self.timekeeper = Timekeeper(self.vcpus)
+        self.timekeeper = Timekeeper(lambda: self.vcpus)
         self.exit_trace = ExitTrace()
         self.tss_addr = 0
         self.identity_map_addr = 0

@@ -1,6 +1,6 @@
 """The typed face of the silicon: CPU models, cores, nested page tables and RAM of the engine, and the control block's layout."""
 
-from softkvm._engine import Core, Memory, Model, NestedPageTable, build_info, feature_names, model_names, tsc, tsc_khz
+from softkvm._engine import Core, Memory, Model, NestedPageTable, Wakeup, build_info, feature_names, model_names, tsc, tsc_khz
 from softkvm.silicon.core import (
     EMULATE_FIRST,
     EMULATE_ONE,
@@ -42,6 +42,7 @@ __all__ = [
     "Model",
     "NestedPageTable",
     "Vmcb",
+    "Wakeup",
     "allocate",
     "build_info",
     "feature_names",

@@ -183,6 +183,10 @@ class Control(LittleEndianStructure):
         ("tsc_rate", _u32),  # virtual time: cycles of the host's TSC per retired instruction; 0 is the real time
         ("_reserved1", _u32),
         ("next_rip", _u64),  # AMD silicon with NRIP save: where an injected software interrupt, INT3 or INTO returns to
+        ("virtual_lvtpc", _u32),  # LVTPC of the guest's local APIC: `silicon.pmu`, "Virtual interrupts"
+        ("_reserved2", _u32),
+        ("guest_status_mask", _u64),  # bits that the guest may write to GLOBAL_STATUS_RESET without an exit, if the bitmap lets it
+        ("guest_debugctl_mask", _u64),  # the same for DEBUGCTL
     ]
 
 

@@ -24,7 +24,7 @@ use crate::jit::native::Native;
 use crate::jit::Translator;
 use crate::memory::nested::NestedPageTable;
 use crate::memory::waivers::Waivers;
-use crate::model::Model;
+use crate::model::{Model, Silicon};
 use crate::paging::frames::Frames;
 use crate::paging::tlb::{self, Tlb};
 use crate::paging::walk::Context;
@@ -99,6 +99,8 @@ pub struct Cpu {
     pub code_size: CodeSize,
     /// Bits of [`mode::media`]: why a vector or x87 instruction may not run.
     pub media: u8,
+    /// Whose undefined flags and results it has.
+    pub silicon: Silicon,
     /// Upper bits of an address that must repeat the one below them; see [`Cpu::canonical`].
     unused_address_bits: u8,
     /// What a jump-cache entry depends on besides RIP: generation of the translations, privilege, code size.
@@ -173,6 +175,7 @@ impl Cpu {
             cpl: 0,
             code_size: CodeSize::Bits16,
             media: 0,
+            silicon: model.silicon(),
             unused_address_bits: 16,
             jump_context: 0,
             budget: 0,

@@ -100,7 +100,7 @@ impl Block {
 
     /// Makes the block one of `instructions`, with fast handlers where there are some.
     fn fill(&mut self, instructions: &[Instruction], model: &Model) {
-        let dead = dead_flags(instructions);
+        let dead = dead_flags(instructions, model.silicon());
         let mut uops: Vec<Uop> = instructions.iter().map(|insn| lower(insn, self.key.size, model)).collect();
         self.reference = uops.iter().map(|uop| uop.run).collect();
         for (n, (uop, insn)) in uops.iter_mut().zip(instructions).enumerate() {

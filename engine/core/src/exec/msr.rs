@@ -10,7 +10,8 @@ use crate::cpu::{CodeSize, Cpu};
 use crate::flags::Flags;
 use crate::model::msrs::index;
 use crate::model::Feature;
-use crate::pmu::registers::debugctl_bits;
+use crate::pmu::registers::{self as pmu, debugctl_bits};
+use crate::pmu::lvt;
 use crate::state::{cr0, cr4, efer, gpr, rflags, seg};
 use crate::uop::{Exec, Handler, Stop, Uop};
 use crate::virt::control::intercept;
@@ -89,6 +90,9 @@ fn wrmsr(cpu: &mut Cpu, _uop: &Uop) -> Exec {
     let index = cpu.gpr(gpr::RCX) as u32;
     check_msr_intercept(cpu, index, true)?;
     let value = cpu.gpr(gpr::RDX) << 32 | cpu.gpr(gpr::RAX) & 0xffff_ffff;
+    if value & !writable_bits(cpu, index) != 0 {
+        return Err(exit_for_msr(cpu, index, true));
+    }
     write_msr(cpu, index, value)?;
     Err(Stop::Leave)
 }
@@ -102,11 +106,28 @@ fn check_msr_intercept(cpu: &mut Cpu, index: u32, write: bool) -> Exec {
     if cpu.control.intercepts(intercept::MSR_BITMAP) && !cpu.msr_intercepted(index, write) {
         return Ok(());
     }
+    Err(exit_for_msr(cpu, index, write))
+}
+
+fn exit_for_msr(cpu: &mut Cpu, index: u32, write: bool) -> Stop {
     let (number, detail) = if write { (code::WRMSR, 1) } else { (code::RDMSR, 0) };
     let detail = if cpu.model.is_amd() { detail } else { 0 };
     let stop = cpu.exit(number, detail);
     cpu.exit.msr_index = index;
-    Err(stop)
+    stop
+}
+
+/// The bits of an MSR that its bitmap lets the guest write which the hypervisor leaves to the guest.
+fn writable_bits(cpu: &Cpu, index: u32) -> u64 {
+    if cpu.pmu.virtual_lvtpc.is_none() {
+        return u64::MAX;
+    }
+    match index {
+        index::DEBUGCTL => cpu.control.guest_debugctl_mask,
+        pmu::index::GLOBAL_STATUS_RESET => cpu.control.guest_status_mask,
+        pmu::index::X2APIC_LVTPC => lvt::BITS,
+        _ => u64::MAX,
+    }
 }
 
 fn read_msr(cpu: &mut Cpu, index: u32) -> Exec<u64> {

@@ -30,14 +30,14 @@ pub struct Code {
 
 /// Translates `block`, which was made from `instructions`; `None` if an instruction cannot be encoded, or nothing would become host code.
 pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], model: &Model, host: Host, places: Places) -> Option<Code> {
-    let live = live_flags(instructions);
+    let live = live_flags(instructions, model.silicon());
     let plans: Vec<Plan> = instructions.iter().zip(&live).map(|(insn, live)| plan(insn, *live, host, model)).collect();
     if plans.iter().all(|plan| matches!(plan, Plan::Interpret)) {
         return None; // the way into host code and out of it is all that would be added
     }
     let units = plans.iter().fold(Units::default(), |all, plan| all.and(plan.units()));
     let last_x87 = instructions.iter().rposition(|insn| x87::sets_pointer(insn.mnemonic()));
-    let out = Emitter::new(asm, places, block, units);
+    let out = Emitter::new(asm, places, block, units, model.silicon());
     let mut translation = Translation { out, info: InstructionInfoFactory::new(), branch: Branch::of(block) };
     let body = translation.out.head(block.instructions);
     translation.out.enter_units();
@@ -135,6 +135,9 @@ impl Translation<'_> {
         let partial = modifies != 0 && (modifies != ALL_FLAGS || may_keep_flags(insn));
         if reads & ALL_FLAGS != 0 || partial && place.seen_behind {
             self.out.need_flags();
+        }
+        if rule.keeps_flags() {
+            self.out.clobber_flags(place.seen_behind);
         }
         let result = self.with_operands(insn, memory.is_some());
         if modifies != 0 {
@@ -381,7 +384,12 @@ impl Translation<'_> {
         self.out.clobber_flags(true);
         let miss = self.out.detour(place.index);
         self.push_return(insn, miss);
-        self.branch_to(insn.near_branch_target() as i64, true);
+        let (target, back) = (insn.near_branch_target() as i64, insn.next_ip() as i64);
+        if self.is_host_call(back) {
+            self.out.call(target, back);
+        } else {
+            self.branch_to(target, true);
+        }
     }
 
     fn call_indirect(&mut self, insn: &Instruction, place: Place) {
@@ -390,8 +398,18 @@ impl Translation<'_> {
         self.target(insn, miss);
         self.out.keep_rip();
         self.push_return(insn, miss);
-        self.out.take_rip();
-        self.branch_to_r15();
+        let back = insn.next_ip() as i64;
+        if self.is_host_call(back) {
+            self.out.call_kept_rip(back);
+        } else {
+            self.out.take_rip();
+            self.branch_to_r15();
+        }
+    }
+
+    /// Whether a call that comes back at `back` is the host's too: nobody watches branches, and the way on is in the page that is returned to.
+    fn is_host_call(&self, back: i64) -> bool {
+        self.branch.is_none() && self.out.is_near(back)
     }
 
     fn push_return(&mut self, insn: &Instruction, miss: Label) {
@@ -409,9 +427,15 @@ impl Translation<'_> {
         let miss = self.out.detour(place.index);
         self.stack_slot(0, AccessKind::Read, miss);
         self.out.asm.mov(R15, qword_ptr(R14, 0));
+        let released = 8 + if insn.op_count() > 0 { i32::from(insn.immediate16()) } else { 0 };
+        if self.branch.is_none() {
+            let other = self.out.asm.create_label();
+            self.out.return_to_r15(released, other);
+            self.out.asm.set_label(other);
+        }
         self.require_canonical(miss);
-        let released = if insn.op_count() > 0 { i32::from(insn.immediate16()) } else { 0 };
-        self.move_stack(8 + released);
+        self.move_stack(released);
+        self.out.forget_calls();
         self.branch_to_r15();
     }
 }

@@ -43,7 +43,7 @@ impl Translation<'_> {
         a.mov(cpu_field(segment(number, offset_of!(Segment, base))), 0);
     }
 
-    /// The code at RIP R15 runs at `level`, with the TLB's table at offset `table` of the CPU.
+    /// The code at RIP R15 runs at `level`, with the TLB's table at offset `table` of the CPU. No return finds a call of the other level.
     fn enter_level(&mut self, level: i32, table: usize) {
         let context = offset_of!(Cpu, contexts) + usize::from(level == 3) * size_of::<u64>();
         let a = &mut *self.out.asm;
@@ -53,6 +53,7 @@ impl Translation<'_> {
         a.mov(R13, cpu_field(context));
         a.mov(cpu_field(CONTEXT_FIELD), R13);
         a.mov(cpu_field(CONTEXT), R13);
+        self.out.forget_calls();
         self.out.go_to_r15();
     }
 

@@ -16,6 +16,7 @@ use super::vector::{Units, Width};
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::memory::PAGE_OFFSET;
+use crate::model::Silicon;
 use crate::paging::tlb;
 use crate::paging::AccessKind;
 use crate::state::{Fpu, State};
@@ -50,15 +51,36 @@ pub enum Overflow {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Rule {
     Exact,
-    /// Shifts: AF is clear, and OF as it says.
+    /// Shifts: AF is the model's, and OF as it says.
     Shift(Overflow),
     /// Multiplications: CF and OF are the host's, the others those of the low half of the product.
     Product,
+    /// The same where the others stay.
+    ProductAlone,
     /// CF is the host's, OF is clear, and the others are those of the result.
     CarryAndResult,
+    /// CF and ZF are the host's, OF stays, and the others are clear.
+    CarryAndZero,
     /// CF and OF are clear, and the others are those of the result.
     Result,
+    /// ZF and PF are those of the result, AF is set, and the others are clear.
+    Field,
+    /// ZF is the host's, PF that of the result, or set with ZF, and the others are clear.
+    Found,
 }
+
+impl Rule {
+    /// Whether flags stay, although the host may change them.
+    pub fn keeps_flags(self) -> bool {
+        matches!(self, Rule::ProductAlone | Rule::CarryAndZero)
+    }
+}
+
+/// Places of flags in the upper byte of their stored form.
+const STORED_CARRY: i32 = 1;
+const STORED_PARITY_SHIFT: u8 = 2;
+const STORED_HALF_CARRY: i32 = 0x10;
+const STORED_ZERO_SHIFT: u8 = 6;
 
 /// Code at the end that is rarely run.
 struct Cold {
@@ -80,9 +102,13 @@ pub struct Emitter<'a> {
     last: u32,
     /// What the block works on besides the general registers.
     units: Units,
+    /// Whose undefined flags the guest sees.
+    pub(super) silicon: Silicon,
     /// Stubs that bring that, where they are called, and where it is there.
     gates: Vec<(u64, Label, Label)>,
     pub(super) exits: Vec<ExitSite>,
+    /// Calls for which the host's stack may have no room, and where they go on.
+    pub(super) full_stacks: Vec<(Label, Label)>,
     cold: Vec<Cold>,
     /// Where the block is named to the stub: the plain one, and the one that keeps units.
     tails: [Label; 2],
@@ -105,7 +131,7 @@ pub fn in_memory(guest: Register) -> Memory {
 }
 
 impl<'a> Emitter<'a> {
-    pub fn new(asm: &'a mut Asm, places: Places, block: &Block, units: Units) -> Self {
+    pub fn new(asm: &'a mut Asm, places: Places, block: &Block, units: Units, silicon: Silicon) -> Self {
         let tails = [(); 2].map(|()| asm.create_label());
         Emitter {
             asm,
@@ -114,8 +140,10 @@ impl<'a> Emitter<'a> {
             offset: block.key.host & PAGE_OFFSET,
             last: block.instructions - 1,
             units,
+            silicon,
             gates: Vec::new(),
             exits: Vec::new(),
+            full_stacks: Vec::new(),
             cold: Vec::new(),
             tails,
             host_flags: false,
@@ -129,12 +157,12 @@ impl<'a> Emitter<'a> {
     /// Keeps the guest's flags in memory, from where the interpreter takes them.
     pub fn save_flags(&mut self) {
         if self.host_flags && !self.saved_flags {
-            self.store_flags(Overflow::Host, false);
+            self.store_flags(Overflow::Host, None);
         }
     }
 
-    /// Stores the guest's flags, which are the host's but for OF, and AF where it has to be clear.
-    fn store_flags(&mut self, overflow: Overflow, clear_half_carry: bool) {
+    /// Stores the guest's flags, which are the host's but for OF, and AF where `half_carry` tells it.
+    fn store_flags(&mut self, overflow: Overflow, half_carry: Option<bool>) {
         let a = &mut *self.asm;
         a.mov(R13, RAX);
         a.lahf();
@@ -154,8 +182,10 @@ impl<'a> Emitter<'a> {
                 a.and(AL, 1);
             }
         }
-        if clear_half_carry {
-            a.and(AH, !0x10);
+        match half_carry {
+            Some(true) => a.or(AH, STORED_HALF_CARRY),
+            Some(false) => a.and(AH, !STORED_HALF_CARRY),
+            None => {}
         }
         self.keep_stored_flags(R13)
     }
@@ -163,7 +193,7 @@ impl<'a> Emitter<'a> {
     /// A shift by something else than zero has left the guest's flags in the host's, but for AF, and for OF, of which `overflow` tells.
     pub fn store_flags_of_shift(&mut self, overflow: Overflow) {
         self.host_flags = false;
-        self.store_flags(overflow, true);
+        self.store_flags(overflow, Some(self.silicon.sets_half_carry()));
     }
 
     /// Stores the flags of `result`, with the host's CF if `carry`.
@@ -191,6 +221,66 @@ impl<'a> Emitter<'a> {
         a.lahf();
         a.or(AH, AL);
         self.keep_stored_flags(R14)
+    }
+
+    /// Changes CF and OF of the stored flags to the host's.
+    fn store_carry_overflow(&mut self) {
+        let a = &mut *self.asm;
+        a.setcc(ConditionCode::o, R14L);
+        a.and(byte_ptr(RBP, FLAGS as i32 + 1), !STORED_CARRY);
+        a.or(byte_ptr(RBP, FLAGS as i32 + 1), R14L);
+        a.mov(byte_ptr(RBP, FLAGS as i32), R14L);
+        self.saved_flags = true;
+    }
+
+    /// Changes all of the stored flags but OF: CF and ZF are the host's, the others clear.
+    fn store_carry_zero(&mut self) {
+        let a = &mut *self.asm;
+        a.setcc(ConditionCode::b, R14L);
+        a.setcc(ConditionCode::e, R15L);
+        a.shl(R15L, STORED_ZERO_SHIFT);
+        a.or(R14L, R15L);
+        a.mov(byte_ptr(RBP, FLAGS as i32 + 1), R14L);
+        self.saved_flags = true;
+    }
+
+    /// Stores ZF and PF of `result`, a set AF, and the others clear.
+    fn store_field_flags(&mut self, result: Register) {
+        let a = &mut *self.asm;
+        a.test(result, result);
+        a.setcc(ConditionCode::e, R15L);
+        a.setcc(ConditionCode::p, R14L);
+        self.store_zero_parity(STORED_HALF_CARRY);
+    }
+
+    /// Stores the host's ZF, PF of `result` or of zero, and the others clear.
+    fn store_found_flags(&mut self, result: Register) {
+        let a = &mut *self.asm;
+        a.setcc(ConditionCode::e, R15L);
+        a.test(result, result);
+        a.setcc(ConditionCode::p, R14L);
+        a.or(R14L, R15L);
+        self.store_zero_parity(0);
+    }
+
+    /// Stores ZF from R15, PF from R14, and `others`.
+    fn store_zero_parity(&mut self, others: i32) {
+        let a = &mut *self.asm;
+        a.shl(R15L, STORED_ZERO_SHIFT);
+        a.shl(R14L, STORED_PARITY_SHIFT);
+        a.or(R14L, R15L);
+        a.or(R14L, others);
+        a.mov(byte_ptr(RBP, FLAGS as i32 + 1), R14L);
+        a.mov(byte_ptr(RBP, FLAGS as i32), 0);
+        self.saved_flags = true;
+    }
+
+    /// Changes the stored flags as a quotient does.
+    pub fn store_flags_of_quotient(&mut self) {
+        if self.silicon == Silicon::Amd {
+            self.asm.and(byte_ptr(RBP, FLAGS as i32 + 1), STORED_CARRY);
+            self.asm.or(byte_ptr(RBP, FLAGS as i32 + 1), STORED_HALF_CARRY);
+        }
     }
 
     /// Ends a sequence that has made the flags' stored form in AX: puts it in its place, and RAX back from `rax_copy`.
@@ -230,10 +320,14 @@ impl<'a> Emitter<'a> {
         self.host_flags = live && rule == Rule::Exact;
         self.saved_flags = false;
         match rule {
-            Rule::Shift(overflow) if live => self.store_flags(overflow, true),
+            Rule::Shift(overflow) if live => self.store_flags(overflow, Some(self.silicon.sets_half_carry())),
             Rule::Product if live => self.store_product_flags(result),
+            Rule::ProductAlone if live => self.store_carry_overflow(),
             Rule::CarryAndResult if live => self.store_result_flags(result, true),
+            Rule::CarryAndZero if live => self.store_carry_zero(),
             Rule::Result if live => self.store_result_flags(result, false),
+            Rule::Field if live => self.store_field_flags(result),
+            Rule::Found if live => self.store_found_flags(result),
             _ => {}
         }
     }
@@ -355,6 +449,7 @@ impl<'a> Emitter<'a> {
             }
             self.asm.jmp(back);
         }
+        self.finish_calls();
         for (stub, missing, there) in std::mem::take(&mut self.gates) {
             self.asm.set_label(missing);
             self.asm.mov(R14, self.block);

@@ -6,12 +6,13 @@
 use std::mem::offset_of;
 
 use iced_x86::ConditionCode;
-use iced_x86::Register::{R13, R14, R14D, R15, R15D};
+use iced_x86::Register::{R13, R14, R14D, R15, R15D, RSP};
 
-use super::asm::{qword_ptr, Label};
+use super::asm::{qword_ptr, Label, Memory};
 use super::emit::{cpu_field, Emitter};
 use super::link::NO_GUARD;
-use super::native::{detour, CONTEXT_FIELD, JUMPS, PAGE, TARGET_RIP};
+use super::native::{detour, CONTEXT_FIELD, HOST_STACK, HOST_STACK_END, JUMPS, PAGE, TARGET_RIP};
+use super::registers::STACK;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::decode::cache::{Jump, JUMP_SLOTS};
@@ -107,6 +108,12 @@ impl Emitter<'_> {
 
     /// Goes to RIP R15: to the block that the jump cache has for it, or to the dispatcher.
     pub fn go_to_r15(&mut self) {
+        let entry = self.find_r15();
+        self.asm.jmp_indirect(entry);
+    }
+
+    /// Where the host code of the block is that the jump cache has for RIP R15; to the dispatcher if it has none. Enters that block's page.
+    fn find_r15(&mut self) -> Memory {
         const SHIFT: u8 = size_of::<Jump>().trailing_zeros() as u8;
         const { assert!(size_of::<Jump>().is_power_of_two()) };
         let unknown = self.places.unknown;
@@ -126,7 +133,71 @@ impl Emitter<'_> {
         a.and(R13, !(PAGE_OFFSET as i32));
         a.mov(cpu_field(PAGE), R13);
         a.mov(R14, qword_ptr(R14, offset_of!(Jump, block) as i32));
-        a.jmp_indirect(qword_ptr(R14, offset_of!(Block, entry) as i32));
+        qword_ptr(R14, offset_of!(Block, entry) as i32)
+    }
+
+    // ---- calls and returns --------------------------------------------------------------------------------------------------------------
+
+    /// Calls the target at `distance`, with the guest's return address in R15, which is `back` bytes behind the block's first byte.
+    ///
+    /// Calls are the host's own, and so are returns that go back to where the last call came from, which the host's processor foresees.
+    /// Beside each of the host's return addresses is the guest's, by which a return knows its call. A context does not change while calls
+    /// wait, because host code is left for that, and forgets them.
+    pub fn call(&mut self, distance: i64, back: i64) {
+        let unlinked = self.way_to_link();
+        let guards = (!self.is_near(distance)).then(|| self.guard(distance, unlinked));
+        self.push_call();
+        self.asm.call(unlinked);
+        self.exits.push(ExitSite { distance, end: self.asm.len(), unlinked, guards });
+        self.come_back(back);
+    }
+
+    /// The same for a call to the RIP that [`Emitter::keep_rip`] kept.
+    pub fn call_kept_rip(&mut self, back: i64) {
+        self.push_call();
+        self.take_rip();
+        let entry = self.find_r15();
+        self.asm.call_indirect(entry);
+        self.come_back(back);
+    }
+
+    fn push_call(&mut self) {
+        let [full, room] = [(); 2].map(|()| self.asm.create_label());
+        self.asm.cmp(RSP, cpu_field(HOST_STACK_END));
+        self.asm.jcc(ConditionCode::b, full);
+        self.asm.set_label(room);
+        self.asm.push(R15);
+        self.full_stacks.push((full, room));
+    }
+
+    /// Cold code of calls for which the host's stack has no room.
+    pub(super) fn finish_calls(&mut self) {
+        for (full, room) in std::mem::take(&mut self.full_stacks) {
+            self.asm.set_label(full);
+            self.forget_calls();
+            self.asm.jmp(room);
+        }
+    }
+
+    fn come_back(&mut self, back: i64) {
+        self.asm.lea(RSP, qword_ptr(RSP, 8));
+        self.exit(back, false);
+    }
+
+    /// Returns to RIP R15 if that is where the last call came from; else goes to `other`.
+    pub fn return_to_r15(&mut self, released: i32, other: Label) {
+        let a = &mut *self.asm;
+        a.cmp(R15, qword_ptr(RSP, 8));
+        a.jne(other);
+        a.lea(STACK, qword_ptr(STACK, released));
+        a.and(R15, !(PAGE_OFFSET as i32));
+        a.mov(cpu_field(PAGE), R15);
+        a.ret();
+    }
+
+    /// The guest's returns do not match its calls, as where it switches stacks: host code forgets all that wait.
+    pub fn forget_calls(&mut self) {
+        self.asm.mov(RSP, cpu_field(HOST_STACK));
     }
 
     /// Keeps R15, the target of a call, until [`Emitter::take_rip`].

@@ -3,7 +3,7 @@
 
 use std::mem::offset_of;
 
-use iced_x86::Register::{EAX, EDX, R13, R13D, R14, R15, R15D, RAX, RBP, RCX, RDX};
+use iced_x86::Register::{AL, EAX, EDX, R13, R13D, R14, R15, R15D, RAX, RBP, RCX, RDX};
 use iced_x86::{Code, ConditionCode, Instruction, Mnemonic, OpKind, Register};
 
 use super::asm::{byte_ptr, dword_ptr, qword_ptr, word_ptr, Label};
@@ -12,6 +12,7 @@ use super::emit::{cpu_field, in_memory, Overflow, Rule};
 use super::native::FLAGS;
 use super::registers::{host, resized};
 use crate::cpu::Cpu;
+use crate::model::Silicon;
 use crate::paging::AccessKind;
 use crate::state::rflags;
 
@@ -63,6 +64,7 @@ impl Translation<'_> {
             a.jcc(ConditionCode::ae, miss);
         }
         self.out.add_made(Instruction::with1(insn.code(), divisor));
+        self.out.store_flags_of_quotient();
         self.out.rejoin();
     }
 
@@ -120,7 +122,7 @@ impl Translation<'_> {
         self.out.new_flags(Rule::Exact, result, place.seen_behind);
     }
 
-    /// BSF and BSR: the flags are those of the source.
+    /// BSF and BSR: Intel's flags are those of the source.
     pub(super) fn scan(&mut self, insn: &Instruction, place: Place) {
         let memory = insn.op1_kind() == OpKind::Memory;
         if memory {
@@ -145,8 +147,12 @@ impl Translation<'_> {
         if target == R13 {
             self.out.asm.mov(in_memory(guest), R13);
         }
-        self.out.asm.test(source, source);
-        self.out.new_flags(Rule::Exact, source, place.seen_behind);
+        if self.out.silicon == Silicon::Amd {
+            self.out.new_flags(Rule::Found, resized(target, AL), place.seen_behind);
+        } else {
+            self.out.asm.test(source, source);
+            self.out.new_flags(Rule::Exact, source, place.seen_behind);
+        }
         if memory {
             self.out.rejoin();
         }

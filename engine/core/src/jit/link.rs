@@ -108,15 +108,15 @@ pub unsafe fn follow(cpu: &mut Cpu, block: *mut Block, number: usize) -> u32 {
     if cpu.native.context != cpu.jump_context {
         return status::BOUNDARY;
     }
-    let Some(target) = cpu.translated_at(cpu.rip()) else { return cpu.left_after(block) };
+    let Some(found) = cpu.translated_at(cpu.rip()) else { return cpu.left_after(block) };
     // SAFETY: the cache forgets blocks before they are freed; nobody else has a reference.
-    let links = unsafe { &mut *target };
-    if exit.link(host, page, cpu.jump_context, links) {
+    let target = unsafe { &mut *found };
+    if exit.link(host, page, cpu.jump_context, target) {
         cpu.native.counts.links += 1;
-        links.links.as_mut().into_iter().for_each(|links| links.add(exit));
+        target.links.as_mut().into_iter().for_each(|links| links.add(exit));
     }
     cpu.keep_from_blocks();
-    cpu.go_to(target)
+    cpu.go_to(found)
 }
 
 /// Host code knows RIP, and nothing of the block there: tells where it goes on, as [`follow`] does.

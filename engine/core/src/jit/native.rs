@@ -44,6 +44,9 @@ pub struct Native {
     pub(super) target: *const u8,
     /// `Cpu::jump_context` when host code was entered.
     pub(super) context: u64,
+    /// The host's RSP while no call of host code waits for its return, and where it has no room for more.
+    stack: u64,
+    stack_end: u64,
     /// What was taken from the budget; see [`Cpu::keep_from_blocks`].
     taken: i64,
     /// The block that was left by a detour, or that was not begun.
@@ -97,6 +100,8 @@ impl Default for Native {
             default_mxcsr: 0x1f80,
             target: std::ptr::null(),
             context: 0,
+            stack: 0,
+            stack_end: 0,
             taken: 0,
             block: std::ptr::null_mut(),
             panic: None,
@@ -111,6 +116,8 @@ pub const FLAGS: usize = NATIVE + offset_of!(Native, flags);
 pub const PAGE: usize = NATIVE + offset_of!(Native, page);
 pub const TARGET_RIP: usize = NATIVE + offset_of!(Native, target_rip);
 pub const TARGET: usize = NATIVE + offset_of!(Native, target);
+pub const HOST_STACK: usize = NATIVE + offset_of!(Native, stack);
+pub const HOST_STACK_END: usize = NATIVE + offset_of!(Native, stack_end);
 pub const JUMPS: usize = NATIVE + offset_of!(Native, jumps);
 pub const BLOCK: usize = NATIVE + offset_of!(Native, block);
 pub const VECTORS: usize = NATIVE + offset_of!(Native, vectors);

@@ -5,9 +5,10 @@ use std::mem::offset_of;
 use iced_x86::Register::{self, EAX, EDX, R12, R13, R13D, R14, R15, R15D, R15W, RAX, RBP, RBX, RDI, RSI, RSP};
 
 use super::arena::Arena;
-use super::asm::{word_ptr, Asm, Label};
+use super::asm::{qword_ptr, word_ptr, Asm, Label};
 use super::emit::{cpu_field, in_memory, Places};
-use super::native::{self, detour::FIND, status, Trampoline, BLOCK, KEPT, TARGET, VECTORS, X87};
+use super::native::detour::FIND;
+use super::native::{self, status, Trampoline, BLOCK, HOST_STACK, HOST_STACK_END, KEPT, TARGET, VECTORS, X87};
 use super::registers::PINNED;
 use super::vector::Width;
 use super::vector_registers::{write_fill, write_permission, write_spill};
@@ -24,6 +25,10 @@ pub struct Stubs {
 
 /// Registers that the System V ABI wants back, in the order in which they are pushed.
 const SAVED: [Register; 6] = [RBX, RBP, R12, R13, R14, R15];
+/// Bytes that align the stack behind them.
+const PADDING: i32 = 8;
+/// Bytes of the host's stack for calls of host code that wait for their returns: 16 for each.
+const CALLS: i32 = 64 << 10;
 
 /// Writes the shared code to an empty arena. `None` if it does not fit.
 pub fn write(arena: &mut Arena, a: &mut Asm, has_ymm: bool) -> Option<Stubs> {
@@ -36,9 +41,19 @@ pub fn write(arena: &mut Arena, a: &mut Asm, has_ymm: bool) -> Option<Stubs> {
     for register in SAVED {
         a.push(register);
     }
-    a.sub(RSP, 8);
+    a.sub(RSP, PADDING);
     a.mov(RBP, RDI);
     a.mov(R13, RSI);
+    // Below all calls is one that returns to RIP 0, which host code does not know.
+    let (bottom, begin) = (a.create_label(), a.create_label());
+    a.mov(R14, 0);
+    a.push(R14);
+    a.call(begin);
+    a.jmp(bottom);
+    a.set_label(begin);
+    a.mov(cpu_field(HOST_STACK), RSP);
+    a.lea(R14, qword_ptr(RSP, -CALLS));
+    a.mov(cpu_field(HOST_STACK_END), R14);
     load(a);
     a.jmp_indirect(R13);
 
@@ -72,13 +87,15 @@ pub fn write(arena: &mut Arena, a: &mut Asm, has_ymm: bool) -> Option<Stubs> {
     a.jne(fill);
     a.ret();
     a.set_label(elsewhere);
-    a.add(RSP, 8);
+    a.mov(RSP, cpu_field(HOST_STACK));
     a.cmp(EAX, status::GO as i32);
     a.jne(out);
     load(a);
     a.jmp_indirect(cpu_field(TARGET));
 
     // To the block at RIP R15, which is not at hand.
+    a.set_label(bottom);
+    a.mov(RSP, cpu_field(HOST_STACK));
     a.set_label(unknown);
     a.mov(cpu_field(offset_of!(Cpu, regs) + slot::RIP as usize * 8), R15);
     a.mov(R13D, FIND as i32);
@@ -104,14 +121,14 @@ pub fn write(arena: &mut Arena, a: &mut Asm, has_ymm: bool) -> Option<Stubs> {
     load(a);
     a.jne(fill_x87);
     a.set_label(refused);
-    a.add(RSP, 8);
     a.call(spill);
     a.call(spill_x87);
     store(a);
     a.mov(cpu_field(BLOCK), R14);
     a.mov(EAX, status::REFUSED as i32);
     a.set_label(out);
-    a.add(RSP, 8);
+    a.mov(RSP, cpu_field(HOST_STACK));
+    a.add(RSP, PADDING + 16);
     for register in SAVED.into_iter().rev() {
         a.pop(register);
     }

@@ -67,6 +67,13 @@ fn is_open(mnemonic: Mnemonic) -> bool {
     matches!(mnemonic, Fprem | Fprem1 | Fstpnce)
 }
 
+/// Instructions behind which vendors differ in C1.
+pub fn may_keep_c1(mnemonic: Mnemonic) -> bool {
+    use Mnemonic::*;
+    matches!(mnemonic, Fcomi | Fcomip | Fucomi | Fucomip)
+        || matches!(mnemonic, Fcmovb | Fcmovnb | Fcmove | Fcmovne | Fcmovbe | Fcmovnbe | Fcmovu | Fcmovnu)
+}
+
 /// MMX instructions that store selected bytes, or need MXCSR.
 fn is_other(mnemonic: Mnemonic) -> bool {
     use Mnemonic::*;

@@ -53,6 +53,8 @@ pub mod perf {
     pub const LOAD_HOST: u32 = 2;
     /// Exit saves it to `guest_perf_global_ctrl`.
     pub const SAVE_GUEST: u32 = 4;
+    /// Overflow interrupts are the guest's, by `virtual_lvtpc`, and the masks behind that say what it may write.
+    pub const VIRTUAL_PMI: u32 = 8;
 }
 
 /// What the hypervisor asks of the silicon for the next run.
@@ -104,6 +106,12 @@ pub struct Control {
     reserved1: u32,
     /// AMD silicon that saves the next RIP: where an injected software interrupt, INT3 or INTO returns to (APM vol. 2, 15.20).
     pub next_rip: u64,
+    /// LVTPC of the guest's local APIC.
+    pub virtual_lvtpc: u32,
+    reserved2: u32,
+    /// Bits that the guest may write to GLOBAL_STATUS_RESET, and to DEBUGCTL, where the MSR bitmap lets it: others exit.
+    pub guest_status_mask: u64,
+    pub guest_debugctl_mask: u64,
 }
 
 impl Control {

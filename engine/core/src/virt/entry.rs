@@ -98,6 +98,7 @@ impl Core {
             (*block).control.waiver_count = cpu.control.waiver_count;
             (*block).control.random = cpu.control.random;
             (*block).control.guest_perf_global_ctrl = cpu.control.guest_perf_global_ctrl;
+            (*block).control.virtual_lvtpc = cpu.control.virtual_lvtpc;
         }
         cpu.exit.reason
     }
@@ -153,6 +154,7 @@ impl Core {
         if cpu.control.perf_controls & perf::LOAD_GUEST != 0 {
             cpu.pmu.load_global_control(cpu.control.guest_perf_global_ctrl);
         }
+        cpu.pmu.virtual_lvtpc = (cpu.control.perf_controls & perf::VIRTUAL_PMI != 0).then_some(cpu.control.virtual_lvtpc.into());
         cpu.begin_watch();
     }
 
@@ -180,6 +182,9 @@ impl Core {
         cpu.signal.set_running(false);
         cpu.end_watch();
         cpu.pmu.leave_guest();
+        if let Some(entry) = cpu.pmu.virtual_lvtpc.take() {
+            cpu.control.virtual_lvtpc = entry as u32;
+        }
         if cpu.control.perf_controls & perf::SAVE_GUEST != 0 {
             cpu.control.guest_perf_global_ctrl = cpu.pmu.global_control();
         }

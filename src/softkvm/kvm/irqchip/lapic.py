@@ -114,6 +114,8 @@ class Lapic(LapicCore):
         if not value & SPIV_ENABLED:
             for entry in LVT_WRITABLE:
                 self.regs[entry] |= LVT_MASKED
+            self.lvtpc |= LVT_MASKED
+        self.vcpu.pmu.choose_interrupts()
 
     def _write_esr(self, _value: int) -> None:
         """Latches nothing: KVM detects no APIC errors, so the register stays zero."""
@@ -153,6 +155,11 @@ class Lapic(LapicCore):
         if self.accepts_pic and not was_pic:
             self.vcpu.make_request(request.REQ_EVENT)  # the PIC's output may have been waiting
 
+    def _write_lvt_pmc(self, value: int) -> None:
+        if not self.sw_enabled:
+            value |= LVT_MASKED
+        self.lvtpc = value & LVT_WRITABLE[Reg.LVT_PMC]
+
     def _write_lvt_timer(self, value: int) -> None:
         modes = LVT_TIMER_MODE if self.vcpu.cpuid.has(cpuid.TSC_DEADLINE) else LVT_TIMER_PERIODIC
         if not self.sw_enabled:
@@ -187,7 +194,7 @@ class Lapic(LapicCore):
         with self.lock:
             for first, bitmap in ((Reg.ISR, self.isr), (Reg.TMR, self.tmr), (Reg.IRR, self.irr)):
                 page[first : first + 8] = _BITMAP.unpack(bitmap.to_bytes(32, "little"))
-        page[Reg.PPR] = self.ppr()
+        page[Reg.PPR], page[Reg.LVT_PMC] = self.ppr(), self.lvtpc
         page[Reg.TIMER_INITIAL] = self.apic_timer.initial_count
         page[Reg.TIMER_CURRENT] = self.apic_timer.current_count()
         if self.x2apic and not self.vcpu.vm.routing.x2apic_format:
@@ -208,6 +215,8 @@ class Lapic(LapicCore):
         with self.lock:
             self.regs[:] = page
             self.isr, self.tmr, self.irr = bitmaps
+        self.lvtpc = page[Reg.LVT_PMC] & LVT_WRITABLE[Reg.LVT_PMC]
+        self.vcpu.pmu.choose_interrupts()
         self.vcpu.vm.apic_map.forget()
         self.apic_timer.stop()
         self.apic_timer.set_mode((page[Reg.LVT_TIMER] & LVT_TIMER_MODE) >> 17)
@@ -234,6 +243,7 @@ _READERS: dict[int, Callable[[Lapic, int], int]] = {
     Reg.TIMER_CURRENT: lambda lapic, number: lapic.apic_timer.current_count(),
     Reg.TIMER_INITIAL: lambda lapic, number: lapic.apic_timer.initial_count,
     Reg.PPR: lambda lapic, number: lapic.ppr(),
+    Reg.LVT_PMC: lambda lapic, number: lapic.lvtpc,
 }
 """Registers that are not kept as such."""
 _COMMON_WRITERS: dict[int, Callable[[Lapic, int], None]] = {
@@ -245,6 +255,7 @@ _COMMON_WRITERS: dict[int, Callable[[Lapic, int], None]] = {
     Reg.TIMER_DIVIDE: Lapic._write_divide,
     **{register: _lvt_writer(register) for register in LVT_WRITABLE},
     Reg.LVT_TIMER: Lapic._write_lvt_timer,
+    Reg.LVT_PMC: Lapic._write_lvt_pmc,
 }
 _XAPIC_WRITERS = _COMMON_WRITERS | {
     Reg.ID: Lapic._write_id,

@@ -79,6 +79,15 @@ class LapicCore:
         return register if self.x2apic else register >> 24
 
     @property
+    def lvtpc(self) -> int:
+        """The LVT register for performance monitoring, which is in the control block: the silicon takes the guest's interrupts by it."""
+        return self.vcpu.control.virtual_lvtpc
+
+    @lvtpc.setter
+    def lvtpc(self, value: int) -> None:
+        self.vcpu.control.virtual_lvtpc = value
+
+    @property
     def timer(self) -> HrTimer:
         """The host timer behind the APIC timer."""
         return self.apic_timer.hrtimer
@@ -95,6 +104,7 @@ class LapicCore:
             self.regs[Reg.ID] = self.vcpu.vcpu_id
             self.regs[Reg.LDR] = x2apic_ldr(self.vcpu.vcpu_id)
         self.vcpu.vm.apic_map.forget()
+        self.vcpu.pmu.choose_interrupts()
 
     def reset(self, init: bool) -> None:
         """RESET, or INIT if `init`: INIT keeps APIC_BASE, the mode and the ids that come with it."""
@@ -115,6 +125,7 @@ class LapicCore:
         regs[Reg.SPIV] = 0xFF
         for entry in LVT_WRITABLE:
             regs[entry] = LVT_MASKED
+        self.lvtpc = LVT_MASKED
         if bsp:  # virtual wire mode without firmware: KVM's LINT0 quirk
             regs[Reg.LVT_LINT0] = irq.DM_EXTINT
 
@@ -179,7 +190,7 @@ class LapicCore:
 
     def deliver_local(self, register: int) -> bool:
         """Raise the local interrupt of an LVT register; False if it is masked or the APIC is off."""
-        lvt = self.regs[register]
+        lvt = self.lvtpc if register == Reg.LVT_PMC else self.regs[register]
         if lvt & LVT_MASKED or not self.hw_enabled:
             return False
         return self.accept(lvt & irq.DM_MASK, lvt & 0xFF, True, bool(lvt & irq.TRIGGER_LEVEL))
