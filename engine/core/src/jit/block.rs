@@ -52,7 +52,8 @@ pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], mod
     }
     if !ended {
         translation.out.save_flags();
-        translation.out.exit(block.length.into(), instructions.last().is_some_and(exec::ends_block));
+        let steered = plans.last() == Some(&Plan::Interpret) && instructions.last().is_some_and(exec::ends_block);
+        translation.out.exit(block.length.into(), steered);
     }
     Some(Code { body, exits: translation.out.finish()? })
 }
@@ -90,6 +91,13 @@ impl Translation<'_> {
             Plan::SwapGs => self.swap_gs(place),
             Plan::UserPages(allow) => self.allow_user_pages(allow, place),
             Plan::PushMemory => self.push_memory(insn, place),
+            Plan::EnableInterrupts => self.enable_interrupts(place),
+            Plan::ReadControl(number) => self.read_control(insn, number, place),
+            Plan::ReadSegment => self.read_segment(insn),
+            Plan::ReadKeys => self.read_keys(place),
+            Plan::ReadTime(aux) => self.read_time(aux, place),
+            Plan::SystemCall => self.system_call(insn, place),
+            Plan::SystemReturn => self.system_return(place),
             Plan::Lea => self.lea(insn),
             Plan::Nothing => {}
             Plan::Push => self.push(insn, place),
@@ -104,7 +112,7 @@ impl Translation<'_> {
             Plan::Return => self.ret(insn, place),
         }
         use Plan::*;
-        matches!(plan, Conditional | JumpRelative | JumpIndirect | CallRelative | CallIndirect | Return)
+        matches!(plan, Conditional | JumpRelative | JumpIndirect | CallRelative | CallIndirect | Return | SystemCall | SystemReturn)
     }
 
     // ---- operations -----------------------------------------------------------------------------------------------------------------
@@ -197,7 +205,7 @@ impl Translation<'_> {
     }
 
     /// Guest register `guest` = host register `value`.
-    fn set(&mut self, guest: Register, value: Register) {
+    pub(super) fn set(&mut self, guest: Register, value: Register) {
         match host(guest) {
             Some(host) => self.out.asm.mov(host, value),
             None => self.out.asm.mov(in_memory(guest), value),
@@ -354,7 +362,7 @@ impl Translation<'_> {
 
     /// A branch to an address that none is faults before it is taken, which is the interpreter's: so is, with five levels of tables, one
     /// of more than 48 bits.
-    fn require_canonical(&mut self, miss: Label) {
+    pub(super) fn require_canonical(&mut self, miss: Label) {
         const SIGN: u8 = 47;
         let a = &mut *self.out.asm;
         a.mov(R13, R15);

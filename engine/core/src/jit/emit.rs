@@ -33,7 +33,7 @@ pub struct Places {
     pub xmm: u64,
     pub ymm: u64,
     pub x87: u64,
-    /// The stub that returns to the dispatcher at RIP R15.
+    /// The stub that looks for the block at RIP R15.
     pub unknown: u64,
 }
 
@@ -390,6 +390,11 @@ impl<'a> Emitter<'a> {
         if let Some(cold) = self.cold.last_mut() {
             cold.back = Some((back, host_flags));
         }
+    }
+
+    /// Whether `index` is the number of the block's last instruction.
+    pub fn is_last(&self, index: usize) -> bool {
+        index as u32 == self.last
     }
 
     /// Runs instruction `index` in the interpreter.

@@ -160,13 +160,10 @@ impl Translation<'_> {
 
     // ---- RFLAGS -----------------------------------------------------------------------------------------------------------------------
 
-    /// PUSHFQ.
-    pub(super) fn push_flags(&mut self, place: Place) {
+    /// R15 = RFLAGS as PUSHF and SYSCALL show it. Clobbers R13; the arithmetic flags are in memory.
+    pub(super) fn flags_image(&mut self) {
         const HIDDEN: i32 = (rflags::VM | rflags::RF) as i32;
         const STORED: i32 = (rflags::ARITHMETIC & 0xff) as i32;
-        self.out.clobber_flags(place.seen_before);
-        let miss = self.out.detour(place.index);
-        self.stack_slot(-8, AccessKind::Write, miss);
         let a = &mut *self.out.asm;
         a.movzx(R13D, byte_ptr(RBP, FLAGS as i32));
         a.rol(R13D, rflags::OF.trailing_zeros() as u8);
@@ -176,7 +173,15 @@ impl Translation<'_> {
         a.mov(R13, cpu_field(offset_of!(Cpu, rflags)));
         a.and(R13, !HIDDEN);
         a.or(R15, R13);
-        a.mov(qword_ptr(R14, 0), R15);
+    }
+
+    /// PUSHFQ.
+    pub(super) fn push_flags(&mut self, place: Place) {
+        self.out.clobber_flags(place.seen_before);
+        let miss = self.out.detour(place.index);
+        self.stack_slot(-8, AccessKind::Write, miss);
+        self.flags_image();
+        self.out.asm.mov(qword_ptr(R14, 0), R15);
         self.move_stack(-8);
         self.out.rejoin();
     }

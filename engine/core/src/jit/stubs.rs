@@ -7,6 +7,7 @@ use iced_x86::Register::{self, EAX, EDX, R12, R13, R13D, R14, R15, R15D, R15W, R
 use super::arena::Arena;
 use super::asm::{qword_ptr, word_ptr, Asm, Label};
 use super::emit::{cpu_field, in_memory, Places};
+use super::native::detour::FIND;
 use super::native::{self, status, Trampoline, BLOCK, HOST_STACK, HOST_STACK_END, KEPT, TARGET, VECTORS, X87};
 use super::registers::PINNED;
 use super::vector::Width;
@@ -92,15 +93,13 @@ pub fn write(arena: &mut Arena, a: &mut Asm, has_ymm: bool) -> Option<Stubs> {
     load(a);
     a.jmp_indirect(cpu_field(TARGET));
 
-    // Back to the dispatcher at RIP R15.
+    // To the block at RIP R15, which is not at hand.
     a.set_label(bottom);
+    a.mov(RSP, cpu_field(HOST_STACK));
     a.set_label(unknown);
-    a.call(spill);
-    a.call(spill_x87);
     a.mov(cpu_field(offset_of!(Cpu, regs) + slot::RIP as usize * 8), R15);
-    store(a);
-    a.mov(EAX, status::BOUNDARY as i32);
-    a.jmp(out);
+    a.mov(R13D, FIND as i32);
+    a.call(detour); // which does not come back
 
     // The block in R14, which works on vector registers, begins; behind a `call`. Back to the dispatcher if they may not be used.
     for (width, gate) in [(Width::Xmm, xmm), (Width::Ymm, ymm)] {
