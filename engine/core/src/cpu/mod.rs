@@ -85,13 +85,13 @@ pub struct Cpu {
     /// The running micro-op of a block.
     pub at: *const Uop,
     /// Entries of the TLB table that matches the privilege of the running code.
-    pub active_table: *const tlb::Entry,
+    pub active_table: *const tlb::Entries,
     /// What host code keeps.
     pub native: Native,
     /// What `active_table` is at CPL 0 with EFLAGS.AC clear and set.
-    pub(crate) kernel_tables: [*const tlb::Entry; 2],
+    pub(crate) kernel_tables: [*const tlb::Entries; 2],
     /// What it is at CPL 3 without alignment checks.
-    pub(crate) user_table: *const tlb::Entry,
+    pub(crate) user_table: *const tlb::Entries,
     /// What `jump_context` is at CPL 0 and at CPL 3.
     pub(crate) contexts: [u64; 2],
     /// Segment bases as addresses use them: zero for ES, CS, SS and DS in 64-bit mode. Entry 6 is "no segment".

@@ -66,6 +66,8 @@ pub struct Block {
     pub body: *const u8,
     /// Ways between its host code and that of others.
     pub links: Option<Box<Links>>,
+    /// Accesses of its host code that have no cell, because they meet another page each time; those from number 63 on are one.
+    pub wandering: u64,
     /// Runs by the interpreter.
     pub heat: u32,
     /// Length in bytes.
@@ -90,6 +92,7 @@ impl Block {
             entry: std::ptr::null(),
             body: std::ptr::null(),
             links: None,
+            wandering: 0,
             heat: 0,
             length: 0,
             key,

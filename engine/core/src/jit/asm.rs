@@ -9,20 +9,26 @@ use iced_x86::{ConditionCode, Encoder, IcedError, Instruction, Register};
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Label(u32);
 
-/// A memory operand: base + index * scale + displacement, of so many bytes.
+/// A memory operand: base + index * scale + displacement, of so many bytes. With RIP as its base it is that far from the start of the code,
+/// and no immediate may follow it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Memory {
-    bytes: u8,
-    base: Register,
-    index: Register,
-    scale: u8,
-    displacement: i32,
+    pub bytes: u8,
+    pub base: Register,
+    pub index: Register,
+    pub scale: u8,
+    pub displacement: i32,
 }
 
 impl Memory {
     /// The operand with `index * scale` added to its address.
     pub const fn index(self, index: Register, scale: u8) -> Self {
         Memory { index, scale, ..self }
+    }
+
+    /// `bytes` bytes at the same address.
+    pub const fn of(self, bytes: usize) -> Self {
+        Memory { bytes: bytes as u8, ..self }
     }
 }
 
@@ -243,6 +249,11 @@ impl Asm {
         const SIB: u8 = 4;
         const RBP: u8 = 5;
         let reg = reg << 3;
+        if memory.base == Register::RIP {
+            self.bytes.push(reg | RBP);
+            let end = self.bytes.len() as i32 + 4;
+            return self.put(&(memory.displacement - end).to_le_bytes());
+        }
         let index = if memory.index == Register::None { SIB } else { memory.index.number() as u8 & 7 };
         debug_assert_ne!(memory.index, Register::RSP);
         let scale = (memory.scale.trailing_zeros() as u8) << 6;
@@ -510,7 +521,7 @@ impl Asm {
 
 /// Bit 3 of a register's number.
 fn high(register: Register) -> u8 {
-    if register == Register::None {
+    if matches!(register, Register::None | Register::RIP) {
         0
     } else {
         register.number() as u8 >> 3

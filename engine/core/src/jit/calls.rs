@@ -8,13 +8,14 @@ use std::mem::offset_of;
 use iced_x86::Register::{R11, R13, R13D, R13L, R13W, R14, R14D, R14W, R15, RBP, RCX};
 use iced_x86::{Instruction, Register};
 
-use super::asm::{byte_ptr, dword_ptr, word_ptr, Label};
+use super::asm::{byte_ptr, dword_ptr, qword_ptr, word_ptr, Label};
 use super::block::{Place, Translation};
 use super::emit::cpu_field;
-use super::native::{CONTEXT, CONTEXT_FIELD, FLAGS};
+use super::native::{CONTEXT, CONTEXT_FIELD, FLAGS, STAMP};
 use super::system::{segment, state};
 use crate::cpu::Cpu;
 use crate::exec::syscall::{FLAT_CODE_64, FLAT_DATA, SYSRET_DROPS, USER};
+use crate::paging::tlb;
 use crate::pmu::Pmu;
 use crate::state::{efer, rflags, seg, Segment, State};
 
@@ -49,6 +50,8 @@ impl Translation<'_> {
         a.mov(byte_ptr(RBP, offset_of!(Cpu, cpl) as i32), level);
         a.mov(R13, cpu_field(table));
         a.mov(cpu_field(offset_of!(Cpu, active_table)), R13);
+        a.mov(R13, qword_ptr(R13, offset_of!(tlb::Entries, epoch) as i32));
+        a.mov(cpu_field(STAMP), R13);
         a.mov(R13, cpu_field(context));
         a.mov(cpu_field(CONTEXT_FIELD), R13);
         a.mov(cpu_field(CONTEXT), R13);

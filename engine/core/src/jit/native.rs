@@ -7,6 +7,7 @@ use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 
 use iced_x86::{Code, Mnemonic};
 
+use super::access::Cell;
 use super::{link, x87};
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
@@ -49,6 +50,10 @@ pub struct Native {
     stack_end: u64,
     /// What was taken from the budget; see [`Cpu::keep_from_blocks`].
     taken: i64,
+    /// The epoch of the active table, as long as host code runs.
+    stamp: u64,
+    /// The cell of a site that has too many pages for it, if one was found.
+    pub(super) wanderer: *const Cell,
     /// The block that was left by a detour, or that was not begun.
     pub(super) block: *mut Block,
     /// The panic that host code must not be unwound for.
@@ -103,6 +108,8 @@ impl Default for Native {
             stack: 0,
             stack_end: 0,
             taken: 0,
+            stamp: 0,
+            wanderer: std::ptr::null(),
             block: std::ptr::null_mut(),
             panic: None,
             counts: Counts::default(),
@@ -115,6 +122,8 @@ const NATIVE: usize = offset_of!(Cpu, native);
 pub const FLAGS: usize = NATIVE + offset_of!(Native, flags);
 pub const PAGE: usize = NATIVE + offset_of!(Native, page);
 pub const TARGET_RIP: usize = NATIVE + offset_of!(Native, target_rip);
+pub const WANDERER: usize = NATIVE + offset_of!(Native, wanderer);
+pub const STAMP: usize = NATIVE + offset_of!(Native, stamp);
 pub const TARGET: usize = NATIVE + offset_of!(Native, target);
 pub const HOST_STACK: usize = NATIVE + offset_of!(Native, stack);
 pub const HOST_STACK_END: usize = NATIVE + offset_of!(Native, stack_end);
@@ -197,6 +206,7 @@ impl Cpu {
         self.native.load(self.flags);
         (self.native.page, self.native.context) = (self.rip() & !PAGE_OFFSET, self.jump_context);
         self.keep_from_blocks();
+        self.stamp_cells();
         // SAFETY: `body` is the start of a live block's host code, which keeps to the rules of this module.
         let status = unsafe { trampoline(self, body) };
         self.give_back();
@@ -232,6 +242,12 @@ impl Cpu {
         if self.native.x87 != 0 {
             self.take_x87(None);
         }
+    }
+
+    /// Host code is about to go on: its cells must be of the epoch that the active table is in now.
+    fn stamp_cells(&mut self) {
+        // SAFETY: `active_table` points to a table that lives as long as the TLB.
+        self.native.stamp = unsafe { (*self.active_table).epoch };
     }
 
     /// Takes the budget away if the dispatcher shall look at the CPU before the next block, or find it itself: host code looks at nothing
@@ -290,6 +306,14 @@ impl Cpu {
 pub unsafe extern "C" fn leave(cpu: *mut Cpu, block: *mut Block, why: u32) -> u32 {
     // SAFETY: by the caller's promise, and host code holds no references.
     let cpu = unsafe { &mut *cpu };
+    // SAFETY: as above.
+    let status = unsafe { act(cpu, block, why) };
+    cpu.stamp_cells();
+    status
+}
+
+/// Does what [`leave`] is called for.
+unsafe fn act(cpu: &mut Cpu, block: *mut Block, why: u32) -> u32 {
     if why < detour::HEAD {
         // SAFETY: as above.
         return unsafe { resume(cpu, block, why) };
@@ -321,6 +345,8 @@ unsafe fn head(cpu: &mut Cpu, block: *mut Block, kept: bool) -> u32 {
 
 /// Runs the instruction of `block` that a detour names with its reference handler.
 unsafe fn resume(cpu: &mut Cpu, block: *mut Block, instruction: u32) -> u32 {
+    // SAFETY: by the caller's promise; the reference ends here.
+    cpu.settle_wanderer(unsafe { &mut *block });
     let index = (instruction & !detour::MISS) as usize;
     // SAFETY: the caller's promise is that of `leave`. The handler may kill the block, which stays allocated, so nothing is borrowed from it
     // meanwhile.

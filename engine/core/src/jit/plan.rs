@@ -82,7 +82,7 @@ impl Plan {
 pub struct Host {
     popcnt: bool,
     lzcnt: bool,
-    bmi1: bool,
+    pub bmi1: bool,
     bmi2: bool,
     adx: bool,
     movbe: bool,

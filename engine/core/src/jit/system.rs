@@ -9,6 +9,7 @@ use iced_x86::{Code, Instruction};
 use super::asm::{byte_ptr, dword_ptr, qword_ptr, word_ptr, Label, Memory};
 use super::block::{Place, Translation};
 use super::emit::cpu_field;
+use super::native::STAMP;
 use crate::cpu::clock::{self, Clock};
 use crate::cpu::Cpu;
 use crate::paging::tlb;
@@ -72,7 +73,7 @@ impl Translation<'_> {
         let miss = self.out.detour(place.index);
         self.require_kernel(miss);
         let flags = cpu_field(offset_of!(Cpu, rflags));
-        let table = offset_of!(Cpu, kernel_tables) + usize::from(allow) * size_of::<*const tlb::Entry>();
+        let table = offset_of!(Cpu, kernel_tables) + usize::from(allow) * size_of::<*const tlb::Entries>();
         let a = &mut *self.out.asm;
         if allow {
             a.or(flags, rflags::AC as i32);
@@ -81,6 +82,8 @@ impl Translation<'_> {
         }
         a.mov(R13, cpu_field(table));
         a.mov(cpu_field(offset_of!(Cpu, active_table)), R13);
+        a.mov(R13, qword_ptr(R13, offset_of!(tlb::Entries, epoch) as i32));
+        a.mov(cpu_field(STAMP), R13);
         self.out.rejoin();
     }
 
@@ -100,13 +103,13 @@ impl Translation<'_> {
     pub(super) fn push_memory(&mut self, insn: &Instruction, place: Place) {
         self.out.clobber_flags(place.seen_before);
         let miss = self.out.detour(place.index);
-        self.operand_address(insn);
-        self.out.translate(8, AccessKind::Read, miss);
-        self.out.asm.mov(R15, qword_ptr(R14, 0));
+        let address = self.operand_address(insn);
+        let operand = self.out.access(address, 8, AccessKind::Read, miss);
+        self.out.asm.mov(R15, operand);
         self.out.keep_rip();
-        self.stack_slot(-8, AccessKind::Write, miss);
+        let slot = self.stack_slot(-8, AccessKind::Write, miss);
         self.out.take_rip();
-        self.out.asm.mov(qword_ptr(R14, 0), R15);
+        self.out.asm.mov(slot, R15);
         self.move_stack(-8);
         self.out.rejoin();
     }
