@@ -22,7 +22,7 @@ def section(ledger: str, today: datetime.date) -> str:
     for line in ledger.splitlines():
         kind, *fields = line.split("\t")
         rows.setdefault(kind, []).append(fields)
-    [[compared, seed, seconds, unexplained, tiers]] = rows["run"]
+    [[compared, seed, seconds, unexplained, tiers, model]] = rows["run"]
     agrees, differs, _ = (sum(int(row[place]) for row in rows["family"]) for place in (4, 5, 6))
     faults = sum(int(count) for _, count in rows["vector"])
     lines = [
@@ -37,7 +37,9 @@ def section(ledger: str, today: datetime.date) -> str:
         "or 16 bits, and compares general registers, RIP, RFLAGS, x87, XMM and YMM registers, MXCSR, memory, and the exception with its",
         "error code and address.",
         "",
-        "What the manuals leave undefined is, on every CPU model, what Intel's silicon does; the host may be another's.",
+        f"The engine's CPU is `{model}`, the model of the host's vendor, with every instruction that the engine has. What the manuals leave",
+        "undefined is what one stated silicon of the vendor does (`engine/core/src/model/silicon.rs`); a smaller run in the tests compares the",
+        "other vendor's model, which differs where the vendors do.",
         "",
         "| family | forms | comparisons | faulting |",
         "|---|--:|--:|--:|",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from softkvm import kvm, silicon
 from softkvm.cli import app
 from softkvm.cli.errors import CliError
 from softkvm.cli.options import RunOptions
-from softkvm.cli.watch import watched
-from softkvm.host import entry, ftrace, trace
+from softkvm.cli.watch import print_contexts, watched
+from softkvm.host import context_tracking, entry, ftrace, trace
 
 
 def test_nothing_is_watched_unless_asked_for() -> None:
@@ -65,3 +67,17 @@ def test_a_trace_file_needs_a_pattern() -> None:
 def test_help_lists_the_events(capsys: pytest.CaptureFixture[str]) -> None:
     assert app.main(["run", "--trace", "help"]) == 0
     assert "kvm:kvm_entry" in capsys.readouterr().out
+
+
+def test_the_time_in_each_context_is_counted_as_long_as_it_is_wanted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with watched(RunOptions(contexts=True)) as process, kvm.System(silicon.Model("cascadelake"), process=process).create_vm() as vm:
+        assert process.cross is entry.syscall
+        vm.create_vcpu(0)
+        vm.check_extension(0)
+        print_contexts()
+    assert not context_tracking.enabled()
+    shown = capsys.readouterr().err
+    assert [heading for heading in ("guest", "KVM", "VMM", "idle") if heading in shown] == ["guest", "KVM", "VMM", "idle"]
+    assert re.search(r"^ *MainThread( +\d+\.\d{3}){4} *$", shown, re.MULTILINE)

@@ -14,7 +14,7 @@ from softkvm import kvm, silicon
 from softkvm.host import context_tracking, entry
 from softkvm.host.clock import VirtualClock
 from softkvm.host.task import TIF_NEED_RESCHED, Task, current
-from softkvm.kvm import Vcpu, run
+from softkvm.kvm import Vcpu, halt
 from softkvm.kvm.request import REQ_EVENT
 from softkvm.silicon import control
 from softkvm.uapi import kvm as uapi
@@ -47,6 +47,7 @@ class Guest:
         self.sleeps = list(sleeps)
         self.woken = False
         self.vcpu.wakeup = self  # type: ignore[assignment]
+        self.vcpu.halt_poll_ns = 1
         self.vcpu.arm_timer = self.arm_timer  # type: ignore[method-assign]
         self.last_moments = list(last_moments)
         fake_engine.Core.script = iter([self.step(*step) for step in steps] + [leave(self.vcpu, "shutdown")] * 100)
@@ -84,8 +85,12 @@ class Guest:
     def set(self) -> None:
         self.woken = True
 
+    def poll(self, ns: int) -> bool:
+        self.wait()
+        return self.woken
+
     def wait(self, timeout: float | None = None) -> None:
-        waiting = run.runnable(self.vcpu) or self.task.flags & entry.XFER_TO_GUEST_MODE_WORK
+        waiting = halt.runnable(self.vcpu) or self.task.flags & entry.XFER_TO_GUEST_MODE_WORK
         assert self.woken or not waiting, "asleep with work pending"
         if not self.woken:
             self.disturb(self.sleeps.pop() if self.sleeps else "kick")

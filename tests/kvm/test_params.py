@@ -12,14 +12,20 @@ from softkvm.kvm import Parameters, System
 def test_the_last_setting_of_a_name_counts() -> None:
     assert Parameters.parse([]) == Parameters(nrips=True, force_emulation_prefix=True)
     assert Parameters.parse(["nrips=0", "force_emulation_prefix=N", "nrips=on"]) == Parameters(nrips=True, force_emulation_prefix=False)
+    assert Parameters.parse(["halt_poll_ns=0", "halt_poll_ns_grow=4294967295"]) == Parameters(
+        halt_poll_ns=0, halt_poll_ns_grow=(1 << 32) - 1
+    )
 
 
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ("nrip=0", "KVM has no parameter 'nrip'; it has enable_pmu, force_emulation_prefix, "),
+        ("nrip=0", "KVM has no parameter 'nrip'; it has enable_apicv, enable_pmu, force_emulation_prefix, "),
         ("nrips", "the KVM parameter nrips is 0 or 1, not ''"),
         ("nrips=2", "the KVM parameter nrips is 0 or 1, not '2'"),
+        ("halt_poll_ns=-1", "the KVM parameter halt_poll_ns is a number below 2\\^32, not '-1'"),
+        ("halt_poll_ns=4294967296", "the KVM parameter halt_poll_ns is a number below 2\\^32, not '4294967296'"),
+        ("halt_poll_ns=" + "9" * 5000, "the KVM parameter halt_poll_ns is a number below 2\\^32"),
     ],
 )
 def test_what_is_no_setting(setting: str, sentence: str) -> None:
@@ -32,9 +38,3 @@ def test_what_is_no_setting(setting: str, sentence: str) -> None:
 def test_nrips_needs_the_silicon_and_the_parameter(wanted: bool, saved: bool, clock: VirtualClock) -> None:
     system = System(silicon.Model("epyc", {"nrip-save": saved}), Parameters(nrips=wanted))
     assert system.create_vm(clock=clock).create_vcpu(0).saves_next_rip is (wanted and saved)
-
-
-def test_the_emulation_prefix_needs_the_intercept_of_undefined_instructions(model: silicon.Model, clock: VirtualClock) -> None:
-    for wanted in (True, False):
-        vcpu = System(model, Parameters(force_emulation_prefix=wanted)).create_vm(clock=clock).create_vcpu(0)
-        assert vcpu.control.exception_bitmap == (1 << 6 if wanted else 0)

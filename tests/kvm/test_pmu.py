@@ -13,6 +13,7 @@ from softkvm.kvm.pmu.filter import EventFilter
 from softkvm.kvm.request import REQ_PMI
 from softkvm.kvm.vcpu import Vcpu
 from softkvm.silicon.control import Intercept
+from softkvm.silicon.pmu import LVTPC_MASKED, LVTPC_NMI, LVTPC_PENDING, MSR_LVTPC, VIRTUAL_PMI
 from softkvm.uapi import kvm as uapi
 from tests.kvm.test_lbr import Core, Host
 
@@ -21,6 +22,9 @@ FIXED_CTRL, STATUS, CTRL, OVF_CTRL = 0x38D, 0x38E, 0x38F, 0x390
 MASK = (1 << 48) - 1
 BRANCHES = 0xC4 | 3 << 16 | 1 << 22
 INTERRUPT = 1 << 20
+CTRL_BITS = 0xF | 7 << 32
+APIC_BASE = 0x1B
+SPIV, LVTPC = 0xF0, 0x340
 
 
 @pytest.fixture(autouse=True)
@@ -192,7 +196,7 @@ def test_a_guest_has_the_counters_that_it_uses_by_itself(host: Host, vcpu: Vcpu)
     msr.set(vcpu, FIXED0, 77, False)
     msr.set(vcpu, FIXED_CTRL, 0xB, False)
     assert all(passes(vcpu, index, write) for index in registers for write in (False, True))
-    assert (passes(vcpu, STATUS, False), passes(vcpu, STATUS, True), passes(vcpu, OVF_CTRL, True)) == (True, False, False)
+    assert (passes(vcpu, STATUS, False), passes(vcpu, STATUS, True)) == (True, False)
     assert not any(passes(vcpu, index, True) for index in (EVENTSEL0, FIXED_CTRL, PMC0 + 1, FIXED0 + 1))
     assert not vcpu.control.intercepts >> Intercept.RDPMC & 1
     vcpu.control.guest_perf_global_ctrl = 1 << 32 | 1  # as an exit saves it
@@ -210,6 +214,40 @@ def test_a_guest_has_the_counters_that_it_uses_by_itself(host: Host, vcpu: Vcpu)
     host.release(vcpu.cpu, theirs)
     assert passes(vcpu, CTRL, True)
     assert vcpu.control.guest_perf_global_ctrl == 1 << 32 | 1
+
+
+def test_the_guest_takes_its_interrupts_by_itself_where_its_apic_is_on(host: Host, vcpu: Vcpu) -> None:
+    assert vcpu.lapic is not None
+    assert vcpu.cpu is not None
+    vcpu.lapic.mmio_write(SPIV, 4, 0x1FF)
+    vcpu.lapic.mmio_write(LVTPC, 4, LVTPC_NMI)
+    msr.set(vcpu, EVENTSEL0, BRANCHES, False)
+    assert vcpu.control.perf_controls & VIRTUAL_PMI
+    assert vcpu.control.virtual_lvtpc == LVTPC_NMI
+    assert (passes(vcpu, OVF_CTRL, True), passes(vcpu, MSR_LVTPC, True)) == (True, False), "xAPIC mode has no MSRs"
+    msr.set(vcpu, APIC_BASE, vcpu.apic_base | 1 << 10, False)
+    assert [passes(vcpu, MSR_LVTPC, write) for write in (False, True)] == [True, True]
+    assert vcpu.control.guest_status_mask == CTRL_BITS | 3 << 62
+    vcpu.lapic.msr_write(0x80F, 0xFF)  # the APIC is off
+    assert not vcpu.control.perf_controls & VIRTUAL_PMI
+    assert not any(passes(vcpu, index, True) for index in (OVF_CTRL, MSR_LVTPC))
+    assert vcpu.lapic.msr_read(MSR_LVTPC) == LVTPC_NMI | LVTPC_MASKED
+
+
+def test_an_interrupt_that_the_silicon_has_not_brought_is_delivered_by_kvm(host: Host, vcpu: Vcpu) -> None:
+    assert vcpu.lapic is not None
+    assert vcpu.cpu is not None
+    vcpu.lapic.mmio_write(SPIV, 4, 0x1FF)
+    vcpu.lapic.mmio_write(LVTPC, 4, LVTPC_NMI | LVTPC_PENDING)
+    assert vcpu.control.virtual_lvtpc == LVTPC_NMI, "software cannot make one pending"
+    msr.set(vcpu, EVENTSEL0, BRANCHES, False)
+    vcpu.control.virtual_lvtpc |= LVTPC_PENDING
+    host.host_event(vcpu.cpu, Attr(config=0xC5, pinned=True))
+    assert vcpu.requests & REQ_PMI
+    assert vcpu.control.virtual_lvtpc == LVTPC_NMI
+    vcpu.pmu.deliver_pmi()
+    assert vcpu.take_nmis() == 1
+    assert vcpu.control.virtual_lvtpc == LVTPC_NMI | LVTPC_MASKED
 
 
 def test_the_status_goes_with_the_vcpu(host: Host, vcpu: Vcpu) -> None:

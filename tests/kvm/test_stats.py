@@ -30,9 +30,10 @@ def parse(file: StatsFile) -> tuple[str, dict[str, int]]:
         descriptor = uapi.StatsDesc.from_buffer_copy(file.pread(DESCRIPTOR, at))
         label = file.pread(header.name_size, at + DESCRIPTOR)
         assert label.endswith(b"\0")
-        assert (descriptor.size, descriptor.bucket_size, descriptor.exponent) == (1, 0, 0)
+        seconds = descriptor.flags & UNITS == uapi.KVM_STATS_UNIT_SECONDS
+        assert (descriptor.size, descriptor.bucket_size, descriptor.exponent) == (1, 0, -9 if seconds else 0)
         assert descriptor.flags & TYPES in (uapi.KVM_STATS_TYPE_CUMULATIVE, uapi.KVM_STATS_TYPE_INSTANT)
-        assert descriptor.flags & UNITS in (uapi.KVM_STATS_UNIT_NONE, uapi.KVM_STATS_UNIT_BOOLEAN)
+        assert seconds or descriptor.flags & UNITS in (uapi.KVM_STATS_UNIT_NONE, uapi.KVM_STATS_UNIT_BOOLEAN)
         assert not descriptor.flags & BASES
         (numbers[label.rstrip(b"\0").decode()],) = struct.unpack("<Q", file.pread(8, header.data_offset + descriptor.offset))
     assert file.pread(1, header.data_offset + 8 * header.num_desc) == b""

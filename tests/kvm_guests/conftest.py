@@ -23,15 +23,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 Boot = Callable[..., Guest]
 
 
+def system_of(host: Host) -> kvm.System:
+    """KVM on new silicon of a host."""
+    features = {} if host.saves_next_rip else {"nrip-save": False}
+    return kvm.System(silicon.Model(host.model, features), kvm.Parameters(nrips=host.nrips))
+
+
 @pytest.fixture
 def boot() -> Iterator[Boot]:
     """Make guests on new silicon of a host."""
     guests: list[Guest] = []
 
     def make(host: Host, code: bytes, **registers: int) -> Guest:
-        features = {} if host.saves_next_rip else {"nrip-save": False}
-        system = kvm.System(silicon.Model(host.model, features), kvm.Parameters(nrips=host.nrips))
-        guests.append(Guest(system, code, **registers))
+        guests.append(Guest(system_of(host), code, **registers))
         return guests[-1]
 
     yield make

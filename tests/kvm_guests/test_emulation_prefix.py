@@ -9,12 +9,14 @@ import pytest
 from softkvm import kvm, silicon
 from softkvm.kvm.emulate import FORCED_EMULATION_PREFIX as FEP
 from softkvm.uapi import kvm as uapi
-from tests.helpers.long_guest import CODE, CR4_OSXSAVE, DATA, END, Guest
+from tests.helpers.long_guest import CODE, CR4_OSXSAVE, DATA, END, PD, PDPT, PML4, STACK, Guest
 
 DB, UD, GP = 1, 6, 13
 TF = 1 << 8
 XSETBV, CPUID, UD2 = b"\x0f\x01\xd1", b"\x0f\xa2", b"\x0f\x0b"
 DEVICE = 1 << 30
+USER_PAGE, RSP0 = 4, 4
+"""Of a page table entry; offset in the TSS, which is at 0."""
 
 Boot = Callable[..., Guest]
 
@@ -121,6 +123,22 @@ def test_xsetbv_without_osxsave_is_undefined_whatever_the_operands(boot: Boot) -
         event = guest.run().event
         assert event is not None
         assert (event.vector, event.rip) == (UD, CODE + len(FEP))
+
+
+def test_xsetbv_is_the_kernels(boot: Boot) -> None:
+    guest = xsetbv(boot, 3, 0)
+    for table in (PML4, PDPT, PD):
+        guest.ram[table] |= USER_PAGE
+    sregs = guest.vcpu.get_sregs()
+    sregs.cs.dpl = sregs.ss.dpl = 3
+    sregs.cs.selector |= 3
+    sregs.ss.selector |= 3
+    guest.vcpu.set_sregs(sregs)
+    guest.ram[RSP0 : RSP0 + 8] = STACK.to_bytes(8, "little")
+    event = guest.run().event
+    assert event is not None
+    assert (event.vector, event.rip, event.error) == (GP, CODE + len(FEP), 0)
+    assert guest.vcpu.get_xcrs().xcrs[0].value == 1
 
 
 def test_device_memory(boot: Boot) -> None:

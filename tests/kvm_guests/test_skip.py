@@ -6,20 +6,24 @@ place and of a known number of bytes, and its own exception frames say where the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from softkvm.kvm import emulate
+from softkvm.silicon.control import Intercept
 from softkvm.uapi import kvm as uapi
 from tests.helpers import long_guest
 from tests.helpers.hosts import HOSTS, Host
 from tests.helpers.long_guest import CODE, CR4_PAE, DATA, END, Guest
-from tests.kvm_guests.conftest import Boot
+from tests.kvm_guests.conftest import Boot, system_of
 
 DB, UD, GP = 1, 6, 13
-TF, RF = 1 << 8, 1 << 16
+TF, IF, RF = 1 << 8, 1 << 9, 1 << 16
 DR6_BS = 1 << 14
 VECTOR = 0x20
 STI, NOP, LOCK = b"\xfb", b"\x90", b"\xf0"
@@ -41,7 +45,9 @@ class Instruction:
     """Exits to user space on the way."""
     vendor: str | None = None
     steps: bool = True
-    """Whether TF traps once, behind it: a repeated string traps in the middle."""
+    """Whether TF traps once, behind it: a repeated string traps in the middle, and a debugger takes the trap."""
+    arrange: Callable[[Guest], None] = field(default=lambda guest: None)
+    """What KVM must be asked for before it intercepts the instruction."""
     check: Callable[[Guest], bool] = field(default=lambda guest: True)
 
 
@@ -55,6 +61,17 @@ def no_such_call(guest: Guest) -> bool:
     return guest.vcpu.get_regs().rax >> 8 == -1000 >> 8 & (1 << 56) - 1
 
 
+def debugged(guest: Guest) -> None:
+    """A debugger has the debug registers of the silicon; the guest's own DR1 is 0xD1."""
+    guest.vcpu.state.dr[1] = 0xD1
+    guest.vcpu.set_guest_debug(uapi.GuestDebug(control=uapi.KVM_GUESTDBG_ENABLE | uapi.KVM_GUESTDBG_USE_HW_BP))
+
+
+def without_pause_filter(guest: Guest) -> None:
+    """Every PAUSE exits."""
+    guest.vcpu.set_intercept(Intercept.PAUSE, True)
+
+
 OUT = (uapi.KVM_EXIT_IO, uapi.KVM_EXIT_IO_OUT, PORT)
 IN = (uapi.KVM_EXIT_IO, uapi.KVM_EXIT_IO_IN, PORT)
 UNPREFIXED = b"\x2e\x67"  # where 66, F2 and F3 make another opcode or #UD
@@ -65,6 +82,12 @@ INSTRUCTIONS = [
     Instruction("wrmsr", b"\x0f\x30", {"rcx": IA32_TSC}, {"rcx": NO_MSR}),
     Instruction("hlt", b"\xf4", {}, prefixes=b"\x66\x2e", exits=((uapi.KVM_EXIT_HLT,),)),
     Instruction("invd", b"\x0f\x08", {}),
+    Instruction("wbinvd", b"\x0f\x09", {}),
+    Instruction("pause", b"\xf3\x90", {}, prefixes=UNPREFIXED, arrange=without_pause_filter),
+    Instruction(
+        "mov to dr1", b"\x0f\x23\xc8", {"rax": 7}, steps=False, arrange=debugged, check=lambda guest: guest.vcpu.debug_registers.dr[1] == 7
+    ),
+    Instruction("mov from dr1", b"\x0f\x21\xcb", {}, steps=False, arrange=debugged, check=after(rbx=0xD1)),
     Instruction("monitor", b"\x0f\x01\xc8", {"rax": DATA}, prefixes=UNPREFIXED),
     Instruction("mwait", b"\x0f\x01\xc9", {}, prefixes=UNPREFIXED),
     Instruction("rdpmc", b"\x0f\x33", {"rdx": 1}, {"rcx": 64}, check=after(rdx=0)),
@@ -92,12 +115,65 @@ INSTRUCTIONS = [
     Instruction("mov cr8", b"\x44\x0f\x22\xc0", {"rax": 0}, {"rax": 16}),
     Instruction("mov from cr8", b"\x44\x0f\x20\xc0", {"rax": 0x700}, check=lambda guest: guest.vcpu.get_regs().rax >> 8 == 0),
     Instruction("vmxon", b"\xf3\x0f\xc7\x33", None, {"rbx": DATA}, UD, b"\x2e\x67", vendor="intel"),
-    Instruction("vmlaunch", b"\x0f\x01\xc2", None, {}, UD, b"\x2e\x67", vendor="intel"),
-    Instruction("vmrun", b"\x0f\x01\xd8", None, {}, UD, b"\x2e\x67", vendor="amd"),
-    Instruction("vmload", b"\x0f\x01\xda", None, {}, UD, b"\x2e\x67", vendor="amd"),
-    Instruction("stgi", b"\x0f\x01\xdc", None, {}, UD, b"\x2e\x67", vendor="amd"),
-    Instruction("invlpga", b"\x0f\x01\xdf", None, {}, UD, b"\x2e\x67", vendor="amd"),
+    *(
+        Instruction(name, code, None, {"rbx": DATA}, UD, b"\x2e\x67", vendor="intel")
+        for name, code in {
+            "vmlaunch": b"\x0f\x01\xc2",
+            "vmresume": b"\x0f\x01\xc3",
+            "vmxoff": b"\x0f\x01\xc4",
+            "vmfunc": b"\x0f\x01\xd4",
+            "vmptrld": b"\x0f\xc7\x33",
+            "vmptrst": b"\x0f\xc7\x3b",
+            "vmclear": b"\x66\x0f\xc7\x33",
+            "vmread": b"\x0f\x78\xc1",
+            "vmwrite": b"\x0f\x79\xc1",
+            "invept": b"\x66\x0f\x38\x80\x03",
+            "invvpid": b"\x66\x0f\x38\x81\x03",
+        }.items()
+    ),
+    *(
+        Instruction(name, bytes((0x0F, 0x01, last)), None, {}, UD, b"\x2e\x67", vendor="amd")
+        for name, last in {
+            "vmrun": 0xD8,
+            "vmload": 0xDA,
+            "vmsave": 0xDB,
+            "stgi": 0xDC,
+            "clgi": 0xDD,
+            "skinit": 0xDE,
+            "invlpga": 0xDF,
+        }.items()
+    ),
 ]
+
+
+def booted(boot: Boot, host: Host, instruction: Instruction, code: bytes, **registers: int) -> Guest:
+    """A guest that is about to execute `code`, of which `instruction` is a part."""
+    guest = boot(host, code, **registers)
+    instruction.arrange(guest)
+    return guest
+
+
+EVENTS = {"TASK_SWITCH", "ACCESS", "EMULATED", "BUDGET"}
+"""Exits at no instruction that KVM steps over; a task switch goes elsewhere (`test_task_switch.py`)."""
+OTHER_EXITS = {
+    "intel": EVENTS | {"EXCEPTION_NMI", "EXTERNAL_INTERRUPT", "TRIPLE_FAULT", "INTERRUPT_WINDOW", "NMI_WINDOW"},
+    "amd": EVENTS | {"EXCP_", "INTR", "NMI", "VINTR", "IRET", "SHUTDOWN"},
+}
+UNDEFINED_IN_SILICON = {"intel": {"VMFUNC"}, "amd": {"VMRUN", "VMLOAD", "VMSAVE", "STGI", "CLGI", "SKINIT", "INVLPGA"}}
+"""No guest has the VM functions, or EFER.SVME: #UD comes before the exit. They are in the matrix all the same."""
+
+
+@pytest.mark.parametrize("host", [host for host in HOSTS if host.saves_next_rip and host.nrips], ids=str)
+def test_the_matrix_has_every_intercepted_instruction(boot: Boot, host: Host) -> None:
+    vendor, met = boot(host, b"").vcpu.vendor, set[int]()
+    for instruction in INSTRUCTIONS:
+        if instruction.vendor in (None, host.vendor):
+            guest = booted(boot, host, instruction, instruction.code + END, **instruction.good or instruction.bad or {})
+            guest.run()
+            met |= {reason for reason, count in guest.vcpu.exit_counts.items() if count}
+    left_out = {re.sub(r"(_DR|EXCP_)\d+", r"\1", vendor.exit_names[reason]) for reason in set(vendor.handlers) - met}
+    left_out -= {"READ_DR", "WRITE_DR"}  # DR1 stands for all
+    assert left_out - OTHER_EXITS[host.vendor] == UNDEFINED_IN_SILICON[host.vendor]
 
 
 def cases(wanted: Callable[[Instruction], bool]) -> pytest.MarkDecorator:
@@ -122,19 +198,35 @@ def encoded(instruction: Instruction, prefixed: bool) -> bytes:
 @cases(lambda instruction: instruction.good is not None)
 def test_plain(boot: Boot, host: Host, instruction: Instruction, prefixed: bool) -> None:
     code = encoded(instruction, prefixed)
-    guest = boot(host, code + END, **instruction.good or {})
+    guest = booted(boot, host, instruction, code + END, **instruction.good or {}, rflags=2 | RF)
     outcome = guest.run()
     assert outcome.event is None
     assert tuple(outcome.exits) == instruction.exits
     assert guest.vcpu.get_regs().rip == CODE + len(code)
+    assert not guest.vcpu.get_regs().rflags & RF
     assert instruction.check(guest)
     assert guest.retired == 1
+
+
+COUNT_INSTRUCTIONS = 0x43_00C0
+"""Of an event select register of either vendor: instructions retired, in user and kernel mode, enabled."""
+COUNTERS = {"intel": ({0x38F: 1, 0x186: COUNT_INSTRUCTIONS}, 0xC1), "amd": ({0xC001_0000: COUNT_INSTRUCTIONS}, 0xC001_0004)}
+"""What to write to which MSRs, and the counter."""
+
+
+@cases(lambda instruction: instruction.good is not None)
+def test_the_guests_counter_of_instructions(boot: Boot, host: Host, instruction: Instruction, prefixed: bool) -> None:
+    control, counter = COUNTERS[host.vendor]
+    guest = booted(boot, host, instruction, NOP + encoded(instruction, prefixed) + NOP + END, **instruction.good or {})
+    assert guest.vcpu.set_msrs(control) == len(control)
+    assert guest.run().event is None
+    assert guest.vcpu.get_msrs([counter]) == [3]
 
 
 @cases(lambda instruction: instruction.good is not None and instruction.steps)
 def test_trap_flag(boot: Boot, host: Host, instruction: Instruction, prefixed: bool) -> None:
     code = encoded(instruction, prefixed)
-    guest = boot(host, code + NOP + END, **instruction.good or {}, rflags=2 | TF)
+    guest = booted(boot, host, instruction, code + NOP + END, **instruction.good or {}, rflags=2 | TF | RF)
     outcome = guest.run()
     assert outcome.event is not None
     assert (outcome.event.vector, outcome.event.rip) == (DB, CODE + len(code))
@@ -148,7 +240,7 @@ def test_trap_flag(boot: Boot, host: Host, instruction: Instruction, prefixed: b
 @cases(lambda instruction: instruction.good is not None)
 def test_interrupt_shadow(boot: Boot, host: Host, instruction: Instruction, prefixed: bool) -> None:
     code = encoded(instruction, prefixed)
-    guest = boot(host, STI + code + NOP + END, **instruction.good or {})
+    guest = booted(boot, host, instruction, STI + code + NOP + END, **instruction.good or {})
     guest.vcpu.interrupt(VECTOR)
     outcome = guest.run()
     assert outcome.event is not None
@@ -156,6 +248,22 @@ def test_interrupt_shadow(boot: Boot, host: Host, instruction: Instruction, pref
     assert tuple(outcome.exits) == instruction.exits
     assert instruction.check(guest)
     assert guest.retired == 3  # STI, the instruction, and the first one of the handler
+
+
+@cases(lambda instruction: instruction.good is not None)
+def test_shadow_of_mov_ss(boot: Boot, host: Host, instruction: Instruction, prefixed: bool) -> None:
+    """A shadow that user space restores: the guest is behind a MOV SS, with interrupts on and one of them waiting."""
+    code = encoded(instruction, prefixed)
+    guest = booted(boot, host, instruction, code + NOP + END, **instruction.good or {}, rflags=2 | IF)
+    events = uapi.VcpuEvents(flags=uapi.KVM_VCPUEVENT_VALID_SHADOW)
+    events.interrupt.shadow = uapi.KVM_X86_SHADOW_INT_MOV_SS
+    guest.vcpu.set_vcpu_events(events)
+    guest.vcpu.interrupt(VECTOR)
+    outcome = guest.run()
+    assert outcome.event is not None
+    assert (outcome.event.vector, outcome.event.rip) == (VECTOR, CODE + len(code))
+    assert tuple(outcome.exits) == instruction.exits
+    assert instruction.check(guest)
 
 
 @cases(lambda instruction: instruction.bad is not None)
@@ -175,11 +283,37 @@ def test_fault_leaves_rip_on_the_instruction(boot: Boot, host: Host, instruction
 
 @cases(lambda instruction: "cr8" not in instruction.name)  # LOCK MOV CR0 is AMD's MOV CR8 (APM vol. 3)
 def test_lock_is_undefined_before_every_intercepted_instruction(boot: Boot, host: Host, instruction: Instruction, prefixed: bool) -> None:
-    guest = boot(host, LOCK + encoded(instruction, prefixed) + END, **instruction.good or instruction.bad or {})
+    guest = booted(boot, host, instruction, LOCK + encoded(instruction, prefixed) + END, **instruction.good or instruction.bad or {})
     outcome = guest.run()
     assert outcome.event is not None
     assert (outcome.event.vector, outcome.event.rip) == (UD, CODE)
     assert guest.vcpu.instructions_skipped == 0
+
+
+PREFIXES = (0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3, *range(0x40, 0x50))
+
+
+@pytest.mark.parametrize("vendor", ["intel", "amd"])
+@given(
+    prefixes=st.lists(st.sampled_from(PREFIXES), max_size=14).map(bytes), number=st.integers(0, len(INSTRUCTIONS) - 1), trap=st.booleans()
+)
+def test_any_prefixes_do_the_same_on_every_host(vendor: str, prefixes: bytes, number: int, trap: bool) -> None:
+    """Whatever a guest puts before the instruction, it faults there or goes on behind it, however KVM learns where that is."""
+    instruction = INSTRUCTIONS[number]
+    registers = {**(instruction.good or instruction.bad or {}), "rflags": 2 | TF * trap}
+    code, seen = prefixes + instruction.code, []
+    for host in HOSTS:
+        if host.vendor == vendor:
+            guest = Guest(system_of(host), code + NOP + END, **registers)
+            instruction.arrange(guest)
+            outcome, regs = guest.run(), guest.vcpu.get_regs()
+            assert not {(uapi.KVM_EXIT_INTERNAL_ERROR,), (uapi.KVM_EXIT_SHUTDOWN,)} & set(outcome.exits), (
+                "it harms KVM, or more than itself"
+            )
+            assert outcome.event is None or CODE <= outcome.event.rip <= CODE + len(code) + 1
+            seen.append((outcome.event, outcome.exits, regs.rip, regs.rflags, guest.vcpu.instructions_skipped))
+            guest.close()
+    assert seen == seen[:1] * len(seen)
 
 
 # --- Skips that fail ---------------------------------------------------------------------------------------------------------------
@@ -200,6 +334,26 @@ def test_code_that_is_not_mapped_any_more_cannot_be_skipped(boot: Boot, host: Ho
         assert guest.vcpu.get_vcpu_events().interrupt.shadow
     assert guest.vcpu.stats["insn_emulation_fail"] == 3
     assert len(caplog.records) == 1
+
+
+PT = 0x7000
+ELSEWHERE = CODE + 0x1000
+MOVE_CODE = b"\x48\xc7\x04\x25" + long_guest.PD.to_bytes(4, "little") + (PT | 3).to_bytes(4, "little")
+"""mov qword [PD], PT | 3: what follows runs from the TLB, and has other bytes by the page tables."""
+
+
+@pytest.mark.parametrize("host", [host for host in HOSTS if not (host.saves_next_rip and host.nrips) and host.vendor == "amd"], ids=str)
+def test_bytes_that_are_no_instruction_come_with_the_exit(boot: Boot, host: Host) -> None:
+    guest = boot(host, MOVE_CODE + b"\x0f\xa2" + END)
+    at = len(MOVE_CODE)
+    guest.ram[PT + (CODE >> 9) : PT + (CODE >> 9) + 8] = (ELSEWHERE | 3).to_bytes(8, "little")
+    guest.ram[ELSEWHERE + at : ELSEWHERE + at + 15] = bytes([0x06] * 15)  # PUSH ES, which 64-bit mode has not
+    failure = guest.vcpu.kvm_run.emulation_failure
+    assert guest.run().exits == [(uapi.KVM_EXIT_INTERNAL_ERROR,)]
+    assert (failure.suberror, failure.ndata) == (uapi.KVM_INTERNAL_ERROR_EMULATION, 8)
+    assert failure.flags == uapi.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES
+    assert (failure.insn_size, bytes(failure.insn_bytes)) == (15, bytes([0x06] * 15))
+    assert guest.vcpu.get_regs().rip == CODE + at
 
 
 @pytest.mark.parametrize("host", [host for host in HOSTS if host.vendor == "amd"], ids=str)

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 import pytest
 
 from softkvm import kvm, silicon
+from softkvm.host.clock import VirtualClock
 from softkvm.kvm.emulate import FORCED_EMULATION_PREFIX as FEP
+from softkvm.kvm.virtual_time import CYCLES_PER_INSTRUCTION
 from softkvm.uapi import kvm as uapi
 from tests.helpers.long_guest import CODE, END, STACK, Guest
 
@@ -110,15 +112,49 @@ def test_stages_of_tsc_msrs_test(guest: Reader) -> None:
     assert State(guest).offset == last.offset - last.adjust & U64
 
 
+def often(code: bytes) -> bytes:
+    """mov esi, 50; 1: code; dec esi; jnz 1b"""
+    return b"\xbe\x32\0\0\0" + code + b"\xff\xce\x75" + struct.pack("b", -len(code) - 4)
+
+
+@pytest.mark.parametrize("cpu", ["cascadelake", "epyc"])
+@pytest.mark.parametrize("tier", ["interpreter", "auto", "translator"])
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize("rate", [1, 3])
-def test_every_way_to_read_is_host_tsc_times_ratio_plus_offset(guest: Reader, name: str, rate: int) -> None:
-    guest.vcpu.set_tsc_khz(rate * silicon.tsc_khz())
-    for offset in (0, 1 << 48, -(1 << 40) & U64):
+def test_every_way_to_read_is_host_tsc_times_ratio_plus_offset(cpu: str, tier: str, name: str, rate: int) -> None:
+    guest = Reader(kvm.System(silicon.Model(cpu, {}, None, tier)))
+    try:
+        guest.vcpu.set_tsc_khz(rate * silicon.tsc_khz())
+        for offset in (0, 1 << 48, -(1 << 40) & U64):
+            guest.vcpu.set_tsc_offset(offset)
+            before = silicon.tsc()
+            tsc = execute(guest, often(READERS[name] + JOIN), rcx=IA32_TSC)
+            assert (tsc - rate * before - offset) & U64 <= rate * (silicon.tsc() - before)
+        assert (guest.vcpu.engine_counters()["blocks_translated"] > 0) is (tier != "interpreter")
+    finally:
+        guest.close()
+
+
+@pytest.mark.parametrize("cpu", ["cascadelake", "epyc"])
+@pytest.mark.parametrize("tier", ["interpreter", "auto", "translator"])
+def test_in_virtual_time_it_is_so_to_the_last_cycle(cpu: str, tier: str) -> None:
+    """A deterministic machine's host TSC counts instructions, RDTSC itself among them."""
+    clock, rate, offset = VirtualClock(), 3, 1 << 48
+    model = silicon.Model(cpu, {}, clock.tsc_khz, tier)
+    turns = kvm.Turns(model, clock, seed=1)
+    guest = Reader(kvm.System(model, turns=turns))
+    try:
+        guest.vcpu.set_tsc_khz(rate * clock.tsc_khz)
         guest.vcpu.set_tsc_offset(offset)
-        before = silicon.tsc()
-        tsc = execute(guest, READERS[name] + JOIN, rcx=IA32_TSC)
-        assert (tsc - rate * before - offset) & U64 <= rate * (silicon.tsc() - before)
+        turns.begin()
+        with turns.taking(guest.vcpu):
+            execute(guest, b"")  # the memory is mapped now
+            for code, instructions in ((RDTSC + JOIN, 1), (often(RDTSC + JOIN), 1 + 49 * 6 + 1)):
+                before = clock.tsc()
+                tsc = execute(guest, code)
+                assert tsc == rate * (before + instructions * CYCLES_PER_INSTRUCTION) + offset
+    finally:
+        guest.close()
 
 
 def test_vcpus_of_a_rate_of_the_vms_start_together(system: kvm.System) -> None:

@@ -207,10 +207,10 @@ def test_what_once_did_harm() -> None:
 
 @pytest.mark.timeout(0)
 def test_a_million_bent_messages_do_no_harm() -> None:
-    gc.collect()  # what earlier tests have left must not end meanwhile
     descriptors = len(os.listdir("/proc/self/fd"))
     left, seed = int(os.environ.get("SOFTKVM_KVMI_MESSAGES", "10000")), 1000
     while left > 0:
         left -= max(1, session(seed, DIALECTS[seed % 3]))
         seed += 1
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= descriptors

@@ -73,15 +73,15 @@ fn a_loop_of_pauses_exits_when_its_window_is_over() {
 
 #[test]
 fn hypercalls_exit_or_are_undefined() {
-    for (mut machine, reason) in [(Machine::new(), 18), (amd(), 0x81)] {
-        for code in [VMCALL, VMMCALL] {
-            machine.cpu.control.intercepts = 0;
+    for (mut machine, own, other, reason) in [(Machine::new(), VMCALL, VMMCALL, 18), (amd(), VMMCALL, VMCALL, 0x81)] {
+        for (code, intercepts) in [(own, 0), (other, 0), (other, 1 << intercept::HYPERCALL)] {
+            machine.cpu.control.intercepts = intercepts;
             assert_eq!(machine.run(code, 1), Err(Stop::Fault));
             assert_eq!(machine.vector(), vector::UD);
-            machine.cpu.control.intercepts = 1 << intercept::HYPERCALL;
-            assert_eq!(machine.run(code, 1), Err(Stop::Exit));
-            assert_eq!(machine.cpu.exit.reason, reason);
         }
+        machine.cpu.control.intercepts = 1 << intercept::HYPERCALL;
+        assert_eq!(machine.run(own, 1), Err(Stop::Exit));
+        assert_eq!(machine.cpu.exit.reason, reason);
     }
 }
 

@@ -10,7 +10,7 @@ use softkvm_engine::jit::Tier;
 use softkvm_engine::pmu::branch::Kind;
 use softkvm_engine::pmu::registers::{index, status};
 use softkvm_engine::pmu::{debugctl, lvt};
-use softkvm_engine::state::{cr4, gpr};
+use softkvm_engine::state::{cr4, gpr, interruptibility};
 use softkvm_engine::uop::Stop;
 use softkvm_engine::virt::control::intercept;
 
@@ -393,6 +393,53 @@ fn the_guest_that_turns_its_counter_off_meets_the_overflow_first() {
     let code = [0x90, 0x90, 0x90, 0x90, 0x90, 0x0f, 0x30, 0xf4];
     let mut machine = overflowing(&code, INSTRUCTIONS, 5);
     assert_eq!((enter(&mut machine), machine.cpu.rip()), (EXIT_NMI, CODE + 5));
+}
+
+/// A guest whose overflow interrupts are its own, with counter 0 as [`overflowing`] sets it up and an NMI handler that halts.
+fn overflowing_inside(code: &[u8], after: u64, entry: u64) -> Machine {
+    let mut machine = overflowing(code, INSTRUCTIONS, after);
+    machine.cpu.pmu.load_virtual_interrupt(entry);
+    machine.poke(HANDLERS + 16 * u64::from(vector::NMI), &[0xf4]);
+    machine
+}
+
+#[test]
+fn a_guest_takes_an_nmi_of_its_own_at_the_instruction_of_the_overflow() {
+    for after in 1..6 {
+        let mut machine = overflowing_inside(&[0x90; 8], after, lvt::NMI);
+        machine.cpu.state.debugctl = debugctl::LBR | debugctl::FREEZE_LBRS_ON_PMI;
+        assert_eq!((enter(&mut machine), machine.cpu.rip()), (EXIT_HLT, HANDLERS + 16 * u64::from(vector::NMI)));
+        assert_eq!(machine.stacked(0), CODE + after, "the frame's RIP");
+        assert_eq!(machine.cpu.state.interruptibility, interruptibility::NMI);
+        assert_eq!((get(&machine, index::GLOBAL_STATUS), machine.cpu.state.debugctl), (1, debugctl::FREEZE_LBRS_ON_PMI));
+        assert_eq!((machine.cpu.pmu.save_virtual_interrupt(), machine.cpu.pmu.lvtpc), (Some(lvt::NMI | lvt::MASKED), lvt::NMI));
+    }
+}
+
+#[test]
+fn what_a_guest_cannot_take_at_once_is_the_hosts_and_what_it_masks_is_lost() {
+    let code = [0x90, 0x90, 0x90, 0x90, 0xf4];
+    let mut blocked = overflowing_inside(&code, 2, lvt::NMI);
+    blocked.cpu.state.interruptibility = interruptibility::NMI;
+    let mut fixed = overflowing_inside(&code, 2, 0x20);
+    for machine in [&mut blocked, &mut fixed] {
+        assert_eq!((enter(machine), machine.cpu.rip()), (EXIT_NMI, CODE + 2));
+        assert_ne!(machine.cpu.pmu.lvtpc & lvt::MASKED, 0);
+    }
+    let mut masked = overflowing_inside(&code, 2, lvt::NMI | lvt::MASKED);
+    assert_eq!((enter(&mut masked), masked.cpu.rip(), get(&masked, index::GLOBAL_STATUS)), (EXIT_HLT, CODE + 4, 1));
+}
+
+#[test]
+fn an_interrupt_that_the_exit_overtakes_stays_with_the_guest() {
+    // The overflow is at the last instruction before HLT, which exits.
+    let mut machine = overflowing_inside(&[0x90, 0x90, 0xf4], 2, lvt::NMI);
+    machine.cpu.begin_watch();
+    machine.cpu.pmu.interrupt = true;
+    let entry = machine.cpu.pmu.save_virtual_interrupt();
+    assert_eq!((entry, machine.cpu.pmu.interrupt), (Some(lvt::NMI | lvt::PENDING), false));
+    machine.cpu.pmu.load_virtual_interrupt(lvt::NMI | lvt::PENDING);
+    assert_eq!((enter(&mut machine), machine.cpu.rip()), (EXIT_HLT, HANDLERS + 16 * u64::from(vector::NMI)));
 }
 
 // ---- AMD ------------------------------------------------------------------------------------------------------------------------------

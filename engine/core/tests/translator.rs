@@ -76,6 +76,28 @@ fn linked_blocks_run_without_the_dispatcher() {
 }
 
 #[test]
+fn blocks_that_the_jump_cache_has_forgotten_are_linked() {
+    const BLOCKS: u64 = 50;
+    /// Two addresses that differ so have the same place in the jump cache.
+    const ALIAS: u64 = 1 << 20 | 1 << 6;
+    let mut machine = Machine::new();
+    machine.load(&[HLT]);
+    machine.cpu.set_translator(Some(16));
+    ring(&mut machine, BLOCKS);
+    let places: Vec<u64> = (CODE..=CODE + BLOCKS * STRIDE).step_by(STRIDE as usize).flat_map(|at| [at, at + 15]).collect();
+    for pair in places.windows(2) {
+        machine.poke(pair[0] ^ ALIAS, &jump(pair[0] ^ ALIAS, pair[1] ^ ALIAS));
+    }
+    machine.poke(places[places.len() - 1] ^ ALIAS, &[HLT]);
+    for (start, turns) in [(CODE, 3 * BLOCKS), (CODE ^ ALIAS, 0), (CODE, 200 * BLOCKS)] {
+        machine.set_rip(start);
+        machine.cpu.set_gpr(gpr::RCX, turns);
+        run(&mut machine);
+    }
+    assert!(machine.cpu.blocks_run < 60 * BLOCKS, "{} entries", machine.cpu.blocks_run);
+}
+
+#[test]
 fn a_linked_block_that_is_rewritten_is_left() {
     let mut machine = Machine::new();
     let (victim, page_ahead) = (CODE + 0x200, CODE + 0x1000);

@@ -12,6 +12,8 @@ mod logging;
 mod memory;
 mod model;
 mod nested;
+mod posted;
+mod wakeup;
 
 use pyo3::prelude::*;
 
@@ -39,6 +41,10 @@ mod _engine {
     use crate::model::Model as PyModel;
     #[pymodule_export]
     use crate::nested::NestedPageTable;
+    #[pymodule_export]
+    use crate::posted::{IpiTable, PostedInterrupts};
+    #[pymodule_export]
+    use crate::wakeup::Wakeup;
 
     #[pymodule_init]
     fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {

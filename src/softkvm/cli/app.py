@@ -109,6 +109,7 @@ def cli() -> None:
 )
 @click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this wall time, with exit status 124.")
 @click.option("--stats", is_flag=False, flag_value="table", type=click.Choice(["table", "json"]), help="Print counters at the end.")
+@click.option("--contexts", is_flag=True, help="Print how long each thread was in the guest, in KVM, in the VMM, and idle.")
 @click.option("--json", is_flag=True, help="Print one JSON object about the run in place of the guest's output.")
 @click.option("--trace", multiple=True, metavar="PATTERN|help", help="Record events, such as kvm_exit or 'kvm_*', as ftrace does.")
 @click.option("--trace-file", metavar="FILE", help="Where events go; *.dat for trace-cmd.  [default: standard error]")
@@ -136,6 +137,7 @@ def run(
     extras: tuple[str, ...],
     timeout: float | None,
     stats: StatsFormat | None,
+    contexts: bool,
     json: bool,
     trace: tuple[str, ...],
     trace_file: str | None,
@@ -185,6 +187,7 @@ def run(
         kvm=kvm,
         timeout=timeout,
         stats=stats,
+        contexts=contexts,
         json=json,
         command=command,
         extras=extras,

@@ -30,6 +30,7 @@ class RunOptions:
     kvm: tuple[str, ...] = ()
     timeout: float | None = None
     stats: StatsFormat | None = None
+    contexts: bool = False
     json: bool = False
     command: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()

@@ -20,7 +20,7 @@ from softkvm.cli.errors import CliError
 from softkvm.cli.inputs import CommandInput, ConsolePipe, Input, Keyboard, Prompt
 from softkvm.cli.options import RunOptions
 from softkvm.cli.streams import Capture, ConsoleTail, DescriptorSink, Sink, Surrender
-from softkvm.cli.watch import watched
+from softkvm.cli.watch import print_contexts, watched
 from softkvm.host.process import Process
 from softkvm.host.seccomp import Killed
 from softkvm.vmm import ConfigError, Machine, SerialBackend, StateError, StopReason
@@ -275,6 +275,8 @@ class _Run:
             sys.stdout.write(msgspec.json.encode(self._outcome(machine, ending, code, seconds)).decode() + "\n")
         if options.stats is not None:
             output.print_stats(machine.stats(), options.stats)
+        if options.contexts:
+            print_contexts()
         return code
 
     def _outcome(self, machine: Machine, ending: Ending, code: int, seconds: float) -> Outcome:

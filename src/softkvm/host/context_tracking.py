@@ -10,7 +10,7 @@ import time
 
 from softkvm.host import static_call
 from softkvm.host.noinstr import noinstr
-from softkvm.host.task import CONTEXT_GUEST, CONTEXT_KERNEL, CONTEXT_NAMES, CONTEXT_USER, Task
+from softkvm.host.task import CONTEXT_GUEST, CONTEXT_KERNEL, CONTEXT_NAMES, CONTEXT_USER, Task, tasks
 
 _now = time.monotonic_ns
 _users = 0
@@ -72,3 +72,8 @@ def guest_enter_irqoff(task: Task) -> int:
 def times(task: Task) -> dict[str, int]:
     """Nanoseconds in `user`, `kernel`, `guest` and `idle` while context tracking was on, up to the last crossing."""
     return dict(zip(CONTEXT_NAMES, task.context_times, strict=True))
+
+
+def threads() -> list[tuple[str, dict[str, int]]]:
+    """Name and `times()` of each thread of which time was counted."""
+    return [(task.comm, times(task)) for task in tasks() if any(task.context_times)]

@@ -66,7 +66,7 @@ class Guest(Protocol):
 
 
 class Wakeup(Protocol):
-    """What a thread sleeps on until another one wakes it: `threading.Event`, or who keeps a place in its stead."""
+    """What a thread waits on until another one wakes it: `silicon.Wakeup`, or who keeps a place in its stead."""
 
     def is_set(self) -> bool:
         """Whether it was woken since `clear()`."""
@@ -76,6 +76,9 @@ class Wakeup(Protocol):
 
     def set(self) -> None:
         """Wake the thread."""
+
+    def poll(self, ns: int) -> bool:
+        """Wait awake until it is woken, `ns` are over or others want the processor; whether it was woken."""
 
     def wait(self, timeout: float | None = None) -> bool:
         """Sleep until it is woken or `timeout` seconds are over; whether it was woken."""
@@ -122,7 +125,7 @@ class Scheduler:
 
     def wakeup(self, guest: Guest) -> Wakeup:
         """What the thread of a new guest sleeps on."""
-        return threading.Event()
+        return silicon.Wakeup()
 
     # --- For the guests' threads ----------------------------------------------------------------------------------------------------
 

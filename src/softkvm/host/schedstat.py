@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import threading
-from pathlib import Path
+from io import FileIO
 
 from softkvm.host.task import current
 
-_SCHEDSTAT = Path("/proc/thread-self/schedstat")
+_SCHEDSTAT = "/proc/thread-self/schedstat"
+_MOST_BYTES = 64
 
 
 class _Seen(threading.local):
-    """How often this thread had lost its processor when somebody last asked."""
+    """What is kept of this thread."""
 
     preemptions = 0
+    """How often it had lost its processor when somebody last asked."""
+    file: FileIO | None = None
+    """What the host counts of it, once somebody has asked."""
 
 
 _seen = _Seen()
@@ -25,7 +30,8 @@ def run_delay_ns() -> int:
     what the host counts."""
     waited = current().run_delay
     try:
-        return waited + int(_SCHEDSTAT.read_text().split()[1])
+        file = _seen.file = _seen.file or FileIO(_SCHEDSTAT)
+        return waited + int(os.pread(file.fileno(), _MOST_BYTES, 0).split()[1])
     except (OSError, IndexError, ValueError):
         return waited
 

@@ -10,6 +10,7 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
+from weakref import WeakSet
 
 if TYPE_CHECKING:
     from softkvm.host.call import Call
@@ -43,6 +44,7 @@ class Task:
     """One thread: `flags` are TIF_* bits; `guest` is the vCPU whose KVM_RUN it is in."""
 
     __slots__ = (
+        "__weakref__",
         "_lock",
         "_return_notifiers",
         "_works",
@@ -136,6 +138,12 @@ class Task:
 class _Current(threading.local):
     def __init__(self) -> None:
         self.task = Task()
+        with _lock:
+            _tasks.add(self.task)
+
+
+_tasks: WeakSet[Task] = WeakSet()
+_lock = threading.Lock()
 
 
 _current = _Current()
@@ -144,3 +152,9 @@ _current = _Current()
 def current() -> Task:
     """The task of this thread."""
     return _current.task
+
+
+def tasks() -> list[Task]:
+    """The tasks of all threads that have met the kernel and are there still, the oldest first."""
+    with _lock:
+        return sorted(_tasks, key=lambda task: task.tid)

@@ -57,7 +57,7 @@ class State(Enum):
 
 
 class Seat:
-    """A guest's place in the round, and the wake-up (`threading.Event` to its users) that its thread sleeps on."""
+    """A guest's place in the round, and the wake-up (`Wakeup` to its users) that its thread sleeps on."""
 
     def __init__(self, turns: Turns, guest: Guest) -> None:
         """Whoever has nothing to do with a run."""
@@ -80,6 +80,10 @@ class Seat:
     def set(self) -> None:
         """Wake the guest's thread, which goes on when its turn comes; callable from any thread."""
         self._turns.wake(self)
+
+    def poll(self, ns: int) -> bool:
+        """Nothing is won by waiting in one's own turn."""
+        return self.woken
 
     def wait(self, timeout: float | None = None) -> bool:
         """Give the turn away and sleep; with any `timeout` until the first timer of the clock at the latest. Returns in the next turn."""

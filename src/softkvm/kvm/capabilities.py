@@ -74,6 +74,7 @@ _PRESENT = (
     uapi.KVM_CAP_BINARY_STATS_FD,
     uapi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID,
     uapi.KVM_CAP_MSR_PLATFORM_INFO,
+    uapi.KVM_CAP_HALT_POLL,
     series.KVM_CAP_TSC_OFFSET,
     kvmi.V9.ioctls.capability,
 )

@@ -1,11 +1,12 @@
 """KVM's instruction emulator: one instruction of the guest, executed or stepped over by KVM where the silicon alone cannot.
 
 Answers to Linux 6.1 `x86_emulate_instruction()`, `handle_emulation_failure()`, `complete_emulated_mmio()` and `handle_ud()`. It serves
-accesses to devices and to read-only slots, string I/O, the forced emulation prefix, and skips where the silicon does not tell where an
-instruction ends. There is no second set of instruction semantics: the interpreter is the silicon's `Control.emulate`, the decoder the
-silicon's own. What the emulator of Linux has as callbacks are exits of that run: memory that is no RAM asks for an access (KVM gives it a
-list of completed ones, which starts empty and grows by one each time the instruction is restarted, until it runs through and the guest
-goes on behind it); intercepts, ports and MSRs leave as those of any other instruction. `emulator_ops.py` is what KVM's side of it does.
+accesses to devices and to read-only slots, string I/O, the forced emulation prefix, the other vendor's hypercall, and skips where the
+silicon does not tell where an instruction ends. There is no second set of instruction semantics: the interpreter is the silicon's
+`Control.emulate`, the decoder the silicon's own. What the emulator of Linux has as callbacks are exits of that run: memory that is no RAM
+asks for an access (KVM gives it a list of completed ones, which starts empty and grows by one each time the instruction is restarted, until
+it runs through and the guest goes on behind it); intercepts, ports and MSRs leave as those of any other instruction. `emulator_ops.py` is
+what KVM's side of it does.
 
 From its first completed access to its end an instruction is half done: its accesses are made once and must not be lost, so nothing may
 come in between (`Vcpu.half_done`).
@@ -19,7 +20,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from softkvm.host import trace
-from softkvm.kvm import emulate_string, events, exits, regs, smm
+from softkvm.kvm import emulate_string, events, exits, hypercall, regs, smm
 from softkvm.kvm import emulator_ops as ops
 from softkvm.kvm.mmu import Fault
 from softkvm.silicon import EMULATE_FIRST, EXIT_ACCESS, EXIT_BREAKPOINT, EXIT_EMULATED, EXIT_MONITOR_TRAP_AMD, DeviceAccess
@@ -28,6 +29,8 @@ from softkvm.uapi import kvm as uapi
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu import Vcpu
 
+EMULTYPE_TRAP_UD = 1 << 1
+"""The silicon has not the instruction; the other vendor's may have it, and then the guest shall not be without."""
 EMULTYPE_SKIP = 1 << 2
 """Only step over the instruction: KVM has done its work."""
 EMULTYPE_TRAP_UD_FORCED = 1 << 4
@@ -54,6 +57,8 @@ def emulate_instruction(vcpu: Vcpu, emulation_type: int) -> int:
     """Emulate the instruction at RIP, or step over it (EMULTYPE_SKIP): as an exit handler."""
     if emulation_type & EMULTYPE_SKIP:
         return _skip(vcpu)
+    if emulation_type & EMULTYPE_TRAP_UD:
+        return _trap_ud(vcpu)
     if not emulation_type:
         result = emulate_string.transfer(vcpu)
         return handle_emulation_failure(vcpu, emulation_type) if result is None else result
@@ -116,19 +121,28 @@ def _code_bits(vcpu: Vcpu) -> int:
 
 
 def handle_ud(vcpu: Vcpu) -> int:
-    """An intercepted #UD: RSM, the forced emulation prefix, or the guest's own."""
+    """An intercepted #UD: RSM, the forced emulation prefix, an instruction of the other vendor, or the guest's own."""
     code = ops.fetch(vcpu)
     if vcpu.smm.active and _opcode(vcpu, code).startswith(smm.RSM):
         return smm.leave(vcpu)
-    if not code.startswith(FORCED_EMULATION_PREFIX):
-        events.inject_ud(vcpu)
-        return 1
+    if not (code.startswith(FORCED_EMULATION_PREFIX) and vcpu.vm.parameters.force_emulation_prefix):
+        return emulate_instruction(vcpu, EMULTYPE_TRAP_UD)
     rip = vcpu.state.rip + len(FORCED_EMULATION_PREFIX)
     vcpu.state.rip = rip if regs.is_64_bit_mode(vcpu) else rip & _U32
     if ops.fetch(vcpu).startswith(FORCED_EMULATION_PREFIX):  # to the emulator its UD2 is no prefix but undefined
         events.inject_ud(vcpu)
         return 1
     return emulate_instruction(vcpu, EMULTYPE_TRAP_UD_FORCED)
+
+
+def _trap_ud(vcpu: Vcpu) -> int:
+    """Of what only the other vendor's silicon has, a hypercall is done; all else is undefined."""
+    code = ops.fetch(vcpu)
+    opcode = _opcode(vcpu, code)
+    if opcode.startswith(hypercall.INSTRUCTIONS):
+        return hypercall.fix(vcpu, len(code) - len(opcode), opcode)
+    events.inject_ud(vcpu)
+    return 1
 
 
 def after_exit(vcpu: Vcpu, reason: int) -> None:

@@ -6,14 +6,12 @@ is one batch: as many elements as lie in the page and fit the exit to user space
 
 from __future__ import annotations
 
-import errno
 from typing import TYPE_CHECKING, NamedTuple
 
 from softkvm.host import trace
 from softkvm.kvm import emulator_ops as ops
-from softkvm.kvm import events, exits, regs
+from softkvm.kvm import exits, regs
 from softkvm.kvm.memslots import PAGE_SIZE
-from softkvm.kvm.mmu import Fault
 from softkvm.kvm.port_exit import IO_DOWN, IO_IN, IO_REP, PIO_DATA_SIZE, address_mask, port_exit
 from softkvm.silicon import RIGHT_R, RIGHT_W
 from softkvm.uapi.kvm import KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT
@@ -44,11 +42,11 @@ def transfer(vcpu: Vcpu) -> int | None:
     if count == 0:
         return exits.skip(vcpu)
     access = RIGHT_W if flags & IO_IN else RIGHT_R
-    pieces = _translate(vcpu, _addresses(info.io_gla, size, count, bool(flags & IO_DOWN)), size, access)
+    pieces = ops.translate(vcpu, _addresses(info.io_gla, size, count, bool(flags & IO_DOWN)), size, access)
     if isinstance(pieces, int):
         return pieces
     batch = Transfer(flags, info.io_port, size, pieces)
-    if any(vcpu.mmu.fault(gpa, batch.into_memory) is Fault.MMIO for gpa, _ in pieces[0]):  # no other element reaches another page
+    if ops.is_device(vcpu, pieces[0], batch.into_memory):  # no other element reaches another page
         return _with_device(vcpu, batch, pieces[0][0][0]) if len(pieces[0]) == 1 else None
     return _in(vcpu, batch) if batch.into_memory else _out(vcpu, batch)
 
@@ -58,29 +56,6 @@ def _addresses(gla: int, size: int, count: int, down: bool) -> list[int]:
     room = gla % PAGE_SIZE + size if down else PAGE_SIZE - gla % PAGE_SIZE
     count = max(1, min(count, room // size, PIO_DATA_SIZE // size))
     return [gla + (-size if down else size) * index for index in range(count)]
-
-
-def _translate(vcpu: Vcpu, addresses: list[int], size: int, access: int) -> list[ops.Piece] | int:
-    """Guest-physical places of the elements; 1 after a #PF was queued, -errno if RAM is missing behind a slot."""
-    user = ops.TRANSLATE_USER if regs.cpl(vcpu) == 3 else 0
-    pages: dict[int, int] = {}
-    for page in dict.fromkeys(linear & -PAGE_SIZE for address in addresses for linear in (address, address + size - 1)):
-        gpa = vcpu.translate_gva(page, access | user)
-        if gpa is None:
-            linear = next(address for address in addresses if page in (address & -PAGE_SIZE, (address + size - 1) & -PAGE_SIZE))
-            present = vcpu.translate_gva(page, RIGHT_R) is not None
-            events.inject_page_fault(vcpu, max(linear, page), int(present) | (2 if access == RIGHT_W else 0) | (4 if user else 0))
-            return 1
-        if vcpu.mmu.fault(gpa, access == RIGHT_W) is Fault.UNMAPPED:
-            return -errno.EFAULT
-        pages[page] = gpa
-    return [_piece(pages, address, size) for address in addresses]
-
-
-def _piece(pages: dict[int, int], address: int, size: int) -> ops.Piece:
-    first = min(size, PAGE_SIZE - address % PAGE_SIZE)
-    piece: ops.Piece = ((pages[address & -PAGE_SIZE] + address % PAGE_SIZE, first),)
-    return piece if first == size else (*piece, (pages[address + first], size - first))
 
 
 def _in(vcpu: Vcpu, batch: Transfer) -> int:

@@ -10,16 +10,18 @@ the device accesses below them. Whoever watches guest memory (page tracking, int
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from softkvm.host import trace
-from softkvm.kvm import regs
+from softkvm.kvm import events, regs
 from softkvm.kvm.irqchip.lapic_registers import APIC_BASE_ENABLE, APIC_BASE_X2APIC
 from softkvm.kvm.memslots import PAGE_SIZE
+from softkvm.kvm.mmu import Fault
 from softkvm.kvm.port_exit import port_exit
-from softkvm.silicon import RIGHT_X
+from softkvm.silicon import RIGHT_R, RIGHT_W, RIGHT_X
 from softkvm.uapi.kvm import KVM_EXIT_IO_IN, KVM_EXIT_IO_OUT, KVM_EXIT_MMIO, Run, RunMmio
 from softkvm.uapi.layout import offset_of
 
@@ -68,6 +70,37 @@ def fetch(vcpu: Vcpu) -> bytes:
         except OSError:  # a device, or nothing at all
             break
     return code
+
+
+def translate(vcpu: Vcpu, addresses: list[int], size: int, access: int) -> list[Piece] | int:
+    """Guest-physical places of operands of `size` bytes at linear addresses; 1 after a #PF was queued, -errno without RAM behind a slot.
+
+    `access` is RIGHT_R or RIGHT_W, at the privilege of the guest's code.
+    """
+    user = TRANSLATE_USER if regs.cpl(vcpu) == 3 else 0
+    pages: dict[int, int] = {}
+    for page in dict.fromkeys(linear & -PAGE_SIZE for address in addresses for linear in (address, address + size - 1)):
+        gpa = vcpu.translate_gva(page, access | user)
+        if gpa is None:
+            linear = next(address for address in addresses if page in (address & -PAGE_SIZE, (address + size - 1) & -PAGE_SIZE))
+            present = vcpu.translate_gva(page, RIGHT_R) is not None
+            events.inject_page_fault(vcpu, max(linear, page), int(present) | (2 if access == RIGHT_W else 0) | (4 if user else 0))
+            return 1
+        if vcpu.mmu.fault(gpa, access == RIGHT_W) is Fault.UNMAPPED:
+            return -errno.EFAULT
+        pages[page] = gpa
+    return [_piece(pages, address, size) for address in addresses]
+
+
+def _piece(pages: dict[int, int], address: int, size: int) -> Piece:
+    first = min(size, PAGE_SIZE - address % PAGE_SIZE)
+    piece: Piece = ((pages[address & -PAGE_SIZE] + address % PAGE_SIZE, first),)
+    return piece if first == size else (*piece, (pages[address + first], size - first))
+
+
+def is_device(vcpu: Vcpu, piece: Piece, write: bool) -> bool:
+    """Whether an access to an operand would not be one to RAM, but to a device, or a write to a read-only slot."""
+    return any(vcpu.mmu.fault(gpa, write) is Fault.MMIO for gpa, _ in piece)
 
 
 def read_memory(vcpu: Vcpu, piece: Piece) -> bytes:

@@ -122,7 +122,7 @@ def handle_halt(vcpu: Vcpu) -> int:
 
 
 def handle_nop(vcpu: Vcpu) -> int:
-    """An instruction that has no effect under KVM (WBINVD, MONITOR, MWAIT)."""
+    """An instruction that has no effect under KVM (INVD, WBINVD, MONITOR, MWAIT)."""
     return skip(vcpu)
 
 
@@ -181,6 +181,20 @@ def handle_nmi_window(vcpu: Vcpu) -> int:
     vcpu.set_windows(vcpu.windows & ~events.NMI_WINDOW)
     vcpu.make_request(REQ_EVENT)
     vcpu.stats["nmi_window_exits"] += 1
+    return 1
+
+
+def handle_end_of_interrupt(vcpu: Vcpu, vector: int) -> int:
+    """EOI of a virtual APIC, of a vector that concerns an IOAPIC; the instruction is complete."""
+    assert vcpu.lapic is not None
+    vcpu.lapic.end_of_interrupt(vector)
+    return 1
+
+
+def handle_icr_write(vcpu: Vcpu) -> int:
+    """A command of a virtual APIC that the silicon does not execute; the instruction is complete."""
+    assert vcpu.lapic is not None
+    vcpu.lapic.icr_written()
     return 1
 
 

@@ -1,7 +1,7 @@
 """Hypercalls of a KVM guest.
 
-Answers to Linux 6.1 `kvm_emulate_hypercall()` and `Documentation/virt/kvm/x86/hypercalls.rst`: number in RAX, arguments in RBX, RCX, RDX,
-RSI, result in RAX.
+Answers to Linux 6.1 `kvm_emulate_hypercall()`, `em_hypercall()`, `emulator_fix_hypercall()` and
+`Documentation/virt/kvm/x86/hypercalls.rst`: number in RAX, arguments in RBX, RCX, RDX, RSI, result in RAX.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from softkvm.host import trace
-from softkvm.kvm import exits, regs
+from softkvm.kvm import emulator_ops as ops
+from softkvm.kvm import events, exits, regs
 from softkvm.kvm.irqchip import irq
+from softkvm.silicon import RIGHT_W
 from softkvm.uapi.kvm import (
     KVM_ENOSYS,
     KVM_FEATURE_PV_SCHED_YIELD,
@@ -26,6 +28,9 @@ from softkvm.uapi.kvm import (
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu import Vcpu
 
+VMCALL, VMMCALL = b"\x0f\x01\xc1", b"\x0f\x01\xd9"
+INSTRUCTIONS = (VMCALL, VMMCALL)
+_OWN = {"intel": VMCALL, "amd": VMMCALL}
 _FEATURES_LEAF = 0x4000_0001
 
 
@@ -74,3 +79,24 @@ def _call(vcpu: Vcpu, nr: int, *arguments: int) -> int:
     if call is None or not features[0] >> feature & 1:
         return -KVM_ENOSYS
     return call(vcpu, *arguments)
+
+
+def fix(vcpu: Vcpu, prefixes: int, opcode: bytes) -> int:
+    """The other vendor's hypercall, behind `prefixes` bytes: the silicon's own is stored over it, and the guest executes that.
+
+    It is a store of the guest's own code, by its page tables: where they forbid it the guest gets #PF. Code in read-only memory cannot be
+    mended and stays undefined. KVM checks the privilege of VMCALL here, not of VMMCALL.
+    """
+    if opcode.startswith(VMCALL) and regs.cpl(vcpu):
+        events.inject_gp(vcpu)
+        return 1
+    own = _OWN[vcpu.model.vendor]
+    mask = (1 << 64) - 1 if regs.is_64_bit_mode(vcpu) else 0xFFFF_FFFF
+    pieces = ops.translate(vcpu, [regs.linear_rip(vcpu) + prefixes & mask], len(own), RIGHT_W)
+    if isinstance(pieces, int):
+        return pieces
+    if ops.is_device(vcpu, pieces[0], write=True):
+        events.inject_ud(vcpu)
+    else:
+        ops.write_memory(vcpu, pieces[0], own)
+    return 1

@@ -19,6 +19,7 @@ from softkvm.kvm import cpuid, msr_bitmap
 from softkvm.kvm import msr_index as n
 from softkvm.kvm.msr_kinds import Handler, MsrError, require
 from softkvm.kvm.pmu.offer import supported_capabilities
+from softkvm.silicon.pmu import VIRTUAL_PMI
 from softkvm.uapi import series
 from softkvm.uapi.perf import BranchSample, SampleFormat
 
@@ -53,6 +54,7 @@ class GuestLbr:
         self.used = False
         """The guest has touched them in this time slice."""
         self._host_debugctl = self._debugctl = 0
+        self._writes_debugctl = False
 
     @property
     def same_model(self) -> bool:
@@ -97,13 +99,14 @@ class GuestLbr:
     # --- Interception ---------------------------------------------------------------------------------------------------------------
 
     def pass_through(self) -> None:
-        """Let the guest use the records without exits, and read DEBUGCTL; what it writes there is KVM's to judge."""
+        """Let the guest use the records without exits, and read DEBUGCTL."""
         if self.layout is not None and not self.passed_through:
             self.passed_through = True
             for msr in self.layout.msrs():
                 msr_bitmap.pass_through(self.vcpu, msr, write=False)
                 msr_bitmap.pass_through(self.vcpu, msr, write=True)
             msr_bitmap.pass_through(self.vcpu, n.IA32_DEBUGCTL, write=False)
+            self.choose_debugctl()
             self._guard_entry()
 
     def intercept(self) -> None:
@@ -114,6 +117,7 @@ class GuestLbr:
                 msr_bitmap.intercept(self.vcpu, msr, write=False)
                 msr_bitmap.intercept(self.vcpu, msr, write=True)
             msr_bitmap.intercept(self.vcpu, n.IA32_DEBUGCTL, write=False)
+            self.choose_debugctl()
             self._guard_entry()
 
     def _guard_entry(self) -> None:
@@ -138,6 +142,15 @@ class GuestLbr:
     @debugctl.setter
     def debugctl(self, value: int) -> None:
         self._debugctl = self.vcpu.state.debugctl = value
+
+    def choose_debugctl(self) -> None:
+        """Let the guest write DEBUGCTL as long as it uses records and counters by itself; bits that it lacks are KVM's to judge."""
+        alone = self.passed_through and not self._host_debugctl and bool(self.vcpu.control.perf_controls & VIRTUAL_PMI)
+        if alone != self._writes_debugctl:
+            self._writes_debugctl = alone
+            self.vcpu.control.guest_debugctl_mask = n.DEBUGCTL_LBR | n.DEBUGCTL_FREEZE_LBRS_ON_PMI
+            change = msr_bitmap.pass_through if alone else msr_bitmap.intercept
+            change(self.vcpu, n.IA32_DEBUGCTL, write=True)
 
     def set_host_debugctl(self, bits: int) -> None:
         """The bits that the host's perf wants set while the guest runs: its own records of the guest. The guest does not see them."""

@@ -43,6 +43,11 @@ class MsrState:
             PERF_CAPABILITIES: vcpu.vm.perf_capabilities,
         }
 
+    @property
+    def host_polls(self) -> bool:
+        """Whether the guest lets its host wait awake in HLT; a guest that polls itself does not."""
+        return bool(self.values[uapi.MSR_KVM_POLL_CONTROL] & 1)
+
 
 def get(vcpu: Vcpu, index: int, host_initiated: bool) -> int:
     """Read an MSR; MsrError if it does not exist or may not be read."""

@@ -1,6 +1,6 @@
-"""KVM_RUN: the loop that enters the guest, handles its exits, waits in HLT, and returns to user space.
+"""KVM_RUN: the loop that enters the guest, handles its exits, and returns to user space; `halt.py` waits in HLT.
 
-Answers to Linux 6.1 `arch/x86/kvm/x86.c`: `kvm_arch_vcpu_ioctl_run()`, `vcpu_run()`, `vcpu_enter_guest()`, `vcpu_block()`; and to
+Answers to Linux 6.1 `arch/x86/kvm/x86.c`: `kvm_arch_vcpu_ioctl_run()`, `vcpu_run()`, `vcpu_enter_guest()`; and to
 `Documentation/virt/kvm/api.rst` for `struct kvm_run`. Results: 1 = run on, 0 = to user space with an exit reason, negative = -errno.
 """
 
@@ -9,14 +9,15 @@ from __future__ import annotations
 import errno
 import signal
 import struct
-from functools import partial
 from typing import TYPE_CHECKING
 
-from softkvm.host import entry, trace
+from softkvm.host import entry
 from softkvm.host.task import Task
-from softkvm.kvm import emulate, events, kvmclock, msr_bitmap, regs, reset
+from softkvm.kvm import emulate, events, halt, kvmclock, msr_bitmap, regs, reset
+from softkvm.kvm.halt import RUNNABLE, UNINITIALIZED
 from softkvm.kvm.irqchip import irq
 from softkvm.kvm.request import (
+    REQ_APICV,
     REQ_CLOCK,
     REQ_DIRTY_RING_FULL,
     REQ_EVENT,
@@ -40,7 +41,6 @@ from softkvm.uapi.layout import offset_of
 if TYPE_CHECKING:
     from softkvm.kvm.vcpu import Vcpu
 
-RUNNABLE, HALTED, UNINITIALIZED = uapi.KVM_MP_STATE_RUNNABLE, uapi.KVM_MP_STATE_HALTED, uapi.KVM_MP_STATE_UNINITIALIZED
 _WORK = entry.XFER_TO_GUEST_MODE_WORK
 _EVENT_VALID = events.EVENT_VALID
 
@@ -63,6 +63,8 @@ def ioctl_run(vcpu: Vcpu, task: Task) -> int:
     finally:
         _save_to_user(vcpu)
         vcpu.detach()
+        if vcpu.vm.timekeeper.vacant:
+            vcpu.vm.timekeeper.hand_over()
         if vcpu.introspection is not None:
             vcpu.introspection.run_jobs()
         if saved is not None:
@@ -103,7 +105,7 @@ def _wait_for_sipi(vcpu: Vcpu, task: Task) -> int:
     """An application processor before its first start-up IPI: EAGAIN when woken, EINTR for a signal."""
     if vcpu.kvm_run.immediate_exit:
         return -errno.EINTR
-    _wait(vcpu, task)
+    halt.wait(vcpu, task)
     reset.accept_events(vcpu)
     return entry.xfer_to_guest_mode(task, vcpu) or -errno.EAGAIN
 
@@ -144,7 +146,7 @@ def vcpu_run(vcpu: Vcpu, task: Task) -> int:
     """Run the guest until user space must act."""
     user_pic, area = vcpu.vm.irqchip is None, vcpu.mmap_area
     while True:
-        result = enter_guest(vcpu, task) if vcpu.mp_state == RUNNABLE else block(vcpu, task)
+        result = enter_guest(vcpu, task) if vcpu.mp_state == RUNNABLE else halt.block(vcpu, task)
         if result <= 0:
             return result
         if user_pic and area[_REQUEST_INTERRUPT_WINDOW] and _ready_for_injection(vcpu):
@@ -213,6 +215,9 @@ def _service_requests(vcpu: Vcpu) -> int:
         return vcpu.introspection.service()
     if requests & REQ_MSR_FILTER:
         msr_bitmap.filter_changed(vcpu)
+    if requests & REQ_APICV and vcpu.lapic is not None:
+        vcpu.lapic.update_virtual(not vcpu.guest_debug and vcpu.introspection is None)
+        vcpu.lapic.scan_ioapic()
     if requests & REQ_CLOCK:
         kvmclock.service(vcpu, requests)
     if requests & REQ_TLB_FLUSH:
@@ -271,66 +276,3 @@ def _ready_for_injection(vcpu: Vcpu) -> bool:
     queue = vcpu.events
     busy = vcpu.half_done or queue.reinjection or queue.exception_pending
     return not busy and events.interrupt_allowed(vcpu) and _accepts_user_interrupt(vcpu)
-
-
-# --- Waiting -----------------------------------------------------------------------------------------------------------------------
-
-
-def block(vcpu: Vcpu, task: Task) -> int:
-    """A vCPU that is halted or waits for a SIPI: sleep until there is an event for it, or work for its thread."""
-    if vcpu.requests & REQ_INTROSPECTION and vcpu.introspection is not None:
-        vcpu.clear_request(REQ_INTROSPECTION)
-        return vcpu.introspection.service()
-    if not runnable(vcpu):
-        _wait(vcpu, task)
-        if not runnable(vcpu):
-            return 1
-    reset.accept_events(vcpu)
-    if vcpu.mp_state == HALTED:
-        if vcpu.lapic is not None:
-            vcpu.lapic.pv_unhalted = False
-        vcpu.mp_state = RUNNABLE
-    return 1
-
-
-def _wait(vcpu: Vcpu, task: Task) -> None:
-    """Sleep until `runnable()`, work for the thread, or a wake-up; the VM's timers go on. Signals of Python get through."""
-    clock, wakeup, timekeeper = vcpu.clock, vcpu.wakeup, vcpu.vm.timekeeper
-    started = clock.monotonic_ns()
-    vcpu.blocked = True
-    try:
-        while True:
-            wakeup.clear()
-            entry.interrupt(task, clock.run_expired)
-            if runnable(vcpu) or task.flags & _WORK or (vcpu.requests & REQ_INTROSPECTION and vcpu.mp_state != UNINITIALIZED):
-                break
-            vcpu.vm.scheduler.sleep(vcpu)
-            expiry = clock.first_expiry
-            mine = expiry if expiry is not None and timekeeper.claims(vcpu, expiry) else None
-            entry.idle(task, partial(wakeup.wait, None if mine is None else max(0, mine - clock.monotonic_ns()) / 1e9))
-    finally:
-        vcpu.blocked = False
-        timekeeper.leave(vcpu)
-        vcpu.account_steal_time()
-    vcpu.load()
-    if trace.kvm_vcpu_wakeup.enabled:
-        trace.kvm_vcpu_wakeup(clock.monotonic_ns() - started, True, False)
-
-
-def runnable(vcpu: Vcpu) -> bool:
-    """`kvm_arch_vcpu_runnable()`: whether the vCPU has reason to leave its wait."""
-    if vcpu.mp_state == RUNNABLE:
-        return True
-    lapic = vcpu.lapic
-    if lapic is not None and (lapic.pending_init or lapic.sipi_vector is not None):
-        return True
-    if vcpu.mp_state != HALTED:
-        return False
-    if (vcpu.requests & REQ_SMI or vcpu.smm.pending) and not vcpu.smm.active:
-        return True
-    queue = vcpu.events
-    if queue.exception_pending or (lapic is not None and lapic.pv_unhalted):
-        return True
-    if (vcpu.requests & REQ_NMI or queue.nmi_pending) and events.nmi_allowed(vcpu):
-        return True
-    return events.interrupt_allowed(vcpu) and irq.has_interrupt(vcpu)

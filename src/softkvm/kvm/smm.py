@@ -2,7 +2,7 @@
 
 Answers to APM vol. 2, ch. 10 (table 10-1: the AMD64 save area, which KVM uses for both vendors; table 10-2: the legacy one), and to
 `enter_smm()` and `em_rsm()` of Linux 6.1 `arch/x86/kvm/{x86,emulate}.c`. A vCPU in SMM has memory of its own, the second address space of
-the VM, where user space lets SMRAM show. Silicon knows nothing of all this: RSM is #UD for it, which KVM intercepts meanwhile.
+the VM, where user space lets SMRAM show. Silicon knows nothing of all this: RSM is #UD for it, which KVM intercepts.
 """
 
 from __future__ import annotations
@@ -73,12 +73,11 @@ def inject(vcpu: Vcpu) -> bool:
 
 
 def changed(vcpu: Vcpu, active: bool) -> None:
-    """`kvm_smm_changed()`: the other address space counts, and RSM is intercepted or not."""
+    """`kvm_smm_changed()`: the other address space counts."""
     vcpu.smm.active = active
     if not active:
         vcpu.smm.inside_nmi = False
         vcpu.make_request(REQ_EVENT)
-    vcpu.update_exception_bitmap()
     vcpu.use_memory(vcpu.vm.smm_mmu if active else vcpu.vm.mmu)
 
 

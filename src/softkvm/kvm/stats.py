@@ -11,6 +11,7 @@ import errno
 import struct
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from softkvm.host import task
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 _NAME_SIZE = 48
 _HEADER, _DESCRIPTOR = ctypes.sizeof(uapi.StatsHeader), ctypes.sizeof(uapi.StatsDesc) + _NAME_SIZE
 _COUNTER = uapi.KVM_STATS_TYPE_CUMULATIVE | uapi.KVM_STATS_UNIT_NONE
+_NANOSECONDS = uapi.KVM_STATS_TYPE_CUMULATIVE | uapi.KVM_STATS_UNIT_SECONDS
+_NANO = -9
 _FLAG = uapi.KVM_STATS_TYPE_INSTANT | uapi.KVM_STATS_UNIT_BOOLEAN
 
 
@@ -45,12 +48,21 @@ class VmStatistic(NamedTuple):
     read: Callable[[Vm], int]
 
 
+def _count(name: str, vcpu: Vcpu) -> int:
+    return vcpu.stats[name]
+
+
 def _counted(name: str) -> Statistic:
-    return Statistic(_COUNTER, lambda vcpu: vcpu.stats[name])
+    return Statistic(_COUNTER, partial(_count, name))
 
 
 def _exits(intel: int, amd: int) -> Statistic:
     return Statistic(_COUNTER, lambda vcpu: vcpu.exit_counts.get(intel if vcpu.model.vendor == "intel" else amd, 0))
+
+
+def _exponent(flags: int) -> int:
+    """Of the power of ten that the number is to be multiplied by."""
+    return _NANO if flags & uapi.KVM_STATS_UNIT_SECONDS else 0
 
 
 VCPU: Mapping[str, Statistic] = {
@@ -62,6 +74,8 @@ VCPU: Mapping[str, Statistic] = {
         name: _counted(name)
         for name in (
             "halt_exits",
+            "halt_successful_poll",
+            "halt_attempted_poll",
             "signal_exits",
             "irq_window_exits",
             "nmi_window_exits",
@@ -72,6 +86,7 @@ VCPU: Mapping[str, Statistic] = {
             "smram_missing",
         )
     },
+    **{name: Statistic(_NANOSECONDS, partial(_count, name)) for name in ("halt_poll_success_ns", "halt_poll_fail_ns", "halt_wait_ns")},
     "blocking": Statistic(_FLAG, lambda vcpu: int(vcpu.blocked)),
 }
 """Of a vCPU; `dirty_ring_overflows` and `smram_missing` are this KVM's own."""
@@ -111,7 +126,8 @@ class StatsFile(KvmFile):
             name_size=_NAME_SIZE, num_desc=len(flags), id_offset=_HEADER, desc_offset=_HEADER + _NAME_SIZE, data_offset=data
         )
         descriptors = (
-            bytes(uapi.StatsDesc(flags=flags[statistic], size=1, offset=8 * index)) + statistic.encode().ljust(_NAME_SIZE, b"\0")
+            bytes(uapi.StatsDesc(flags=flags[statistic], exponent=_exponent(flags[statistic]), size=1, offset=8 * index))
+            + statistic.encode().ljust(_NAME_SIZE, b"\0")
             for index, statistic in enumerate(flags)
         )
         self._description = bytes(header) + name.encode().ljust(_NAME_SIZE, b"\0") + b"".join(descriptors)

@@ -110,6 +110,8 @@ class VcpuCore(VcpuRequests):
         """What belongs to the run loop."""
         self.init_requests()
         self.wakeup = self.vm.scheduler.wakeup(self)
+        self.halt_poll_ns = 0
+        """How long the next HLT is polled for."""
         self.signal_mask: frozenset[int] | None = None
         self.cpu_index = 0
         """Number of the core that the vCPU is or was on."""

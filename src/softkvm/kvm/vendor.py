@@ -28,6 +28,7 @@ INTERCEPTS = sum(
         Intercept.RDPMC,
         Intercept.CPUID,
         Intercept.INVD,
+        Intercept.WBINVD,
         Intercept.XSETBV,
         Intercept.SHUTDOWN,
         Intercept.HYPERCALL,

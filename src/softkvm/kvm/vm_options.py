@@ -58,6 +58,8 @@ class VmOptions(KvmFile):
         """KVM_MSR_EXIT_REASON_*: which refused MSR accesses go to user space."""
         self.disabled_exits = 0
         """KVM_X86_DISABLE_EXITS_*: of vCPUs to come."""
+        self.max_halt_poll_ns: int | None = None
+        """Longest time that a vCPU in HLT is polled for; None is the module's parameter."""
         self.max_vcpu_ids: int | None = None
         self.split_irqchip = False
         """The local APICs are in KVM, PIC and IOAPIC in user space."""
@@ -142,6 +144,11 @@ class VmOptions(KvmFile):
         if count:
             self.max_vcpu_ids = count
 
+    def _enable_halt_poll(self, longest: int, _more: int) -> None:
+        if longest >> 32:
+            raise OSError(errno.EINVAL, "too many nanoseconds")
+        self.max_halt_poll_ns = longest
+
     def _enable_split_irqchip(self, pins: int, _more: int) -> None:
         if pins > _MAX_RESERVED_PINS:
             raise OSError(errno.EINVAL, "too many pins")
@@ -178,6 +185,7 @@ _OPTIONS: dict[int, _Option] = {
     uapi.KVM_CAP_X86_USER_SPACE_MSR: VmOptions._enable_user_space_msr,
     uapi.KVM_CAP_X86_DISABLE_EXITS: VmOptions._enable_disable_exits,
     uapi.KVM_CAP_MAX_VCPU_ID: VmOptions._enable_max_vcpu_id,
+    uapi.KVM_CAP_HALT_POLL: VmOptions._enable_halt_poll,
     uapi.KVM_CAP_SPLIT_IRQCHIP: VmOptions._enable_split_irqchip,
     uapi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: VmOptions._enable_manual_dirty_log_protect,
     uapi.KVM_CAP_DIRTY_LOG_RING: VmOptions._enable_dirty_ring,

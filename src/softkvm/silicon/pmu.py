@@ -43,6 +43,14 @@ any host interrupt. Intel silicon sets LVTPC's mask bit then, so the handler wri
 to ask: the handler looks at the counters' sign. What comes at the last moment before an exit, and what comes during `Control.emulate`,
 waits in the core for the next entry.
 
+**Virtual interrupts.** With `Control.perf_controls` bit `VIRTUAL_PMI` the interrupts of overflows are the guest's, as its local APIC's
+other interrupts are with APIC virtualization on metal: they go through `Control.virtual_lvtpc`. Masked, one is lost; an NMI is taken by
+the guest at once, without an exit, and sets the mask; any other mode, and an NMI while NMIs are blocked or in an interrupt shadow, leaves
+the guest as above. One that comes at the last moment before an exit is pending in bit 12 of `virtual_lvtpc`. DEBUGCTL bit 11 then clears
+DEBUGCTL.LBR, as in version 2, instead of freezing the stack. A guest's accesses to 834h that `msr_bitmap` lets through are to
+`virtual_lvtpc`, and what it may write to 390h and to DEBUGCTL without an exit is limited by `Control.guest_status_mask` and
+`guest_debugctl_mask`.
+
 **What is counted.** Instructions retired in the guest (`Exit.instructions` with a privilege filter): an instruction that faults or exits
 is not retired, REP counts once, what the hypervisor skips it adds itself. Each instruction counts at the privilege level that it began at.
 RDPMC and RDMSR tell what was before them; a WRMSR that starts a counter counts, one that stops it does not. Core cycles and reference
@@ -69,6 +77,7 @@ from typing import Final
 LOAD_GUEST_GLOBAL_CTRL: Final = 1 << 0
 LOAD_HOST_GLOBAL_CTRL: Final = 1 << 1
 SAVE_GUEST_GLOBAL_CTRL: Final = 1 << 2
+VIRTUAL_PMI: Final = 1 << 3
 """Bits of `Control.perf_controls`."""
 
 NMI_EXIT_INFO: Final = 0x8000_0202
@@ -78,6 +87,7 @@ MSR_LVTPC: Final = 0x834
 """The core's LVT entry for performance monitoring interrupts (x2APIC)."""
 LVTPC_MASKED: Final = 1 << 16
 LVTPC_NMI: Final = 4 << 8
+LVTPC_PENDING: Final = 1 << 12
 
 LBR_ENTRIES: Final = 32
 """Depth of Cascade Lake's LBR stack."""

@@ -194,7 +194,8 @@ def test_a_million_random_messages_do_no_harm(model: kvm.Model) -> None:
     while left > 0:
         left -= max(1, assault(model, seed, 400, list(kvmi.DIALECTS.values())[seed % 3]))
         seed += 1
-    assert left_behind() == before
+    after = left_behind()
+    assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)
 
 
 def test_messages_cut_anywhere(hooked: Hooked) -> None:

@@ -8,12 +8,14 @@ use core::ptr;
 
 use super::{pending, CodeSize, Cpu};
 use crate::decode::block::{self, Block};
+use crate::fault::vector;
+use crate::interrupts::Kind as InterruptKind;
 use crate::paging::AccessKind;
 use crate::pmu::branch::{taken_in_place, Kind};
 use crate::pmu::lbr::Transfer;
 use crate::pmu::predictor::Predictor;
 use crate::pmu::registers::Refused;
-use crate::pmu::{debugctl, watch, Watching};
+use crate::pmu::{debugctl, registers, watch, Watching};
 use crate::uop::Exec;
 
 /// Instructions that a block runs at most.
@@ -57,7 +59,7 @@ impl Cpu {
     fn watch_from(&mut self, now: u64) {
         if self.pmu.watched != 0 {
             self.pmu.account(now);
-            self.pmu.fold(self.state.debugctl);
+            self.pmu.fold(&mut self.state.debugctl);
         }
         (self.pmu.cpl, self.pmu.since) = (self.cpl(), now);
     }
@@ -81,7 +83,7 @@ impl Cpu {
         if self.pmu.cpl != self.cpl() {
             self.enter_level();
         }
-        if self.overflow_is_near() {
+        if self.instructions() >= self.pmu.check_at {
             alone |= self.approach_overflow()?;
         }
         if alone {
@@ -89,6 +91,10 @@ impl Cpu {
             return Ok(ptr::null_mut());
         }
         match self.successor(previous) {
+            Ok(block) if self.overflow_is_near() && self.reaches_overflow(block) => {
+                self.single()?;
+                Ok(ptr::null_mut())
+            }
             Ok(block) => self.execute_watched(block),
             Err(stop) => {
                 self.stopped(stop)?;
@@ -105,10 +111,6 @@ impl Cpu {
         }
         // SAFETY: blocks are freed by `collect` only, which neither this nor `execute` calls.
         let (kind, watching) = unsafe { ((*block).branch, (*block).key.watching) };
-        if kind == Kind::Loop && self.overflow_is_near() {
-            self.single()?; // or it might turn too often
-            return Ok(ptr::null_mut());
-        }
         let (first, before) = (self.rip(), self.instructions());
         if watching != Watching::NONE {
             if let Some(body) = self.translation(block) {
@@ -141,6 +143,14 @@ impl Cpu {
         self.instructions().wrapping_add(LONGEST) >= self.pmu.check_at
     }
 
+    /// Whether a counter may overflow before the last instruction of `block`: in one that is too long, or that turns as often as it can.
+    fn reaches_overflow(&self, block: *const Block) -> bool {
+        // SAFETY: as in `execute_watched`.
+        let (instructions, kind) = unsafe { ((*block).instructions, (*block).branch) };
+        let left = self.pmu.check_at.saturating_sub(self.instructions());
+        kind == Kind::Loop || self.pmu.exact && u64::from(instructions) > left
+    }
+
     /// The privilege level has changed: from here on others count.
     #[cold]
     fn enter_level(&mut self) {
@@ -151,13 +161,14 @@ impl Cpu {
         self.pmu.check_at = if self.pmu.watched & watch::COUNT != 0 { now } else { u64::MAX };
     }
 
-    /// A counter may overflow before the next block ends. Takes the interrupt of one that did; tells whether instructions must run alone.
+    /// A counter may have overflowed. Takes the interrupt of one that did, and finds out how far it is to the next; tells whether the next
+    /// instruction must run alone.
     #[cold]
     #[inline(never)]
     fn approach_overflow(&mut self) -> Exec<bool> {
         let now = self.instructions();
         self.pmu.account(now);
-        if self.pmu.fold(self.state.debugctl) {
+        if self.pmu.fold(&mut self.state.debugctl) {
             self.choose_watch();
         }
         if self.pmu.interrupt {
@@ -165,12 +176,28 @@ impl Cpu {
                 return Ok(true);
             }
             self.pmu.interrupt = false;
-            return Err(if self.pmu.is_nmi() { self.exit_nmi() } else { self.exit_external_interrupt() });
+            self.interrupt_guest()?;
         }
         let (room, exact) = self.pmu.headroom(LONGEST);
-        self.pmu.check_at = now.saturating_add(room);
+        (self.pmu.check_at, self.pmu.exact) = (now.saturating_add(room), exact);
         self.shorten_budget();
-        Ok(exact)
+        Ok(false)
+    }
+
+    /// An overflow's interrupt: the guest takes it if it is its own and can come at once. Otherwise it is one of the host's.
+    fn interrupt_guest(&mut self) -> Exec {
+        const NMI: u32 = 1 << 31 | (InterruptKind::Nmi as u32) << 8 | vector::NMI as u32;
+        let taken = self.state.interruptibility == 0 && self.pmu.take_virtual_interrupt();
+        if !taken {
+            if self.pmu.virtual_lvtpc.is_some() {
+                self.pmu.mask_interrupts();
+            }
+            return Err(if self.pmu.is_nmi() { self.exit_nmi() } else { self.exit_external_interrupt() });
+        }
+        self.deliver_event(NMI, 0, 0)?;
+        self.enter_level();
+        self.choose_watch();
+        Ok(())
     }
 
     /// Instructions that the budget may have: host code looks at nothing else before it begins a block.
@@ -303,12 +330,19 @@ impl Cpu {
 
     /// Reads an MSR of the PMU; #GP if there is none of this number.
     pub fn read_pmu(&mut self, index: u32) -> Exec<u64> {
+        if let (registers::index::X2APIC_LVTPC, Some(entry)) = (index, self.pmu.virtual_lvtpc) {
+            return Ok(entry);
+        }
         self.sync_counters();
         self.pmu.read(index).map_err(|Refused| self.general_protection())
     }
 
     /// Writes one; #GP for a value that it does not take.
     pub fn write_pmu(&mut self, index: u32, value: u64) -> Exec {
+        if let (registers::index::X2APIC_LVTPC, Some(entry)) = (index, &mut self.pmu.virtual_lvtpc) {
+            *entry = value;
+            return Ok(());
+        }
         self.sync_counters();
         self.pmu.write(index, value).map_err(|Refused| self.general_protection())?;
         self.choose_watch();

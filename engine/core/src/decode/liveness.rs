@@ -5,6 +5,7 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
+use crate::model::Silicon;
 use crate::state::rflags::{ARITHMETIC, CF, OF};
 
 /// What an instruction does to the arithmetic flags, as bits of RFLAGS.
@@ -15,26 +16,26 @@ struct Effect {
 }
 
 /// For each instruction of a block: nobody sees the flags that it leaves.
-pub fn dead_flags(block: &[Instruction]) -> Vec<bool> {
-    let replaced = block.iter().map(|insn| effect(insn).kills);
-    replaced.zip(live_flags(block)).map(|(kills, live)| kills != 0 && kills & live == 0).collect()
+pub fn dead_flags(block: &[Instruction], silicon: Silicon) -> Vec<bool> {
+    let replaced = block.iter().map(|insn| effect(insn, silicon).kills);
+    replaced.zip(live_flags(block, silicon)).map(|(kills, live)| kills != 0 && kills & live == 0).collect()
 }
 
 /// For each instruction of a block: the flags behind it that somebody sees.
-pub fn live_flags(block: &[Instruction]) -> Vec<u64> {
+pub fn live_flags(block: &[Instruction], silicon: Silicon) -> Vec<u64> {
     let mut live = ARITHMETIC;
     let mut after = vec![0; block.len()];
     for (insn, after) in block.iter().zip(&mut after).rev() {
-        let effect = effect(insn);
+        let effect = effect(insn, silicon);
         *after = live;
         live = live & !effect.kills | effect.reads;
     }
     after
 }
 
-fn effect(insn: &Instruction) -> Effect {
+fn effect(insn: &Instruction, silicon: Silicon) -> Effect {
     let reads = iced_bits(insn.rflags_read());
-    match kills(insn) {
+    match kills(insn, silicon) {
         Some(kills) if in_registers(insn) => Effect { reads, kills },
         // The instruction may fault before it replaces them.
         Some(kills) => Effect { reads: ARITHMETIC, kills },
@@ -47,10 +48,11 @@ fn in_registers(insn: &Instruction) -> bool {
 }
 
 /// The flags that a trusted instruction replaces; `None` for the others.
-fn kills(insn: &Instruction) -> Option<u64> {
+fn kills(insn: &Instruction, silicon: Silicon) -> Option<u64> {
     use Mnemonic::*;
     Some(match insn.mnemonic() {
         Add | Or | Adc | Sbb | And | Sub | Xor | Cmp | Test | Neg => ARITHMETIC,
+        Imul | Mul if silicon == Silicon::Amd => CF | OF,
         Imul | Mul => ARITHMETIC,
         Inc | Dec => ARITHMETIC & !CF,
         Shl | Sal | Shr | Sar if counted(insn) => ARITHMETIC,
@@ -100,7 +102,7 @@ mod tests {
 
     fn dead(code: &[u8]) -> Vec<bool> {
         let block: Vec<_> = Decoder::new(64, code, DecoderOptions::NONE).into_iter().collect();
-        dead_flags(&block)
+        dead_flags(&block, Silicon::Intel)
     }
 
     #[test]

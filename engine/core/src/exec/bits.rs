@@ -5,6 +5,7 @@ use iced_x86::{Instruction, Mnemonic};
 use super::select::{in_memory, is_immediate, width, InMemory, InRegister, Source};
 use crate::cpu::{CodeSize, Cpu};
 use crate::flags::Flags;
+use crate::model::Silicon;
 use crate::paging::AccessKind;
 use crate::state::rflags;
 use crate::uop::{flag, Exec, Handler, Uop};
@@ -192,16 +193,17 @@ impl Scan for Backward {
 /// A zero source leaves the destination as it was, upper half included. Only ZF is defined.
 fn scan<O: Scan, S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     let source = S::get::<W>(cpu, uop, 1)?;
+    let number = if source != W::ZERO { O::apply(source) } else { 0 };
     if source != W::ZERO {
-        cpu.set_reg(uop.reg[0], W::truncate(O::apply(source).into()));
+        cpu.set_reg(uop.reg[0], W::truncate(number.into()));
     }
-    cpu.flags = Flags::logic(source);
+    cpu.flags = cpu.silicon.scan(source, number);
     Ok(())
 }
 
-/// Operations that make a result and all flags of one source.
+/// Operations that make a result and flags of one source.
 trait Counting {
-    fn apply<W: Word>(source: W) -> (W, Flags);
+    fn apply<W: Word>(silicon: Silicon, flags: Flags, source: W) -> (W, Flags);
 }
 
 struct TrailingZeros;
@@ -212,29 +214,29 @@ struct MaskToLowestSet;
 struct ResetLowestSet;
 
 #[inline(always)]
-fn zeros<W: Word>(source: W, zeros: u32) -> (W, Flags) {
+fn zeros<W: Word>(silicon: Silicon, flags: Flags, source: W, zeros: u32) -> (W, Flags) {
     let result = W::truncate(zeros.into());
-    (result, Flags::logic(result).with_carry(source == W::ZERO))
+    (result, silicon.zeros(flags, source, result))
 }
 
 impl Counting for TrailingZeros {
     #[inline(always)]
-    fn apply<W: Word>(source: W) -> (W, Flags) {
-        zeros(source, source.zero_extend().trailing_zeros().min(W::BITS))
+    fn apply<W: Word>(silicon: Silicon, flags: Flags, source: W) -> (W, Flags) {
+        zeros(silicon, flags, source, source.zero_extend().trailing_zeros().min(W::BITS))
     }
 }
 
 impl Counting for LeadingZeros {
     #[inline(always)]
-    fn apply<W: Word>(source: W) -> (W, Flags) {
-        zeros(source, source.zero_extend().leading_zeros() - (64 - W::BITS))
+    fn apply<W: Word>(silicon: Silicon, flags: Flags, source: W) -> (W, Flags) {
+        zeros(silicon, flags, source, source.zero_extend().leading_zeros() - (64 - W::BITS))
     }
 }
 
 impl Counting for Population {
     /// ZF tells of the source; every other flag is clear, PF too.
     #[inline(always)]
-    fn apply<W: Word>(source: W) -> (W, Flags) {
+    fn apply<W: Word>(_: Silicon, _: Flags, source: W) -> (W, Flags) {
         let result = W::truncate(source.zero_extend().count_ones().into());
         let image = if source == W::ZERO { rflags::ZF } else { 0 };
         (result, Flags::from_bits(image))
@@ -243,7 +245,7 @@ impl Counting for Population {
 
 impl Counting for LowestSet {
     #[inline(always)]
-    fn apply<W: Word>(source: W) -> (W, Flags) {
+    fn apply<W: Word>(_: Silicon, _: Flags, source: W) -> (W, Flags) {
         let result = source & W::ZERO.sub(source);
         (result, Flags::logic(result).with_carry(source != W::ZERO))
     }
@@ -251,7 +253,7 @@ impl Counting for LowestSet {
 
 impl Counting for MaskToLowestSet {
     #[inline(always)]
-    fn apply<W: Word>(source: W) -> (W, Flags) {
+    fn apply<W: Word>(_: Silicon, _: Flags, source: W) -> (W, Flags) {
         let result = source ^ source.sub(W::ONE);
         (result, Flags::logic(result).with_carry(source == W::ZERO))
     }
@@ -259,14 +261,15 @@ impl Counting for MaskToLowestSet {
 
 impl Counting for ResetLowestSet {
     #[inline(always)]
-    fn apply<W: Word>(source: W) -> (W, Flags) {
+    fn apply<W: Word>(_: Silicon, _: Flags, source: W) -> (W, Flags) {
         let result = source & source.sub(W::ONE);
         (result, Flags::logic(result).with_carry(source == W::ZERO))
     }
 }
 
 fn count<O: Counting, S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    let (result, flags) = O::apply(S::get::<W>(cpu, uop, 1)?);
+    let source = S::get::<W>(cpu, uop, 1)?;
+    let (result, flags) = O::apply(cpu.silicon, cpu.flags, source);
     cpu.set_reg(uop.reg[0], result);
     cpu.flags = flags;
     Ok(())
@@ -306,7 +309,7 @@ fn extract<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     let shifted = if start < W::BITS { source >> start } else { W::ZERO };
     let result = low_bits(shifted, u32::from(control >> 8));
     cpu.set_reg(uop.reg[0], result);
-    cpu.flags = Flags::logic(result);
+    cpu.flags = cpu.silicon.extract(result);
     Ok(())
 }
 

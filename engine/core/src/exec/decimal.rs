@@ -1,12 +1,13 @@
 //! Decimal arithmetic: AAA, AAS, AAD, AAM, DAA, DAS (SDM vol. 2); and SALC, undocumented but in every x86 CPU (opcode D6). None of them exists in 64-bit mode.
 //!
-//! Flags that the SDM leaves undefined follow the result.
+//! What vendors differ in is said in [`crate::model::silicon`].
 
 use iced_x86::{Instruction, Mnemonic};
 
 use crate::cpu::{CodeSize, Cpu};
 use crate::fault::vector;
 use crate::flags::Flags;
+use crate::model::Silicon;
 use crate::state::gpr;
 use crate::uop::{Exec, Handler, RegOffset, Uop};
 
@@ -38,7 +39,13 @@ fn ascii_adjust<const SUBTRACT: bool>(cpu: &mut Cpu, _uop: &Uop) -> Exec {
     };
     let digit = adjusted & 0xff0f;
     cpu.set_reg(AL, digit);
-    cpu.flags = Flags::logic(digit as u8).with_carry(adjust).with_half_carry(adjust);
+    let correction = if adjust { 0x106 } else { 0 };
+    let others = match (cpu.silicon, SUBTRACT) {
+        (Silicon::Intel, _) => Flags::logic(digit as u8),
+        (Silicon::Amd, false) => Flags::add(ax, correction, adjusted),
+        (Silicon::Amd, true) => Flags::sub(ax, correction, adjusted),
+    };
+    cpu.flags = others.with_carry(adjust).with_half_carry(adjust);
     Ok(())
 }
 
@@ -52,7 +59,12 @@ fn decimal_adjust<const SUBTRACT: bool>(cpu: &mut Cpu, _uop: &Uop) -> Exec {
     // DAS also reports the borrow of its first step.
     let carry = high || SUBTRACT && low && al < 6;
     cpu.set_reg(AL, result);
-    cpu.flags = Flags::logic(result).with_carry(carry).with_half_carry(low);
+    let others = match (cpu.silicon, SUBTRACT) {
+        (Silicon::Intel, _) => Flags::logic(result),
+        (Silicon::Amd, false) => Flags::add(al, correction, result),
+        (Silicon::Amd, true) => Flags::sub(al, correction, result),
+    };
+    cpu.flags = others.with_carry(carry).with_half_carry(low);
     Ok(())
 }
 
@@ -74,8 +86,12 @@ fn aam(cpu: &mut Cpu, uop: &Uop) -> Exec {
 
 fn aad(cpu: &mut Cpu, uop: &Uop) -> Exec {
     let (al, ah): (u8, u8) = (cpu.reg(AL), cpu.reg(AH));
-    let result = al.wrapping_add(ah.wrapping_mul(uop.imm as u8));
+    let product = ah.wrapping_mul(uop.imm as u8);
+    let result = al.wrapping_add(product);
     cpu.set_reg(AL, u16::from(result));
-    cpu.flags = Flags::logic(result);
+    cpu.flags = match cpu.silicon {
+        Silicon::Intel => Flags::logic(result),
+        Silicon::Amd => Flags::add(al, product, result),
+    };
     Ok(())
 }

@@ -24,7 +24,8 @@ pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
         Mfence => mfence,
         Serialize => serialize,
         Clflush | Clflushopt | Clwb => flush_line,
-        Vmcall | Vmmcall | Vmgexit => hypercall,
+        Vmcall => hypercall::<false>,
+        Vmmcall | Vmgexit => hypercall::<true>,
         Ud0 | Ud1 | Ud2 | Rsm | Getsec => super::undefined,
         mnemonic => return vm_instruction(mnemonic),
     };
@@ -72,8 +73,9 @@ fn flush_line(cpu: &mut Cpu, uop: &Uop) -> Exec {
     cpu.chunk(uop.segment(), la, 1, AccessKind::Read).map(drop)
 }
 
-fn hypercall(cpu: &mut Cpu, _uop: &Uop) -> Exec {
-    if cpu.control.intercepts(intercept::HYPERCALL) {
+/// VMCALL is Intel's and VMMCALL is AMD's, which VMGEXIT is too for a guest whose memory is not encrypted (APM vol. 3).
+fn hypercall<const AMD: bool>(cpu: &mut Cpu, _uop: &Uop) -> Exec {
+    if cpu.model.is_amd() == AMD && cpu.control.intercepts(intercept::HYPERCALL) {
         return Err(cpu.exit(code::HYPERCALL, 0));
     }
     Err(cpu.undefined())

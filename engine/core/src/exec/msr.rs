@@ -10,9 +10,11 @@ use crate::cpu::{CodeSize, Cpu};
 use crate::flags::Flags;
 use crate::model::msrs::index;
 use crate::model::Feature;
-use crate::pmu::registers::debugctl_bits;
+use crate::pmu::lvt;
+use crate::pmu::registers::{self as pmu, debugctl_bits};
 use crate::state::{cr0, cr4, efer, gpr, rflags, seg};
 use crate::uop::{Exec, Handler, Stop, Uop};
+use crate::virt::apic;
 use crate::virt::control::intercept;
 use crate::virt::exits::{code, Code};
 use crate::word::Word;
@@ -89,7 +91,13 @@ fn wrmsr(cpu: &mut Cpu, _uop: &Uop) -> Exec {
     let index = cpu.gpr(gpr::RCX) as u32;
     check_msr_intercept(cpu, index, true)?;
     let value = cpu.gpr(gpr::RDX) << 32 | cpu.gpr(gpr::RAX) & 0xffff_ffff;
-    write_msr(cpu, index, value)?;
+    if value & !writable_bits(cpu, index) != 0 {
+        return Err(exit_for_msr(cpu, index, true));
+    }
+    match index {
+        apic::EOI | apic::ICR | apic::SELF_IPI if cpu.apic.is_enabled() => cpu.write_apic(index, value)?,
+        _ => write_msr(cpu, index, value)?,
+    }
     Err(Stop::Leave)
 }
 
@@ -99,14 +107,32 @@ fn set_edx_eax(cpu: &mut Cpu, value: u64) {
 }
 
 fn check_msr_intercept(cpu: &mut Cpu, index: u32, write: bool) -> Exec {
-    if cpu.control.intercepts(intercept::MSR_BITMAP) && !cpu.msr_intercepted(index, write) {
+    let of_apic = (apic::FIRST..=apic::LAST).contains(&index);
+    if cpu.control.intercepts(intercept::MSR_BITMAP) && !cpu.msr_intercepted(index, write) && !(of_apic && cpu.emulates()) {
         return Ok(());
     }
+    Err(exit_for_msr(cpu, index, write))
+}
+
+fn exit_for_msr(cpu: &mut Cpu, index: u32, write: bool) -> Stop {
     let (number, detail) = if write { (code::WRMSR, 1) } else { (code::RDMSR, 0) };
     let detail = if cpu.model.is_amd() { detail } else { 0 };
     let stop = cpu.exit(number, detail);
     cpu.exit.msr_index = index;
-    Err(stop)
+    stop
+}
+
+/// The bits of an MSR that its bitmap lets the guest write which the hypervisor leaves to the guest.
+fn writable_bits(cpu: &Cpu, index: u32) -> u64 {
+    if cpu.pmu.virtual_lvtpc.is_none() {
+        return u64::MAX;
+    }
+    match index {
+        index::DEBUGCTL => cpu.control.guest_debugctl_mask,
+        pmu::index::GLOBAL_STATUS_RESET => cpu.control.guest_status_mask,
+        pmu::index::X2APIC_LVTPC => lvt::BITS,
+        _ => u64::MAX,
+    }
 }
 
 fn read_msr(cpu: &mut Cpu, index: u32) -> Exec<u64> {

@@ -1,6 +1,6 @@
 //! Multiplication and division: MUL, IMUL, MULX, DIV, IDIV (SDM vol. 1, 7.3.2; vol. 2 for each).
 //!
-//! SF, ZF, AF and PF of a product are undefined; here they follow its low half. Division leaves the flags as they were.
+//! The flags that a division leaves, and SF, ZF, AF and PF of a product, are undefined: [`crate::model::silicon`] says what they are.
 
 use iced_x86::{Instruction, Mnemonic};
 
@@ -8,6 +8,7 @@ use super::select::{in_memory, is_immediate, width, InMemory, InRegister, Source
 use crate::cpu::{CodeSize, Cpu};
 use crate::fault::vector;
 use crate::flags::Flags;
+use crate::model::Silicon;
 use crate::state::gpr;
 use crate::uop::{Exec, Handler, RegOffset, Uop};
 use crate::word::Word;
@@ -33,7 +34,7 @@ pub fn handler(insn: &Instruction, _size: CodeSize) -> Option<Handler> {
 /// An operation of a source with the accumulator pair.
 trait Accumulate {
     /// The new low and high half, and the flags; `None` is a divide error.
-    fn apply<W: Word>(flags: Flags, low: W, high: W, source: W) -> Option<(W, W, Flags)>;
+    fn apply<W: Word>(silicon: Silicon, flags: Flags, low: W, high: W, source: W) -> Option<(W, W, Flags)>;
 }
 
 struct Mul;
@@ -52,7 +53,7 @@ fn accumulate<O: Accumulate, S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Ex
     // The pair of 8-bit operands is AH:AL.
     let upper = if W::BITS == 8 { AH } else { RDX };
     let source = S::get::<W>(cpu, uop, 0)?;
-    let Some((low, high, flags)) = O::apply(cpu.flags, cpu.reg(RAX), cpu.reg(upper), source) else {
+    let Some((low, high, flags)) = O::apply(cpu.silicon, cpu.flags, cpu.reg(RAX), cpu.reg(upper), source) else {
         return Err(cpu.raise(vector::DE));
     };
     cpu.set_reg(RAX, low);
@@ -87,44 +88,33 @@ pub fn multiply_signed<W: Word>(a: W, b: W) -> (W, W) {
     (W::truncate(product as u64), W::truncate((product >> W::BITS) as u64))
 }
 
-#[inline(always)]
-fn product_flags<W: Word>(low: W, overflow: bool) -> Flags {
-    Flags::logic(low).with_carry_overflow(overflow, overflow)
-}
-
 /// Whether `high` is more than the sign of `low`.
 #[inline(always)]
-fn exceeds_sign<W: Word>(low: W, high: W) -> bool {
+pub fn exceeds_sign<W: Word>(low: W, high: W) -> bool {
     high != if low.top_bit() { !W::ZERO } else { W::ZERO }
 }
 
 impl Accumulate for Mul {
     #[inline(always)]
-    fn apply<W: Word>(_: Flags, low: W, _: W, source: W) -> Option<(W, W, Flags)> {
+    fn apply<W: Word>(silicon: Silicon, flags: Flags, low: W, _: W, source: W) -> Option<(W, W, Flags)> {
         let (low, high) = multiply(low, source);
-        Some((low, high, product_flags(low, high != W::ZERO)))
+        Some((low, high, silicon.product(flags, low, high != W::ZERO)))
     }
 }
 
 impl Accumulate for Imul {
     #[inline(always)]
-    fn apply<W: Word>(_: Flags, low: W, _: W, source: W) -> Option<(W, W, Flags)> {
+    fn apply<W: Word>(silicon: Silicon, flags: Flags, low: W, _: W, source: W) -> Option<(W, W, Flags)> {
         let (low, high) = multiply_signed(low, source);
-        Some((low, high, signed_product_flags(low, high)))
+        Some((low, high, silicon.product(flags, low, exceeds_sign(low, high))))
     }
-}
-
-/// Flags of a signed product in two halves.
-#[inline(always)]
-pub fn signed_product_flags<W: Word>(low: W, high: W) -> Flags {
-    product_flags(low, exceeds_sign(low, high))
 }
 
 #[inline(always)]
 fn set_product<W: Word>(cpu: &mut Cpu, uop: &Uop, a: W, b: W) {
     let (low, high) = multiply_signed(a, b);
     cpu.set_reg(uop.reg[0], low);
-    cpu.flags = signed_product_flags(low, high);
+    cpu.flags = cpu.silicon.product(cpu.flags, low, exceeds_sign(low, high));
 }
 
 fn imul<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
@@ -153,7 +143,7 @@ fn mulx<S: Source, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 
 impl Accumulate for Div {
     #[inline(always)]
-    fn apply<W: Word>(flags: Flags, low: W, high: W, source: W) -> Option<(W, W, Flags)> {
+    fn apply<W: Word>(silicon: Silicon, flags: Flags, low: W, high: W, source: W) -> Option<(W, W, Flags)> {
         // Also true of a zero divisor: the quotient would not fit.
         if high >= source {
             return None;
@@ -166,13 +156,13 @@ impl Accumulate for Div {
             let dividend = u128::from(high.zero_extend()) << 64 | u128::from(low.zero_extend());
             ((dividend / u128::from(divisor)) as u64, (dividend % u128::from(divisor)) as u64)
         };
-        Some((W::truncate(quotient), W::truncate(remainder), flags))
+        Some((W::truncate(quotient), W::truncate(remainder), silicon.quotient(flags)))
     }
 }
 
 impl Accumulate for Idiv {
     #[inline(always)]
-    fn apply<W: Word>(flags: Flags, low: W, high: W, source: W) -> Option<(W, W, Flags)> {
+    fn apply<W: Word>(silicon: Silicon, flags: Flags, low: W, high: W, source: W) -> Option<(W, W, Flags)> {
         let divisor = source.sign_extend() as i64;
         if W::BITS < 64 || !exceeds_sign(low, high) {
             let upper = if W::BITS < 64 { high.sign_extend() << (W::BITS & 63) } else { 0 };
@@ -180,11 +170,11 @@ impl Accumulate for Idiv {
             let quotient = dividend.checked_div(divisor)?;
             let narrow = W::truncate(quotient as u64);
             let fits = narrow.sign_extend() == quotient as u64;
-            return fits.then(|| (narrow, W::truncate((dividend % divisor) as u64), flags));
+            return fits.then(|| (narrow, W::truncate((dividend % divisor) as u64), silicon.quotient(flags)));
         }
         let dividend = (u128::from(high.zero_extend()) << 64 | u128::from(low.zero_extend())) as i128;
         let quotient = dividend.checked_div(divisor.into())?;
         let narrow = i64::try_from(quotient).ok()?;
-        Some((W::truncate(narrow as u64), W::truncate((dividend % i128::from(divisor)) as u64), flags))
+        Some((W::truncate(narrow as u64), W::truncate((dividend % i128::from(divisor)) as u64), silicon.quotient(flags)))
     }
 }

@@ -1,12 +1,14 @@
-//! Pieces of host code that translations are made of: TLB checks, the way into the interpreter and back.
+//! Pieces of host code that translations are made of: the way into the interpreter and back, what a block begins and ends with.
 
 use std::mem::offset_of;
 
-use iced_x86::Register::{R13, R13D, R14, R14D, R14L, R15, RBP};
+use iced_x86::Register::{R13D, R14, R15, RBP};
 use iced_x86::{ConditionCode, IcedError, Instruction, Register};
 
+use super::access::Refill;
 use super::asm::{byte_ptr, qword_ptr, Asm, Label, Memory};
 use super::backend::Arrival;
+use super::block::Ground;
 use super::exits::{ExitSite, Way};
 use super::flags::{Recipe, Whereabouts};
 use super::native::{detour, VECTORS, X87};
@@ -14,9 +16,9 @@ use super::registers;
 use super::vector::{Units, Width};
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
+use crate::decode::cache::jump_salt;
 use crate::memory::PAGE_OFFSET;
-use crate::paging::tlb;
-use crate::paging::AccessKind;
+use crate::model::Silicon;
 use crate::state::{Fpu, State};
 
 /// Where shared code is.
@@ -30,8 +32,11 @@ pub struct Places {
     pub xmm: u64,
     pub ymm: u64,
     pub x87: u64,
-    /// The stub that returns to the dispatcher at RIP R15.
+    /// The stub that looks for the block at RIP R15.
     pub unknown: u64,
+    /// The stubs that look a page up for a site that reads, and for one that writes.
+    pub refill_read: u64,
+    pub refill_write: u64,
 }
 
 /// Code at the end that is rarely run.
@@ -52,10 +57,14 @@ pub struct Emitter<'a> {
     block: u64,
     /// Distance of the block's first byte from the start of its page.
     pub(super) offset: u64,
+    /// What sets the block's own kind apart in the jump cache.
+    pub(super) salt: i32,
     /// Number of the block's last instruction.
     last: u32,
     /// What the block works on besides the general registers.
     units: Units,
+    /// Whose undefined flags the guest sees.
+    pub(super) silicon: Silicon,
     /// Stubs that bring that, where they are called, and where it is there.
     gates: Vec<(u64, Label, Label)>,
     pub(super) exits: Vec<ExitSite>,
@@ -65,6 +74,14 @@ pub struct Emitter<'a> {
     /// Calls for which the host's stack may have no room, and where they go on.
     pub(super) full_stacks: Vec<(Label, Label)>,
     cold: Vec<Cold>,
+    /// Sites so far, and those that look the TLB up; see [`Block::wandering`].
+    pub(super) sites: usize,
+    pub(super) wandering: u64,
+    /// Distance of the block's first cell from the start of the code, and the sites that have one.
+    pub(super) first_cell: i32,
+    pub(super) cells: Vec<u16>,
+    pub(super) refills: Vec<Refill>,
+    pub(super) has_bextr: bool,
     /// Where the block is named to the stub: the plain one, and the one that keeps units.
     tails: [Label; 2],
     /// Where the guest's flags are, and where they are when the block begins.
@@ -85,57 +102,34 @@ pub fn in_memory(guest: Register) -> Memory {
 }
 
 impl<'a> Emitter<'a> {
-    pub fn new(asm: &'a mut Asm, places: Places, block: &Block, units: Units, arrival: Arrival) -> Self {
+    pub fn new(asm: &'a mut Asm, ground: Ground, block: &Block, units: Units, silicon: Silicon, arrival: Arrival) -> Self {
         let flags = Whereabouts::on_arrival(arrival.recipe);
         let tails = [(); 2].map(|()| asm.create_label());
         Emitter {
             asm,
-            places,
+            places: ground.places,
             block: std::ptr::from_ref(block) as u64,
             offset: block.key.host & PAGE_OFFSET,
+            salt: jump_salt(block.key.watching.number()) as i32,
             last: block.instructions - 1,
             units,
+            silicon,
             gates: Vec::new(),
             exits: Vec::new(),
             first_exit: arrival.first_exit,
             ways: Vec::new(),
             full_stacks: Vec::new(),
             cold: Vec::new(),
+            first_cell: ground.first_cell,
+            cells: Vec::new(),
+            sites: 0,
+            wandering: block.wandering,
+            has_bextr: ground.host.bmi1,
+            refills: Vec::new(),
             tails,
             flags,
             arrival: flags,
             failed: false,
-        }
-    }
-
-    // ---- memory ---------------------------------------------------------------------------------------------------------------------
-
-    /// Turns the linear address in R14 of an access of `bytes` into a host address there, or goes to cold code. Clobbers R13, R15 and the
-    /// flags.
-    pub fn translate(&mut self, bytes: usize, kind: AccessKind, miss: Label) {
-        const SLOT_SHIFT: u8 = 12 - size_of::<tlb::Entry>().trailing_zeros() as u8;
-        let tag = match kind {
-            AccessKind::Read => offset_of!(tlb::Entry, read),
-            AccessKind::Write => offset_of!(tlb::Entry, write),
-            AccessKind::Fetch => offset_of!(tlb::Entry, fetch),
-        };
-        let a = &mut *self.asm;
-        a.mov(R13D, R14D);
-        a.lea(R15, qword_ptr(R14, (bytes - 1) as i32));
-        a.shr(R13D, SLOT_SHIFT);
-        a.and(R13D, ((tlb::ENTRIES - 1) * size_of::<tlb::Entry>()) as i32);
-        a.add(R13, cpu_field(offset_of!(Cpu, active_table)));
-        a.and(R15, -4096);
-        a.cmp(R15, qword_ptr(R13, tag as i32));
-        a.jne(miss);
-        a.add(R14, qword_ptr(R13, offset_of!(tlb::Entry, addend) as i32))
-    }
-
-    /// Locked accesses that are not aligned need the bus, which the interpreter has.
-    pub fn require_alignment(&mut self, bytes: usize, miss: Label) {
-        if bytes > 1 {
-            self.asm.test(R14L, (bytes - 1) as i32);
-            self.asm.jne(miss);
         }
     }
 
@@ -163,6 +157,11 @@ impl<'a> Emitter<'a> {
         if let Some(cold) = self.cold.last_mut() {
             cold.back = Some((back, host_flags));
         }
+    }
+
+    /// Whether `index` is the number of the block's last instruction.
+    pub fn is_last(&self, index: usize) -> bool {
+        index as u32 == self.last
     }
 
     /// Runs instruction `index` in the interpreter.
@@ -206,13 +205,15 @@ impl<'a> Emitter<'a> {
     /// The last x87 instruction is the one `distance` bytes behind the block's first byte. Changes R15 alone.
     pub fn point_x87(&mut self, distance: u64) {
         const FIP: usize = offset_of!(Cpu, state) + offset_of!(State, fpu) + offset_of!(Fpu, fip);
-        self.rip_at(distance as i64);
+        self.rip_at(R15, distance as i64);
         self.asm.mov(cpu_field(FIP), R15);
     }
 
-    /// Ends the code with its cold part, and gives the exits. `None` if there was an instruction that the encoder refused.
-    pub fn finish(mut self) -> Option<Vec<ExitSite>> {
+    /// Ends the code with its cold part, and gives the exits and the sites with cells. `None` if there was an instruction that the encoder
+    /// refused.
+    pub fn finish(mut self) -> Option<(Vec<ExitSite>, Vec<u16>)> {
         self.finish_ways();
+        self.finish_sites();
         for Cold { label, why, recipe, back } in std::mem::take(&mut self.cold) {
             self.asm.set_label(label);
             self.flags = Whereabouts::on_arrival(recipe);
@@ -239,7 +240,7 @@ impl<'a> Emitter<'a> {
             self.asm.mov(R14, self.block);
             self.asm.jmp(stub);
         }
-        (!self.failed).then_some(self.exits)
+        (!self.failed).then_some((self.exits, self.cells))
     }
 
     /// An instruction of the host's.

@@ -5,8 +5,8 @@
 
 use std::mem::offset_of;
 
-use iced_x86::ConditionCode;
 use iced_x86::Register::{R13, R14, R14D, R15, R15D, RSP};
+use iced_x86::{ConditionCode, Register};
 
 use super::asm::{qword_ptr, Label, Memory};
 use super::emit::{cpu_field, Emitter};
@@ -138,15 +138,15 @@ impl Emitter<'_> {
 
     // ---- to a target that is computed ---------------------------------------------------------------------------------------------------
 
-    /// R15 = RIP `distance` bytes behind the block's first byte. Changes nothing else.
-    pub fn rip_at(&mut self, distance: i64) {
+    /// `to` = RIP `distance` bytes behind the block's first byte. Changes nothing else.
+    pub fn rip_at(&mut self, to: Register, distance: i64) {
         let distance = self.offset as i64 + distance;
-        self.asm.mov(R15, cpu_field(PAGE));
+        self.asm.mov(to, cpu_field(PAGE));
         match i32::try_from(distance) {
-            Ok(distance) => self.asm.lea(R15, qword_ptr(R15, distance)),
+            Ok(distance) => self.asm.lea(to, qword_ptr(to, distance)),
             Err(_) => {
-                self.asm.lea(R15, qword_ptr(R15, i32::MAX));
-                self.asm.lea(R15, qword_ptr(R15, (distance - i64::from(i32::MAX)) as i32));
+                self.asm.lea(to, qword_ptr(to, i32::MAX));
+                self.asm.lea(to, qword_ptr(to, (distance - i64::from(i32::MAX)) as i32));
             }
         }
     }
@@ -167,6 +167,9 @@ impl Emitter<'_> {
         a.shr(R14, 14);
         a.xor(R14D, R15D);
         a.and(R14D, (JUMP_SLOTS - 1) as i32);
+        if self.salt != 0 {
+            a.xor(R14D, self.salt);
+        }
         a.shl(R14D, SHIFT);
         a.add(R14, cpu_field(JUMPS));
         a.cmp(qword_ptr(R14, offset_of!(Jump, rip) as i32), R15);
@@ -183,7 +186,8 @@ impl Emitter<'_> {
 
     // ---- calls and returns --------------------------------------------------------------------------------------------------------------
 
-    /// Calls the target at `distance`, with the guest's return address in R15, which is `back` bytes behind the block's first byte.
+    /// Calls the target at `distance`, with the guest's return address in R15, which is `back` bytes behind the block's first byte, in its
+    /// page.
     ///
     /// Calls are the host's own, and so are returns that go back to where the last call came from, which the host's processor foresees.
     /// Beside each of the host's return addresses is the guest's, by which a return knows its call. A context does not change while calls

@@ -4,15 +4,16 @@
 //! or dead. What the interpreter would see at an instruction that may fault, exit or leave the block is in memory when it looks: state is
 //! precise at every instruction. Cold code follows the recipe then, so that flags that nobody looks at cost nothing, from block to block.
 
-use iced_x86::Register::{AH, AL, AX, EAX, R13, R14, R15, R15D, R15L, RAX, RBP};
+use iced_x86::Register::{AH, AL, AX, EAX, R13, R14, R14L, R15, R15D, R15L, RAX, RBP};
 use iced_x86::{ConditionCode, Instruction, Mnemonic, OpKind, Register};
 
-use super::asm::{word_ptr, Memory, Operand};
+use super::asm::{byte_ptr, word_ptr, Memory, Operand};
 use super::block::makes_flags;
 use super::emit::{cpu_field, in_memory, Emitter};
 use super::native::{FLAGS, FLAG_OPERANDS};
 use super::plan::Plan;
 use super::registers::{host, is_high_byte, resized};
+use crate::model::Silicon;
 
 /// How OF follows from an instruction where host processors differ.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -29,15 +30,36 @@ pub enum Overflow {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Rule {
     Exact,
-    /// Shifts: AF is clear, and OF as it says.
+    /// Shifts: AF is the model's, and OF as it says.
     Shift(Overflow),
     /// Multiplications: CF and OF are the host's, the others those of the low half of the product.
     Product,
+    /// The same where the others stay.
+    ProductAlone,
     /// CF is the host's, OF is clear, and the others are those of the result.
     CarryAndResult,
+    /// CF and ZF are the host's, OF stays, and the others are clear.
+    CarryAndZero,
     /// CF and OF are clear, and the others are those of the result.
     Result,
+    /// ZF and PF are those of the result, AF is set, and the others are clear.
+    Field,
+    /// ZF is the host's, PF that of the result, or set with ZF, and the others are clear.
+    Found,
 }
+
+impl Rule {
+    /// Whether flags stay, although the host may change them.
+    pub fn keeps_flags(self) -> bool {
+        matches!(self, Rule::ProductAlone | Rule::CarryAndZero)
+    }
+}
+
+/// Places of flags in the upper byte of their stored form.
+const STORED_CARRY: i32 = 1;
+const STORED_PARITY_SHIFT: u8 = 2;
+const STORED_HALF_CARRY: i32 = 0x10;
+const STORED_ZERO_SHIFT: u8 = 6;
 
 /// Where an operand of a [`Recipe`] is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -127,7 +149,9 @@ pub fn settled(instructions: &[Instruction], plans: &[Plan]) -> Vec<bool> {
     for (n, (insn, plan)) in instructions.iter().zip(plans).enumerate().rev() {
         use Plan::*;
         settled[n] = match plan {
-            Interpret | ShiftByCl | PushFlags | JumpIndirect | CallRelative | CallIndirect | Return => true,
+            Interpret | ShiftByCl | Divide | PushFlags | JumpIndirect | CallRelative | CallIndirect | Return | SystemCall
+            | SystemReturn => true,
+            Same(rule) if rule.keeps_flags() => true,
             Conditional | JumpRelative => false,
             _ => settled[n + 1] && !makes_flags(insn, *plan),
         };
@@ -140,12 +164,12 @@ impl Emitter<'_> {
     pub fn save_flags(&mut self) {
         if !self.flags.saved && (self.flags.host || self.flags.recipe.is_some()) {
             self.need_flags();
-            self.store_flags(Overflow::Host, false);
+            self.store_flags(Overflow::Host, None);
         }
     }
 
-    /// Stores the guest's flags, which are the host's but for OF, and AF where it has to be clear.
-    fn store_flags(&mut self, overflow: Overflow, clear_half_carry: bool) {
+    /// Stores the guest's flags, which are the host's but for OF, and AF where `half_carry` tells it.
+    fn store_flags(&mut self, overflow: Overflow, half_carry: Option<bool>) {
         let a = &mut *self.asm;
         a.mov(R13, RAX);
         a.lahf();
@@ -165,8 +189,10 @@ impl Emitter<'_> {
                 a.and(AL, 1);
             }
         }
-        if clear_half_carry {
-            a.and(AH, !0x10);
+        match half_carry {
+            Some(true) => a.or(AH, STORED_HALF_CARRY),
+            Some(false) => a.and(AH, !STORED_HALF_CARRY),
+            None => {}
         }
         self.keep_stored_flags(R13)
     }
@@ -174,7 +200,7 @@ impl Emitter<'_> {
     /// A shift by something else than zero has left the guest's flags in the host's, but for AF, and for OF, of which `overflow` tells.
     pub fn store_flags_of_shift(&mut self, overflow: Overflow) {
         self.flags = Whereabouts { host: false, saved: false, recipe: None };
-        self.store_flags(overflow, true);
+        self.store_flags(overflow, Some(self.silicon.sets_half_carry()));
     }
 
     /// Stores the flags of `result`, with the host's CF if `carry`.
@@ -202,6 +228,67 @@ impl Emitter<'_> {
         a.lahf();
         a.or(AH, AL);
         self.keep_stored_flags(R14)
+    }
+
+    /// Changes CF and OF of the stored flags to the host's.
+    fn store_carry_overflow(&mut self) {
+        let a = &mut *self.asm;
+        a.setcc(ConditionCode::o, R14L);
+        a.and(byte_ptr(RBP, FLAGS as i32 + 1), !STORED_CARRY);
+        a.or(byte_ptr(RBP, FLAGS as i32 + 1), R14L);
+        a.mov(byte_ptr(RBP, FLAGS as i32), R14L);
+        self.flags.saved = true;
+    }
+
+    /// Changes all of the stored flags but OF: CF and ZF are the host's, the others clear.
+    fn store_carry_zero(&mut self) {
+        let a = &mut *self.asm;
+        a.setcc(ConditionCode::b, R14L);
+        a.setcc(ConditionCode::e, R15L);
+        a.shl(R15L, STORED_ZERO_SHIFT);
+        a.or(R14L, R15L);
+        a.mov(byte_ptr(RBP, FLAGS as i32 + 1), R14L);
+        self.flags.saved = true;
+    }
+
+    /// Stores ZF and PF of `result`, a set AF, and the others clear.
+    fn store_field_flags(&mut self, result: Register) {
+        let a = &mut *self.asm;
+        a.test(result, result);
+        a.setcc(ConditionCode::e, R14L);
+        a.setcc(ConditionCode::p, R15L);
+        self.store_zero_parity(STORED_HALF_CARRY);
+    }
+
+    /// Stores the host's ZF, PF of `result` or of zero, and the others clear.
+    fn store_found_flags(&mut self, result: Register) {
+        let a = &mut *self.asm;
+        a.setcc(ConditionCode::e, R14L);
+        a.test(result, result);
+        a.setcc(ConditionCode::p, R15L);
+        a.or(R15L, R14L);
+        self.store_zero_parity(0);
+    }
+
+    /// Stores ZF from R14, PF from R15, and `others`.
+    fn store_zero_parity(&mut self, others: i32) {
+        let a = &mut *self.asm;
+        a.shl(R14L, STORED_ZERO_SHIFT);
+        a.shl(R15L, STORED_PARITY_SHIFT);
+        a.or(R14L, R15L);
+        a.or(R14L, others);
+        a.mov(byte_ptr(RBP, FLAGS as i32 + 1), R14L);
+        a.mov(byte_ptr(RBP, FLAGS as i32), 0);
+        self.flags.saved = true;
+    }
+
+    /// Changes the stored flags as a quotient does.
+    pub fn store_flags_of_quotient(&mut self) {
+        if self.silicon == Silicon::Amd {
+            self.flags.recipe = None;
+            self.asm.and(byte_ptr(RBP, FLAGS as i32 + 1), STORED_CARRY);
+            self.asm.or(byte_ptr(RBP, FLAGS as i32 + 1), STORED_HALF_CARRY);
+        }
     }
 
     /// Ends a sequence that has made the flags' stored form in AX: puts it in its place, and RAX back from `rax_copy`.
@@ -310,10 +397,14 @@ impl Emitter<'_> {
     pub fn new_flags(&mut self, rule: Rule, result: Register, live: bool) {
         self.flags = Whereabouts { host: live && rule == Rule::Exact, saved: false, recipe: None };
         match rule {
-            Rule::Shift(overflow) if live => self.store_flags(overflow, true),
+            Rule::Shift(overflow) if live => self.store_flags(overflow, Some(self.silicon.sets_half_carry())),
             Rule::Product if live => self.store_product_flags(result),
+            Rule::ProductAlone if live => self.store_carry_overflow(),
             Rule::CarryAndResult if live => self.store_result_flags(result, true),
+            Rule::CarryAndZero if live => self.store_carry_zero(),
             Rule::Result if live => self.store_result_flags(result, false),
+            Rule::Field if live => self.store_field_flags(result),
+            Rule::Found if live => self.store_found_flags(result),
             _ => {}
         }
     }

@@ -1,18 +1,20 @@
 //! Which instructions become host code, and what they do to the flags there. All others are run by the interpreter in their place.
 //!
-//! An instruction may be in here only if the host does exactly what the reference handler does, undefined flags included; where hosts
-//! differ in flags that somebody sees, it is left out or has a [`Rule`].
+//! An instruction may be in here only if the host does exactly what the reference handler does; where hosts differ in flags that somebody
+//! sees ([`crate::model::silicon`]), it is left out or has a [`Rule`].
 
 use iced_x86::{Code, ConditionCode, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
 use super::flags::{Overflow, Rule};
 use super::registers;
 use super::string;
+use super::system::control_register;
 use super::vector::{self, Extensions, Units};
 use super::x87;
 use crate::decode::feature;
+use crate::exec::x87::host::{comparison_keeps_c1, move_keeps_c1};
 use crate::memory::PAGE_SIZE;
-use crate::model::Model;
+use crate::model::{Model, Silicon};
 use crate::state::rflags::ARITHMETIC;
 
 /// How an instruction is translated.
@@ -40,6 +42,16 @@ pub enum Plan {
     UserPages(bool),
     /// PUSH from memory.
     PushMemory,
+    EnableInterrupts,
+    /// MOV from the control register of this number.
+    ReadControl(usize),
+    ReadSegment,
+    /// RDPKRU.
+    ReadKeys,
+    /// RDTSC, or with `true` RDTSCP.
+    ReadTime(bool),
+    SystemCall,
+    SystemReturn,
     Lea,
     Nothing,
     Push,
@@ -70,11 +82,13 @@ impl Plan {
 pub struct Host {
     popcnt: bool,
     lzcnt: bool,
-    bmi1: bool,
+    pub bmi1: bool,
     bmi2: bool,
     adx: bool,
     movbe: bool,
     sse42: bool,
+    /// Whether C1 stays behind FCOMI and FCMOVcc, if it is the same for both.
+    keeps_c1: Option<bool>,
     pub vectors: Extensions,
 }
 
@@ -88,6 +102,7 @@ impl Host {
             adx: std::arch::is_x86_feature_detected!("adx"),
             sse42: std::arch::is_x86_feature_detected!("sse4.2"),
             movbe: std::arch::is_x86_feature_detected!("movbe"),
+            keeps_c1: Some(comparison_keeps_c1()).filter(|keeps| *keeps == move_keeps_c1()),
             vectors: Extensions::of_host(),
         }
     }
@@ -103,8 +118,8 @@ pub fn plan(insn: &Instruction, live: u64, host: Host, model: &Model) -> Plan {
     }
     match structural(insn) {
         Plan::Interpret if operands_fit(insn) && lock_fits(insn) => {
-            let media = units(insn, host).map(Plan::Media).or_else(|| special(insn, live));
-            media.or_else(|| same(insn, live, host).map(Plan::Same)).unwrap_or(Plan::Interpret)
+            let media = units(insn, host, model.silicon()).map(Plan::Media).or_else(|| special(insn, live));
+            media.or_else(|| same(insn, live, host, model.silicon()).map(Plan::Same)).unwrap_or(Plan::Interpret)
         }
         other => other,
     }
@@ -122,6 +137,10 @@ fn structural(insn: &Instruction) -> Plan {
         Code::Jmp_rel8_64 | Code::Jmp_rel32_64 => return Plan::JumpRelative,
         Code::Jmp_rm64 if operands_fit(insn) => return Plan::JumpIndirect,
         Code::Call_rm64 if operands_fit(insn) => return Plan::CallIndirect,
+        Code::Mov_r64_cr => return control_register(insn).map_or(Plan::Interpret, Plan::ReadControl),
+        Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg if !in_memory(insn) => return Plan::ReadSegment,
+        Code::Syscall => return Plan::SystemCall,
+        Code::Sysretq => return Plan::SystemReturn,
         _ => {}
     }
     match insn.mnemonic() {
@@ -133,6 +152,10 @@ fn structural(insn: &Instruction) -> Plan {
         Mnemonic::Stac => Plan::UserPages(true),
         Mnemonic::Clac => Plan::UserPages(false),
         Mnemonic::Pushfq => Plan::PushFlags,
+        Mnemonic::Sti => Plan::EnableInterrupts,
+        Mnemonic::Rdpkru => Plan::ReadKeys,
+        Mnemonic::Rdtsc => Plan::ReadTime(false),
+        Mnemonic::Rdtscp => Plan::ReadTime(true),
         Mnemonic::Cli => Plan::DisableInterrupts,
         Mnemonic::Cld => Plan::Direction(false),
         Mnemonic::Std => Plan::Direction(true),
@@ -142,8 +165,8 @@ fn structural(insn: &Instruction) -> Plan {
 }
 
 /// What an instruction works on that is the host's own on the units of the guest.
-fn units(insn: &Instruction, host: Host) -> Option<Units> {
-    if x87::is_host_code(insn) {
+fn units(insn: &Instruction, host: Host, silicon: Silicon) -> Option<Units> {
+    if x87::is_host_code(insn) && (!x87::may_keep_c1(insn.mnemonic()) || host.keeps_c1 == Some(silicon.keeps_c1())) {
         return Some(Units { vectors: None, x87: true });
     }
     vector::width(insn, host.vectors).map(|width| Units { vectors: Some(width), x87: false })
@@ -163,9 +186,10 @@ fn special(insn: &Instruction, live: u64) -> Option<Plan> {
     })
 }
 
-fn same(insn: &Instruction, live: u64, host: Host) -> Option<Rule> {
+fn same(insn: &Instruction, live: u64, host: Host, silicon: Silicon) -> Option<Rule> {
     use Mnemonic::*;
     let unseen = live & ARITHMETIC == 0;
+    let of_vendor = |intel, amd| if silicon == Silicon::Amd { amd } else { intel };
     match insn.mnemonic() {
         Mov | Movzx | Movsx | Movsxd | Cbw | Cwde | Cdqe | Cwd | Cdq | Cqo | Not | Bswap if insn.mnemonic() != Bswap || wide(insn) => {
             Some(Rule::Exact)
@@ -178,14 +202,16 @@ fn same(insn: &Instruction, live: u64, host: Host) -> Option<Rule> {
         Rol | Ror => (unseen || count(insn) == Some(1)).then_some(Rule::Exact),
         Rcl | Rcr => (count(insn) == Some(1)).then_some(Rule::Exact),
         Shld | Shrd => (unseen && wide(insn)).then_some(Rule::Exact),
-        Imul | Mul => Some(Rule::Product),
+        Imul | Mul => Some(of_vendor(Rule::Product, Rule::ProductAlone)),
         Popcnt => host.popcnt.then_some(Rule::Exact),
         Movbe => host.movbe.then_some(Rule::Exact),
         Shlx | Shrx | Sarx | Rorx | Mulx | Pdep | Pext => host.bmi2.then_some(Rule::Exact),
         Bzhi => host.bmi2.then_some(Rule::CarryAndResult),
-        Blsi | Blsr | Blsmsk | Tzcnt => host.bmi1.then_some(Rule::CarryAndResult),
-        Andn | Bextr => (host.bmi1 && insn.op2_kind() != OpKind::Immediate32).then_some(Rule::Result),
-        Lzcnt => host.lzcnt.then_some(Rule::CarryAndResult),
+        Blsi | Blsr | Blsmsk => host.bmi1.then_some(Rule::CarryAndResult),
+        Andn => host.bmi1.then_some(Rule::Result),
+        Bextr => (host.bmi1 && insn.op2_kind() != OpKind::Immediate32).then_some(of_vendor(Rule::Result, Rule::Field)),
+        Tzcnt => host.bmi1.then_some(of_vendor(Rule::CarryAndResult, Rule::CarryAndZero)),
+        Lzcnt => host.lzcnt.then_some(of_vendor(Rule::CarryAndResult, Rule::CarryAndZero)),
         Adcx | Adox => host.adx.then_some(Rule::Exact),
         Crc32 => host.sse42.then_some(Rule::Exact),
         Clc | Stc | Cmc | Lahf | Sahf => Some(Rule::Exact),

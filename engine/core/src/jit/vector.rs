@@ -36,28 +36,37 @@ impl Units {
     }
 }
 
-/// Extensions that the host's processor has.
+/// The extensions that matter here, with what the standard library calls them.
+macro_rules! extensions {
+    ($($feature:ident $name:tt),+ $(,)?) => {
+        const EXTENSIONS: [(CpuidFeature, fn() -> bool); [$($name),+].len()] =
+            [$((CpuidFeature::$feature, || is_x86_feature_detected!($name))),+];
+    };
+}
+
+extensions! {
+    SSE "sse",
+    SSE2 "sse2",
+    SSE3 "sse3",
+    SSSE3 "ssse3",
+    SSE4_1 "sse4.1",
+    SSE4_2 "sse4.2",
+    AES "aes",
+    PCLMULQDQ "pclmulqdq",
+    SHA "sha",
+    AVX "avx",
+    AVX2 "avx2",
+    FMA "fma",
+    F16C "f16c",
+}
+
+/// Extensions that the host's processor has: bits by place in the table.
 #[derive(Clone, Copy)]
 pub struct Extensions(u32);
 
 impl Extensions {
     pub fn of_host() -> Self {
-        let present = [
-            (bit(CpuidFeature::SSE), is_x86_feature_detected!("sse")),
-            (bit(CpuidFeature::SSE2), is_x86_feature_detected!("sse2")),
-            (bit(CpuidFeature::SSE3), is_x86_feature_detected!("sse3")),
-            (bit(CpuidFeature::SSSE3), is_x86_feature_detected!("ssse3")),
-            (bit(CpuidFeature::SSE4_1), is_x86_feature_detected!("sse4.1")),
-            (bit(CpuidFeature::SSE4_2), is_x86_feature_detected!("sse4.2")),
-            (bit(CpuidFeature::AES), is_x86_feature_detected!("aes")),
-            (bit(CpuidFeature::PCLMULQDQ), is_x86_feature_detected!("pclmulqdq")),
-            (bit(CpuidFeature::SHA), is_x86_feature_detected!("sha")),
-            (bit(CpuidFeature::AVX), is_x86_feature_detected!("avx")),
-            (bit(CpuidFeature::AVX2), is_x86_feature_detected!("avx2")),
-            (bit(CpuidFeature::FMA), is_x86_feature_detected!("fma")),
-            (bit(CpuidFeature::F16C), is_x86_feature_detected!("f16c")),
-        ];
-        Extensions(present.into_iter().filter(|(_, present)| *present).fold(0, |all, (bit, _)| all | bit))
+        Extensions(EXTENSIONS.iter().filter(|(_, detected)| detected()).fold(0, |all, (feature, _)| all | bit(*feature)))
     }
 
     /// Whether vector registers are 32 bytes wide.
@@ -70,24 +79,9 @@ impl Extensions {
     }
 }
 
-/// The bit of an extension; zero for those that do not matter here.
-const fn bit(feature: CpuidFeature) -> u32 {
-    match feature {
-        CpuidFeature::SSE => 1 << 0,
-        CpuidFeature::SSE2 => 1 << 1,
-        CpuidFeature::SSE3 => 1 << 2,
-        CpuidFeature::SSSE3 => 1 << 3,
-        CpuidFeature::SSE4_1 => 1 << 4,
-        CpuidFeature::SSE4_2 => 1 << 5,
-        CpuidFeature::AES => 1 << 6,
-        CpuidFeature::PCLMULQDQ => 1 << 7,
-        CpuidFeature::SHA => 1 << 8,
-        CpuidFeature::AVX => 1 << 9,
-        CpuidFeature::AVX2 => 1 << 10,
-        CpuidFeature::FMA => 1 << 11,
-        CpuidFeature::F16C => 1 << 12,
-        _ => 0,
-    }
+/// The bit of an extension; zero for those that are not in the table, which no host has.
+fn bit(feature: CpuidFeature) -> u32 {
+    EXTENSIONS.iter().position(|(known, _)| *known == feature).map_or(0, |place| 1 << place)
 }
 
 /// The width of `insn` if it is a vector instruction that the host can run in the guest's place.

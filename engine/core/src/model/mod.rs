@@ -8,10 +8,12 @@ pub mod cpuid;
 pub mod epyc;
 pub mod features;
 pub mod msrs;
+pub mod silicon;
 
 use std::fmt;
 
 pub use features::{Feature, FeatureSet};
+pub use silicon::Silicon;
 
 use crate::cpu::clock::host_tsc_khz;
 use crate::jit::Tier;
@@ -194,6 +196,16 @@ impl Model {
     #[inline]
     pub fn is_amd(&self) -> bool {
         self.part.amd
+    }
+
+    /// Whose undefined flags and results it has.
+    #[inline]
+    pub fn silicon(&self) -> Silicon {
+        if self.part.amd {
+            Silicon::Amd
+        } else {
+            Silicon::Intel
+        }
     }
 
     /// Whether VM exits save the address of the next instruction (SVM's NRIPS).

@@ -40,6 +40,8 @@ pub mod debugctl {
 pub mod lvt {
     pub const MASKED: u64 = 1 << 16;
     pub const DELIVERY: u64 = 7 << 8;
+    /// The interrupt has not been delivered yet; read-only for software.
+    pub const PENDING: u64 = 1 << 12;
     pub const NMI: u64 = 4 << 8;
     /// Bits that can be written: vector, delivery mode, mask.
     pub const BITS: u64 = 0x1_07ff;
@@ -75,6 +77,8 @@ pub struct Pmu {
     pub since: u64,
     /// Instruction count of the core before which no counter overflows.
     pub check_at: u64,
+    /// A counter overflows at `check_at` and not later, whatever runs, so a block must end there.
+    pub exact: bool,
     /// An overflow's interrupt waits for the next instruction boundary that can take it.
     pub interrupt: bool,
     pub tally: Tally,
@@ -90,6 +94,8 @@ pub struct Pmu {
     /// The host's IA32_DEBUGCTL; the guest's is in its state.
     pub host_debugctl: u64,
     pub lvtpc: u64,
+    /// LVTPC of the guest that runs, if overflow interrupts are its own.
+    pub virtual_lvtpc: Option<u64>,
     amd: bool,
     /// General counters that exist.
     general: usize,
@@ -102,20 +108,21 @@ pub struct Pmu {
 
 impl Pmu {
     /// The unit of a core of `model` after reset.
-    pub fn new(model: &Model) -> Box<Self> {
+    pub fn new(model: &Model) -> Self {
         let amd = model.is_amd();
         let (general, fixed) = match (model.has(Feature::Pmu), amd) {
             (false, _) => (0, 0),
             (true, false) => (GENERAL, FIXED),
             (true, true) => (if model.has(Feature::PerfctrCore) { AMD_COUNTERS } else { AMD_LEGACY }, 0),
         };
-        Box::new(Pmu {
+        Pmu {
             watched: 0,
             watching: Watching::NONE,
             recording: false,
             cpl: 0,
             since: 0,
             check_at: u64::MAX,
+            exact: false,
             interrupt: false,
             tally: Tally::default(),
             lbr: Lbr::default(),
@@ -128,13 +135,14 @@ impl Pmu {
             global_status: 0,
             host_debugctl: 0,
             lvtpc: lvt::MASKED,
+            virtual_lvtpc: None,
             amd,
             general,
             fixed,
             has_lbr: model.has(Feature::Lbr),
             capabilities: model.perf_capabilities(),
             unused_address_bits: model.unused_address_bits(),
-        })
+        }
     }
 
     /// Whether the model has counters.
@@ -170,8 +178,9 @@ impl Pmu {
         self.since = now;
     }
 
-    /// Brings the counters up to date with the tally, and requests the interrupt of one that overflowed. Returns whether one did.
-    pub fn fold(&mut self, debugctl: u64) -> bool {
+    /// Brings the counters up to date with the tally, and requests the interrupt of one that overflowed, which may change the guest's
+    /// `debugctl`. Returns whether one did.
+    pub fn fold(&mut self, debugctl: &mut u64) -> bool {
         let (mut overflowed, mut interrupts) = (false, false);
         for n in 0..COUNTERS {
             if self.counters[n].fold(&self.tally) {
@@ -202,19 +211,53 @@ impl Pmu {
     }
 
     /// A performance monitoring interrupt: what is to freeze freezes, then the interrupt goes through the LVT entry.
-    fn request_interrupt(&mut self, debugctl: u64) {
-        if debugctl & debugctl::FREEZE_LBRS_ON_PMI != 0 && self.has_lbr {
-            self.global_status |= registers::status::LBR_FROZEN;
+    fn request_interrupt(&mut self, debugctl: &mut u64) {
+        if *debugctl & debugctl::FREEZE_LBRS_ON_PMI != 0 && self.has_lbr {
+            match self.virtual_lvtpc {
+                Some(_) => *debugctl &= !debugctl::LBR, // the guest's version of performance monitoring is 2
+                None => self.global_status |= registers::status::LBR_FROZEN,
+            }
         }
-        if debugctl & debugctl::FREEZE_PERFMON_ON_PMI != 0 {
+        if *debugctl & debugctl::FREEZE_PERFMON_ON_PMI != 0 {
             self.global_status |= registers::status::COUNTERS_FROZEN;
             self.configure();
         }
-        if self.lvtpc & lvt::MASKED == 0 {
-            self.interrupt = true;
-            if !self.amd {
-                self.lvtpc |= lvt::MASKED;
+        self.interrupt |= match self.virtual_lvtpc {
+            Some(entry) => entry & lvt::MASKED == 0,
+            None => self.lvtpc & lvt::MASKED == 0,
+        };
+        if self.interrupt && self.virtual_lvtpc.is_none() {
+            self.mask_interrupts();
+        }
+    }
+
+    /// A guest with this LVT entry runs from now on.
+    pub fn load_virtual_interrupt(&mut self, entry: u64) {
+        self.interrupt |= entry & lvt::PENDING != 0;
+        self.virtual_lvtpc = Some(entry & !lvt::PENDING);
+    }
+
+    /// It does no more: its LVT entry, where an interrupt that it has not taken is pending. None if interrupts were not its own.
+    pub fn save_virtual_interrupt(&mut self) -> Option<u64> {
+        let entry = self.virtual_lvtpc.take()?;
+        Some(entry | if std::mem::take(&mut self.interrupt) { lvt::PENDING } else { 0 })
+    }
+
+    /// The core's interrupt is on its way: on Intel silicon it masks itself.
+    pub fn mask_interrupts(&mut self) {
+        if !self.amd {
+            self.lvtpc |= lvt::MASKED;
+        }
+    }
+
+    /// The interrupt that waits goes to the guest: tells whether it can go there at once, as an NMI; then its LVT entry masks itself.
+    pub fn take_virtual_interrupt(&mut self) -> bool {
+        match &mut self.virtual_lvtpc {
+            Some(entry) if *entry & (lvt::MASKED | lvt::DELIVERY) == lvt::NMI => {
+                *entry |= lvt::MASKED;
+                true
             }
+            _ => false,
         }
     }
 
@@ -223,18 +266,19 @@ impl Pmu {
         self.lvtpc & lvt::DELIVERY == lvt::NMI
     }
 
-    /// How long code at the current privilege level can run, in instructions, before a counter may overflow; and whether it must run one
-    /// instruction at a time, because that is less than a block of `longest`.
+    /// How long code at the current privilege level can run, in instructions, before a counter may overflow; and whether a block of `longest`
+    /// that goes beyond would be too long for one.
     pub fn headroom(&self, longest: u64) -> (u64, bool) {
-        let mut room = u64::MAX;
-        let mut exact = false;
+        let (mut room, mut certain) = (u64::MAX, u64::MAX);
         for counter in &self.counters {
             let Some(measure) = counter.running_at(self.cpl) else { continue };
             let left = counter.remaining();
             room = room.min(left);
-            exact |= left < longest && measure.follows_instructions();
+            if measure.follows_instructions() {
+                certain = certain.min(left);
+            }
         }
-        (room, exact)
+        (room, certain < room.saturating_add(longest))
     }
 
     /// Notes a branch or an event's delivery at privilege level `cpl`; returns whether it was mispredicted, and the cycles for which it makes

@@ -53,6 +53,8 @@ pub mod perf {
     pub const LOAD_HOST: u32 = 2;
     /// Exit saves it to `guest_perf_global_ctrl`.
     pub const SAVE_GUEST: u32 = 4;
+    /// Overflow interrupts are the guest's, by `virtual_lvtpc`, and the masks behind that say what it may write.
+    pub const VIRTUAL_PMI: u32 = 8;
 }
 
 /// What the hypervisor asks of the silicon for the next run.
@@ -104,6 +106,12 @@ pub struct Control {
     reserved1: u32,
     /// AMD silicon that saves the next RIP: where an injected software interrupt, INT3 or INTO returns to (APM vol. 2, 15.20).
     pub next_rip: u64,
+    /// LVTPC of the guest's local APIC.
+    pub virtual_lvtpc: u32,
+    reserved2: u32,
+    /// Bits that the guest may write to GLOBAL_STATUS_RESET, and to DEBUGCTL, where the MSR bitmap lets it: others exit.
+    pub guest_status_mask: u64,
+    pub guest_debugctl_mask: u64,
 }
 
 impl Control {
@@ -153,6 +161,24 @@ pub struct Exit {
     pub tsc: u64,
 }
 
+/// The part of a local APIC that the silicon works on by itself; see [`crate::virt::apic`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VirtualApic {
+    /// Requested interrupts (VIRR), a bit per vector.
+    pub irr: [u64; 4],
+    /// Interrupts in service (VISR).
+    pub isr: [u64; 4],
+    /// Vectors whose end of interrupt exits.
+    pub eoi_exit: [u64; 4],
+    /// The interrupt command register.
+    pub icr: u64,
+    /// Task priority (VTPR).
+    pub tpr: u32,
+    /// 1 if the guest has this APIC; 0 leaves all of it to the hypervisor.
+    pub enable: u32,
+}
+
 /// Most device accesses that one emulated instruction can make.
 pub const ACCESS_MAX: usize = 8;
 /// Most waivers of one instruction.
@@ -175,7 +201,8 @@ pub struct Block {
     /// Guest-physical pages with access rights, in the low bits (8: the page walker's), that the nested page table does not have to grant: to the instruction of
     /// `Control::emulate`, or to the delivery of the injected event.
     pub waivers: [u64; WAIVER_MAX],
-    tail: [u8; 0x800 - WAIVER_MAX * 8],
+    pub apic: VirtualApic,
+    tail: [u8; 0x800 - WAIVER_MAX * 8 - size_of::<VirtualApic>()],
 }
 
 const _: () = assert!(size_of::<Block>() == BLOCK_SIZE);

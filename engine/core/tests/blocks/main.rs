@@ -35,16 +35,17 @@ const DEFAULT_CASES: u64 = 600;
 const THREADS: u64 = 2;
 /// Instructions that nobody looks behind: blocks end where the budget can be met exactly only beyond the longest block.
 const MARGIN: u64 = 64;
-const EXIT_HLT: u64 = 12;
+/// The models of either vendor, and the exit for HLT of each.
+const PARTS: [(&str, u64); 2] = [("cascadelake", 12), ("epyc", 0x78)];
 /// Place of RIP in the words of a state.
 const RIP: usize = std::mem::offset_of!(State, rip) / 8;
 
-fn model(tier: Tier) -> Model {
+fn model(part: &str, tier: Tier) -> Model {
     let everything: Vec<_> = Model::feature_names()
         .filter(|name| !["svm", "npt", "nrip-save", "tsc-scale", "la57"].contains(name))
         .map(|name| (name.to_owned(), true))
         .collect();
-    Model::new("cascadelake", &everything).expect("names of features that the engine implements").with_tier(tier)
+    Model::new(part, &everything).expect("names of features that the engine implements").with_tier(tier)
 }
 
 /// A core of one tier with a guest's memory.
@@ -64,11 +65,11 @@ struct Outcome {
 }
 
 impl Guest {
-    fn new(tier: Tier, program: &Program) -> Self {
+    fn new(part: &str, tier: Tier, program: &Program) -> Self {
         let ram = Arc::new(Region::new(RAM).expect("a memfd"));
         let npt = NestedPageTable::default();
         npt.map(0, RAM as u64, &ram, 0, right::READ | right::WRITE | right::EXECUTE).expect("an aligned range");
-        let core = Core::new(Arc::new(model(tier)), 0);
+        let core = Core::new(Arc::new(model(part, tier)), 0);
         let mut guest = Guest { core, block: OwnedBlock::new(), ram, npt: Arc::new(npt) };
         for level in 0..3 {
             guest.write(TABLES + level * PAGE, &((TABLES + (level + 1) * PAGE) | 0x67).to_le_bytes());
@@ -165,6 +166,7 @@ fn differences(wanted: &Outcome, found: &Outcome) -> Vec<String> {
 
 /// Input of a comparison.
 struct Case {
+    part: &'static str,
     state: State,
     operands: Vec<u8>,
 }
@@ -173,7 +175,7 @@ impl Case {
     /// What interpreter and host code make of `program`, if that differs.
     fn difference(&self, program: &Program, budget: u64) -> Option<(Outcome, Outcome)> {
         let [wanted, found] =
-            [Tier::Interpreter, Tier::Translator].map(|tier| Guest::new(tier, program).run(&self.state, &self.operands, budget));
+            [Tier::Interpreter, Tier::Translator].map(|tier| Guest::new(self.part, tier, program).run(&self.state, &self.operands, budget));
         (wanted != found).then_some((wanted, found))
     }
 
@@ -188,10 +190,13 @@ impl Case {
             }
         }
         let code = listing(&program);
-        let Some((wanted, found)) = self.difference(&program, budget) else { panic!("seed {seed}, budget {budget}: once only\n{code}") };
+        let Some((wanted, found)) = self.difference(&program, budget) else {
+            panic!("{}, seed {seed}, budget {budget}: once only\n{code}", self.part)
+        };
         let memory: Vec<_> = (0..wanted.memory.len()).filter(|n| wanted.memory[*n] != found.memory[*n]).take(16).collect();
         panic!(
-            "seed {seed}, budget {budget}: interpreter and host code differ: {:#?}\nmemory at {memory:x?}; exits {:x?} and {:x?}\n{code}",
+            "{}, seed {seed}, budget {budget}: interpreter and host code differ: {:#?}\nmemory at {memory:x?}; exits {:x?} and {:x?}\n{code}",
+            self.part,
             differences(&wanted, &found),
             wanted.exit,
             found.exit,
@@ -199,20 +204,21 @@ impl Case {
     }
 }
 
-/// Runs one program in every way; tells whether it was a long run.
+/// Runs one program in every way, on one vendor's CPU; tells whether it was a long run.
 fn check(forms: &Forms, seed: u64) -> bool {
+    let (part, hlt) = PARTS[(seed / THREADS % 2) as usize];
     let mut random = Random::new(seed);
     let mut program = generate::program(forms, &mut random);
-    let case = Case { state: generate::state(&mut random), operands: generate::operands(&mut random) };
+    let case = Case { part, state: generate::state(&mut random), operands: generate::operands(&mut random) };
     let (mut interpreter, whole) = loop {
-        let mut interpreter = Guest::new(Tier::Interpreter, &program);
+        let mut interpreter = Guest::new(part, Tier::Interpreter, &program);
         let whole = interpreter.run(&case.state, &case.operands, 0);
         // What always faults keeps the rest from running: most of it goes.
-        if whole.exit[0] == EXIT_HLT || random.below(12) == 0 || !program.remove(whole.state[RIP].wrapping_sub(CODE)) {
+        if whole.exit[0] == hlt || random.below(12) == 0 || !program.remove(whole.state[RIP].wrapping_sub(CODE)) {
             break (interpreter, whole);
         }
     };
-    let mut translator = Guest::new(Tier::Translator, &program);
+    let mut translator = Guest::new(part, Tier::Translator, &program);
     if translator.run(&case.state, &case.operands, 0) != whole {
         case.fail(seed, program, 0);
     }
@@ -232,7 +238,7 @@ fn setting(name: &str) -> Option<u64> {
 #[test]
 fn host_code_does_what_the_interpreter_does() {
     let (cases, start) = (setting("CASES").unwrap_or(DEFAULT_CASES), setting("SEED").unwrap_or(0));
-    let forms = Forms::new(&Offers::new(model(Tier::Interpreter)));
+    let forms = Forms::new(&Offers::new(model(PARTS[0].0, Tier::Interpreter)));
     let long: usize = std::thread::scope(|scope| {
         let forms = &forms;
         let part = |n: u64| scope.spawn(move || (start + n..start + cases).step_by(THREADS as usize).filter(|n| check(forms, *n)).count());

@@ -15,11 +15,13 @@ use std::sync::Arc;
 use softkvm_engine::cpu::clock::Clock;
 use softkvm_engine::cpu::{CodeSize, Cpu};
 use softkvm_engine::decode::block;
+use softkvm_engine::fault::vector::PF;
 use softkvm_engine::memory::nested::{right, NestedPageTable};
 use softkvm_engine::memory::region::Region;
 use softkvm_engine::model::Model;
 use softkvm_engine::state::{cr0, cr4, efer, gpr, rflags, rights, seg, Segment};
 use softkvm_engine::uop::{slot, Exec, Stop};
+use softkvm_engine::virt::exits::code;
 
 /// Guest-physical addresses of the parts of RAM; linear addresses are the same up to `RAM_SIZE`.
 pub const RAM_SIZE: usize = 4 << 20;
@@ -46,6 +48,20 @@ pub struct Machine {
     pub cpu: Box<Cpu>,
     ram: Arc<Region>,
     next_table: u64,
+}
+
+/// The exception that a CPU left its guest for: vector, error code, and the address of a page fault; `None` for another exit.
+pub fn intercepted(cpu: &Cpu) -> Option<(u8, u32, u64)> {
+    let (exit, amd) = (&cpu.exit, cpu.model.is_amd());
+    let exception = if amd { code::EXCEPTION.svm..code::EXCEPTION.svm + 32 } else { code::EXCEPTION.vmx..code::EXCEPTION.vmx + 1 };
+    if !exception.contains(&exit.reason) {
+        return None;
+    }
+    let (vector, error, address) = match amd {
+        true => ((exit.reason - code::EXCEPTION.svm) as u8, exit.qualification as u32, exit.info2),
+        false => (exit.interruption as u8, exit.interruption_error, exit.qualification),
+    };
+    Some((vector, error, if vector == PF { address } else { 0 }))
 }
 
 impl Machine {

@@ -29,12 +29,12 @@ pub struct Reason {
 pub const REASONS: &[Reason] = &[
     Reason {
         name: "undefined flags",
-        text: "The manuals leave these flags of the instruction undefined. The engine follows Intel's silicon, the host may be AMD's.",
+        text: "The manuals leave these flags undefined, and the host is not the silicon that the model follows in them (model/silicon.rs).",
         applies: |case| without(case, |image, case| image.rflags &= !undefined(&case.encoded.insn, case.before)),
     },
     Reason {
         name: "double shift by more than the operand",
-        text: "SHLD and SHRD of 16 bits by more than 16: result and flags are undefined.",
+        text: "SHLD and SHRD of 16 bits by more than 16: result and flags are undefined, and the host is not the silicon that the model follows.",
         applies: |case| {
             let insn = &case.encoded.insn;
             matches!(insn.mnemonic(), Mnemonic::Shld | Mnemonic::Shrd)
@@ -42,6 +42,13 @@ pub const REASONS: &[Reason] = &[
                 && shift_count(insn, case.before) > 16
                 && (insn.op0_kind() == OpKind::Memory || case.same_memory)
                 && case.engine.fault == case.host.fault
+        },
+    },
+    Reason {
+        name: "C1 behind FCOMI and FCMOVcc",
+        text: "The host is not the silicon that the model follows in this condition bit (model/silicon.rs).",
+        applies: |case| {
+            may_keep_c1(case.encoded.insn.mnemonic()) && without(case, |image, _| image.area.fsw &= !C1)
         },
     },
     Reason {
@@ -152,16 +159,6 @@ pub const REASONS: &[Reason] = &[
         applies: |case| case.encoded.insn.code() == Code::Movsxd_r16_rm16 && vector(case.host).is_some(),
     },
     Reason {
-        name: "precision flag behind unmasked underflow or overflow",
-        text: "A gap of the engine: the flag should tell whether the result with an unbounded exponent was inexact, and tells it of the \
-               delivered result.",
-        applies: |case| {
-            vector(case.host) == Some(19)
-                && case.host.area.mxcsr & (UNDERFLOW | OVERFLOW) != 0
-                && without(case, |image, _| image.area.mxcsr &= !PRECISION)
-        },
-    },
-    Reason {
         name: "place of a fault in a long operand",
         text: "Where an operand of several parts is bad, silicon differs in which bad byte CR2 tells, or which check comes first.",
         applies: |case| {
@@ -176,10 +173,8 @@ pub const REASONS: &[Reason] = &[
 
 /// FSW: an unmasked exception waits.
 const SUMMARY: u16 = 0x80;
-/// MXCSR: the overflow, underflow and precision flags.
-const OVERFLOW: u32 = 8;
-const UNDERFLOW: u32 = 0x10;
-const PRECISION: u32 = 0x20;
+/// FSW: C1.
+const C1: u16 = 0x200;
 /// FSW: C0, C2 and C3.
 const CONDITIONS: u16 = 0x4500;
 
@@ -208,6 +203,12 @@ fn near_branch(encoded: &Encoded) -> bool {
 /// Whether it is an instruction of the x87 FPU.
 pub fn is_x87(insn: &Instruction) -> bool {
     insn.code().cpuid_features().iter().any(|feature| matches!(feature, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387))
+}
+
+fn may_keep_c1(mnemonic: Mnemonic) -> bool {
+    use Mnemonic::*;
+    matches!(mnemonic, Fcomi | Fcomip | Fucomi | Fucomip)
+        || matches!(mnemonic, Fcmovb | Fcmovnb | Fcmove | Fcmovne | Fcmovbe | Fcmovnbe | Fcmovu | Fcmovnu)
 }
 
 /// Whether it is an x87 comparison, which sets condition codes or flags.

@@ -7,7 +7,7 @@ use softkvm_engine::model::Model;
 use softkvm_engine::state::{cr0, cr4, rflags, rights, seg, Segment};
 use softkvm_engine::uop::Stop;
 
-use super::common::{Machine, CODE, DATA, RAM_SIZE};
+use super::common::{intercepted, Machine, CODE, DATA, RAM_SIZE};
 use super::host::{read_only, DATA_OFFSET, DATA_PAGES, DATA_SIZE, READ_ONLY_OFFSET, SLOT_OFFSET, SLOT_PAGE_OFFSET};
 use super::image::{Area, Fault, Image};
 use super::mode::{Mode, Place, USER_DATA};
@@ -88,13 +88,10 @@ impl Guest {
         cpu.budget = 1000;
         cpu.run();
         cpu.control.exception_bitmap = 0;
-        let exit = cpu.exit;
-        assert_eq!(exit.reason, 0, "an exit that is no exception");
-        let vector = exit.interruption as u8;
-        let address = if vector == PF { exit.qualification } else { 0 };
+        let (vector, error, address) = intercepted(cpu).expect("an exit that is an exception");
         // A branch to where nothing can be fetched has done its work.
-        let fetch = vector == PF && exit.interruption_error & ERROR_FETCH != 0 && address == self.mode.code().base + cpu.rip();
-        image.fault = (vector != BP && !fetch).then_some(Fault { vector, error: exit.interruption_error, address });
+        let fetch = vector == PF && error & ERROR_FETCH != 0 && address == self.mode.code().base + cpu.rip();
+        image.fault = (vector != BP && !fetch).then_some(Fault { vector, error, address });
         self.store_registers(image);
     }
 

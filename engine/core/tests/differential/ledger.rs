@@ -86,7 +86,7 @@ impl Ledger {
     }
 
     /// The ledger as lines `kind<TAB>name<TAB>numbers...`, for `docs/differential.md`.
-    pub fn table(&self, seed: u64, seconds: f64) -> String {
+    pub fn table(&self, part: &str, seed: u64, seconds: f64) -> String {
         let mut text = String::new();
         let mut line = |fields: &[String]| writeln!(text, "{}", fields.join("\t")).expect("a string takes it");
         line(&[
@@ -96,6 +96,7 @@ impl Ledger {
             format!("{seconds:.0}"),
             self.unexplained_count.to_string(),
             self.tiers.to_string(),
+            part.to_owned(),
         ]);
         for (name, family) in &self.families {
             line(&[

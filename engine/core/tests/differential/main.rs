@@ -1,4 +1,5 @@
-//! Differential runs: generated instructions on the engine, on the host's CPU and on Unicorn, the whole user-visible state compared.
+//! Differential runs: generated instructions on the engine, on the host's CPU and on Unicorn, the whole user-visible state compared. The
+//! engine's model is one of the host's vendor; a smaller run compares the other vendor's, which differs where vendors do.
 //!
 //! `SOFTKVM_DIFFERENTIAL_CASES` sets how many comparisons are made, `SOFTKVM_DIFFERENTIAL_SEED` where the generator starts,
 //! `SOFTKVM_DIFFERENTIAL_ONLY` keeps the forms whose name contains it, `SOFTKVM_DIFFERENTIAL_LEDGER` names a file for the counts,
@@ -37,6 +38,8 @@ use unicorn::{Outcome, Unicorn};
 use values::{aim, Places, Values};
 
 const DEFAULT_CASES: u64 = 200_000;
+/// Comparisons with the model of the other vendor.
+const OTHER_CASES: u64 = 60_000;
 const THREADS: u64 = 2;
 /// How often the engine's own tiers are compared too.
 const TIERS_EVERY: u64 = 8;
@@ -45,13 +48,23 @@ const STATES: u64 = 8;
 /// Unexplained differences that a thread describes in full.
 const DESCRIBED: usize = 40;
 
+/// Models of Intel's and of AMD's silicon.
+const PARTS: [&str; 2] = ["cascadelake", "epyc"];
+
+/// Which of [`PARTS`] is of the host's vendor.
+fn own_part() -> usize {
+    let leaf = std::arch::x86_64::__cpuid(0);
+    let vendor = [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).concat();
+    usize::from(["AuthenticAMD", "HygonGenuine"].iter().any(|amd| amd.as_bytes() == vendor))
+}
+
 /// The model with everything that the engine implements, but for what makes no difference to the code of a Linux process.
-fn model() -> Model {
+fn model(part: &str) -> Model {
     let everything: Vec<_> = Model::feature_names()
         .filter(|name| !["svm", "npt", "nrip-save", "tsc-scale", "la57"].contains(name))
         .map(|name| (name.to_owned(), true))
         .collect();
-    Model::new("cascadelake", &everything).expect("names of features that the engine implements")
+    Model::new(part, &everything).expect("names of features that the engine implements")
 }
 
 /// The CPUs and what feeds them.
@@ -69,10 +82,10 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(size: CodeSize, number: u16, seed: u64) -> Self {
+    fn new(part: &str, size: CodeSize, number: u16, seed: u64) -> Self {
         let mut oracle = Oracle::new(size, number);
-        let mut guest = Guest::new(model(), oracle.mode());
-        let translated = Guest::new(model(), oracle.mode()).translated();
+        let mut guest = Guest::new(model(part), oracle.mode());
+        let translated = Guest::new(model(part), oracle.mode()).translated();
         let unicorn = setting("UNICORN").and_then(|path| Unicorn::new(&path, oracle.mode()));
         let places = Places::new(oracle.mode());
         let mut random = Random::new(seed);
@@ -213,10 +226,10 @@ impl Bench {
     }
 }
 
-/// Runs `cases` comparisons over all forms of code of `size`, at places of their own.
-fn run(size: CodeSize, number: u16, seed: u64, cases: u64, only: &str) -> Ledger {
-    let offers = Offers::new(model());
-    let mut bench = Bench::new(size, number, seed);
+/// Runs `cases` comparisons with the model of `part` over all forms of code of `size`, at places of their own.
+fn run(part: &str, size: CodeSize, number: u16, seed: u64, cases: u64, only: &str) -> Ledger {
+    let offers = Offers::new(model(part));
+    let mut bench = Bench::new(part, size, number, seed);
     let mut forms = Vec::new();
     for code in Code::values() {
         match classify(code, size, &offers) {
@@ -251,30 +264,48 @@ fn number(name: &str, default: u64) -> u64 {
 /// Sizes of code and how many of ten comparisons each gets.
 const SIZES: [(CodeSize, u64); 3] = [(CodeSize::Bits64, 6), (CodeSize::Bits32, 2), (CodeSize::Bits16, 2)];
 
-#[test]
-fn generated_instructions_match_the_host() {
-    let (cases, seed) = (number("CASES", DEFAULT_CASES), number("SEED", 1));
-    let only = setting("ONLY").unwrap_or_default();
-    let start = Instant::now();
+/// Compares the model of `part` in code of all sizes; threads have numbers from `first` on.
+fn run_all(part: &str, first: u16, seed: u64, cases: u64, only: &str) -> Ledger {
     let mut ledger = Ledger::default();
     for (size, tenths) in SIZES {
         let share = cases * tenths / 10 / THREADS;
         std::thread::scope(|scope| {
-            let only = only.as_str();
-            let start = |n: u64| scope.spawn(move || run(size, n as u16, seed.wrapping_mul(THREADS).wrapping_add(n), share, only));
+            let start =
+                |n: u64| scope.spawn(move || run(part, size, first + n as u16, seed.wrapping_mul(THREADS).wrapping_add(n), share, only));
             let threads: Vec<_> = (0..THREADS).map(start).collect();
             threads.into_iter().for_each(|thread| ledger.merge(thread.join().expect("a comparison panicked")));
         });
     }
     assert!(ledger.compared() > 0, "no form is called {only}");
+    ledger
+}
+
+fn check(ledger: &Ledger, seed: u64) {
+    let texts = ledger.unexplained.join("\n");
+    assert_eq!(ledger.unexplained_count, 0, "unexplained differences, seed {seed}:\n{texts}");
+}
+
+#[test]
+fn generated_instructions_match_the_host() {
+    let (cases, seed) = (number("CASES", DEFAULT_CASES), number("SEED", 1));
+    let only = setting("ONLY").unwrap_or_default();
+    let part = PARTS[own_part()];
+    let start = Instant::now();
+    let ledger = run_all(part, 0, seed, cases, &only);
     if only.is_empty() {
         ledger.check_unicorn();
     }
-    let table = ledger.table(seed, start.elapsed().as_secs_f64());
+    let table = ledger.table(part, seed, start.elapsed().as_secs_f64());
     if let Some(path) = setting("LEDGER") {
         std::fs::write(&path, &table).unwrap_or_else(|error| panic!("cannot write {path}: {error}"));
     }
     println!("{table}never encoded: {:?}", ledger.unreached);
-    let texts = ledger.unexplained.join("\n");
-    assert_eq!(ledger.unexplained_count, 0, "unexplained differences, seed {seed}:\n{texts}");
+    check(&ledger, seed);
+}
+
+#[test]
+fn the_other_vendors_silicon_differs_where_vendors_do() {
+    let (seed, only) = (number("SEED", 1), setting("ONLY").unwrap_or_default());
+    let ledger = run_all(PARTS[1 - own_part()], THREADS as u16, seed, OTHER_CASES, &only);
+    check(&ledger, seed);
 }

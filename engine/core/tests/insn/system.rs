@@ -5,7 +5,7 @@ use softkvm_engine::jit;
 use softkvm_engine::state::{rflags, seg};
 use softkvm_engine::uop::Stop;
 
-use super::common::{Machine, CODE};
+use super::common::{intercepted as exception, Machine, CODE};
 use super::image::{Area, Fault, Image};
 use super::table::{Case, Memory, State};
 use super::Tier;
@@ -108,11 +108,10 @@ fn block(machine: &mut Machine) -> Option<Fault> {
 
 /// The exception that the last exit is for.
 fn intercepted(machine: &Machine) -> Fault {
-    let exit = machine.cpu.exit;
-    assert_eq!(exit.reason, 0, "an exit that is no exception, at {:#x}", machine.cpu.rip());
-    let vector = exit.interruption as u8;
-    let address = if vector == PF { exit.qualification } else { 0 };
-    Fault { vector, error: exit.interruption_error, address }
+    let Some((vector, error, address)) = exception(&machine.cpu) else {
+        panic!("an exit that is no exception, at {:#x}", machine.cpu.rip());
+    };
+    Fault { vector, error, address }
 }
 
 fn mask(mut state: State, undefined: u64) -> State {

@@ -33,6 +33,7 @@ from softkvm.kvm.irqchip.lapic_registers import (
 )
 from softkvm.kvm.irqchip.lapic_timer import TSC_DEADLINE
 from softkvm.kvm.msr import MsrError
+from softkvm.silicon.pmu import LVTPC_PENDING
 
 _U32 = 0xFFFF_FFFF
 _PAGE = struct.Struct("<" + "I12x" * 64)
@@ -69,7 +70,7 @@ class Lapic(LapicCore):
         if not self.x2apic or number not in READABLE_X2APIC:
             raise MsrError(index)
         if number == Reg.ICR:
-            return self.regs[Reg.ICR] | self.regs[Reg.ICR2] << 32
+            return self.icr
         return self._read(number)
 
     def msr_write(self, index: int, value: int) -> None:
@@ -114,6 +115,8 @@ class Lapic(LapicCore):
         if not value & SPIV_ENABLED:
             for entry in LVT_WRITABLE:
                 self.regs[entry] |= LVT_MASKED
+            self.lvtpc |= LVT_MASKED
+        self.vcpu.pmu.choose_interrupts()
 
     def _write_esr(self, _value: int) -> None:
         """Latches nothing: KVM detects no APIC errors, so the register stays zero."""
@@ -136,6 +139,11 @@ class Lapic(LapicCore):
         )
         irq.deliver(self.vcpu.vm, message, self)
 
+    def icr_written(self) -> None:
+        """The guest has written an interrupt command that the silicon leaves to KVM (`kvm_apic_write_nodecode()`)."""
+        command = self.icr
+        self._write_icr(command & _U32, command >> 32)
+
     def _write_icr_low(self, value: int) -> None:
         self._write_icr(value, self.regs[Reg.ICR2])
 
@@ -152,6 +160,11 @@ class Lapic(LapicCore):
         self.regs[register] = value & LVT_WRITABLE[register]
         if self.accepts_pic and not was_pic:
             self.vcpu.make_request(request.REQ_EVENT)  # the PIC's output may have been waiting
+
+    def _write_lvt_pmc(self, value: int) -> None:
+        if not self.sw_enabled:
+            value |= LVT_MASKED
+        self.lvtpc = value & LVT_WRITABLE[Reg.LVT_PMC] & ~LVTPC_PENDING
 
     def _write_lvt_timer(self, value: int) -> None:
         modes = LVT_TIMER_MODE if self.vcpu.cpuid.has(cpuid.TSC_DEADLINE) else LVT_TIMER_PERIODIC
@@ -183,11 +196,12 @@ class Lapic(LapicCore):
 
     def get_state(self) -> bytes:
         """The 1 KiB register page of KVM_GET_LAPIC."""
-        page = list(self.regs)
         with self.lock:
+            self.icr = self.icr
+            page = list(self.regs)
             for first, bitmap in ((Reg.ISR, self.isr), (Reg.TMR, self.tmr), (Reg.IRR, self.irr)):
                 page[first : first + 8] = _BITMAP.unpack(bitmap.to_bytes(32, "little"))
-        page[Reg.PPR] = self.ppr()
+        page[Reg.PPR], page[Reg.LVT_PMC] = self.ppr(), self.lvtpc
         page[Reg.TIMER_INITIAL] = self.apic_timer.initial_count
         page[Reg.TIMER_CURRENT] = self.apic_timer.current_count()
         if self.x2apic and not self.vcpu.vm.routing.x2apic_format:
@@ -208,12 +222,15 @@ class Lapic(LapicCore):
         with self.lock:
             self.regs[:] = page
             self.isr, self.tmr, self.irr = bitmaps
+            self.icr = page[Reg.ICR] | page[Reg.ICR2] << 32
+        self.lvtpc = page[Reg.LVT_PMC] & LVT_WRITABLE[Reg.LVT_PMC]
+        self.vcpu.pmu.choose_interrupts()
         self.vcpu.vm.apic_map.forget()
         self.apic_timer.stop()
         self.apic_timer.set_mode((page[Reg.LVT_TIMER] & LVT_TIMER_MODE) >> 17)
         self.apic_timer.set_divide(page[Reg.TIMER_DIVIDE])
         self.apic_timer.restore(initial, current)
-        self.vcpu.state.cr8 = self.cr8
+        self.set_tpr(page[Reg.TPR])
         self.vcpu.make_request(request.REQ_EVENT)
 
     def _fix_x2apic_page(self, page: list[int]) -> None:
@@ -234,6 +251,7 @@ _READERS: dict[int, Callable[[Lapic, int], int]] = {
     Reg.TIMER_CURRENT: lambda lapic, number: lapic.apic_timer.current_count(),
     Reg.TIMER_INITIAL: lambda lapic, number: lapic.apic_timer.initial_count,
     Reg.PPR: lambda lapic, number: lapic.ppr(),
+    Reg.LVT_PMC: lambda lapic, number: lapic.lvtpc,
 }
 """Registers that are not kept as such."""
 _COMMON_WRITERS: dict[int, Callable[[Lapic, int], None]] = {
@@ -245,6 +263,7 @@ _COMMON_WRITERS: dict[int, Callable[[Lapic, int], None]] = {
     Reg.TIMER_DIVIDE: Lapic._write_divide,
     **{register: _lvt_writer(register) for register in LVT_WRITABLE},
     Reg.LVT_TIMER: Lapic._write_lvt_timer,
+    Reg.LVT_PMC: Lapic._write_lvt_pmc,
 }
 _XAPIC_WRITERS = _COMMON_WRITERS | {
     Reg.ID: Lapic._write_id,

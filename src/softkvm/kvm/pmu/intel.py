@@ -24,6 +24,7 @@ from softkvm.host.perf.intel import (
 from softkvm.kvm import cpuid
 from softkvm.kvm.msr_kinds import Handler, MsrError, require
 from softkvm.kvm.pmu.offer import MAX_FIXED, MAX_GENERIC, supported_capabilities, supported_leaf
+from softkvm.kvm.pmu.passthrough import COND_CHANGED, OVF_DS
 
 if TYPE_CHECKING:
     from softkvm.kvm.cpuid_policy import Registers
@@ -38,7 +39,6 @@ _LEAF = 0xA
 _EVENTSEL_RESERVED = 0xFFFF_FFFF_0020_0000
 _RAW_EVENT_MASK = 0xFFDF_FFFF & ~(1 << 16 | 1 << 17 | 1 << 19 | 1 << 20 | 1 << 22)
 """Event, unit mask, EDGE, INV and CMASK."""
-_OVF_DS, _COND_CHANGED = 1 << 62, 1 << 63
 _FIXED_FIELD = 0b1011
 """OS, USR and PMI of FIXED_CTR_CTRL; ANY is reserved."""
 
@@ -165,7 +165,7 @@ def _get_global_ovf_ctrl(vcpu: Vcpu, index: int, _host: bool) -> int:
 
 def _set_global_ovf_ctrl(vcpu: Vcpu, index: int, value: int, host: bool) -> None:
     pmu = _need_global(vcpu, index)
-    require(not value & ~(pmu.global_ctrl_mask | _OVF_DS | _COND_CHANGED), index)
+    require(not value & ~(pmu.global_ctrl_mask | OVF_DS | COND_CHANGED), index)
     if not host:
         pmu.global_status &= ~value
 

@@ -1,8 +1,9 @@
 """A guest's counters without exits, as long as nobody else has an event on its core.
 
 The way of Linux's later "mediated" vPMU, here on top of perf's events: what the guest owns it reads and writes in the silicon, together
-with GLOBAL_CTRL, GLOBAL_STATUS and RDPMC. What chooses events (IA32_PERFEVTSELx, FIXED_CTR_CTRL) and what clears the status stay
-intercepted: user space filters events, and the silicon, which is of a later version, would clear more than the guest's version has.
+with GLOBAL_CTRL, GLOBAL_STATUS and RDPMC, and the silicon brings it the counters' interrupts by its LVTPC. What chooses events
+(IA32_PERFEVTSELx, FIXED_CTR_CTRL) stays intercepted, because user space filters events; so is what the guest's version does not have of
+GLOBAL_OVF_CTRL, of which the silicon's has more.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from softkvm.host.perf.intel import (
 )
 from softkvm.kvm import msr_bitmap
 from softkvm.silicon.control import Intercept
+from softkvm.silicon.pmu import MSR_LVTPC
 
 if TYPE_CHECKING:
     from softkvm.kvm.pmu.counter import Counter
     from softkvm.kvm.pmu.vpmu import VirtualPmu
     from softkvm.silicon import Core
 
+OVF_DS, COND_CHANGED = 1 << 62, 1 << 63
+"""Bits of GLOBAL_OVF_CTRL that there are in every version, for units that the silicon lacks."""
 _GLOBAL = frozenset({(GLOBAL_CTRL, False), (GLOBAL_CTRL, True), (GLOBAL_STATUS, False)})
 
 
@@ -56,12 +60,8 @@ class PassThrough:
         if core is not None and before and not owned:
             core.pmu_write(GLOBAL_OVF_CTRL, pmu.global_ctrl_mask)
         self._owned = owned
-        msrs = self._choose()
-        for index, write in self._msrs - msrs:
-            msr_bitmap.intercept(vcpu, index, write)
-        for index, write in msrs - self._msrs:
-            msr_bitmap.pass_through(vcpu, index, write)
-        self._msrs = msrs
+        self.choose_msrs()
+        vcpu.control.guest_status_mask = pmu.global_ctrl_mask | OVF_DS | COND_CHANGED
         if vcpu.cpu is not None:
             vcpu.cpu.perf.counters.guest_status = pmu.global_ctrl_mask if owned else 0
         if self.on != before:
@@ -69,6 +69,15 @@ class PassThrough:
         if self.on and not before:
             for counter in pmu.counters.values():
                 self.mirror(counter)
+
+    def choose_msrs(self) -> None:
+        """Let the guest have the MSRs that follow from the counters that it has, and from the mode of its local APIC."""
+        vcpu, msrs = self._pmu.vcpu, self._choose()
+        for index, write in self._msrs - msrs:
+            msr_bitmap.intercept(vcpu, index, write)
+        for index, write in msrs - self._msrs:
+            msr_bitmap.pass_through(vcpu, index, write)
+        self._msrs = msrs
 
     def _same_shape(self) -> bool:
         """Whether the guest has all of the silicon's counters: RDPMC and the global registers know no fewer."""
@@ -83,7 +92,11 @@ class PassThrough:
         full_width = pmu.vcpu.msrs.values[PERF_CAPABILITIES] & FULL_WIDTH_WRITE
         names = {pmu.perf.pmu.counter(idx) for idx in self._owned if full_width or not self._is_generic(idx)}
         names |= {PMC0 + idx for idx in self._owned if self._is_generic(idx)}
-        return _GLOBAL | {(index, write) for index in names for write in (False, True)}
+        lapic = pmu.vcpu.lapic
+        if lapic is not None and pmu.takes_interrupts and lapic.x2apic:
+            names.add(MSR_LVTPC)
+        passed = _GLOBAL | {(index, write) for index in names for write in (False, True)}
+        return passed | {(GLOBAL_OVF_CTRL, True)} if pmu.takes_interrupts else passed
 
     def _is_generic(self, idx: int) -> bool:
         return self._pmu.perf.pmu.counter(idx) == FULL_WIDTH_PMC0 + idx

@@ -13,11 +13,11 @@ from softkvm.host.perf.context import EventContext
 from softkvm.host.perf.core import Perf
 from softkvm.host.perf.intel import EVENTSEL_CMASK, EVENTSEL_EDGE, EVENTSEL_INV, EVENTSEL_OS, EVENTSEL_USR, FIXED
 from softkvm.kvm import regs
-from softkvm.kvm.irqchip.lapic_registers import Reg
+from softkvm.kvm.irqchip.lapic_registers import LVT_MASKED, Reg
 from softkvm.kvm.pmu.counter import Counter
 from softkvm.kvm.pmu.passthrough import PassThrough
 from softkvm.kvm.request import REQ_PMI, REQ_PMU
-from softkvm.silicon.pmu import LOAD_GUEST_GLOBAL_CTRL, LOAD_HOST_GLOBAL_CTRL, SAVE_GUEST_GLOBAL_CTRL
+from softkvm.silicon.pmu import LOAD_GUEST_GLOBAL_CTRL, LOAD_HOST_GLOBAL_CTRL, LVTPC_PENDING, SAVE_GUEST_GLOBAL_CTRL, VIRTUAL_PMI
 
 if TYPE_CHECKING:
     from softkvm.host.sched import Cpu
@@ -171,6 +171,18 @@ class VirtualPmu:
         if counter.intr:
             self.vcpu.make_request(REQ_PMI)
 
+    @property
+    def takes_interrupts(self) -> bool:
+        """Whether the guest's local APIC is there to take the counters' interrupts, so that the silicon may do it."""
+        lapic = self.vcpu.lapic
+        return lapic is not None and lapic.hw_enabled and lapic.sw_enabled
+
+    def choose_interrupts(self) -> None:
+        """The mode of the guest's local APIC has changed."""
+        if self.access.on:
+            self.access.choose_msrs()
+            self.switch_host_registers()
+
     def handle_event(self) -> None:
         """`kvm_pmu_handle_event()`, for REQ_PMU."""
         if self._need_cleanup:
@@ -182,7 +194,8 @@ class VirtualPmu:
         if lapic is None:
             return
         self.vcpu.lbr.freeze_on_pmi()
-        lapic.deliver_local(Reg.LVT_PMC)
+        if lapic.deliver_local(Reg.LVT_PMC):
+            lapic.lvtpc |= LVT_MASKED
 
     # --- Time slices ----------------------------------------------------------------------------------------------------------------
 
@@ -209,17 +222,20 @@ class VirtualPmu:
         owned = frozenset(idx for idx, counter in self.counters.items() if counter.owned)
         self._let_pass(owned if counters.belong_to(self._task_events) else frozenset())
         if self.access.on:
-            vcpu.control.perf_controls = LOAD_GUEST_GLOBAL_CTRL | SAVE_GUEST_GLOBAL_CTRL | LOAD_HOST_GLOBAL_CTRL
+            virtual = VIRTUAL_PMI if self.takes_interrupts else 0
+            vcpu.control.perf_controls = LOAD_GUEST_GLOBAL_CTRL | SAVE_GUEST_GLOBAL_CTRL | LOAD_HOST_GLOBAL_CTRL | virtual
         else:
             lent = sum(1 << idx for idx in owned)
             vcpu.control.guest_perf_global_ctrl = on = counters.guest_global_ctrl | self._global_ctrl & lent
             vcpu.control.perf_controls = LOAD_GUEST_GLOBAL_CTRL | LOAD_HOST_GLOBAL_CTRL if on else 0
         vcpu.lbr.set_host_debugctl(counters.guest_debugctl)
+        vcpu.lbr.choose_debugctl()
 
     def _let_pass(self, owned: frozenset[int]) -> None:
         """Let the guest use the counters in `owned`, and with them the global registers, without exits."""
         if self.access.on and not owned:
             self._global_ctrl, self._global_status = self.global_ctrl, self.global_status
+            self._take_pending_interrupt()
         passing = self.access.on
         self.access.set(owned)
         if self.access.on and not passing:
@@ -227,6 +243,13 @@ class VirtualPmu:
             self.access.status = self._global_status
         if self.access.on != passing:
             self._update_retire()
+
+    def _take_pending_interrupt(self) -> None:
+        """The silicon does not bring the guest its interrupts any more: one that it has not yet brought is KVM's."""
+        lapic = self.vcpu.lapic
+        if lapic is not None and lapic.lvtpc & LVTPC_PENDING:
+            lapic.lvtpc &= ~LVTPC_PENDING
+            self.vcpu.make_request(REQ_PMI)
 
     def written(self, counter: Counter) -> None:
         """A counter has another value, which RDPMC reads without an exit while the guest has some of them."""

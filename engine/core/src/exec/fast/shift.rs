@@ -6,7 +6,7 @@ use super::alu::Record;
 use super::operand::by_width_chained;
 use super::Outcome;
 use crate::cpu::Cpu;
-use crate::exec::muldiv::{multiply_signed, signed_product_flags};
+use crate::exec::muldiv::{exceeds_sign, multiply_signed};
 use crate::exec::select::{in_memory, is_immediate, width};
 use crate::exec::shift::{self, Count, Shift};
 use crate::uop::{Handler, Uop};
@@ -41,7 +41,7 @@ fn by_count<R: Record, O: Shift + 'static>(insn: &Instruction) -> Option<Handler
 #[inline(always)]
 fn shift<R: Record, O: Shift, C: Count, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Outcome {
     let count = shift::mask_count::<W>(C::get(cpu, uop));
-    let (result, flags) = shift::apply::<O, W>(cpu.flags, cpu.reg(uop.reg[0]), count);
+    let (result, flags) = shift::apply::<O, W>(cpu.silicon, cpu.flags, cpu.reg(uop.reg[0]), count);
     cpu.set_reg(uop.reg[0], result);
     R::record(cpu, flags);
     Outcome::Done
@@ -51,7 +51,7 @@ fn shift<R: Record, O: Shift, C: Count, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Ou
 fn product<R: Record, W: Word>(cpu: &mut Cpu, uop: &Uop, a: W, b: W) -> Outcome {
     let (low, high) = multiply_signed(a, b);
     cpu.set_reg(uop.reg[0], low);
-    R::record(cpu, signed_product_flags(low, high));
+    R::record(cpu, cpu.silicon.product(cpu.flags, low, exceeds_sign(low, high)));
     Outcome::Done
 }
 

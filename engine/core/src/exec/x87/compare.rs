@@ -1,11 +1,11 @@
 //! FCOM, FUCOM, FICOM, FCOMI, FTST, FXAM and FCMOVcc (SDM vol. 1, 8.3.3 and 8.3.6).
 //!
-//! What becomes of C1 in FCOMI and FCMOVcc where no register is empty differs between vendors: here it is what the host's unit does.
+//! What becomes of C1 in FCOMI and FCMOVcc where no register is empty differs between vendors ([`crate::model::silicon`]).
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::control::set_conditions;
-use super::host::{self, host_operations, Operation};
+use super::host::{host_operations, Operation};
 use super::stack::status::{C0, C1, C2, C3, CONDITIONS};
 use crate::cpu::Cpu;
 use crate::flags::Flags;
@@ -94,7 +94,7 @@ fn below_top<O: Operation>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 
 fn into_eflags<O: Operation, const POPS: u8>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     cpu.begin_x87()?;
-    let full = cpu.st(0).is_some() && cpu.st(uop.reg[1]).is_some() && host::comparison_keeps_c1();
+    let full = cpu.st(0).is_some() && cpu.st(uop.reg[1]).is_some() && cpu.silicon.keeps_c1();
     let kept = if full { cpu.state.fpu.fsw & C1 } else { 0 };
     let conditions = compare::<O>(cpu, uop, uop.reg[1]);
     cpu.state.fpu.fsw |= kept;
@@ -188,7 +188,7 @@ fn conditional<C: Condition, const NOT: bool>(cpu: &mut Cpu, uop: &Uop) -> Exec 
         cpu.underflow(uop, Some(0));
         return Ok(());
     };
-    let kept = if host::move_keeps_c1() { cpu.state.fpu.fsw & C1 } else { 0 };
+    let kept = if cpu.silicon.keeps_c1() { cpu.state.fpu.fsw & C1 } else { 0 };
     cpu.conclude(uop, 0);
     cpu.state.fpu.fsw |= kept;
     if C::holds(cpu.flags) != NOT {

@@ -8,7 +8,7 @@ mod compare;
 mod control;
 mod environment;
 mod function;
-mod host;
+pub(crate) mod host;
 mod load;
 mod stack;
 
