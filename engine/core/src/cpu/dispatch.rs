@@ -276,6 +276,24 @@ impl Cpu {
         self.code.jump(rip, self.jump_context).filter(|block| unsafe { (**block).valid })
     }
 
+    /// [`Cpu::next_block`] for code of 64 bits as far as that frees nothing, raises nothing and makes nothing new.
+    #[inline]
+    pub(crate) fn known_block(&mut self, rip: u64) -> Option<*mut Block> {
+        self.cached_block(rip).or_else(|| self.find_again(rip))
+    }
+
+    /// A block in one page that the jump cache does not have, or has for another time.
+    #[inline(never)]
+    fn find_again(&mut self, rip: u64) -> Option<*mut Block> {
+        let host = self.cached(rip, 1, AccessKind::Fetch).filter(|_| self.waivers.is_empty())?;
+        let key = self.code_key(host as u64);
+        // SAFETY: the cache forgets blocks before they are freed.
+        let whole = |block: &*mut Block| unsafe { (**block).second_page }.is_none();
+        let block = self.code.last_at(rip, &key).or_else(|| self.code.find(&key)).filter(whole)?;
+        self.remember(rip, rip, block);
+        Some(block)
+    }
+
     #[cold]
     #[inline(never)]
     fn find_block(&mut self, rip: u64) -> Exec<*mut Block> {
