@@ -133,6 +133,26 @@ def test_perf_in_the_guest(tmp_path: Path) -> None:
     assert int(calls[2]) == 0
 
 
+TOP = """
+cd /tmp
+(while :; do /root/profiled; done) >/dev/null 2>&1 &
+load=$!
+mkfifo keys
+sleep 1000 >keys &
+perf top --stdio -c 100003 -d 1 <keys >top &
+top=$!
+n=0
+while [ $n -lt 120 ] && ! grep -q 'profiled.*qux' top; do sleep 0.5; n=$((n + 1)); done
+kill $top $load
+grep -o 'profiled.*qux' top | head -n 1
+"""
+
+
+def test_perf_top_shows_what_the_guest_is_busy_with(tmp_path: Path) -> None:
+    result = in_guest(TOP, "--with", str(compiled("profiled.c", tmp_path / "profiled", "-O1")))
+    assert re.search(r"profiled +\[\.\] qux", result.stdout), result.stdout + result.stderr
+
+
 def test_perf_record_goes_on_in_a_second_machine(tmp_path: Path) -> None:
     program, path, rounds = compiled("profiled.c", tmp_path / "profiled", "-O1"), tmp_path / "snapshot", 20
     work = f"n=1; while [ $n -le {rounds} ]; do [ $n -le 10 ] && /root/profiled || ./later; echo ro''und $n; n=$((n + 1)); done"
@@ -204,7 +224,10 @@ def test_the_flame_graph_names_programs_and_kernel(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not (SUITE / "x86/pmu.flat").exists(), reason="KVM_UNIT_TESTS names no built kvm-unit-tests")
-@pytest.mark.parametrize(("name", "options"), [("pmu", ["-cpu", "max", "-icount", "shift=0"]), ("pmu_pebs", ["-cpu", "host"])])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("pmu", ["-cpu", "max", "-icount", "shift=0"]), ("pmu_lbr", ["-cpu", "host,migratable=no"]), ("pmu_pebs", ["-cpu", "host"])],
+)
 def test_kvm_unit_tests(name: str, options: list[str]) -> None:
     qemu = [sys.executable, "-c", "import sys; from softkvm.cli.qemu import main; sys.exit(main())", "-serial", "stdio"]
     devices = ["-device", "isa-debug-exit,iobase=0xf4,iosize=0x4", "-device", "pc-testdev", "-kernel", str(SUITE / f"x86/{name}.flat")]
