@@ -189,21 +189,21 @@ def test_debians_perf_reads_what_we_record(tmp_path: Path) -> None:
     program, path = compiled("profiled.c", tmp_path / "profiled", "-O1"), tmp_path / "out.data"
     arguments = ["perf", "record", "-b", "-c", "20011", "-o", str(path), "--timeout", "300", "--with", str(program)]
     subprocess.run([*SOFTKVM, *arguments, "--", "/root/profiled"], capture_output=True, check=True)
-    perf = tmp_path / "perf"
-    subprocess.run(["cpio", "-idmu", "--quiet"], input=_package().read_bytes(), cwd=_made(perf), check=True)
-    libraries = f"{perf}/lib/x86_64-linux-gnu:{perf}/usr/lib/x86_64-linux-gnu"
-    loader: list[str | Path] = [perf / "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2", "--library-path", libraries, perf / "usr/bin/perf"]
     symbols: list[str | Path] = ["--kallsyms", f"{path}.kallsyms", "--symfs", f"{path}.symfs", "-i", path]
     columns = ["-F", "overhead,comm,symbol_from,symbol_to"]
-    report = subprocess.run([*loader, "report", "--stdio", *symbols, *columns], capture_output=True, text=True, check=False)
+    report = subprocess.run([*debians_perf(tmp_path), "report", "--stdio", *symbols, *columns], capture_output=True, text=True, check=False)
     assert report.returncode == 0, report.stderr
     found = {(source, target) for source, target in re.findall(r"profiled +\[\.\] (\w+) +\[\.\] (\w+)", report.stdout)}
     assert {("main", "foo"), ("foo", "qux"), ("qux", "foo"), ("main", "bar"), ("bar", "qux"), ("random", "random_r")} <= found
 
 
-def _made(path: Path) -> Path:
-    path.mkdir()
-    return path
+def debians_perf(folder: Path) -> list[str | Path]:
+    """The command that runs Debian's perf on this machine, unpacked into `folder`."""
+    perf = folder / "perf"
+    perf.mkdir()
+    subprocess.run(["cpio", "-idmu", "--quiet"], input=_package().read_bytes(), cwd=perf, check=True)
+    libraries = f"{perf}/lib/x86_64-linux-gnu:{perf}/usr/lib/x86_64-linux-gnu"
+    return [perf / "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2", "--library-path", libraries, perf / "usr/bin/perf"]
 
 
 def _package() -> Path:
