@@ -208,6 +208,21 @@ def test_plain(boot: Boot, host: Host, instruction: Instruction, prefixed: bool)
     assert guest.retired == 1
 
 
+COUNT_INSTRUCTIONS = 0x43_00C0
+"""Of an event select register of either vendor: instructions retired, in user and kernel mode, enabled."""
+COUNTERS = {"intel": ({0x38F: 1, 0x186: COUNT_INSTRUCTIONS}, 0xC1), "amd": ({0xC001_0000: COUNT_INSTRUCTIONS}, 0xC001_0004)}
+"""What to write to which MSRs, and the counter."""
+
+
+@cases(lambda instruction: instruction.good is not None)
+def test_the_guests_counter_of_instructions(boot: Boot, host: Host, instruction: Instruction, prefixed: bool) -> None:
+    control, counter = COUNTERS[host.vendor]
+    guest = booted(boot, host, instruction, NOP + encoded(instruction, prefixed) + NOP + END, **instruction.good or {})
+    assert guest.vcpu.set_msrs(control) == len(control)
+    assert guest.run().event is None
+    assert guest.vcpu.get_msrs([counter]) == [3]
+
+
 @cases(lambda instruction: instruction.good is not None and instruction.steps)
 def test_trap_flag(boot: Boot, host: Host, instruction: Instruction, prefixed: bool) -> None:
     code = encoded(instruction, prefixed)

@@ -6,6 +6,7 @@
 use std::hint;
 use std::ptr;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pyo3::exceptions::PyValueError;
@@ -26,6 +27,12 @@ const PREEMPTED_US: u64 = 20;
 #[pyclass(frozen, module = "softkvm._engine")]
 #[derive(Default)]
 pub struct Wakeup {
+    pub flag: Arc<Flag>,
+}
+
+/// What one thread waits for.
+#[derive(Default)]
+pub struct Flag {
     state: AtomicU32,
 }
 
@@ -38,32 +45,29 @@ impl Wakeup {
 
     /// Whether it was set since `clear()`.
     fn is_set(&self) -> bool {
-        self.state.load(Ordering::SeqCst) == WOKEN
+        self.flag.is_set()
     }
 
     /// Forgets what was set so far.
     fn clear(&self) {
-        self.state.store(QUIET, Ordering::SeqCst);
+        self.flag.state.store(QUIET, Ordering::SeqCst);
     }
 
     /// Wakes the thread that waits, or the next one that does.
     fn set(&self) {
-        if self.state.swap(WOKEN, Ordering::SeqCst) == ASLEEP {
-            // SAFETY: the word lives as long as `self`, and the call only looks up who sleeps on it.
-            unsafe { libc::syscall(libc::SYS_futex, self.state.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, i32::MAX) };
-        }
+        self.flag.set();
     }
 
     /// Waits awake until it is set, `ns` are over, or another thread has taken the processor; whether it is set.
     fn poll(&self, py: Python<'_>, ns: u64) -> bool {
         handover::release();
         py.detach(|| {
-            if self.looks_up(ns) {
+            if self.flag.looks_up(ns) {
                 handover::wait();
             }
         });
         handover::acquired();
-        self.is_set()
+        self.flag.is_set()
     }
 
     /// Sleeps until it is set or `timeout` seconds are over, None for no limit; whether it is set. Python's signal handlers run meanwhile,
@@ -75,20 +79,32 @@ impl Wakeup {
         loop {
             handover::release();
             let again = py.detach(|| {
-                let again = self.sleep(end);
+                let again = self.flag.sleep(end);
                 handover::wait();
                 again
             });
             handover::acquired();
             py.check_signals()?;
             if !again {
-                return Ok(self.is_set());
+                return Ok(self.flag.is_set());
             }
         }
     }
 }
 
-impl Wakeup {
+impl Flag {
+    fn is_set(&self) -> bool {
+        self.state.load(Ordering::SeqCst) == WOKEN
+    }
+
+    /// Wakes the thread.
+    pub fn set(&self) {
+        if self.state.swap(WOKEN, Ordering::SeqCst) == ASLEEP {
+            // SAFETY: the word lives as long as `self`, and the call only looks up who sleeps on it.
+            unsafe { libc::syscall(libc::SYS_futex, self.state.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, i32::MAX) };
+        }
+    }
+
     /// The inside of `poll()`.
     fn looks_up(&self, ns: u64) -> bool {
         let khz = host_tsc_khz();

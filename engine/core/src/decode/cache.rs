@@ -125,6 +125,12 @@ impl CodeCache {
         }
     }
 
+    /// Lets nobody enter the host code of `block` again, which may be running. It keeps what it needs for that.
+    pub fn retire_translation(&self, block: &mut Block) {
+        block.links.iter_mut().for_each(|links| links.cut());
+        (block.entry, block.body) = (self.nowhere, std::ptr::null());
+    }
+
     /// Forgets host code at `addresses`, whose place is needed; returns that of how many blocks.
     pub fn forget_translations_at(&mut self, addresses: &Range<u64>) -> u64 {
         let (nowhere, mut forgotten) = (self.nowhere, 0);

@@ -1,14 +1,16 @@
-//! Pieces of host code that translations are made of: flags between host and guest, TLB checks, the way into the interpreter and back.
+//! Pieces of host code that translations are made of: flags between host and guest, the way into the interpreter and back.
 //!
 //! Guest flags are in the host's flags, in `Native::flags`, in both, or dead. What the interpreter would see at an instruction that may
 //! fault, exit or leave the block is in memory there: state is precise at every instruction.
 
 use std::mem::offset_of;
 
-use iced_x86::Register::{AH, AL, AX, EAX, R13, R13D, R14, R14D, R14L, R15, R15D, R15L, RAX, RBP};
+use iced_x86::Register::{AH, AL, AX, EAX, R13, R13D, R14, R14L, R15, R15D, R15L, RAX, RBP};
 use iced_x86::{ConditionCode, IcedError, Instruction, Register};
 
+use super::access::Refill;
 use super::asm::{byte_ptr, qword_ptr, word_ptr, Asm, Label, Memory};
+use super::block::Ground;
 use super::exits::ExitSite;
 use super::native::{detour, FLAGS, VECTORS, X87};
 use super::registers;
@@ -18,8 +20,6 @@ use crate::decode::block::Block;
 use crate::decode::cache::jump_salt;
 use crate::memory::PAGE_OFFSET;
 use crate::model::Silicon;
-use crate::paging::tlb;
-use crate::paging::AccessKind;
 use crate::state::{Fpu, State};
 
 /// Where shared code is.
@@ -33,8 +33,11 @@ pub struct Places {
     pub xmm: u64,
     pub ymm: u64,
     pub x87: u64,
-    /// The stub that returns to the dispatcher at RIP R15.
+    /// The stub that looks for the block at RIP R15.
     pub unknown: u64,
+    /// The stubs that look a page up for a site that reads, and for one that writes.
+    pub refill_read: u64,
+    pub refill_write: u64,
 }
 
 /// How OF follows from an instruction where host processors differ.
@@ -113,6 +116,14 @@ pub struct Emitter<'a> {
     /// Calls for which the host's stack may have no room, and where they go on.
     pub(super) full_stacks: Vec<(Label, Label)>,
     cold: Vec<Cold>,
+    /// Sites so far, and those that look the TLB up; see [`Block::wandering`].
+    pub(super) sites: usize,
+    pub(super) wandering: u64,
+    /// Distance of the block's first cell from the start of the code, and the sites that have one.
+    pub(super) first_cell: i32,
+    pub(super) cells: Vec<u16>,
+    pub(super) refills: Vec<Refill>,
+    pub(super) has_bextr: bool,
     /// Where the block is named to the stub: the plain one, and the one that keeps units.
     tails: [Label; 2],
     /// The host's flags are the guest's.
@@ -134,11 +145,11 @@ pub fn in_memory(guest: Register) -> Memory {
 }
 
 impl<'a> Emitter<'a> {
-    pub fn new(asm: &'a mut Asm, places: Places, block: &Block, units: Units, silicon: Silicon) -> Self {
+    pub fn new(asm: &'a mut Asm, ground: Ground, block: &Block, units: Units, silicon: Silicon) -> Self {
         let tails = [(); 2].map(|()| asm.create_label());
         Emitter {
             asm,
-            places,
+            places: ground.places,
             block: std::ptr::from_ref(block) as u64,
             offset: block.key.host & PAGE_OFFSET,
             salt: jump_salt(block.key.watching.number()) as i32,
@@ -149,6 +160,12 @@ impl<'a> Emitter<'a> {
             exits: Vec::new(),
             full_stacks: Vec::new(),
             cold: Vec::new(),
+            first_cell: ground.first_cell,
+            cells: Vec::new(),
+            sites: 0,
+            wandering: block.wandering,
+            has_bextr: ground.host.bmi1,
+            refills: Vec::new(),
             tails,
             host_flags: false,
             saved_flags: true,
@@ -252,26 +269,26 @@ impl<'a> Emitter<'a> {
     fn store_field_flags(&mut self, result: Register) {
         let a = &mut *self.asm;
         a.test(result, result);
-        a.setcc(ConditionCode::e, R15L);
-        a.setcc(ConditionCode::p, R14L);
+        a.setcc(ConditionCode::e, R14L);
+        a.setcc(ConditionCode::p, R15L);
         self.store_zero_parity(STORED_HALF_CARRY);
     }
 
     /// Stores the host's ZF, PF of `result` or of zero, and the others clear.
     fn store_found_flags(&mut self, result: Register) {
         let a = &mut *self.asm;
-        a.setcc(ConditionCode::e, R15L);
+        a.setcc(ConditionCode::e, R14L);
         a.test(result, result);
-        a.setcc(ConditionCode::p, R14L);
-        a.or(R14L, R15L);
+        a.setcc(ConditionCode::p, R15L);
+        a.or(R15L, R14L);
         self.store_zero_parity(0);
     }
 
-    /// Stores ZF from R15, PF from R14, and `others`.
+    /// Stores ZF from R14, PF from R15, and `others`.
     fn store_zero_parity(&mut self, others: i32) {
         let a = &mut *self.asm;
-        a.shl(R15L, STORED_ZERO_SHIFT);
-        a.shl(R14L, STORED_PARITY_SHIFT);
+        a.shl(R14L, STORED_ZERO_SHIFT);
+        a.shl(R15L, STORED_PARITY_SHIFT);
         a.or(R14L, R15L);
         a.or(R14L, others);
         a.mov(byte_ptr(RBP, FLAGS as i32 + 1), R14L);
@@ -304,11 +321,11 @@ impl<'a> Emitter<'a> {
 
     fn restore_flags(&mut self) {
         let a = &mut *self.asm;
-        a.mov(R13, RAX);
+        a.mov(R15, RAX);
         a.movzx(EAX, word_ptr(RBP, FLAGS as i32));
         a.add(AL, 0x7f);
         a.sahf();
-        a.mov(RAX, R13)
+        a.mov(RAX, R15)
     }
 
     /// Host code is about to destroy the host's flags; `live` tells whether the guest's are seen again.
@@ -336,37 +353,6 @@ impl<'a> Emitter<'a> {
         }
     }
 
-    // ---- memory ---------------------------------------------------------------------------------------------------------------------
-
-    /// Turns the linear address in R14 of an access of `bytes` into a host address there, or goes to cold code. Clobbers R13, R15 and the
-    /// flags.
-    pub fn translate(&mut self, bytes: usize, kind: AccessKind, miss: Label) {
-        const SLOT_SHIFT: u8 = 12 - size_of::<tlb::Entry>().trailing_zeros() as u8;
-        let tag = match kind {
-            AccessKind::Read => offset_of!(tlb::Entry, read),
-            AccessKind::Write => offset_of!(tlb::Entry, write),
-            AccessKind::Fetch => offset_of!(tlb::Entry, fetch),
-        };
-        let a = &mut *self.asm;
-        a.mov(R13D, R14D);
-        a.lea(R15, qword_ptr(R14, (bytes - 1) as i32));
-        a.shr(R13D, SLOT_SHIFT);
-        a.and(R13D, ((tlb::ENTRIES - 1) * size_of::<tlb::Entry>()) as i32);
-        a.add(R13, cpu_field(offset_of!(Cpu, active_table)));
-        a.and(R15, -4096);
-        a.cmp(R15, qword_ptr(R13, tag as i32));
-        a.jne(miss);
-        a.add(R14, qword_ptr(R13, offset_of!(tlb::Entry, addend) as i32))
-    }
-
-    /// Locked accesses that are not aligned need the bus, which the interpreter has.
-    pub fn require_alignment(&mut self, bytes: usize, miss: Label) {
-        if bytes > 1 {
-            self.asm.test(R14L, (bytes - 1) as i32);
-            self.asm.jne(miss);
-        }
-    }
-
     // ---- the interpreter --------------------------------------------------------------------------------------------------------------
 
     /// Cold code that runs instruction `index` in the interpreter instead. It comes back where [`Emitter::rejoin`] says, if that is called
@@ -390,6 +376,11 @@ impl<'a> Emitter<'a> {
         if let Some(cold) = self.cold.last_mut() {
             cold.back = Some((back, host_flags));
         }
+    }
+
+    /// Whether `index` is the number of the block's last instruction.
+    pub fn is_last(&self, index: usize) -> bool {
+        index as u32 == self.last
     }
 
     /// Runs instruction `index` in the interpreter.
@@ -437,8 +428,10 @@ impl<'a> Emitter<'a> {
         self.asm.mov(cpu_field(FIP), R15);
     }
 
-    /// Ends the code with its cold part, and gives the exits. `None` if there was an instruction that the encoder refused.
-    pub fn finish(mut self) -> Option<Vec<ExitSite>> {
+    /// Ends the code with its cold part, and gives the exits and the sites with cells. `None` if there was an instruction that the encoder
+    /// refused.
+    pub fn finish(mut self) -> Option<(Vec<ExitSite>, Vec<u16>)> {
+        self.finish_sites();
         for Cold { label, why, back } in std::mem::take(&mut self.cold) {
             self.asm.set_label(label);
             self.leave_for(why);
@@ -461,7 +454,7 @@ impl<'a> Emitter<'a> {
             self.asm.mov(R14, self.block);
             self.asm.jmp(stub);
         }
-        (!self.failed).then_some(self.exits)
+        (!self.failed).then_some((self.exits, self.cells))
     }
 
     /// An instruction of the host's.

@@ -11,7 +11,7 @@ use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::memory::PAGE_OFFSET;
 use crate::pmu::Watching;
-use crate::uop::{slot, Stop};
+use crate::uop::slot;
 
 /// A direct way out of a translation.
 #[derive(Clone, Copy)]
@@ -104,29 +104,37 @@ pub unsafe fn follow(cpu: &mut Cpu, block: *mut Block, number: usize) -> u32 {
     let (exit, host) = unsafe { ((*block).links.as_ref().and_then(|links| links.exits.get(number).copied()), (*block).key.host) };
     let Some(exit) = exit else { unreachable!("host code has its exits") };
     let page = cpu.native.page;
-    let rip = (page | host & PAGE_OFFSET).wrapping_add(exit.distance as u64);
-    cpu.regs[slot::RIP as usize] = rip;
+    cpu.regs[slot::RIP as usize] = (page | host & PAGE_OFFSET).wrapping_add(exit.distance as u64);
     if cpu.native.context != cpu.jump_context {
         return status::BOUNDARY;
     }
-    // The jump cache may have another block in the place of one that was found before this code was hot, and that the block remembers.
-    // SAFETY: as above.
-    let remembered = || unsafe { (*block).successor(rip, cpu.jump_context) };
-    let found = cpu.code.jump(rip, cpu.jump_context).or_else(remembered);
-    // SAFETY: both forget blocks before they are freed; nobody else has a reference.
-    let found = found.map(|target| unsafe { &mut *target });
-    let Some(target) = found.filter(|target| target.valid && !target.body.is_null()) else { return cpu.left_after(block) };
+    let Some(found) = cpu.translated_at(cpu.rip()) else { return cpu.left_after(block) };
+    // SAFETY: the cache forgets blocks before they are freed; nobody else has a reference.
+    let target = unsafe { &mut *found };
     if exit.link(host, page, cpu.jump_context, target) {
         cpu.native.counts.links += 1;
         target.links.as_mut().into_iter().for_each(|links| links.add(exit));
     }
-    cpu.native.page = rip & !PAGE_OFFSET;
-    cpu.native.target = target.entry;
     cpu.keep_from_blocks();
-    status::GO
+    cpu.go_to(found)
+}
+
+/// Host code knows RIP, and nothing of the block there: tells where it goes on, as [`follow`] does.
+pub fn find(cpu: &mut Cpu) -> u32 {
+    let Some(target) = cpu.translated_at(cpu.rip()) else { return status::BOUNDARY };
+    cpu.keep_from_blocks();
+    cpu.go_to(target)
 }
 
 impl Cpu {
+    /// The block at `rip`, where code of 64 bits runs, if it has host code and no translation has changed since host code was entered.
+    pub(super) fn translated_at(&mut self, rip: u64) -> Option<*mut Block> {
+        let block = self.known_block(rip)?;
+        // SAFETY: the cache forgets blocks before they are freed.
+        let ready = unsafe { !(*block).body.is_null() };
+        (ready && self.native.context == self.jump_context).then_some(block)
+    }
+
     /// The dispatcher goes on at RIP, behind `block`. One that watches branches must not learn from which: this one has been noted.
     fn left_after(&mut self, block: *mut Block) -> u32 {
         if self.pmu.watching != Watching::NONE {
@@ -134,7 +142,7 @@ impl Cpu {
         }
         self.flags = self.native.flags();
         self.native.block = block;
-        Stop::Next as u32
+        status::NEXT
     }
 }
 

@@ -11,19 +11,22 @@
 //! | `plan` | which instructions become host code |
 //! | `block` | the translation of a block |
 //! | `asm` | the assembler |
-//! | `emit` | pieces of host code: flags, TLB checks, ways into the interpreter |
+//! | `emit` | pieces of host code: flags, ways into the interpreter |
+//! | `access` | accesses to the guest's memory |
 //! | `exits` | the head of a block, and the ways to the next one |
 //! | `watched` | what a branch does for those who watch branches |
 //! | `registers`, `vector_registers` | where guest registers are meanwhile |
-//! | `integer`, `string`, `system` | instructions that take several of the host's |
+//! | `integer`, `string`, `system`, `calls` | instructions that take several of the host's |
 //! | `vector`, `x87` | which vector, MMX and x87 instructions become host code |
 //! | `stubs` | code that all blocks share |
 //! | `arena` | memory for host code |
 
+mod access;
 mod arena;
 mod asm;
 pub mod backend;
 mod block;
+mod calls;
 mod emit;
 mod exits;
 mod integer;

@@ -8,7 +8,7 @@ use iced_x86::Instruction;
 use super::arena::Arena;
 use super::asm::Asm;
 use super::backend::{Backend, HostCode, Made};
-use super::block::{self, Code};
+use super::block::{self, Code, Ground};
 use super::exits::ExitSite;
 use super::link::Exit;
 use super::native::Trampoline;
@@ -31,7 +31,7 @@ impl X64 {
         let mut arena = Arena::new(size)?;
         let mut asm = Asm::default();
         let host = Host::new();
-        let stubs = stubs::write(&mut arena, &mut asm, host.vectors.has_ymm()).ok_or(io::ErrorKind::OutOfMemory)?;
+        let stubs = stubs::write(&mut arena, &mut asm, host).ok_or(io::ErrorKind::OutOfMemory)?;
         arena.keep();
         Ok(X64 { arena, asm, stubs, host })
     }
@@ -52,13 +52,15 @@ impl X64 {
 impl Backend for X64 {
     fn translate(&mut self, block: &Block, instructions: &[Instruction], model: &Model) -> Made {
         self.asm.begin(self.arena.next());
-        let code = block::translate(&mut self.asm, block, instructions, model, self.host, self.stubs.places);
-        let Some(Code { body, exits }) = code else { return Made::Refused };
+        let ground = Ground { host: self.host, places: self.stubs.places, first_cell: self.arena.next_cell() };
+        let Some(Code { body, exits, cells }) = block::translate(&mut self.asm, block, instructions, model, ground) else {
+            return Made::Refused;
+        };
         let bytes = self.asm.finish();
-        if bytes.len() > self.arena.segment() {
+        if !self.arena.has_room_for(bytes.len(), cells.len()) {
             return Made::Refused;
         }
-        let Some(entry) = self.arena.add(bytes) else { return Made::Full(self.arena.take_segment()) };
+        let Some(entry) = self.arena.add(bytes, &cells) else { return Made::Full(self.arena.take_segment()) };
         let body = entry.wrapping_add(self.asm.offset(body));
         Made::Code(HostCode { entry, body, exits: exits.iter().map(|site| self.placed(entry, site)).collect() })
     }
