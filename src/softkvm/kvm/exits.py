@@ -184,6 +184,20 @@ def handle_nmi_window(vcpu: Vcpu) -> int:
     return 1
 
 
+def handle_end_of_interrupt(vcpu: Vcpu, vector: int) -> int:
+    """EOI of a virtual APIC, of a vector that concerns an IOAPIC; the instruction is complete."""
+    assert vcpu.lapic is not None
+    vcpu.lapic.end_of_interrupt(vector)
+    return 1
+
+
+def handle_icr_write(vcpu: Vcpu) -> int:
+    """A command of a virtual APIC that the silicon does not execute; the instruction is complete."""
+    assert vcpu.lapic is not None
+    vcpu.lapic.icr_written()
+    return 1
+
+
 def handle_triple_fault(vcpu: Vcpu) -> int:
     """The guest has shut down."""
     return vcpu.exit_to_user(uapi.KVM_EXIT_SHUTDOWN)
