@@ -1,13 +1,15 @@
-//! The TLB against fresh walks: whatever software changes and then invalidates as the manual asks (SDM vol. 3, 4.10.4), accesses go where
-//! the page tables lead.
+//! The TLB, and what translated code remembers of it, against fresh walks: whatever software changes and then invalidates as the manual asks
+//! (SDM vol. 3, 4.10.4), accesses go where the page tables lead.
 
 mod common;
 
 use common::{Machine, Random, CODE, RAM_SIZE};
+use softkvm_engine::fault::vector;
 use softkvm_engine::model::Model;
 use softkvm_engine::paging::walk::{probe, Context};
 use softkvm_engine::paging::AccessKind;
 use softkvm_engine::state::{cr4, gpr, rflags, rights, seg, Segment};
+use softkvm_engine::virt::control::intercept;
 
 const PAGE: u64 = 4096;
 /// Root tables of the address spaces, each followed by its own tables.
@@ -36,6 +38,14 @@ const INVLPG: [u8; 3] = [0x0f, 0x01, 0x38]; // invlpg [rax]
 const INVPCID: [u8; 5] = [0x66, 0x0f, 0x38, 0x82, 0x0b]; // invpcid rcx, [rbx]
 const MOV_CR3: [u8; 3] = [0x0f, 0x22, 0xd8]; // mov cr3, rax
 const DESCRIPTOR: u64 = 0x7000;
+/// A page of accesses, for the kernel, and where users find the same page.
+const ACCESSES: u64 = 0x9000;
+const USERS_ACCESSES: u64 = 0xa000;
+const LOAD: [u8; 4] = [0x48, 0x8b, 0x03, 0xf4]; // mov rax, [rbx]; hlt
+const EXCHANGE: [u8; 5] = [0x48, 0x0f, 0xc1, 0x03, 0xf4]; // xadd [rbx], rax; hlt
+const EXCHANGE_AT: u64 = 0x40;
+const EXIT_EXCEPTION: u32 = 0;
+const EXIT_HLT: u32 = 12;
 
 struct Spaces {
     machine: Machine,
@@ -56,7 +66,13 @@ struct Page {
 impl Spaces {
     fn new(seed: u64) -> Self {
         let mut machine = Machine::with_model(Model::default());
-        [CODE, DESCRIPTOR].into_iter().for_each(|page| machine.map_supervisor_with_key(page, 0));
+        machine.map(USERS_ACCESSES, ACCESSES);
+        machine.poke(ACCESSES, &LOAD);
+        machine.poke(ACCESSES + EXCHANGE_AT, &EXCHANGE);
+        machine.cpu.control.intercepts |= 1 << intercept::HLT;
+        machine.cpu.control.exception_bitmap = 1 << vector::PF | 1 << vector::GP;
+        machine.cpu.set_translator(Some(1));
+        [CODE, DESCRIPTOR, ACCESSES].into_iter().for_each(|page| machine.map_supervisor_with_key(page, 0));
         let root = machine.cpu.state.cr3;
         let identity = machine.peek(root, 8);
         for frame in 0..FRAME_COUNT {
@@ -156,6 +172,41 @@ impl Spaces {
             assert!(cached.is_none_or(|at| at == gpa), "{kind:?} at {la:#x} went to {cached:x?} instead of {gpa:#x}");
             assert!(cached.is_some(), "a page of RAM is remembered");
         }
+        self.reset_privilege();
+    }
+
+    /// [`Spaces::access`] by translated code, always at the same two places.
+    fn access_translated(&mut self) {
+        let page = self.page(self.current);
+        let la = page.la + self.random.below(PAGE / 8) * 8;
+        let write = self.random.below(2) == 0;
+        self.set_privilege();
+        let cpu = &mut self.machine.cpu;
+        let kind = if write { AccessKind::Write } else { AccessKind::Read };
+        let context = Context::new(&cpu.state, 46);
+        let expected = probe(&context, &cpu.npt.tree(), la, cpu.privilege(), kind).map(|mapping| mapping.gpa);
+        let user = cpu.cpl() == 3;
+        (cpu.budget, cpu.regs[gpr::RAX], cpu.regs[gpr::RBX]) = (1 << 40, 0, la);
+        self.machine.set_rip(if user { USERS_ACCESSES } else { ACCESSES } + if write { EXCHANGE_AT } else { 0 });
+        let memory = expected.map(|gpa| u64::from_le_bytes(self.machine.bytes(gpa)));
+        self.machine.cpu.run();
+        let (exit, found) = (&self.machine.cpu.exit, self.machine.cpu.gpr(gpr::RAX));
+        let exception = exit.interruption as u8;
+        match memory {
+            // A user's HLT is an exception too.
+            Ok(memory) => {
+                assert!(
+                    exit.reason == if user { EXIT_EXCEPTION } else { EXIT_HLT } && (!user || exception == vector::GP),
+                    "{kind:?} at {la:#x}"
+                );
+                assert_eq!(found, memory, "{kind:?} at {la:#x}");
+            }
+            Err(_) => assert_eq!((exit.reason, exception), (EXIT_EXCEPTION, vector::PF), "{kind:?} at {la:#x}"),
+        }
+        self.reset_privilege();
+    }
+
+    fn reset_privilege(&mut self) {
         self.machine.cpu.state.segments[seg::SS] = Segment::new(0x10, DATA_RIGHTS, u32::MAX, 0);
         self.machine.cpu.set_rflags(rflags::FIXED);
         self.machine.cpu.refresh();
@@ -179,6 +230,7 @@ fn accesses_go_where_the_tables_lead() {
             match spaces.random.below(10) {
                 0 | 1 => spaces.change(),
                 2 => spaces.switch(),
+                3..6 => spaces.access_translated(),
                 _ => spaces.access(),
             }
         }

@@ -18,6 +18,7 @@ use crate::bug;
 use crate::handover;
 use crate::model::Model;
 use crate::nested::NestedPageTable;
+use crate::posted::{IpiTable, PostedInterrupts};
 
 /// Value of `Core::timer` when no change waits for the next entry.
 const UNCHANGED: u64 = u64::MAX;
@@ -104,6 +105,13 @@ impl Core {
         if self.running.load(Ordering::SeqCst) {
             self.signal.kick();
         }
+    }
+
+    /// Guests that the core runs from now on have their interrupts posted to `posted`, and send IPIs by `table`. Waits while the core runs.
+    #[pyo3(signature = (posted, table))]
+    fn set_apic(&self, py: Python<'_>, posted: Option<&PostedInterrupts>, table: Option<&IpiTable>) {
+        let (posted, table) = (posted.map(|posted| posted.descriptor.clone()), table.map(|table| table.table.clone()));
+        self.with_silicon(py, |silicon| silicon.set_apic(posted, table));
     }
 
     /// Guest-physical address of `gva` in the address space of `block`, or None where the guest would fault; nothing changes.

@@ -12,6 +12,7 @@ mod logging;
 mod memory;
 mod model;
 mod nested;
+mod posted;
 mod wakeup;
 
 use pyo3::prelude::*;
@@ -40,6 +41,8 @@ mod _engine {
     use crate::model::Model as PyModel;
     #[pymodule_export]
     use crate::nested::NestedPageTable;
+    #[pymodule_export]
+    use crate::posted::{IpiTable, PostedInterrupts};
     #[pymodule_export]
     use crate::wakeup::Wakeup;
 

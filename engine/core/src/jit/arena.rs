@@ -1,27 +1,35 @@
 //! Memory for host code: one memfd mapped twice, so that no address is ever writable and executable.
 //!
 //! Code is added segment by segment. When all are full, the oldest is used again, whose code the owner forgets first; so the cache is
-//! bounded, and room is never made by forgetting all of it.
+//! bounded, and room is never made by forgetting all of it. Behind the code, near enough to be named from there and in no line with it, is
+//! memory for the cells of its accesses; each segment of code has one of cells.
 
 use std::io;
 use std::ops::Range;
 use std::ptr::NonNull;
 
-use crate::memory::region::{map, Region};
+use super::access::Cell;
+use crate::memory::region::Region;
 use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
 
 const SEGMENTS: usize = 16;
 const ALIGNMENT: usize = 16;
+/// Bytes of code that an access takes at least: there is one cell for so many.
+const CODE_PER_CELL: usize = 64;
 
 /// A ring of segments of host code.
 pub struct Arena {
     memory: Region,
+    /// Where the code runs, and behind it the cells.
     executable: NonNull<u8>,
     /// Offset of the first byte of the first segment, behind what stays for ever.
     base: usize,
     /// Where the next code goes, and the end of its segment.
     next: usize,
     end: usize,
+    /// Number of the next cell, and of the first one that is not the segment's.
+    next_cell: usize,
+    end_cell: usize,
     /// Segments have been used again.
     full: bool,
 }
@@ -34,19 +42,34 @@ impl Arena {
     pub fn new(size: usize) -> io::Result<Self> {
         let size = size.next_multiple_of(SEGMENTS * PAGE_SIZE as usize);
         let memory = Region::named(c"softkvm-code", size)?;
-        let executable = map(&memory, size, libc::PROT_READ | libc::PROT_EXEC)?;
-        Ok(Arena { memory, executable, base: 0, next: 0, end: size / SEGMENTS, full: false })
+        let executable = map_with_cells(&memory)?;
+        Ok(Arena { memory, executable, base: 0, next: 0, end: size / SEGMENTS, next_cell: 0, end_cell: 0, full: false })
     }
 
-    /// Keeps what was added so far for ever.
+    /// Keeps what was added so far, which has no cells, for ever.
     pub fn keep(&mut self) {
         self.base = self.next.next_multiple_of(PAGE_SIZE as usize);
-        (self.next, self.end) = (self.base, self.base + self.segment());
+        self.begin_segment(self.base, 0);
     }
 
-    /// Bytes of a segment, which no code may exceed.
-    pub fn segment(&self) -> usize {
+    fn begin_segment(&mut self, start: usize, first_cell: usize) {
+        (self.next, self.end) = (start, start + self.segment());
+        (self.next_cell, self.end_cell) = (first_cell, first_cell + self.segment() / CODE_PER_CELL);
+    }
+
+    /// Bytes of a segment.
+    fn segment(&self) -> usize {
         ((self.memory.size() - self.base) / SEGMENTS) & !(PAGE_OFFSET as usize)
+    }
+
+    /// Whether a segment has room for so many bytes of code and so many cells.
+    pub fn has_room_for(&self, code: usize, cells: usize) -> bool {
+        code <= self.segment() && cells <= self.segment() / CODE_PER_CELL
+    }
+
+    /// The distance of the next cell from the next code.
+    pub fn next_cell(&self) -> i32 {
+        (self.memory.size() + self.next_cell * size_of::<Cell>() - self.next) as i32
     }
 
     fn address(&self, offset: usize) -> u64 {
@@ -67,14 +90,21 @@ impl Arena {
         }
     }
 
-    /// Adds `code`, which was assembled for [`Arena::next`]; `None` when it does not fit in the segment.
-    pub fn add(&mut self, code: &[u8]) -> Option<*const u8> {
-        if code.len() > self.end - self.next {
+    /// Adds `code`, which was assembled for [`Arena::next`], and empty cells for these sites of it; `None` when they do not fit in the
+    /// segment.
+    pub fn add(&mut self, code: &[u8], cells: &[u16]) -> Option<*const u8> {
+        if code.len() > self.end - self.next || cells.len() > self.end_cell - self.next_cell {
             return None;
         }
         let start = self.executable.as_ptr().wrapping_add(self.next);
         // SAFETY: the bytes are inside the mapping by the test above, and no code is running there.
         unsafe { self.writable(start).copy_from_nonoverlapping(code.as_ptr(), code.len()) };
+        for site in cells {
+            let cell = self.executable.as_ptr().wrapping_add(self.memory.size()).cast::<Cell>().wrapping_add(self.next_cell);
+            // SAFETY: the mapping has cells for every segment, and no code that uses this one is running.
+            unsafe { cell.write(Cell::of(*site)) };
+            self.next_cell += 1;
+        }
         self.next = (self.next + code.len()).next_multiple_of(ALIGNMENT).min(self.end);
         Some(start)
     }
@@ -82,11 +112,11 @@ impl Arena {
     /// Goes on in the next segment, and returns the addresses in it: none of the code there may be running, or run again.
     pub fn take_segment(&mut self) -> Range<u64> {
         if self.end + self.segment() > self.memory.size() {
-            self.end = self.base;
+            self.begin_segment(self.base, 0);
             self.full = true;
+        } else {
+            self.begin_segment(self.end, self.end_cell);
         }
-        self.next = self.end;
-        self.end += self.segment();
         self.address(self.next)..self.address(self.end)
     }
 
@@ -100,9 +130,34 @@ impl Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        // SAFETY: exactly the mapping that `new` made; the other one is the region's own.
-        unsafe { libc::munmap(self.executable.as_ptr().cast(), self.memory.size()) };
+        // SAFETY: exactly the mappings that `new` made; the other one is the region's own.
+        unsafe { libc::munmap(self.executable.as_ptr().cast(), self.memory.size() + cell_bytes(self.memory.size())) };
     }
+}
+
+/// Bytes of all cells for `code` bytes of code.
+const fn cell_bytes(code: usize) -> usize {
+    code / CODE_PER_CELL * size_of::<Cell>()
+}
+
+/// Maps code to be executed, with zeroed memory for its cells behind it.
+fn map_with_cells(code: &Region) -> io::Result<NonNull<u8>> {
+    let size = code.size() + cell_bytes(code.size());
+    let (data, private) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
+    // SAFETY: a fresh mapping at an address of the kernel's choice takes nobody's place.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), size, data, private, -1, 0) };
+    if start == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let (run, in_place) = (libc::PROT_READ | libc::PROT_EXEC, libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED);
+    // SAFETY: the place is the first part of the mapping above, which nobody uses yet.
+    if unsafe { libc::mmap(start, code.size(), run, in_place, code.fd(), 0) } == libc::MAP_FAILED {
+        let error = io::Error::last_os_error();
+        // SAFETY: as above.
+        unsafe { libc::munmap(start, size) };
+        return Err(error);
+    }
+    NonNull::new(start.cast()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))
 }
 
 #[cfg(test)]
@@ -114,7 +169,7 @@ mod tests {
         let mut arena = Arena::new(4096).unwrap();
         let at = arena.next();
         // mov eax, 42; ret
-        let code = arena.add(&[0xb8, 42, 0, 0, 0, 0xc3]).unwrap();
+        let code = arena.add(&[0xb8, 42, 0, 0, 0, 0xc3], &[]).unwrap();
         assert_eq!(code as u64, at);
         // SAFETY: the bytes above are a function without arguments.
         let answer: extern "C" fn() -> u32 = unsafe { std::mem::transmute(code) };
@@ -124,12 +179,12 @@ mod tests {
     #[test]
     fn segments_are_used_again_in_turn() {
         let mut arena = Arena::new(1 << 20).unwrap();
-        assert!(arena.add(&[0x90; 100]).is_some());
+        assert!(arena.add(&[0x90; 100], &[]).is_some());
         arena.keep();
         let (first, mut taken) = (arena.next(), Vec::new());
         for _ in 0..2 * SEGMENTS {
-            assert!(arena.add(&vec![0x90; arena.segment()]).is_some());
-            assert!(arena.add(&[0x90]).is_none());
+            assert!(arena.add(&vec![0x90; arena.segment()], &[]).is_some());
+            assert!(arena.add(&[0x90], &[]).is_none());
             taken.push(arena.take_segment());
         }
         assert!(taken.windows(2).any(|pair| pair[1].start < pair[0].start), "none was used again");

@@ -9,20 +9,26 @@ use iced_x86::{ConditionCode, Encoder, IcedError, Instruction, Register};
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Label(u32);
 
-/// A memory operand: base + index * scale + displacement, of so many bytes.
+/// A memory operand: base + index * scale + displacement, of so many bytes. With RIP as its base it is that far from the start of the code,
+/// and no immediate may follow it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Memory {
-    bytes: u8,
-    base: Register,
-    index: Register,
-    scale: u8,
-    displacement: i32,
+    pub bytes: u8,
+    pub base: Register,
+    pub index: Register,
+    pub scale: u8,
+    pub displacement: i32,
 }
 
 impl Memory {
     /// The operand with `index * scale` added to its address.
     pub const fn index(self, index: Register, scale: u8) -> Self {
         Memory { index, scale, ..self }
+    }
+
+    /// `bytes` bytes at the same address.
+    pub const fn of(self, bytes: usize) -> Self {
+        Memory { bytes: bytes as u8, ..self }
     }
 }
 
@@ -55,6 +61,17 @@ pub enum Operand {
 impl From<Register> for Operand {
     fn from(register: Register) -> Self {
         Operand::Register(register)
+    }
+}
+
+impl Operand {
+    /// Bytes of a register or of memory.
+    fn bytes(self) -> u8 {
+        match self {
+            Operand::Register(register) => register.size() as u8,
+            Operand::Memory(memory) => memory.bytes,
+            Operand::Immediate(_) => unreachable!("an immediate is no target"),
+        }
     }
 }
 
@@ -94,6 +111,10 @@ impl From<u64> for Target {
         Target::Address(address)
     }
 }
+
+/// A NOP as long as a JMP, and the JMP's opcode, which has a distance of 32 bits behind it.
+pub const NO_JUMP: [u8; 5] = [0x0f, 0x1f, 0x44, 0, 0];
+pub const JUMP: u8 = 0xe9;
 
 const UNSET: u32 = u32::MAX;
 const REX: u8 = 0x40;
@@ -232,6 +253,11 @@ impl Asm {
         const SIB: u8 = 4;
         const RBP: u8 = 5;
         let reg = reg << 3;
+        if memory.base == Register::RIP {
+            self.bytes.push(reg | RBP);
+            let end = self.bytes.len() as i32 + 4;
+            return self.put(&(memory.displacement - end).to_le_bytes());
+        }
         let index = if memory.index == Register::None { SIB } else { memory.index.number() as u8 & 7 };
         debug_assert_ne!(memory.index, Register::RSP);
         let scale = (memory.scale.trailing_zeros() as u8) << 6;
@@ -348,11 +374,7 @@ impl Asm {
     fn alu(&mut self, number: u8, to: Operand, from: Operand) {
         match (to, from) {
             (to, Operand::Immediate(value)) => {
-                let bytes = match to {
-                    Operand::Register(to) => to.size() as u8,
-                    Operand::Memory(to) => to.bytes,
-                    Operand::Immediate(_) => unreachable!("no such operation"),
-                };
+                let bytes = to.bytes();
                 if bytes > 1 && i8::try_from(value).is_ok() {
                     self.operands(bytes, &[0x83], Field::extension(number), to);
                     self.bytes.push(value as u8);
@@ -392,16 +414,19 @@ impl Asm {
         self.alu(7, to.into(), from.into());
     }
 
-    /// TEST of a register with a register or an immediate.
-    pub fn test(&mut self, register: Register, with: impl Into<Operand>) {
-        let field = Field::of(register);
-        match with.into() {
-            Operand::Register(with) => self.sized(field.bytes, 0x84, Field::of(with), register.into()),
-            Operand::Immediate(value) => {
-                self.sized(field.bytes, 0xf6, Field::extension(0), register.into());
-                self.immediate(field.bytes, value);
+    /// TEST of a register with a register, or of anything with an immediate.
+    pub fn test(&mut self, operand: impl Into<Operand>, with: impl Into<Operand>) {
+        match (operand.into(), with.into()) {
+            (operand, Operand::Immediate(value)) => {
+                let bytes = operand.bytes();
+                self.sized(bytes, 0xf6, Field::extension(0), operand);
+                self.immediate(bytes, value);
             }
-            Operand::Memory(_) => unreachable!("no such TEST"),
+            (operand, Operand::Register(with)) => {
+                let field = Field::of(with);
+                self.sized(field.bytes, 0x84, field, operand);
+            }
+            (_, Operand::Memory(_)) => unreachable!("no such TEST"),
         }
     }
 
@@ -460,8 +485,13 @@ impl Asm {
         self.put(&distance.to_le_bytes());
     }
 
+    /// What stands in the place of a JMP that is to be written later.
+    pub fn no_jump(&mut self) {
+        self.put(&NO_JUMP);
+    }
+
     pub fn jmp(&mut self, target: impl Into<Target>) {
-        self.bytes.push(0xe9);
+        self.bytes.push(JUMP);
         self.distance(target.into());
     }
 
@@ -500,7 +530,7 @@ impl Asm {
 
 /// Bit 3 of a register's number.
 fn high(register: Register) -> u8 {
-    if register == Register::None {
+    if matches!(register, Register::None | Register::RIP) {
         0
     } else {
         register.number() as u8 >> 3
@@ -614,10 +644,11 @@ mod tests {
             a.push(R12);
             a.pop(RBX);
             a.test(EAX, EAX);
+            a.test(dword_ptr(RBP, 8), 1);
             a.ret();
         });
         let names = "Add_r64_rm64 Or_rm32_r32 And_rm32_imm32 Sub_rm64_imm8 Mov_r64_imm64 Shr_rm32_imm8 Shl_rm32_imm8 Rol_rm8_imm8 Lea_r64_m Movzx_r32_rm16 \
-                     Movzx_r32_rm8 Seto_rm8 Lahf Sahf Push_rm64 Pop_rm64 Test_rm32_r32 Retnq";
+                     Movzx_r32_rm8 Seto_rm8 Lahf Sahf Push_rm64 Pop_rm64 Test_rm32_r32 Test_rm32_imm32 Retnq";
         assert_eq!(all.iter().map(name).collect::<Vec<_>>().join(" "), names);
     }
 

@@ -1,16 +1,19 @@
 //! The translation of one block.
 
-use iced_x86::Register::{R13, R14, R14D, R15};
+use iced_x86::Register::{R13, R14, R15};
 use iced_x86::{ConditionCode, Instruction, InstructionInfoFactory, MemorySize, OpAccess, OpKind, Register};
 
-use super::asm::{qword_ptr, Asm, Label};
-use super::emit::{cpu_field, in_memory, Emitter, Places, Rule};
+use super::access::MAX_DISPLACEMENT;
+use super::asm::{qword_ptr, Asm, Label, Memory};
+use super::backend::Arrival;
+use super::emit::{cpu_field, in_memory, Emitter, Places};
 use super::exits::{opposite, ExitSite};
+use super::flags::{settled, Recipe, Rule};
 use super::native::PAGE;
 use super::plan::{plan, Host, Plan};
 use super::registers::{self, host, resized, SCRATCH, STACK};
 use super::vector::{self, Units};
-use super::watched::Branch;
+use super::watched::{Branch, Target};
 use super::x87;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
@@ -26,25 +29,47 @@ pub struct Code {
     /// Where the dispatcher enters it, behind the head.
     pub body: Label,
     pub exits: Vec<ExitSite>,
+    /// It is of use to come with flags that are not in memory.
+    pub takes_recipes: bool,
+    /// The site of each of its cells.
+    pub cells: Vec<u16>,
+}
+
+/// What a back end knows before it translates a block.
+#[derive(Clone, Copy)]
+pub struct Ground {
+    pub host: Host,
+    pub places: Places,
+    /// Distance of the next cell from the start of the code.
+    pub first_cell: i32,
 }
 
 /// Translates `block`, which was made from `instructions`; `None` if an instruction cannot be encoded, or nothing would become host code.
-pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], model: &Model, host: Host, places: Places) -> Option<Code> {
+pub fn translate(
+    asm: &mut Asm,
+    block: &Block,
+    instructions: &[Instruction],
+    model: &Model,
+    ground: Ground,
+    arrival: Arrival,
+) -> Option<Code> {
     let live = live_flags(instructions, model.silicon());
-    let plans: Vec<Plan> = instructions.iter().zip(&live).map(|(insn, live)| plan(insn, *live, host, model)).collect();
+    let plans: Vec<Plan> = instructions.iter().zip(&live).map(|(insn, live)| plan(insn, *live, ground.host, model)).collect();
     if plans.iter().all(|plan| matches!(plan, Plan::Interpret)) {
         return None; // the way into host code and out of it is all that would be added
     }
     let units = plans.iter().fold(Units::default(), |all, plan| all.and(plan.units()));
     let last_x87 = instructions.iter().rposition(|insn| x87::sets_pointer(insn.mnemonic()));
-    let out = Emitter::new(asm, places, block, units, model.silicon());
+    let settled = settled(instructions, &plans);
+    let out = Emitter::new(asm, ground, block, units, model.silicon(), arrival);
     let mut translation = Translation { out, info: InstructionInfoFactory::new(), branch: Branch::of(block) };
     let body = translation.out.head(block.instructions);
     translation.out.enter_units();
     let mut ended = false;
     for (index, insn) in instructions.iter().enumerate() {
         let before = if index == 0 { ARITHMETIC } else { live[index - 1] };
-        let place = Place { index, seen_before: before != 0, seen_behind: live[index] != 0 };
+        let (seen_before, seen_behind) = (before != 0, live[index] != 0);
+        let place = Place { index, seen_before, seen_behind, settled_behind: settled[index + 1] };
         ended = translation.instruction(insn, plans[index], place);
         if last_x87 == Some(index) {
             translation.out.point_x87(insn.ip());
@@ -52,9 +77,11 @@ pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], mod
     }
     if !ended {
         translation.out.save_flags();
-        translation.out.exit(block.length.into(), instructions.last().is_some_and(exec::ends_block));
+        let steered = plans.last() == Some(&Plan::Interpret) && instructions.last().is_some_and(exec::ends_block);
+        translation.out.exit(block.length.into(), steered);
     }
-    Some(Code { body, exits: translation.out.finish()? })
+    let (exits, cells) = translation.out.finish()?;
+    Some(Code { body, exits, takes_recipes: !settled[0], cells })
 }
 
 /// An instruction's number in its block, and whether anybody sees the flags before it and behind it.
@@ -63,6 +90,8 @@ pub(super) struct Place {
     pub(super) index: usize,
     pub(super) seen_before: bool,
     pub(super) seen_behind: bool,
+    /// The flags behind it must be in memory before they are replaced, whatever is done until then.
+    pub(super) settled_behind: bool,
 }
 
 pub(super) struct Translation<'a> {
@@ -75,6 +104,20 @@ pub(super) struct Translation<'a> {
 impl Translation<'_> {
     /// Translates one instruction; true if nothing behind it is reached.
     fn instruction(&mut self, insn: &Instruction, plan: Plan, place: Place) -> bool {
+        let keeps_flags = !makes_flags(insn, plan);
+        if keeps_flags && place.seen_behind {
+            let written = written_registers(&mut self.info, insn);
+            self.out.keep_operands(|guest| written.contains(&guest));
+        }
+        let ended = self.host_code(insn, plan, place);
+        if keeps_flags {
+            let written = written_registers(&mut self.info, insn);
+            self.out.lose_operands(|guest| written.contains(&guest));
+        }
+        ended
+    }
+
+    fn host_code(&mut self, insn: &Instruction, plan: Plan, place: Place) -> bool {
         match plan {
             Plan::Same(rule) => self.same(insn, rule, place),
             Plan::Media(_) => self.same(insn, Rule::Exact, place),
@@ -90,6 +133,13 @@ impl Translation<'_> {
             Plan::SwapGs => self.swap_gs(place),
             Plan::UserPages(allow) => self.allow_user_pages(allow, place),
             Plan::PushMemory => self.push_memory(insn, place),
+            Plan::EnableInterrupts => self.enable_interrupts(place),
+            Plan::ReadControl(number) => self.read_control(insn, number, place),
+            Plan::ReadSegment => self.read_segment(insn),
+            Plan::ReadKeys => self.read_keys(place),
+            Plan::ReadTime(aux) => self.read_time(aux, place),
+            Plan::SystemCall => self.system_call(insn, place),
+            Plan::SystemReturn => self.system_return(place),
             Plan::Lea => self.lea(insn),
             Plan::Nothing => {}
             Plan::Push => self.push(insn, place),
@@ -104,7 +154,7 @@ impl Translation<'_> {
             Plan::Return => self.ret(insn, place),
         }
         use Plan::*;
-        matches!(plan, Conditional | JumpRelative | JumpIndirect | CallRelative | CallIndirect | Return)
+        matches!(plan, Conditional | JumpRelative | JumpIndirect | CallRelative | CallIndirect | Return | SystemCall | SystemReturn)
     }
 
     // ---- operations -----------------------------------------------------------------------------------------------------------------
@@ -112,18 +162,21 @@ impl Translation<'_> {
     /// The same operation on the operands where they are on the host.
     fn same(&mut self, insn: &Instruction, rule: Rule, place: Place) {
         let (reads, modifies) = (insn.rflags_read(), insn.rflags_modified());
-        let memory = (0..insn.op_count()).find(|n| insn.op_kind(*n) == OpKind::Memory);
-        if let Some(operand) = memory {
+        let operand = (0..insn.op_count()).find(|n| insn.op_kind(*n) == OpKind::Memory);
+        if rule.keeps_flags() {
+            self.out.flush_flags(place.seen_before);
+        }
+        let memory = operand.map(|operand| {
             self.out.clobber_flags(place.seen_before);
             let miss = self.out.detour(place.index);
-            self.operand_address(insn);
+            let address = self.operand_address(insn);
             let bytes = insn.memory_size().size();
             let kind = if self.writes(insn, operand) { AccessKind::Write } else { AccessKind::Read };
-            self.out.translate(bytes, kind, miss);
             if insn.has_lock_prefix() || insn.mnemonic() == iced_x86::Mnemonic::Xchg || vector::is_aligned(insn) {
-                self.out.require_alignment(bytes, miss);
+                self.out.require_alignment(address, bytes, miss);
             }
-        }
+            self.out.access(address, bytes, kind, miss)
+        });
         let partial = modifies != 0 && (modifies != ALL_FLAGS || may_keep_flags(insn));
         if reads & ALL_FLAGS != 0 || partial && place.seen_behind {
             self.out.need_flags();
@@ -131,19 +184,20 @@ impl Translation<'_> {
         if rule.keeps_flags() {
             self.out.clobber_flags(place.seen_behind);
         }
-        let result = self.with_operands(insn, memory.is_some());
+        let result = self.with_operands(insn, memory);
         if modifies != 0 {
             self.out.new_flags(rule, result, place.seen_behind);
+            self.out.remember(Recipe::of(insn).filter(|_| !place.settled_behind));
         }
         if memory.is_some() {
             self.out.rejoin();
         }
     }
 
-    /// Emits `insn` with its operands replaced: registers by where they live, memory by the address in R14. Returns the host register with
-    /// the result, if that is a register; for products in RDX:RAX the low half.
-    pub(super) fn with_operands(&mut self, insn: &Instruction, in_memory_too: bool) -> Register {
-        let mut free = if in_memory_too { [SCRATCH[0], SCRATCH[2]] } else { [SCRATCH[0], SCRATCH[1]] }.into_iter();
+    /// Emits `insn` with its operands replaced: registers by where they live, memory by `memory`, which has taken all scratch registers but
+    /// R15. Returns the host register with the result, if that is a register; for products in RDX:RAX the low half.
+    pub(super) fn with_operands(&mut self, insn: &Instruction, memory: Option<Memory>) -> Register {
+        let mut free = if memory.is_some() { &SCRATCH[2..] } else { &SCRATCH[..2] }.iter().copied();
         let mut changed = vector::cached(insn);
         let mut loaded: Vec<(Register, Register)> = Vec::new();
         let mut stores = Vec::new();
@@ -167,7 +221,7 @@ impl Translation<'_> {
                     }
                     changed.set_op_register(n, resized(place, register));
                 }
-                OpKind::Memory => point_to_r14(&mut changed),
+                OpKind::Memory => memory.into_iter().for_each(|memory| point_to(&mut changed, memory)),
                 _ => {}
             }
         }
@@ -188,16 +242,18 @@ impl Translation<'_> {
     }
 
     fn lea(&mut self, insn: &Instruction) {
-        self.effective_address(insn);
+        let address = self.effective_address(insn);
         let target = insn.op0_register();
-        if target.size() == 4 {
-            self.out.asm.mov(R14D, R14D);
+        let full = target.full_register();
+        let place = host(full).unwrap_or(R14);
+        self.out.asm.lea(resized(place, target), address);
+        if place == R14 {
+            self.out.asm.mov(in_memory(full), R14);
         }
-        self.set(target.full_register(), Register::R14)
     }
 
     /// Guest register `guest` = host register `value`.
-    fn set(&mut self, guest: Register, value: Register) {
+    pub(super) fn set(&mut self, guest: Register, value: Register) {
         match host(guest) {
             Some(host) => self.out.asm.mov(host, value),
             None => self.out.asm.mov(in_memory(guest), value),
@@ -215,49 +271,49 @@ impl Translation<'_> {
 
     // ---- addresses --------------------------------------------------------------------------------------------------------------------
 
-    /// R14 = the effective address of the memory operand, with nothing else changed but R15.
-    fn effective_address(&mut self, insn: &Instruction) {
+    /// The effective address of the memory operand, as [`Emitter::access`] takes it. Clobbers R14 and R15, and changes no flags.
+    fn effective_address(&mut self, insn: &Instruction) -> Memory {
         let mut displacement = insn.memory_displacement64() as i32;
         let base = match insn.memory_base() {
-            Register::None => None,
+            Register::None => Register::None,
             Register::RIP => {
                 self.out.asm.mov(R14, cpu_field(PAGE));
                 displacement += self.out.offset as i32;
-                Some(Register::R14)
+                R14
             }
-            guest => Some(self.get(guest, Register::R14)),
+            guest => self.get(guest, R14),
         };
-        let index = match insn.memory_index() {
-            Register::None => None,
-            guest => Some(self.get(guest, Register::R15)),
-        };
-        let scale = insn.memory_index_scale() as u8;
-        let a = &mut *self.out.asm;
-        match (base, index) {
-            (Some(base), Some(index)) => a.lea(R14, qword_ptr(base, displacement).index(index, scale)),
-            (Some(base), None) => a.lea(R14, qword_ptr(base, displacement)),
-            (None, Some(index)) => a.lea(R14, qword_ptr(Register::None, displacement).index(index, scale)),
-            (None, None) => a.mov(R14, displacement),
+        let mut address = qword_ptr(base, displacement);
+        let index = insn.memory_index();
+        if index != Register::None {
+            address = address.index(self.get(index, R15), insn.memory_index_scale() as u8);
         }
+        let wide = displacement.unsigned_abs() > MAX_DISPLACEMENT;
+        if !wide && address.index != R15 && (base != R14 || index == Register::None) {
+            return address;
+        }
+        self.out.asm.lea(R14, address);
+        qword_ptr(R14, 0)
     }
 
-    /// R14 = the linear address of the memory operand. Clobbers R15 and the flags.
-    pub(super) fn operand_address(&mut self, insn: &Instruction) {
-        self.effective_address(insn);
+    /// The linear address of the memory operand, as [`Translation::effective_address`]. Clobbers the flags.
+    pub(super) fn operand_address(&mut self, insn: &Instruction) -> Memory {
+        let address = self.effective_address(insn);
         let number = match insn.memory_segment() {
             Register::FS => seg::FS,
             Register::GS => seg::GS,
-            _ => return,
+            _ => return address,
         };
-        self.out.asm.add(R14, cpu_field(std::mem::offset_of!(Cpu, bases) + 8 * number))
+        self.out.asm.lea(R14, address);
+        self.out.asm.add(R14, cpu_field(std::mem::offset_of!(Cpu, bases) + 8 * number));
+        qword_ptr(R14, 0)
     }
 
     // ---- the stack --------------------------------------------------------------------------------------------------------------------
 
-    /// R14 = host address of the 8 bytes at RSP + `displacement`.
-    pub(super) fn stack_slot(&mut self, displacement: i32, kind: AccessKind, miss: Label) {
-        self.out.asm.lea(R14, qword_ptr(STACK, displacement));
-        self.out.translate(8, kind, miss)
+    /// Host address of the 8 bytes at RSP + `displacement`.
+    pub(super) fn stack_slot(&mut self, displacement: i32, kind: AccessKind, miss: Label) -> Memory {
+        self.out.access(qword_ptr(STACK, displacement), 8, kind, miss)
     }
 
     pub(super) fn move_stack(&mut self, by: i32) {
@@ -267,12 +323,12 @@ impl Translation<'_> {
     fn push(&mut self, insn: &Instruction, place: Place) {
         self.out.clobber_flags(place.seen_before);
         let miss = self.out.detour(place.index);
-        self.stack_slot(-8, AccessKind::Write, miss);
+        let slot = self.stack_slot(-8, AccessKind::Write, miss);
         if insn.op0_kind() == OpKind::Register {
-            let value = self.get(insn.op0_register(), Register::R13);
-            self.out.asm.mov(qword_ptr(R14, 0), value);
+            let value = self.get(insn.op0_register(), R15);
+            self.out.asm.mov(slot, value);
         } else {
-            self.out.asm.mov(qword_ptr(R14, 0), insn.immediate(0) as i32);
+            self.out.asm.mov(slot, insn.immediate(0) as i32);
         }
         self.move_stack(-8);
         self.out.rejoin()
@@ -281,10 +337,10 @@ impl Translation<'_> {
     fn pop(&mut self, insn: &Instruction, place: Place) {
         self.out.clobber_flags(place.seen_before);
         let miss = self.out.detour(place.index);
-        self.stack_slot(0, AccessKind::Read, miss);
+        let slot = self.stack_slot(0, AccessKind::Read, miss);
+        self.out.asm.mov(R13, slot);
         self.move_stack(8);
-        self.out.asm.mov(R13, qword_ptr(R14, 0));
-        self.set(insn.op0_register(), Register::R13);
+        self.set(insn.op0_register(), R13);
         self.out.rejoin()
     }
 
@@ -292,11 +348,10 @@ impl Translation<'_> {
         self.out.clobber_flags(place.seen_before);
         let miss = self.out.detour(place.index);
         self.out.asm.mov(R14, in_memory(Register::RBP));
-        self.out.translate(8, AccessKind::Read, miss);
+        let slot = self.out.access(qword_ptr(R14, 0), 8, AccessKind::Read, miss);
         let a = &mut *self.out.asm;
-        a.mov(R15, in_memory(Register::RBP));
-        a.mov(R13, qword_ptr(R14, 0));
-        a.lea(STACK, qword_ptr(R15, 8));
+        a.mov(R13, slot);
+        a.lea(STACK, qword_ptr(R14, 8));
         a.mov(in_memory(Register::RBP), R13);
         self.out.rejoin()
     }
@@ -306,8 +361,8 @@ impl Translation<'_> {
     /// The branch goes to `distance` bytes behind the block's first byte.
     fn branch_to(&mut self, distance: i64, taken: bool) {
         if let Some(branch) = self.branch {
-            self.out.rip_at(distance);
-            self.out.note_branch(branch, taken);
+            self.out.save_flags();
+            self.out.note_branch(branch, Target::Distance(distance), taken);
         }
         self.out.exit(distance, false);
     }
@@ -315,24 +370,27 @@ impl Translation<'_> {
     /// The branch goes to RIP R15.
     fn branch_to_r15(&mut self) {
         if let Some(branch) = self.branch {
-            self.out.note_branch(branch, true);
+            self.out.note_branch(branch, Target::Computed, true);
         }
         self.out.go_to_r15();
     }
 
     fn jump_relative(&mut self, insn: &Instruction) {
-        self.out.save_flags();
         self.branch_to(insn.near_branch_target() as i64, true);
     }
 
     fn conditional(&mut self, insn: &Instruction) {
-        self.out.save_flags();
+        if self.branch.is_some() || self.out.flags.recipe.is_none() {
+            self.out.save_flags();
+        }
         self.out.need_flags();
         let (condition, target) = (insn.condition_code(), insn.near_branch_target() as i64);
         if self.branch.is_some() || !self.out.is_near(target) {
             let on = self.out.asm.create_label();
             self.out.asm.jcc(opposite(condition), on);
+            let flags = self.out.flags;
             self.branch_to(target, true);
+            self.out.flags = flags;
             self.out.asm.set_label(on);
         } else {
             self.out.exit_near_if(condition, target);
@@ -346,16 +404,16 @@ impl Translation<'_> {
             let register = self.get(insn.op0_register(), Register::R15);
             self.out.asm.mov(R15, register);
         } else {
-            self.operand_address(insn);
-            self.out.translate(8, AccessKind::Read, miss);
-            self.out.asm.mov(R15, qword_ptr(R14, 0));
+            let address = self.operand_address(insn);
+            let slot = self.out.access(address, 8, AccessKind::Read, miss);
+            self.out.asm.mov(R15, slot);
         }
         self.require_canonical(miss);
     }
 
     /// A branch to an address that none is faults before it is taken, which is the interpreter's: so is, with five levels of tables, one
     /// of more than 48 bits.
-    fn require_canonical(&mut self, miss: Label) {
+    pub(super) fn require_canonical(&mut self, miss: Label) {
         const SIGN: u8 = 47;
         let a = &mut *self.out.asm;
         a.mov(R13, R15);
@@ -366,18 +424,21 @@ impl Translation<'_> {
     }
 
     fn jump_indirect(&mut self, insn: &Instruction, place: Place) {
-        self.out.clobber_flags(true);
+        self.out.flush_flags(true);
         let miss = self.out.detour(place.index);
         self.target(insn, miss);
         self.branch_to_r15();
     }
 
     fn call_relative(&mut self, insn: &Instruction, place: Place) {
-        self.out.clobber_flags(true);
+        self.out.flush_flags(true);
         let miss = self.out.detour(place.index);
         self.push_return(insn, miss);
         let (target, back) = (insn.near_branch_target() as i64, insn.next_ip() as i64);
-        if self.is_host_call(back) {
+        if self.out.is_near(back) {
+            if let Some(branch) = self.branch {
+                self.out.note_branch(branch, Target::Distance(target), true);
+            }
             self.out.call(target, back);
         } else {
             self.branch_to(target, true);
@@ -385,13 +446,18 @@ impl Translation<'_> {
     }
 
     fn call_indirect(&mut self, insn: &Instruction, place: Place) {
-        self.out.clobber_flags(true);
+        self.out.flush_flags(true);
         let miss = self.out.detour(place.index);
         self.target(insn, miss);
         self.out.keep_rip();
         self.push_return(insn, miss);
         let back = insn.next_ip() as i64;
-        if self.is_host_call(back) {
+        if self.out.is_near(back) {
+            if let Some(branch) = self.branch {
+                self.out.take_rip();
+                self.out.note_branch(branch, Target::Computed, true);
+                self.out.rip_at(R15, back);
+            }
             self.out.call_kept_rip(back);
         } else {
             self.out.take_rip();
@@ -399,15 +465,10 @@ impl Translation<'_> {
         }
     }
 
-    /// Whether a call that comes back at `back` is the host's too: nobody watches branches, and the way on is in the page that is returned to.
-    fn is_host_call(&self, back: i64) -> bool {
-        self.branch.is_none() && self.out.is_near(back)
-    }
-
     fn push_return(&mut self, insn: &Instruction, miss: Label) {
-        self.stack_slot(-8, AccessKind::Write, miss);
-        self.out.rip_at(insn.next_ip() as i64);
-        self.out.asm.mov(qword_ptr(R14, 0), R15);
+        let slot = self.stack_slot(-8, AccessKind::Write, miss);
+        self.out.rip_at(R15, insn.next_ip() as i64);
+        self.out.asm.mov(slot, R15);
         self.move_stack(-8);
         if let Some(branch) = self.branch {
             self.out.note_call(branch);
@@ -415,21 +476,38 @@ impl Translation<'_> {
     }
 
     fn ret(&mut self, insn: &Instruction, place: Place) {
-        self.out.clobber_flags(true);
+        self.out.flush_flags(true);
         let miss = self.out.detour(place.index);
-        self.stack_slot(0, AccessKind::Read, miss);
-        self.out.asm.mov(R15, qword_ptr(R14, 0));
+        let slot = self.stack_slot(0, AccessKind::Read, miss);
+        self.out.asm.mov(R15, slot);
         let released = 8 + if insn.op_count() > 0 { i32::from(insn.immediate16()) } else { 0 };
-        if self.branch.is_none() {
-            let other = self.out.asm.create_label();
-            self.out.return_to_r15(released, other);
-            self.out.asm.set_label(other);
+        let other = self.out.asm.create_label();
+        if let Some(branch) = self.branch {
+            self.require_canonical(miss);
+            self.out.note_branch(branch, Target::Computed, true);
         }
-        self.require_canonical(miss);
+        self.out.return_to_r15(released, other);
+        self.out.asm.set_label(other);
+        if self.branch.is_none() {
+            self.require_canonical(miss);
+        }
         self.move_stack(released);
         self.out.forget_calls();
-        self.branch_to_r15();
+        self.out.go_to_r15();
     }
+}
+
+/// Whether host code of `insn` leaves other flags than it finds.
+pub(super) fn makes_flags(insn: &Instruction, plan: Plan) -> bool {
+    matches!(plan, Plan::Same(_) | Plan::Media(_) | Plan::Rotate(_) | Plan::Scan) && insn.rflags_modified() & ALL_FLAGS != 0
+}
+
+/// The 64-bit registers of which `insn` changes some part.
+fn written_registers(info: &mut InstructionInfoFactory, insn: &Instruction) -> Vec<Register> {
+    use OpAccess::*;
+    let used = info.info(insn).used_registers().iter();
+    let written = used.filter(|used| matches!(used.access(), Write | ReadWrite | CondWrite | ReadCondWrite));
+    written.map(|used| used.register().full_register()).collect()
 }
 
 /// Bytes of the only operand.
@@ -463,12 +541,13 @@ fn may_keep_flags(insn: &Instruction) -> bool {
     matches!(insn.mnemonic(), Shl | Sal | Shr | Sar | Shld | Shrd)
 }
 
-fn point_to_r14(insn: &mut Instruction) {
+/// Makes `memory` the memory operand.
+fn point_to(insn: &mut Instruction, memory: Memory) {
     debug_assert!(insn.memory_size() != MemorySize::Unknown);
     insn.set_segment_prefix(Register::None);
-    insn.set_memory_base(Register::R14);
-    insn.set_memory_index(Register::None);
-    insn.set_memory_index_scale(1);
-    insn.set_memory_displacement64(0);
-    insn.set_memory_displ_size(0);
+    insn.set_memory_base(memory.base);
+    insn.set_memory_index(memory.index);
+    insn.set_memory_index_scale(memory.scale.into());
+    insn.set_memory_displacement64(i64::from(memory.displacement) as u64);
+    insn.set_memory_displ_size(u32::from(memory.displacement != 0));
 }

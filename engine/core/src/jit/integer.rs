@@ -3,12 +3,13 @@
 
 use std::mem::offset_of;
 
-use iced_x86::Register::{AL, EAX, EDX, R13, R13D, R14, R15, R15D, RAX, RBP, RCX, RDX};
+use iced_x86::Register::{AL, EAX, EDX, R13, R13D, R14, R14D, R15, R15D, RAX, RBP, RCX, RDX};
 use iced_x86::{Code, ConditionCode, Instruction, Mnemonic, OpKind, Register};
 
-use super::asm::{byte_ptr, dword_ptr, qword_ptr, word_ptr, Label};
+use super::asm::{byte_ptr, qword_ptr, Label};
 use super::block::{Place, Translation};
-use super::emit::{cpu_field, in_memory, Overflow, Rule};
+use super::emit::{cpu_field, in_memory};
+use super::flags::{Overflow, Rule};
 use super::native::FLAGS;
 use super::registers::{host, resized};
 use crate::cpu::Cpu;
@@ -19,13 +20,13 @@ use crate::state::rflags;
 impl Translation<'_> {
     /// R15 = the memory operand, with nothing of interest above it.
     fn load_memory(&mut self, insn: &Instruction, miss: Label) {
-        self.operand_address(insn);
+        let address = self.operand_address(insn);
         let bytes = insn.memory_size().size();
-        self.out.translate(bytes, AccessKind::Read, miss);
+        let memory = self.out.access(address, bytes, AccessKind::Read, miss).of(bytes);
         match bytes {
-            8 => self.out.asm.mov(R15, qword_ptr(R14, 0)),
-            4 => self.out.asm.mov(R15D, dword_ptr(R14, 0)),
-            _ => self.out.asm.movzx(R15D, word_ptr(R14, 0)),
+            8 => self.out.asm.mov(R15, memory),
+            4 => self.out.asm.mov(R15D, memory),
+            _ => self.out.asm.movzx(R15D, memory),
         }
     }
 
@@ -42,7 +43,7 @@ impl Translation<'_> {
         let wide = matches!(insn.code(), Code::Div_rm64 | Code::Idiv_rm64);
         let (low, high) = if wide { (RAX, RDX) } else { (EAX, EDX) };
         let (divisor, scratch) = if wide { (R15, R13) } else { (R15D, R13D) };
-        self.out.clobber_flags(place.seen_before);
+        self.out.flush_flags(place.seen_before);
         let miss = self.out.detour(place.index);
         if insn.op0_kind() == OpKind::Memory {
             self.load_memory(insn, miss);
@@ -71,20 +72,21 @@ impl Translation<'_> {
     /// SHL, SHR or SAR of at least 32 bits by CL, whose flags somebody sees: those before it, if the count is zero.
     pub(super) fn shift_by_cl(&mut self, insn: &Instruction, place: Place) {
         let memory = insn.op0_kind() == OpKind::Memory;
-        self.out.clobber_flags(place.seen_before);
+        self.out.flush_flags(place.seen_before);
         let bytes = if memory { insn.memory_size().size() } else { insn.op0_register().size() };
-        if memory {
+        let operand = memory.then(|| {
             let miss = self.out.detour(place.index);
-            self.operand_address(insn);
-            self.out.translate(bytes, AccessKind::Write, miss);
-        } else if bytes == 4 {
+            let address = self.operand_address(insn);
+            self.out.access(address, bytes, AccessKind::Write, miss)
+        });
+        if !memory && bytes == 4 {
             self.clear_upper_half(insn.op0_register().full_register());
         }
         let done = self.out.asm.create_label();
         self.out.asm.mov(R15, RCX);
         self.out.asm.and(R15D, 8 * bytes as i32 - 1);
         self.out.asm.je(done);
-        self.with_operands(insn, memory);
+        self.with_operands(insn, operand);
         self.out.store_flags_of_shift(match insn.mnemonic() {
             Mnemonic::Shr => Overflow::HostIfOne,
             Mnemonic::Sar => Overflow::Clear,
@@ -116,9 +118,9 @@ impl Translation<'_> {
         self.out.need_flags();
         let mut step = *insn;
         step.set_immediate8((count - 1) as u8);
-        self.with_operands(&step, false);
+        self.with_operands(&step, None);
         step.set_immediate8(1);
-        let result = self.with_operands(&step, false);
+        let result = self.with_operands(&step, None);
         self.out.new_flags(Rule::Exact, result, place.seen_behind);
     }
 
@@ -160,23 +162,28 @@ impl Translation<'_> {
 
     // ---- RFLAGS -----------------------------------------------------------------------------------------------------------------------
 
-    /// PUSHFQ.
-    pub(super) fn push_flags(&mut self, place: Place) {
+    /// R15 = RFLAGS as PUSHF and SYSCALL show it. Clobbers R14; the arithmetic flags are in memory.
+    pub(super) fn flags_image(&mut self) {
         const HIDDEN: i32 = (rflags::VM | rflags::RF) as i32;
         const STORED: i32 = (rflags::ARITHMETIC & 0xff) as i32;
-        self.out.clobber_flags(place.seen_before);
-        let miss = self.out.detour(place.index);
-        self.stack_slot(-8, AccessKind::Write, miss);
         let a = &mut *self.out.asm;
-        a.movzx(R13D, byte_ptr(RBP, FLAGS as i32));
-        a.rol(R13D, rflags::OF.trailing_zeros() as u8);
+        a.movzx(R14D, byte_ptr(RBP, FLAGS as i32));
+        a.rol(R14D, rflags::OF.trailing_zeros() as u8);
         a.movzx(R15D, byte_ptr(RBP, FLAGS as i32 + 1));
         a.and(R15D, STORED);
-        a.or(R15D, R13D);
-        a.mov(R13, cpu_field(offset_of!(Cpu, rflags)));
-        a.and(R13, !HIDDEN);
-        a.or(R15, R13);
-        a.mov(qword_ptr(R14, 0), R15);
+        a.or(R15D, R14D);
+        a.mov(R14, cpu_field(offset_of!(Cpu, rflags)));
+        a.and(R14, !HIDDEN);
+        a.or(R15, R14);
+    }
+
+    /// PUSHFQ.
+    pub(super) fn push_flags(&mut self, place: Place) {
+        self.out.flush_flags(place.seen_before);
+        let miss = self.out.detour(place.index);
+        let slot = self.stack_slot(-8, AccessKind::Write, miss);
+        self.flags_image();
+        self.out.asm.mov(slot, R15);
         self.move_stack(-8);
         self.out.rejoin();
     }

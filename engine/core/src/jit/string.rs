@@ -56,9 +56,9 @@ impl Translation<'_> {
         a.test(ECX, ECX);
         a.je(done);
         if has_source {
-            self.addend(RSI, R14, bytes, offset_of!(tlb::Entry, read), miss);
+            self.addend(RSI, R14, bytes, offset_of!(tlb::Entries, read), miss);
         }
-        self.addend(RDI, R15, bytes, offset_of!(tlb::Entry, write), miss);
+        self.addend(RDI, R15, bytes, offset_of!(tlb::Entries, write), miss);
         if has_source {
             self.out.asm.add(RSI, R14);
         }
@@ -72,19 +72,19 @@ impl Translation<'_> {
         self.out.rejoin();
     }
 
-    /// `to` = what turns the address in `index` into one of the host, if RCX elements from there on lie in one page whose entry has `tag`.
-    /// Clobbers R13 and R15.
-    fn addend(&mut self, index: Register, to: Register, bytes: i32, tag: usize, miss: Label) {
-        const SLOT_SHIFT: u8 = 12 - size_of::<tlb::Entry>().trailing_zeros() as u8;
+    /// `to` = what turns the address in `index` into one of the host, if RCX elements from there on lie in one page whose entry is in the
+    /// column `tags`. Clobbers R13 and R15.
+    fn addend(&mut self, index: Register, to: Register, bytes: i32, tags: usize, miss: Label) {
         let a = &mut *self.out.asm;
         a.mov(R13D, resized(index, R13D));
-        a.shr(R13D, SLOT_SHIFT);
-        a.and(R13D, ((tlb::ENTRIES - 1) * size_of::<tlb::Entry>()) as i32);
+        a.shr(R13D, PAGE_SIZE.trailing_zeros() as u8);
+        a.and(R13D, tlb::ENTRIES as i32 - 1);
+        a.shl(R13D, size_of::<u64>().trailing_zeros() as u8);
         a.add(R13, cpu_field(offset_of!(Cpu, active_table)));
         a.lea(R15, qword_ptr(index, -1).index(RCX, bytes as u8));
         a.and(R15, !(PAGE_OFFSET as i32));
-        a.cmp(R15, qword_ptr(R13, tag as i32));
+        a.cmp(R15, qword_ptr(R13, tags as i32));
         a.jne(miss);
-        a.mov(to, qword_ptr(R13, offset_of!(tlb::Entry, addend) as i32));
+        a.mov(to, qword_ptr(R13, offset_of!(tlb::Entries, addend) as i32));
     }
 }

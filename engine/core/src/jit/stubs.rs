@@ -4,15 +4,19 @@ use std::mem::offset_of;
 
 use iced_x86::Register::{self, EAX, EDX, R12, R13, R13D, R14, R15, R15D, R15W, RAX, RBP, RBX, RDI, RSI, RSP};
 
+use super::access::write_refill;
 use super::arena::Arena;
 use super::asm::{qword_ptr, word_ptr, Asm, Label};
 use super::emit::{cpu_field, in_memory, Places};
+use super::native::detour::FIND;
 use super::native::{self, status, Trampoline, BLOCK, HOST_STACK, HOST_STACK_END, KEPT, TARGET, VECTORS, X87};
+use super::plan::Host;
 use super::registers::PINNED;
 use super::vector::Width;
 use super::vector_registers::{write_fill, write_permission, write_spill};
 use super::x87::{self, enter as enter_x87};
 use crate::cpu::Cpu;
+use crate::paging::AccessKind;
 use crate::uop::slot;
 
 /// Entry points of the shared code.
@@ -30,10 +34,11 @@ const PADDING: i32 = 8;
 const CALLS: i32 = 64 << 10;
 
 /// Writes the shared code to an empty arena. `None` if it does not fit.
-pub fn write(arena: &mut Arena, a: &mut Asm, has_ymm: bool) -> Option<Stubs> {
+pub fn write(arena: &mut Arena, a: &mut Asm, host: Host) -> Option<Stubs> {
+    let has_ymm = host.vectors.has_ymm();
     a.begin(arena.next());
     let [enter, detour, detour_keeping, elsewhere, unknown, refused, out] = [(); 7].map(|()| a.create_label());
-    let [spill, fill, spill_x87, fill_x87, xmm, ymm, x87] = [(); 7].map(|()| a.create_label());
+    let [spill, fill, spill_x87, fill_x87, xmm, ymm, x87, refill_read, refill_write] = [(); 9].map(|()| a.create_label());
 
     // The trampoline: cpu in RDI, code in RSI. Behind it the stack is aligned to 16 bytes.
     a.set_label(enter);
@@ -92,15 +97,13 @@ pub fn write(arena: &mut Arena, a: &mut Asm, has_ymm: bool) -> Option<Stubs> {
     load(a);
     a.jmp_indirect(cpu_field(TARGET));
 
-    // Back to the dispatcher at RIP R15.
+    // To the block at RIP R15, which is not at hand; half a call may be on the stack.
     a.set_label(bottom);
     a.set_label(unknown);
-    a.call(spill);
-    a.call(spill_x87);
+    a.mov(RSP, cpu_field(HOST_STACK));
     a.mov(cpu_field(offset_of!(Cpu, regs) + slot::RIP as usize * 8), R15);
-    store(a);
-    a.mov(EAX, status::BOUNDARY as i32);
-    a.jmp(out);
+    a.mov(R13D, FIND as i32);
+    a.call(detour); // which does not come back
 
     // The block in R14, which works on vector registers, begins; behind a `call`. Back to the dispatcher if they may not be used.
     for (width, gate) in [(Width::Xmm, xmm), (Width::Ymm, ymm)] {
@@ -144,12 +147,17 @@ pub fn write(arena: &mut Arena, a: &mut Asm, has_ymm: bool) -> Option<Stubs> {
     a.set_label(fill_x87);
     x87::write_fill(a);
 
-    let places = [enter, detour, detour_keeping, unknown, xmm, ymm, x87].map(|label| a.offset(label) as u64);
-    let start = arena.add(a.finish())? as u64;
-    let [enter, detour, detour_keeping, unknown, xmm, ymm, x87] = places.map(|place| start + place);
+    for (kind, refill) in [(AccessKind::Read, refill_read), (AccessKind::Write, refill_write)] {
+        a.set_label(refill);
+        write_refill(a, kind, host.bmi1);
+    }
+
+    let places = [enter, detour, detour_keeping, unknown, xmm, ymm, x87, refill_read, refill_write].map(|label| a.offset(label) as u64);
+    let start = arena.add(a.finish(), &[])? as u64;
+    let [enter, detour, detour_keeping, unknown, xmm, ymm, x87, refill_read, refill_write] = places.map(|place| start + place);
     // SAFETY: the code at `enter` follows the System V ABI with the arguments and the result of a `Trampoline`.
     let trampoline = unsafe { std::mem::transmute::<*const u8, Trampoline>(std::ptr::with_exposed_provenance(enter as usize)) };
-    Some(Stubs { trampoline, places: Places { detour, detour_keeping, xmm, ymm, x87, unknown } })
+    Some(Stubs { trampoline, places: Places { detour, detour_keeping, xmm, ymm, x87, unknown, refill_read, refill_write } })
 }
 
 /// Calls Rust code for the reason in R13 and block R14, behind one `push` of which R15 is the value afterwards; to `elsewhere` unless host

@@ -5,10 +5,10 @@
 //! instruction of its block. The pointer to the last instruction is the guest's affair: host code writes it behind the last x87 instruction
 //! of a block, and whoever leaves a block earlier finds it out from the block.
 
-use iced_x86::Register::{R13D, R14, R15D, RBP};
+use iced_x86::Register::{R13D, R15D, RBP};
 use iced_x86::{Code, CpuidFeature, Instruction, MemoryOperand, Mnemonic, OpKind};
 
-use super::asm::{byte_ptr, dword_ptr, word_ptr, Asm};
+use super::asm::{byte_ptr, dword_ptr, Asm};
 use super::block::{Place, Translation};
 use super::native::{IMAGE, X87};
 use super::vector::is_vector;
@@ -141,10 +141,10 @@ impl Translation<'_> {
     pub(super) fn load_control(&mut self, insn: &Instruction, place: Place) {
         self.out.clobber_flags(place.seen_before);
         let miss = self.out.detour(place.index);
-        self.operand_address(insn);
-        self.out.translate(2, AccessKind::Read, miss);
+        let address = self.operand_address(insn);
+        let memory = self.out.access(address, 2, AccessKind::Read, miss).of(2);
         let a = &mut *self.out.asm;
-        a.movzx(R15D, word_ptr(R14, 0));
+        a.movzx(R15D, memory);
         a.mov(R13D, R15D);
         a.and(R13D, i32::from(FCW_MASKS));
         a.cmp(R13D, i32::from(FCW_MASKS));

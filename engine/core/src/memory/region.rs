@@ -82,7 +82,7 @@ impl Region {
 }
 
 /// Maps all `size` bytes of a memfd once more.
-pub fn map(fd: &impl AsRawFd, size: usize, protection: libc::c_int) -> io::Result<NonNull<u8>> {
+fn map(fd: &impl AsRawFd, size: usize, protection: libc::c_int) -> io::Result<NonNull<u8>> {
     // SAFETY: a fresh mapping at an address of the kernel's choice takes nobody's place, and nobody forms references there.
     let start = unsafe { libc::mmap(std::ptr::null_mut(), size, protection, libc::MAP_SHARED | libc::MAP_NORESERVE, fd.as_raw_fd(), 0) };
     if start == libc::MAP_FAILED {

@@ -11,7 +11,7 @@ use std::collections::HashSet;
 use std::hash::BuildHasherDefault;
 
 use super::table::Table;
-pub use super::table::{never, slot, Entry, ENTRIES};
+pub use super::table::{never, slot, Entries, Entry, ENTRIES};
 use super::Privilege;
 use crate::memory::code::AddressHasher;
 use crate::memory::PAGE_OFFSET;
@@ -54,7 +54,6 @@ impl CodeView {
 }
 
 /// Translations of one address space.
-#[derive(Default)]
 struct Bank {
     pcid: u16,
     /// Larger is more recent.
@@ -67,6 +66,12 @@ struct Bank {
 }
 
 impl Bank {
+    /// The bank of this index, for no address space yet.
+    fn new(index: usize) -> Self {
+        let [user, supervisor_ac] = [1, 2].map(|number| Table::new(2 * index + number));
+        Bank { pcid: 0, used: 0, user, supervisor_ac, code: CodeView::default(), local_code: false }
+    }
+
     fn remove(&mut self, la: u64) {
         self.user.remove(la);
         self.supervisor_ac.remove(la);
@@ -113,10 +118,10 @@ pub struct Tlb {
 impl Default for Tlb {
     fn default() -> Self {
         Tlb {
-            supervisor: Table::default(),
+            supervisor: Table::new(0),
             supervisor_code: CodeView::default(),
             local_code: false,
-            banks: vec![Bank { used: 1, ..Bank::default() }],
+            banks: vec![Bank { used: 1, ..Bank::new(0) }],
             current: 0,
             clock: 1,
             last_generation: 0,
@@ -139,7 +144,7 @@ impl Tlb {
     /// The table for accesses of `privilege` in the current address space. The pointer stays valid as long as the TLB: tables are never
     /// reallocated.
     #[inline(always)]
-    pub fn table(&self, privilege: Privilege) -> *const Entry {
+    pub fn table(&self, privilege: Privilege) -> *const Entries {
         match privilege {
             Privilege::Supervisor => self.supervisor.as_ptr(),
             Privilege::SupervisorAc => self.banks[self.current].supervisor_ac.as_ptr(),
@@ -240,7 +245,7 @@ impl Tlb {
     /// A bank for another address space: a new one, or that which was used longest ago.
     fn spare_bank(&mut self) -> usize {
         if self.banks.len() < BANKS {
-            self.banks.push(Bank::default());
+            self.banks.push(Bank::new(self.banks.len()));
             return self.banks.len() - 1;
         }
         let oldest = self.banks.iter().enumerate().min_by_key(|(_, bank)| bank.used);
@@ -358,8 +363,8 @@ mod tests {
     }
 
     fn reads(tlb: &Tlb, privilege: Privilege, la: u64) -> bool {
-        // SAFETY: a slot is inside its table.
-        unsafe { (*tlb.table(privilege).add(slot(la))).read == la }
+        // SAFETY: tables live as long as the TLB.
+        unsafe { (*tlb.table(privilege)).read[slot(la)] == la }
     }
 
     #[test]

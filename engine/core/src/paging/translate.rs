@@ -36,18 +36,18 @@ fn holds(host: u64, bytes: &[u8]) -> bool {
 /// Host address of `[la, la + bytes)` if `table` knows the page and allows the access.
 ///
 /// # Safety
-/// `table` must point to `tlb::ENTRIES` entries.
+/// `table` must point to a table of the TLB.
 #[inline(always)]
-unsafe fn tag_match(table: *const tlb::Entry, la: u64, bytes: u64, kind: AccessKind) -> Option<*mut u8> {
+unsafe fn tag_match(table: *const tlb::Entries, la: u64, bytes: u64, kind: AccessKind) -> Option<*mut u8> {
     let page = la.wrapping_add(bytes - 1) & !PAGE_OFFSET;
-    // SAFETY: `slot` is below `tlb::ENTRIES`, and the caller promises that many.
-    let entry = unsafe { &*table.add(tlb::slot(la)) };
+    // SAFETY: the caller promises a table, and nobody changes it meanwhile.
+    let (entries, slot) = (unsafe { &*table }, tlb::slot(la));
     let tag = match kind {
-        AccessKind::Read => entry.read,
-        AccessKind::Write => entry.write,
-        AccessKind::Fetch => entry.fetch,
+        AccessKind::Read => entries.read[slot],
+        AccessKind::Write => entries.write[slot],
+        AccessKind::Fetch => entries.fetch[slot],
     };
-    (tag == page).then(|| entry.addend.wrapping_add(la) as *mut u8)
+    (tag == page).then(|| entries.addend[slot].wrapping_add(la) as *mut u8)
 }
 
 impl Cpu {
@@ -278,14 +278,14 @@ impl Cpu {
     /// [`Cpu::cached`] for accesses of any privilege.
     #[inline(always)]
     pub fn cached_for(&self, privilege: Privilege, la: u64, bytes: u64, kind: AccessKind) -> Option<*mut u8> {
-        // SAFETY: tables of the TLB have `tlb::ENTRIES` entries and live as long as it.
+        // SAFETY: tables of the TLB live as long as it.
         unsafe { tag_match(self.tlb.table(privilege), la, bytes, kind) }
     }
 
     /// Host address of `[la, la + bytes)` if the TLB knows the page and allows the access.
     #[inline(always)]
     pub fn cached(&self, la: u64, bytes: u64, kind: AccessKind) -> Option<*mut u8> {
-        // SAFETY: `active_table` points to a table of `tlb::ENTRIES` entries that lives as long as the TLB.
+        // SAFETY: `active_table` points to a table that lives as long as the TLB.
         unsafe { tag_match(self.active_table, la, bytes, kind) }
     }
 

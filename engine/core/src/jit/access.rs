@@ -1,0 +1,271 @@
+//! Accesses of host code to the guest's memory.
+//!
+//! Each place in host code that accesses memory, a site, has a cell: a copy of the translation that it needed last. Whether that is the
+//! right one is found out beside the access, which waits for nothing but its address; the TLB's answer would be in its way. A cell holds as
+//! long as the active table is in the epoch in which the cell was copied (see [`crate::paging::table`]). Where it does not hold, cold code
+//! asks the table, and copies again. A site that meets another page every few instructions is told to Rust code, which has the block
+//! translated again, with the TLB looked up in that place.
+
+use std::mem::offset_of;
+
+use iced_x86::Register::{R11, R13, R13D, R14, R15, R15D, R15L, RBP};
+use iced_x86::{Code, ConditionCode, Instruction, Register};
+
+use super::asm::{dword_ptr, qword_ptr, word_ptr, Asm, Label, Memory};
+use super::emit::{cpu_field, Emitter};
+use super::native::{STAMP, WANDERER};
+use super::registers::resized;
+use crate::cpu::Cpu;
+use crate::decode::block::Block;
+use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
+use crate::paging::tlb::{Entries, ENTRIES};
+use crate::paging::AccessKind;
+
+/// The translation of the page that a site accessed last.
+#[repr(C, align(32))]
+pub struct Cell {
+    /// The epoch in which it was copied; zero if there is none.
+    stamp: u64,
+    page: u64,
+    /// Host address minus linear address.
+    addend: u64,
+    /// The budget when the page changed last, and how often it did soon after the time before.
+    changed_at: u32,
+    changes: u16,
+    /// Number of the site in its block.
+    site: u16,
+}
+
+/// Changes of a site's page, each at most so many instructions behind the one before, after which it is better off without a cell.
+const CHANGES: i32 = 16;
+const SOON: i32 = 512;
+
+/// Bit of [`Block::wandering`] that stands for all sites from its number on.
+const LAST: usize = u64::BITS as usize - 1;
+
+/// Displacements up to here, with the size of an access added, are ones of the host.
+pub const MAX_DISPLACEMENT: u32 = i32::MAX as u32 - PAGE_SIZE as u32;
+
+impl Cell {
+    /// The empty cell of a site.
+    pub fn of(site: u16) -> Self {
+        Cell { stamp: 0, page: 0, addend: 0, changed_at: 0, changes: 0, site }
+    }
+}
+
+/// Cold code of a site whose cell did not hold.
+pub struct Refill {
+    label: Label,
+    /// Behind the check.
+    back: Label,
+    /// Where accesses go that the TLB has nothing for either.
+    miss: Label,
+    /// The linear address.
+    address: Memory,
+    bytes: usize,
+    kind: AccessKind,
+    /// Where the cell is.
+    cell: i32,
+}
+
+/// Offset of the column of tags for accesses of `kind`.
+fn tags(kind: AccessKind) -> i32 {
+    (match kind {
+        AccessKind::Read => offset_of!(Entries, read),
+        AccessKind::Write => offset_of!(Entries, write),
+        AccessKind::Fetch => offset_of!(Entries, fetch),
+    }) as i32
+}
+
+const ADDENDS: i32 = offset_of!(Entries, addend) as i32;
+
+impl Emitter<'_> {
+    /// The host address of `bytes` at linear address `address`, or goes to `miss`. The address is made of registers of the guest and a
+    /// displacement up to [`MAX_DISPLACEMENT`], or of R14 and such a displacement. Clobbers R13, R15, the flags, and R14 unless it is part of
+    /// the address.
+    pub fn access(&mut self, address: Memory, bytes: usize, kind: AccessKind, miss: Label) -> Memory {
+        let site = self.sites;
+        self.sites += 1;
+        if self.wandering >> site.min(LAST) & 1 != 0 {
+            self.look_up(address, bytes, kind, miss);
+        } else {
+            self.look_at_cell(site, address, bytes, kind, miss);
+        }
+        self.translated(address)
+    }
+
+    /// R13 = what turns `address` into a host address, by the site's cell.
+    fn look_at_cell(&mut self, site: usize, address: Memory, bytes: usize, kind: AccessKind, miss: Label) {
+        let [label, back] = [(); 2].map(|()| self.asm.create_label());
+        let cell = self.first_cell + (self.cells.len() * size_of::<Cell>()) as i32;
+        self.cells.push(site as u16);
+        let field = |offset: usize| qword_ptr(Register::RIP, cell + offset as i32);
+        let a = &mut *self.asm;
+        a.mov(R13, cpu_field(STAMP));
+        a.cmp(R13, field(offset_of!(Cell, stamp)));
+        a.jne(label);
+        load_address(a, R15, address);
+        a.sub(R15, field(offset_of!(Cell, page)));
+        a.cmp(R15, PAGE_SIZE as i32 - bytes as i32);
+        a.jcc(ConditionCode::a, label);
+        a.mov(R13, field(offset_of!(Cell, addend)));
+        a.set_label(back);
+        self.refills.push(Refill { label, back, miss, address, bytes, kind, cell });
+    }
+
+    /// R13 = what turns `address` into a host address, by the TLB.
+    fn look_up(&mut self, address: Memory, bytes: usize, kind: AccessKind, miss: Label) {
+        let table = cpu_field(offset_of!(Cpu, active_table));
+        let last = Memory { displacement: address.displacement + bytes as i32 - 1, ..address };
+        let a = &mut *self.asm;
+        let la = if is_register(address) {
+            address.base
+        } else {
+            a.lea(R13, address);
+            R13
+        };
+        load_slot(a, R13, la, R15, self.has_bextr);
+        if address.base == R14 {
+            a.mov(R15, table);
+            a.lea(R13, qword_ptr(R15, 0).index(R13, 8));
+            load_address(a, R15, last);
+            a.and(R15, !(PAGE_OFFSET as i32));
+            a.cmp(R15, qword_ptr(R13, tags(kind)));
+            a.jne(miss);
+            a.mov(R13, qword_ptr(R13, ADDENDS));
+        } else {
+            a.mov(R14, table);
+            load_address(a, R15, last);
+            a.and(R15, !(PAGE_OFFSET as i32));
+            a.cmp(R15, qword_ptr(R14, tags(kind)).index(R13, 8));
+            a.jne(miss);
+            a.mov(R13, qword_ptr(R14, ADDENDS).index(R13, 8));
+        }
+    }
+
+    /// `address` with the addend in R13 added to it.
+    fn translated(&mut self, address: Memory) -> Memory {
+        match (address.base, address.index) {
+            (Register::None, _) => Memory { base: R13, ..address },
+            (_, Register::None) => Memory { index: R13, scale: 1, ..address },
+            (base, _) => {
+                self.asm.add(R13, base);
+                Memory { base: R13, ..address }
+            }
+        }
+    }
+
+    /// Goes to `miss` unless `address` is aligned: locked accesses need the bus then, which the interpreter has. Clobbers R15 and the flags.
+    pub fn require_alignment(&mut self, address: Memory, bytes: usize, miss: Label) {
+        if bytes > 1 {
+            load_address(self.asm, R15, address);
+            self.asm.test(R15L, (bytes - 1) as i32);
+            self.asm.jne(miss);
+        }
+    }
+
+    /// Writes the cold code of all sites.
+    pub(super) fn finish_sites(&mut self) {
+        for Refill { label, back, miss, address, bytes, kind, cell } in std::mem::take(&mut self.refills) {
+            let stub = if kind == AccessKind::Write { self.places.refill_write } else { self.places.refill_read };
+            let a = &mut *self.asm;
+            a.set_label(label);
+            if address != qword_ptr(R14, 0) {
+                load_address(a, R14, address);
+            }
+            a.lea(R15, qword_ptr(R14, bytes as i32 - 1));
+            a.lea(R13, qword_ptr(Register::RIP, cell));
+            a.call(stub);
+            if address.base == R14 && address.displacement != 0 {
+                a.lea(R14, qword_ptr(R14, -address.displacement));
+            }
+            a.je(back);
+            a.jmp(miss);
+        }
+    }
+}
+
+/// Whether `address` is what is in a register.
+fn is_register(address: Memory) -> bool {
+    address.base != Register::None && address.index == Register::None && address.displacement == 0
+}
+
+/// `to` = `address`.
+fn load_address(a: &mut Asm, to: Register, address: Memory) {
+    if is_register(address) {
+        a.mov(to, address.base);
+    } else {
+        a.lea(to, address);
+    }
+}
+
+/// `to` = the slot of linear address `la` in a table. Clobbers `scratch`, which may be `to` if that is not `la`.
+fn load_slot(a: &mut Asm, to: Register, la: Register, scratch: Register, has_bextr: bool) {
+    const SHIFT: u8 = PAGE_SIZE.trailing_zeros() as u8;
+    const BITS: u8 = ENTRIES.trailing_zeros() as u8;
+    let low = |register| resized(register, R15D);
+    if has_bextr {
+        a.mov(low(scratch), i32::from(BITS) << 8 | i32::from(SHIFT));
+        a.must_add(Instruction::with3(Code::VEX_Bextr_r64_rm64_r64, to, la, scratch));
+    } else {
+        a.mov(low(to), low(la));
+        a.shr(low(to), SHIFT);
+        a.and(low(to), ENTRIES as i32 - 1);
+    }
+}
+
+/// Shared code: looks the page of R14 up for an access whose last byte is at R15, and copies what it finds to the cell in R13. ZF tells
+/// whether that lets the access through, and then R13 is the addend. Clobbers R15.
+pub fn write_refill(a: &mut Asm, kind: AccessKind, has_bextr: bool) {
+    let [copy, seldom, done] = [(); 3].map(|()| a.create_label());
+    let cell = |offset: usize| qword_ptr(R11, offset as i32);
+    let (changed_at, changes) = (dword_ptr(R11, offset_of!(Cell, changed_at) as i32), word_ptr(R11, offset_of!(Cell, changes) as i32));
+    a.push(R11);
+    load_slot(a, R11, R14, R11, has_bextr);
+    a.push(R13);
+    a.mov(R13, cpu_field(offset_of!(Cpu, active_table)));
+    a.and(R15, !(PAGE_OFFSET as i32));
+    a.cmp(R15, qword_ptr(R13, tags(kind)).index(R11, 8));
+    a.mov(R13, qword_ptr(R13, ADDENDS).index(R11, 8));
+    a.pop(R11);
+    a.jne(done);
+    // R11 is the cell, and R15 the page.
+    a.mov(cell(offset_of!(Cell, addend)), R13);
+    a.mov(R13, cpu_field(STAMP));
+    a.cmp(R13, cell(offset_of!(Cell, stamp)));
+    a.jne(copy);
+    // The cell was of another page.
+    a.mov(R13D, dword_ptr(RBP, offset_of!(Cpu, budget) as i32));
+    a.sub(changed_at, R13D);
+    a.cmp(changed_at, SOON);
+    a.mov(changed_at, R13D);
+    a.jcc(ConditionCode::ae, seldom);
+    a.add(changes, 1);
+    a.cmp(changes, CHANGES - 1);
+    a.jcc(ConditionCode::be, copy);
+    a.mov(cpu_field(WANDERER), R11);
+    a.jmp(done);
+    a.set_label(seldom);
+    a.mov(changes, 0);
+    a.set_label(copy);
+    a.mov(R13, cpu_field(STAMP));
+    a.mov(cell(offset_of!(Cell, stamp)), R13);
+    a.mov(cell(offset_of!(Cell, page)), R15);
+    a.mov(R13, cell(offset_of!(Cell, addend)));
+    a.cmp(R15, R15);
+    a.set_label(done);
+    a.pop(R11);
+    a.ret();
+}
+
+impl Cpu {
+    /// Has `block`, whose host code is running, translated again if one of its cells was just found to be of no use.
+    pub(super) fn settle_wanderer(&mut self, block: &mut Block) {
+        let cell = std::mem::replace(&mut self.native.wanderer, std::ptr::null());
+        // SAFETY: host code of the running block named one of its own cells, which lasts as long as the code.
+        let Some(site) = (unsafe { cell.as_ref() }).map(|cell| usize::from(cell.site)) else { return };
+        block.wandering |= 1 << site.min(LAST);
+        self.code.retire_translation(block);
+        block.heat = self.hot - 1;
+    }
+}
