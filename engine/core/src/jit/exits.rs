@@ -16,7 +16,7 @@ use super::native::{detour, CONTEXT_FIELD, HOST_STACK, HOST_STACK_END, JUMPS, PA
 use super::registers::STACK;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
-use crate::decode::cache::{Jump, JUMP_SLOTS};
+use crate::decode::cache::{Jump, JUMP_BITS, JUMP_SLOTS};
 use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
 
 /// A direct exit in the making.
@@ -164,7 +164,7 @@ impl Emitter<'_> {
         let unknown = self.places.unknown;
         let a = &mut *self.asm;
         a.mov(R14, R15);
-        a.shr(R14, 14);
+        a.shr(R14, JUMP_BITS);
         a.xor(R14D, R15D);
         a.and(R14D, (JUMP_SLOTS - 1) as i32);
         if self.salt != 0 {
