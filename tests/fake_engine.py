@@ -148,8 +148,8 @@ class Core:
     def kick(self) -> None:
         self.kicked = True
 
-    def displaced(self) -> int:
-        return -1
+    def set_apic(self, posted: PostedInterrupts | None, table: IpiTable | None) -> None:
+        self.posted, self.table = posted, table
 
     def set_timer(self, tsc: int) -> None:
         self.timer = tsc
@@ -172,6 +172,31 @@ class Wakeup(threading.Event):
 
     def poll(self, ns: int) -> bool:
         return self.is_set()
+
+
+class PostedInterrupts:
+    """An integer with a bit per vector."""
+
+    def __init__(self, wakeup: Wakeup) -> None:
+        self.wakeup = wakeup
+        self.vectors = 0
+
+    def post(self, vector: int) -> None:
+        self.vectors |= 1 << vector
+        self.wakeup.set()
+
+    def take(self) -> bytes | None:
+        vectors, self.vectors = self.vectors, 0
+        return vectors.to_bytes(32, "little") if vectors else None
+
+
+class IpiTable(dict[int, PostedInterrupts]):
+    """Descriptors by APIC id."""
+
+    def set(self, apic_id: int, posted: PostedInterrupts | None) -> None:
+        self.pop(apic_id, None)
+        if posted is not None:
+            self[apic_id] = posted
 
 
 def model_names() -> list[str]:

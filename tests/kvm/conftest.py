@@ -20,7 +20,8 @@ def scripted_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every core is a scripted one, of a model that does not grow with the engine, whatever engine there is."""
     monkeypatch.setattr(silicon, "Model", fake_engine.Model)
     monkeypatch.setattr(silicon, "Core", fake_engine.Core)
-    monkeypatch.setattr(silicon, "Wakeup", fake_engine.Wakeup)
+    for name in ("Wakeup", "PostedInterrupts", "IpiTable"):
+        monkeypatch.setattr(silicon, name, getattr(fake_engine, name))
     monkeypatch.setattr(fake_engine.Core, "script", iter(()))
     monkeypatch.setattr(fake_engine.Core, "cores", [])
 

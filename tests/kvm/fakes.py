@@ -179,6 +179,14 @@ class FakeVcpu:
     def make_request(self, request: int) -> None:
         self.requests |= request
 
+    note_request = keep_out = make_request
+
+    def clear_request(self, request: int) -> None:
+        self.requests &= ~request
+
+    def await_exit(self) -> None:
+        """Nobody runs."""
+
     def queue_nmi(self) -> None:
         self.make_request(REQ_NMI)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import threading
+import time
 
 import pytest
 from hypothesis import given
@@ -10,9 +12,11 @@ from hypothesis import strategies as st
 
 from softkvm import silicon
 from softkvm.host.clock import VirtualClock
+from softkvm.host.task import current
 from softkvm.kvm import Parameters, System, Vm, kvmclock, msr, request
 from softkvm.kvm.kvmclock import scale_delta, service, time_scale
 from softkvm.kvm.msr import MsrError
+from softkvm.kvm.vcpu_requests import IN_GUEST_MODE, OUTSIDE_GUEST_MODE
 from softkvm.uapi import kvm as uapi
 from tests.kvm.fakes import FakeVcpu, FakeVm
 
@@ -230,3 +234,58 @@ def test_without_a_master_clock_a_vcpu_on_another_core_refreshes_all(vm: Vm) -> 
     assert vcpu.yield_core()
     vcpu.load()
     assert not vcpu.take_requests() & request.REQ_GLOBAL_CLOCK_UPDATE
+
+
+# The master clock changes while nobody is in the guest
+
+
+def test_the_pair_changes_while_no_vcpu_is_in_the_guest(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, asleep = (vm.create_vcpu(number) for number in range(3))
+    for vcpu in (first, second, asleep):
+        vcpu.take_requests()
+    asleep.blocked = True
+    second.mode = IN_GUEST_MODE
+    order: list[str] = []
+
+    def kick() -> None:
+        assert second.requests == request.REQ_MCLOCK_INPROGRESS, "it must not come back at once"
+        order.append("kick")
+        second.mode = OUTSIDE_GUEST_MODE
+
+    def change() -> None:
+        assert second.mode == OUTSIDE_GUEST_MODE
+        order.append("change")
+
+    monkeypatch.setattr(second, "kick_guest", kick)
+    monkeypatch.setattr(vm.kvmclock, "_update_gtod_copy", change)
+    vm.kvmclock.update_masterclock(by=first)
+    assert order == ["kick", "change"]
+    assert (first.requests, second.requests, asleep.requests) == (0, request.REQ_CLOCK_UPDATE, request.REQ_CLOCK_UPDATE)
+    assert not asleep.wakeup.is_set(), "who sleeps finds the new page when it wakes"
+
+
+def test_a_vcpu_on_its_way_into_the_guest_waits_for_the_new_pair(vm: Vm) -> None:
+    first, second = vm.create_vcpu(0), vm.create_vcpu(1)
+    served = threading.Event()
+    second.take_requests()
+
+    def serve() -> None:
+        service(second, second.take_requests())
+        served.set()
+
+    with vm.kvmclock._update(first):
+        thread = threading.Thread(target=serve)
+        thread.start()
+        while second.requests:  # it has seen that a change is in progress
+            time.sleep(0)
+        assert not served.is_set()
+    thread.join()
+    assert second.take_requests() == request.REQ_CLOCK_UPDATE
+
+
+def test_who_changes_the_clock_on_his_way_into_the_guest_does_not_wait_for_himself(vm: Vm) -> None:
+    vcpu = vm.create_vcpu(0)
+    vcpu.task, vcpu.mode = current(), IN_GUEST_MODE
+    vm.set_clock(uapi.ClockData(clock=SECOND))
+    vcpu.task, vcpu.mode = None, OUTSIDE_GUEST_MODE
+    assert vcpu.requests & request.REQ_CLOCK_UPDATE

@@ -20,7 +20,7 @@ def test_the_last_setting_of_a_name_counts() -> None:
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
-        ("nrip=0", "KVM has no parameter 'nrip'; it has enable_pmu, force_emulation_prefix, "),
+        ("nrip=0", "KVM has no parameter 'nrip'; it has enable_apicv, enable_pmu, force_emulation_prefix, "),
         ("nrips", "the KVM parameter nrips is 0 or 1, not ''"),
         ("nrips=2", "the KVM parameter nrips is 0 or 1, not '2'"),
         ("halt_poll_ns=-1", "the KVM parameter halt_poll_ns is a number below 2\\^32, not '-1'"),

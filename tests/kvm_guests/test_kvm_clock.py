@@ -6,6 +6,8 @@ The stages of the kernel's own `tools/testing/selftests/kvm/x86_64/kvm_clock_tes
 from __future__ import annotations
 
 import errno
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -99,6 +101,28 @@ def test_the_master_clock_is_looked_at_in_set_clock_and_not_before(guest: Guest)
     assert guest.vm.get_clock().flags == 0
     guest.vm.set_clock(uapi.ClockData(clock=0))
     assert guest.vm.get_clock().flags == ALL_FLAGS == guest.vm.check_extension(uapi.KVM_CAP_ADJUST_CLOCK)
+
+
+FLAG = DATA + 0x100
+WAIT = b"\x80\x3c\x25" + FLAG.to_bytes(4, "little") + b"\x00\x74\xf6"
+"""1: cmp byte [FLAG], 0; je 1b"""
+
+
+def test_the_clock_is_set_while_a_vcpu_is_in_the_guest(guest: Guest) -> None:
+    """Its stay in the guest ends, and the next one begins with a page of the new clock."""
+    guest.ram[CODE : CODE + 14] = WRMSR + WAIT + END
+    guest.vcpu.set_regs(uapi.Regs(rip=CODE, rsp=STACK, rflags=2, rcx=uapi.MSR_KVM_SYSTEM_TIME_NEW, rax=DATA | 1))
+    thread = threading.Thread(target=guest.run)
+    thread.start()
+    while guest.vm.tsc_status().vcpus[0].hv_clock is None:
+        time.sleep(0)
+    for second in range(1, 20):
+        guest.vm.set_clock(uapi.ClockData(clock=second * SECOND))
+    guest.ram[FLAG] = 1
+    thread.join()
+    info = guest.vm.tsc_status().vcpus[0].hv_clock
+    assert info is not None
+    assert info.system_time == guest.vm.tsc_status().master_kernel_ns + guest.vm.tsc_status().kvmclock_offset == 19 * SECOND
 
 
 def test_what_was_stopped_is_told_once(guest: Guest) -> None:

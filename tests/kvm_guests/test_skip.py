@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from softkvm.host import trace
 from softkvm.kvm import emulate
+from softkvm.kvm.emulate import FORCED_EMULATION_PREFIX as FEP
 from softkvm.silicon.control import Intercept
 from softkvm.uapi import kvm as uapi
 from tests.helpers import long_guest
@@ -154,10 +156,12 @@ def booted(boot: Boot, host: Host, instruction: Instruction, code: bytes, **regi
 
 
 EVENTS = {"TASK_SWITCH", "ACCESS", "EMULATED", "BUDGET"}
-"""Exits at no instruction that KVM steps over; a task switch goes elsewhere (`test_task_switch.py`)."""
+"""Exits at no instruction that KVM steps over: what comes between two, or goes elsewhere (`test_task_switch.py`)."""
+BEHIND = {"APIC_WRITE", "EOI_INDUCED", "AVIC_INCOMPLETE_IPI", "AVIC_UNACCELERATED_ACCESS"}
+"""Those of the virtualized local APIC come when the instruction is done."""
 OTHER_EXITS = {
-    "intel": EVENTS | {"EXCEPTION_NMI", "EXTERNAL_INTERRUPT", "TRIPLE_FAULT", "INTERRUPT_WINDOW", "NMI_WINDOW"},
-    "amd": EVENTS | {"EXCP_", "INTR", "NMI", "VINTR", "IRET", "SHUTDOWN"},
+    "intel": EVENTS | BEHIND | {"EXCEPTION_NMI", "EXTERNAL_INTERRUPT", "TRIPLE_FAULT", "INTERRUPT_WINDOW", "NMI_WINDOW"},
+    "amd": EVENTS | BEHIND | {"EXCP_", "INTR", "NMI", "VINTR", "IRET", "SHUTDOWN"},
 }
 UNDEFINED_IN_SILICON = {"intel": {"VMFUNC"}, "amd": {"VMRUN", "VMLOAD", "VMSAVE", "STGI", "CLGI", "SKINIT", "INVLPGA"}}
 """No guest has the VM functions, or EFER.SVME: #UD comes before the exit. They are in the matrix all the same."""
@@ -206,6 +210,21 @@ def test_plain(boot: Boot, host: Host, instruction: Instruction, prefixed: bool)
     assert not guest.vcpu.get_regs().rflags & RF
     assert instruction.check(guest)
     assert guest.retired == 1
+
+
+COUNT_INSTRUCTIONS = 0x43_00C0
+"""Of an event select register of either vendor: instructions retired, in user and kernel mode, enabled."""
+COUNTERS = {"intel": ({0x38F: 1, 0x186: COUNT_INSTRUCTIONS}, 0xC1), "amd": ({0xC001_0000: COUNT_INSTRUCTIONS}, 0xC001_0004)}
+"""What to write to which MSRs, and the counter."""
+
+
+@cases(lambda instruction: instruction.good is not None)
+def test_the_guests_counter_of_instructions(boot: Boot, host: Host, instruction: Instruction, prefixed: bool) -> None:
+    control, counter = COUNTERS[host.vendor]
+    guest = booted(boot, host, instruction, NOP + encoded(instruction, prefixed) + NOP + END, **instruction.good or {})
+    assert guest.vcpu.set_msrs(control) == len(control)
+    assert guest.run().event is None
+    assert guest.vcpu.get_msrs([counter]) == [3]
 
 
 @cases(lambda instruction: instruction.good is not None and instruction.steps)
@@ -299,6 +318,25 @@ def test_any_prefixes_do_the_same_on_every_host(vendor: str, prefixes: bytes, nu
             seen.append((outcome.event, outcome.exits, regs.rip, regs.rflags, guest.vcpu.instructions_skipped))
             guest.close()
     assert seen == seen[:1] * len(seen)
+
+
+@pytest.mark.parametrize("host", HOSTS, ids=str)
+def test_what_is_decoded_is_traced_and_counted(boot: Boot, host: Host) -> None:
+    lines: list[str] = []
+
+    def probe(*values: object) -> None:
+        lines.append(trace.kvm_emulate_insn.print(*values))
+
+    trace.kvm_emulate_insn.register(probe)
+    try:
+        guest = boot(host, FEP + b"\x2e\x0f\xa2" + END)
+        guest.run()
+    finally:
+        trace.kvm_emulate_insn.unregister(probe)
+    emulated = f"0:{CODE + len(FEP):x}:2e 0f a2 (prot64)"
+    skipped = host.vendor == "amd" and not (host.saves_next_rip and host.nrips)
+    assert lines == [emulated] * (2 if skipped else 1)
+    assert guest.vcpu.stats["insn_emulation"] == len(lines)
 
 
 # --- Skips that fail ---------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ STRUCTURES = [
     control.DescriptorTable,
     control.Fpu,
     control.State,
+    control.VirtualApic,
 ]
 
 

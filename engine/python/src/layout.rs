@@ -5,7 +5,7 @@ use std::mem::offset_of;
 
 use pyo3::prelude::*;
 use softkvm_engine::state::{DescriptorTable, Fpu, Segment, State};
-use softkvm_engine::virt::control::{Access, Block, Control, Exit};
+use softkvm_engine::virt::control::{Access, Block, Control, Exit, VirtualApic};
 
 /// Fields by name: offset and size in bytes.
 type Fields = BTreeMap<String, (usize, usize)>;
@@ -28,7 +28,8 @@ macro_rules! fields {
 #[pyfunction]
 pub fn control_layout() -> Fields {
     let mut out = Fields::new();
-    fields!(out, "ControlBlock", Block, control access exit state msr_bitmap io_bitmap waivers);
+    fields!(out, "ControlBlock", Block, control access exit state msr_bitmap io_bitmap waivers apic);
+    fields!(out, "VirtualApic", VirtualApic, irr isr eoi_exit icr tpr enable);
     fields!(out, "Control", Control, intercepts exception_bitmap page_fault_error_mask page_fault_error_match cr_read cr_write dr_read
         dr_write tlb_control cr0_mask cr0_shadow cr4_mask cr4_shadow event event_error event_instruction_length vpid tsc_offset
         tsc_multiplier preemption_deadline emulate access_count instruction_budget pause_gap

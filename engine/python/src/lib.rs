@@ -12,6 +12,8 @@ mod logging;
 mod memory;
 mod model;
 mod nested;
+mod posted;
+mod processors;
 mod wakeup;
 
 use pyo3::prelude::*;
@@ -40,6 +42,8 @@ mod _engine {
     use crate::model::Model as PyModel;
     #[pymodule_export]
     use crate::nested::NestedPageTable;
+    #[pymodule_export]
+    use crate::posted::{IpiTable, PostedInterrupts};
     #[pymodule_export]
     use crate::wakeup::Wakeup;
 

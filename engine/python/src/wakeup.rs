@@ -4,8 +4,10 @@
 //! woken, as KVM's halt polling does (Linux 6.1 `Documentation/virt/kvm/halt-polling.rst`).
 
 use std::hint;
+use std::mem::MaybeUninit;
 use std::ptr;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pyo3::exceptions::PyValueError;
@@ -13,6 +15,7 @@ use pyo3::prelude::*;
 use softkvm_engine::cpu::clock::{host_tsc, host_tsc_khz};
 
 use crate::handover;
+use crate::processors;
 
 /// Values of `Wakeup::state`.
 const QUIET: u32 = 0;
@@ -26,7 +29,15 @@ const PREEMPTED_US: u64 = 20;
 #[pyclass(frozen, module = "softkvm._engine")]
 #[derive(Default)]
 pub struct Wakeup {
+    pub flag: Arc<Flag>,
+}
+
+/// What one thread waits for.
+#[derive(Default)]
+pub struct Flag {
     state: AtomicU32,
+    /// How often the thread had lost its processor to another one when it last polled.
+    preemptions: AtomicI64,
 }
 
 #[pymethods]
@@ -38,32 +49,31 @@ impl Wakeup {
 
     /// Whether it was set since `clear()`.
     fn is_set(&self) -> bool {
-        self.state.load(Ordering::SeqCst) == WOKEN
+        self.flag.is_set()
     }
 
     /// Forgets what was set so far.
     fn clear(&self) {
-        self.state.store(QUIET, Ordering::SeqCst);
+        self.flag.state.store(QUIET, Ordering::SeqCst);
     }
 
     /// Wakes the thread that waits, or the next one that does.
     fn set(&self) {
-        if self.state.swap(WOKEN, Ordering::SeqCst) == ASLEEP {
-            // SAFETY: the word lives as long as `self`, and the call only looks up who sleeps on it.
-            unsafe { libc::syscall(libc::SYS_futex, self.state.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, i32::MAX) };
-        }
+        self.flag.set();
     }
 
-    /// Waits awake until it is set, `ns` are over, or another thread has taken the processor; whether it is set.
+    /// Waits awake until it is set, `ns` are over, or another thread has taken the processor; whether it is set. Not at all if another
+    /// thread has taken the processor since the last time, or a guest was on it: where others want to run, the kernel does not poll either
+    /// (`single_task_running()`).
     fn poll(&self, py: Python<'_>, ns: u64) -> bool {
         handover::release();
         py.detach(|| {
-            if self.looks_up(ns) {
+            if self.flag.looks_up(ns) {
                 handover::wait();
             }
         });
         handover::acquired();
-        self.is_set()
+        self.flag.is_set()
     }
 
     /// Sleeps until it is set or `timeout` seconds are over, None for no limit; whether it is set. Python's signal handlers run meanwhile,
@@ -75,20 +85,32 @@ impl Wakeup {
         loop {
             handover::release();
             let again = py.detach(|| {
-                let again = self.sleep(end);
+                let again = self.flag.sleep(end);
                 handover::wait();
                 again
             });
             handover::acquired();
             py.check_signals()?;
             if !again {
-                return Ok(self.is_set());
+                return Ok(self.flag.is_set());
             }
         }
     }
 }
 
-impl Wakeup {
+impl Flag {
+    fn is_set(&self) -> bool {
+        self.state.load(Ordering::SeqCst) == WOKEN
+    }
+
+    /// Wakes the thread.
+    pub fn set(&self) {
+        if self.state.swap(WOKEN, Ordering::SeqCst) == ASLEEP {
+            // SAFETY: the word lives as long as `self`, and the call only looks up who sleeps on it.
+            unsafe { libc::syscall(libc::SYS_futex, self.state.as_ptr(), libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG, i32::MAX) };
+        }
+    }
+
     /// The inside of `poll()`.
     fn looks_up(&self, ns: u64) -> bool {
         let khz = host_tsc_khz();
@@ -97,6 +119,9 @@ impl Wakeup {
         let end = start.saturating_add(u64::try_from(ticks).unwrap_or(u64::MAX));
         let gap = khz / 1000 * PREEMPTED_US;
         let mut last = start;
+        if self.was_preempted() || processors::crowded() {
+            return self.is_set();
+        }
         while !self.is_set() {
             let now = host_tsc();
             if now >= end || now.wrapping_sub(last) > gap {
@@ -106,6 +131,16 @@ impl Wakeup {
             hint::spin_loop();
         }
         true
+    }
+
+    fn was_preempted(&self) -> bool {
+        let mut usage = MaybeUninit::<libc::rusage>::uninit();
+        // SAFETY: the buffer is ours; the call fills it, and cannot fail for a valid `who`.
+        let count = unsafe {
+            libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
+            usage.assume_init().ru_nivcsw
+        };
+        self.preemptions.swap(count, Ordering::Relaxed) != count
     }
 
     /// Sleeps once; whether it was for nothing, so that the caller must sleep again.

@@ -184,6 +184,20 @@ def handle_nmi_window(vcpu: Vcpu) -> int:
     return 1
 
 
+def handle_end_of_interrupt(vcpu: Vcpu, vector: int) -> int:
+    """EOI of a virtual APIC, of a vector that concerns an IOAPIC; the instruction is complete."""
+    assert vcpu.lapic is not None
+    vcpu.lapic.end_of_interrupt(vector)
+    return 1
+
+
+def handle_icr_write(vcpu: Vcpu) -> int:
+    """A command of a virtual APIC that the silicon does not execute; the instruction is complete."""
+    assert vcpu.lapic is not None
+    vcpu.lapic.icr_written()
+    return 1
+
+
 def handle_triple_fault(vcpu: Vcpu) -> int:
     """The guest has shut down."""
     return vcpu.exit_to_user(uapi.KVM_EXIT_SHUTDOWN)
@@ -227,6 +241,8 @@ def set_xcr(vcpu: Vcpu, index: int, value: int) -> bool:
 
 def write_cr4(vcpu: Vcpu, value: int) -> int:
     """MOV to CR4 that touches a bit of the host's mask; #GP for what `kvm_set_cr4()` refuses."""
+    if trace.kvm_cr.enabled:
+        trace.kvm_cr(True, 4, value)
     if cr.refuses(vcpu, 4, value) or not cr.load(vcpu, 4, value):
         events.inject_gp(vcpu)
         return 1
@@ -235,6 +251,8 @@ def write_cr4(vcpu: Vcpu, value: int) -> int:
 
 def write_cr8(vcpu: Vcpu, value: int) -> int:
     """MOV to CR8: task priority; user space that has the local APIC hears of a lower one."""
+    if trace.kvm_cr.enabled:
+        trace.kvm_cr(True, 8, value)
     old = regs.get_cr8(vcpu)
     if not regs.set_cr8(vcpu, value):
         events.inject_gp(vcpu)
@@ -247,7 +265,9 @@ def write_cr8(vcpu: Vcpu, value: int) -> int:
 
 def read_cr8(vcpu: Vcpu, register: int) -> int:
     """MOV from CR8."""
-    vcpu.gpr[register] = regs.get_cr8(vcpu)
+    value = vcpu.gpr[register] = regs.get_cr8(vcpu)
+    if trace.kvm_cr.enabled:
+        trace.kvm_cr(False, 8, value)
     return skip(vcpu)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from softkvm.kvm import events, exits, regs
+from softkvm.kvm.request import REQ_APICV_UPDATE
 from softkvm.uapi import kvm as uapi
 
 if TYPE_CHECKING:
@@ -60,12 +61,14 @@ def detach(vcpu: Vcpu) -> None:
         state.rflags &= ~events.RFLAGS_TF
     vcpu.control.dr_read = vcpu.control.dr_write = 0
     vcpu.guest_debug = 0
+    vcpu.make_request(REQ_APICV_UPDATE)
     vcpu.update_exception_bitmap()
 
 
 def _attach(vcpu: Vcpu, control: int, request: uapi.GuestDebug) -> None:
     state = vcpu.state
     vcpu.guest_debug = control
+    vcpu.make_request(REQ_APICV_UPDATE)
     vcpu.update_exception_bitmap()
     if not control & (_STEPS | _HW_BP):
         return

@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno
 import struct
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -88,6 +90,8 @@ class VmClock:
         self._vm = vm
         self._clock = vm.clock
         self._lock = threading.Lock()
+        self._updating = threading.Lock()
+        """Held while the master clock changes, by whoever changes it."""
         self.offset = -self._clock.boottime_ns()
         self.use_master_clock = False
         self.boot_vcpu_runs_old_kvmclock = False
@@ -102,10 +106,31 @@ class VmClock:
         return self._vm.tsc.vcpus_matched + 1 == len(self._vm.vcpus)
 
     def update_masterclock(self, by: Vcpu | None = None) -> None:
-        """Take a new pair, and have every vCPU but `by` refresh its page."""
-        with self._lock:
+        """Take a new pair, and have every vCPU but `by` refresh its page before it is in the guest again."""
+        with self._update(by):
             self._update_gtod_copy()
-        self._refresh_pages(by)
+
+    @contextmanager
+    def _update(self, by: Vcpu | None) -> Iterator[None]:
+        """`kvm_{start,end}_pvclock_update()`: in the block, with the lock held, no vCPU is in the guest; before one comes back its page is
+        refreshed (`by` sees to that itself). So no guest has pages of two pairs, between which its time might go back.
+        """
+        others = [vcpu for vcpu in self._vm.vcpus if vcpu is not by]
+        with self._updating:
+            for vcpu in others:
+                vcpu.keep_out(request.REQ_MCLOCK_INPROGRESS)
+            for vcpu in others:
+                vcpu.await_exit()
+            with self._lock:
+                yield
+            for vcpu in others:
+                vcpu.note_request(request.REQ_CLOCK_UPDATE)
+                vcpu.clear_request(request.REQ_MCLOCK_INPROGRESS)
+
+    def await_update(self) -> None:
+        """Return when nobody changes the master clock."""
+        with self._updating:
+            pass
 
     def _update_gtod_copy(self) -> None:
         self._master_tsc = self._clock.tsc()
@@ -117,10 +142,9 @@ class VmClock:
         if trace.kvm_update_master_clock.enabled:
             trace.kvm_update_master_clock(self.use_master_clock, trace.HOST_CLOCK_TSC, matched)
 
-    def _refresh_pages(self, by: Vcpu | None) -> None:
+    def _refresh_pages(self) -> None:
         for vcpu in self._vm.vcpus:
-            if vcpu is not by:
-                vcpu.make_request(request.REQ_CLOCK_UPDATE)
+            vcpu.make_request(request.REQ_CLOCK_UPDATE)
 
     # kvmclock_update_work and kvmclock_sync_work
 
@@ -139,10 +163,10 @@ class VmClock:
         self._sync_work.cancel()
 
     def _update_all(self, _now: int) -> None:
-        self._refresh_pages(None)
+        self._refresh_pages()
 
     def _sync_periodically(self, now: int) -> int:
-        self._refresh_pages(None)
+        self._refresh_pages()
         return now + SYNC_PERIOD_NS
 
     def reference(self) -> tuple[int, int, bool]:
@@ -187,7 +211,7 @@ class VmClock:
         """KVM_SET_CLOCK; with KVM_CLOCK_REALTIME the time since `realtime` is added. OSError(EINVAL) for unknown flags."""
         if data.flags & ~(KVM_CLOCK_TSC_STABLE | KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC):
             raise OSError(errno.EINVAL, "unknown clock flags")
-        with self._lock:
+        with self._update(None):
             self._update_gtod_copy()
             # Against the master pair, not now: a page written from that pair must not hold a negative time.
             tsc = self._master_tsc if self.use_master_clock else self._clock.tsc()
@@ -195,7 +219,6 @@ class VmClock:
             if data.flags & KVM_CLOCK_REALTIME:
                 clock += max(self._clock.realtime_at(tsc) - data.realtime, 0)
             self.offset = clock - self._clock.boottime_at(tsc)
-        self._refresh_pages(None)
 
     def write_wall_clock(self, gpa: int) -> None:
         """WRMSR of a wall clock MSR: store the wall time at which kvmclock was 0; nothing happens where there is no memory."""
@@ -308,6 +331,8 @@ class PvClock:
 
 def service(vcpu: Vcpu, requests: int) -> None:
     """Do what `requests` (`request.REQ_CLOCK` bits) ask, in the vCPU's thread before it enters the guest."""
+    if requests & request.REQ_MCLOCK_INPROGRESS:
+        vcpu.vm.kvmclock.await_update()
     if requests & request.REQ_MASTERCLOCK_UPDATE:
         vcpu.vm.kvmclock.update_masterclock(by=vcpu)
         requests |= request.REQ_CLOCK_UPDATE

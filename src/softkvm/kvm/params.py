@@ -25,6 +25,8 @@ class Parameters:
     force_emulation_prefix: bool = True
     """kvm.force_emulation_prefix: an instruction behind the bytes of `ud2` and "kvm" goes to KVM's emulator. Linux has it off."""
 
+    enable_apicv: bool = True
+    """kvm_intel.enable_apicv, kvm_amd.avic: let the silicon virtualize x2APICs."""
     tsc_scaling: bool = True
     """kvm_amd.tsc_scaling: give vCPUs other TSC rates than the host's by the silicon's ratio; here on Intel's silicon too."""
     kvmclock_periodic_sync: bool = True

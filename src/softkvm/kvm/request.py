@@ -35,9 +35,16 @@ REQ_GLOBAL_CLOCK_UPDATE = 1 << 14
 """Refresh this vCPU's kvmclock page, and a little later those of all."""
 REQ_INTROSPECTION = 1 << 15
 """The introspection tool has commands for the vCPU, or wants it paused."""
+REQ_APICV_UPDATE = 1 << 16
+"""Let the silicon virtualize the local APIC, or take it back."""
+REQ_SCAN_IOAPIC = 1 << 17
+"""Other vectors than before concern an IOAPIC when they end."""
+REQ_MCLOCK_INPROGRESS = 1 << 18
+"""Stay out of the guest until the master clock has changed."""
 
+REQ_APICV = REQ_APICV_UPDATE | REQ_SCAN_IOAPIC
 REQ_PERF = REQ_PMU | REQ_PMI
 REQ_EXIT = REQ_TRIPLE_FAULT | REQ_DIRTY_RING_FULL | REQ_IOAPIC_EOI_EXIT
 """What may lead to user space before anything else is done."""
-REQ_CLOCK = REQ_CLOCK_UPDATE | REQ_MASTERCLOCK_UPDATE | REQ_GLOBAL_CLOCK_UPDATE | REQ_STEAL_UPDATE
+REQ_CLOCK = REQ_CLOCK_UPDATE | REQ_MASTERCLOCK_UPDATE | REQ_GLOBAL_CLOCK_UPDATE | REQ_STEAL_UPDATE | REQ_MCLOCK_INPROGRESS
 """All that `kvmclock.service()` handles."""

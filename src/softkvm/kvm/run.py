@@ -17,6 +17,7 @@ from softkvm.kvm import emulate, events, halt, kvmclock, msr_bitmap, regs, reset
 from softkvm.kvm.halt import RUNNABLE, UNINITIALIZED
 from softkvm.kvm.irqchip import irq
 from softkvm.kvm.request import (
+    REQ_APICV,
     REQ_CLOCK,
     REQ_DIRTY_RING_FULL,
     REQ_EVENT,
@@ -214,6 +215,9 @@ def _service_requests(vcpu: Vcpu) -> int:
         return vcpu.introspection.service()
     if requests & REQ_MSR_FILTER:
         msr_bitmap.filter_changed(vcpu)
+    if requests & REQ_APICV and vcpu.lapic is not None:
+        vcpu.lapic.update_virtual(not vcpu.guest_debug and vcpu.introspection is None)
+        vcpu.lapic.scan_ioapic()
     if requests & REQ_CLOCK:
         kvmclock.service(vcpu, requests)
     if requests & REQ_TLB_FLUSH:

@@ -217,6 +217,18 @@ class Vcpu(Protocol):
     def make_request(self, request: int) -> None:
         """Ask the vCPU for the work `REQ_*` before it next enters the guest; wakes it and takes it out of guest mode."""
 
+    def note_request(self, request: int) -> None:
+        """The same for a vCPU that will look by itself."""
+
+    def keep_out(self, request: int) -> None:
+        """The same, but whoever sleeps is not woken."""
+
+    def clear_request(self, request: int) -> None:
+        """Ask no more."""
+
+    def await_exit(self) -> None:
+        """Return when the vCPU is out of guest mode."""
+
     def queue_nmi(self) -> None:
         """Let an NMI arrive at the vCPU."""
 

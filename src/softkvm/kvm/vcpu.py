@@ -11,6 +11,7 @@ import signal
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from softkvm import silicon
 from softkvm.host import trace
 from softkvm.host.sched import Cpu
 from softkvm.host.task import Task, current
@@ -29,11 +30,12 @@ from softkvm.kvm.ioctl import (
     takes_signal_set,
     zero,
 )
+from softkvm.kvm.irqchip.apicv import ApicV
 from softkvm.kvm.irqchip.lapic import Lapic
 from softkvm.kvm.kvmclock import PvClock
 from softkvm.kvm.lbr import GuestLbr
 from softkvm.kvm.pmu.vpmu import VirtualPmu
-from softkvm.kvm.request import REQ_EVENT, REQ_GLOBAL_CLOCK_UPDATE, REQ_SMI, REQ_STEAL_UPDATE
+from softkvm.kvm.request import REQ_APICV_UPDATE, REQ_EVENT, REQ_GLOBAL_CLOCK_UPDATE, REQ_SMI, REQ_STEAL_UPDATE
 from softkvm.kvm.tsc import VcpuTsc
 from softkvm.kvm.vcpu_core import NO_INTERRUPT
 from softkvm.kvm.vcpu_options import VcpuOptions
@@ -77,6 +79,8 @@ class Vcpu(VcpuOptions):
         self.mp_state = uapi.KVM_MP_STATE_RUNNABLE
         if vm.irqchip_in_kernel:
             self.lapic = Lapic(self)
+            if vm.has_apicv and isinstance(self.wakeup, silicon.Wakeup):
+                self.lapic.apicv = ApicV(self, self.wakeup)
             if vcpu_id != vm.boot_cpu_id:
                 self.mp_state = uapi.KVM_MP_STATE_UNINITIALIZED
         setup_controls(self)
@@ -103,6 +107,8 @@ class Vcpu(VcpuOptions):
             self.make_request(REQ_GLOBAL_CLOCK_UPDATE)
         super().sched_in(cpu)
         self.account_steal_time()
+        if self.lapic is not None and self.lapic.apicv is not None:
+            cpu.core.set_apic(self.lapic.apicv.posted, self.vm.ipi_table)
         self.lbr.sched_in()
         self.pmu.sched_in(cpu)
 
@@ -110,6 +116,8 @@ class Vcpu(VcpuOptions):
         """On no core any more."""
         if self.cpu is not None:
             self.pmu.sched_out(self.cpu)
+            if self.lapic is not None and self.lapic.apicv is not None:
+                self.cpu.core.set_apic(None, None)
         super().sched_out()
 
     def update_static_calls(self) -> None:
@@ -132,6 +140,7 @@ class Vcpu(VcpuOptions):
     def set_introspection(self, introspection: VcpuIntrospection | None) -> None:
         """A tool begins or ends to look at the vCPU; for any thread."""
         self.introspection = introspection
+        self.make_request(REQ_APICV_UPDATE)
         self.update_static_calls()
 
     def account_steal_time(self) -> None:

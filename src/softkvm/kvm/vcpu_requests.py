@@ -7,11 +7,11 @@ Answers to Linux 6.1 `kvm_make_request()`, `kvm_vcpu_kick()` and `kvm_vcpu_wake_
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from softkvm.host import balance
-from softkvm.host.task import TIF_SIGPENDING, Task
+from softkvm.host.task import TIF_SIGPENDING, Task, current
 from softkvm.kvm.ioctl import KvmFile
 from softkvm.kvm.request import REQ_NMI, REQ_TRIPLE_FAULT
 from softkvm.uapi import kvm as uapi
@@ -52,9 +52,19 @@ class VcpuRequests(KvmFile):
             self.kick_guest()
 
     def note_request(self, request: int) -> None:
-        """As `make_request()` in the vCPU's own thread, which will look by itself: nobody is kicked."""
+        """As `make_request()` where the vCPU's thread will look by itself: nobody is kicked."""
         with self._request_lock:
             self.requests |= request
+
+    def keep_out(self, request: int) -> None:
+        """Make `request`, and end a stay in guest mode; a sleeper sleeps on (KVM_REQUEST_NO_WAKEUP)."""
+        self.note_request(request)
+        self.kick_guest()
+
+    def await_exit(self) -> None:
+        """Return when the vCPU is out of guest mode, of which `keep_out()` has told it (KVM_REQUEST_WAIT). Nobody waits for himself."""
+        while self.mode and self.task is not current():
+            time.sleep(0)  # it needs the interpreter to come out
 
     def queue_nmi(self) -> None:
         """An NMI has arrived (`kvm_inject_nmi()`): they are counted, as two may wait."""
@@ -89,12 +99,10 @@ class VcpuRequests(KvmFile):
         self.wakeup.set()
 
     def kick_guest(self) -> None:
-        """Leave guest mode, if in it (`kvm_vcpu_kick()`); KVM_RUN goes on. The caller does not keep the processor from the vCPU."""
+        """Leave guest mode, if in it (`kvm_vcpu_kick()`); KVM_RUN goes on."""
         cpu = self.cpu
         if self.mode and cpu is not None:
             cpu.core.kick()
-            if (processor := cpu.core.displaced()) >= 0:
-                balance.step_aside(processor)
 
     def kick(self) -> None:
         """Send the vCPU's thread a signal: the KVM_RUN in progress, or the next one, fails with EINTR and KVM_EXIT_INTR."""

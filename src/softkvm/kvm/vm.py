@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from softkvm import silicon
 from softkvm.host import task
 from softkvm.host.clock import Clock
 from softkvm.kvm import capabilities, stats, svm, tsc, tsc_status, vmx
@@ -72,6 +73,9 @@ class Vm(VmMemory, VmOptions, IntrospectionIoctls):
         self.pio_bus, self.mmio_bus = IoBus(self.lock), IoBus(self.lock)
         self.routing = Routing(self)
         self.apic_map = ApicMap(self)
+        self.has_apicv: bool = self.parameters.enable_apicv and self.turns is None
+        """Whether the silicon virtualizes local APICs; who is interrupted when must not depend on the host where runs are to repeat."""
+        self.ipi_table = silicon.IpiTable()
         self.irqchip: Irqchip | None = None
         self.pit: Pit | None = None
         self.tsc = VmTsc(clock, self.model.vendor, tsc.has_control(self.model, self.parameters))
@@ -116,8 +120,7 @@ class Vm(VmMemory, VmOptions, IntrospectionIoctls):
 
     def _timer_came_nearer(self) -> None:
         """A timer was armed that is first now: a vCPU's own thread sees it at its next entry, the others are told."""
-        mine = task.current()
-        if not any(vcpu.task is mine for vcpu in self.vcpus):
+        if task.current().guest not in self.vcpus:
             for vcpu in self.vcpus:
                 vcpu.wake()
                 vcpu.kick_guest()

@@ -1,6 +1,19 @@
 """The typed face of the silicon: CPU models, cores, nested page tables and RAM of the engine, and the control block's layout."""
 
-from softkvm._engine import Core, Memory, Model, NestedPageTable, Wakeup, build_info, feature_names, model_names, tsc, tsc_khz
+from softkvm._engine import (
+    Core,
+    IpiTable,
+    Memory,
+    Model,
+    NestedPageTable,
+    PostedInterrupts,
+    Wakeup,
+    build_info,
+    feature_names,
+    model_names,
+    tsc,
+    tsc_khz,
+)
 from softkvm.silicon.core import (
     EMULATE_FIRST,
     EMULATE_ONE,
@@ -38,9 +51,11 @@ __all__ = [
     "WAIVE_WALK",
     "Core",
     "DeviceAccess",
+    "IpiTable",
     "Memory",
     "Model",
     "NestedPageTable",
+    "PostedInterrupts",
     "Vmcb",
     "Wakeup",
     "allocate",

@@ -81,6 +81,13 @@ impl Cpu {
         if signals & attention::SHOOT_DOWN != 0 {
             self.shoot_down();
         }
+        if self.pending & pending::APIC_EXIT != 0 {
+            return Err(self.exit_apic());
+        }
+        if signals & attention::POSTED != 0 {
+            self.signal.take(attention::POSTED);
+            self.receive_posted();
+        }
         if self.pending & pending::DEBUG != 0 {
             self.take_debug_trap()?; // before interrupts, which leave the guest (SDM vol. 3, table 6-2)
         }
@@ -94,6 +101,9 @@ impl Cpu {
         }
         if self.pending & (pending::WINDOW | pending::EMULATE) == pending::WINDOW {
             self.check_windows()?;
+        }
+        if self.pending & (pending::VIRTUAL | pending::EMULATE) == pending::VIRTUAL {
+            self.take_virtual_interrupt()?;
         }
         if self.pending & pending::HALTED != 0 {
             self.wait_halted()?;
@@ -193,6 +203,15 @@ impl Cpu {
                 return Err(self.exit_external_interrupt());
             }
             self.check_clocks()?;
+            if self.signal.take(attention::POSTED) != 0 {
+                self.receive_posted();
+            }
+            if self.pending & pending::VIRTUAL != 0 {
+                self.take_virtual_interrupt()?;
+                if self.pending & pending::HALTED == 0 {
+                    return Ok(());
+                }
+            }
             std::thread::sleep(std::time::Duration::from_micros(50));
         }
     }
@@ -255,6 +274,24 @@ impl Cpu {
     fn cached_block(&self, rip: u64) -> Option<*mut Block> {
         // SAFETY: the jump cache forgets blocks before they are freed.
         self.code.jump(rip, self.jump_context).filter(|block| unsafe { (**block).valid })
+    }
+
+    /// [`Cpu::next_block`] for code of 64 bits as far as that frees nothing, raises nothing and makes nothing new.
+    #[inline]
+    pub(crate) fn known_block(&mut self, rip: u64) -> Option<*mut Block> {
+        self.cached_block(rip).or_else(|| self.find_again(rip))
+    }
+
+    /// A block in one page that the jump cache does not have, or has for another time.
+    #[inline(never)]
+    fn find_again(&mut self, rip: u64) -> Option<*mut Block> {
+        let host = self.cached(rip, 1, AccessKind::Fetch).filter(|_| self.waivers.is_empty())?;
+        let key = self.code_key(host as u64);
+        // SAFETY: the cache forgets blocks before they are freed.
+        let whole = |block: &*mut Block| unsafe { (**block).second_page }.is_none();
+        let block = self.code.last_at(rip, &key).or_else(|| self.code.find(&key)).filter(whole)?;
+        self.remember(rip, rip, block);
+        Some(block)
     }
 
     #[cold]

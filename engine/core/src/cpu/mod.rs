@@ -32,6 +32,7 @@ use crate::paging::{canonical, unused_bits, Privilege};
 use crate::pmu::{Pmu, Watching};
 use crate::state::{cr0, interruptibility, rflags, seg, Segment, State};
 use crate::uop::{slot, Exec, RegOffset, Stop, Uop, RIP_STRIDE};
+use crate::virt::apic::Apic;
 use crate::virt::control::{self, Access, Control, Exit};
 use crate::word::Word;
 
@@ -55,6 +56,10 @@ pub mod pending {
     pub const BREAKPOINTS: u32 = 128;
     /// Counters begin to count, or branches to be recorded: the dispatcher of `watch` takes over.
     pub const WATCHED: u32 = 256;
+    /// The virtual APIC has an interrupt that the guest's priority lets through.
+    pub const VIRTUAL: u32 = 512;
+    /// The last instruction is complete, and its effect on the virtual APIC is for the hypervisor.
+    pub const APIC_EXIT: u32 = 1024;
 }
 
 /// How wide code, addresses and RIP are by default.
@@ -85,6 +90,10 @@ pub struct Cpu {
     pub native: Native,
     /// What `active_table` is at CPL 0 with EFLAGS.AC clear and set.
     pub(crate) kernel_tables: [*const tlb::Entries; 2],
+    /// What it is at CPL 3 without alignment checks.
+    pub(crate) user_table: *const tlb::Entries,
+    /// What `jump_context` is at CPL 0 and at CPL 3.
+    pub(crate) contexts: [u64; 2],
     /// Segment bases as addresses use them: zero for ES, CS, SS and DS in 64-bit mode. Entry 6 is "no segment".
     pub(crate) bases: [u64; 8],
     /// RFLAGS without the arithmetic flags.
@@ -125,7 +134,7 @@ pub struct Cpu {
     pub signal: Arc<Signal>,
     pub clock: Clock,
     pub model: Arc<Model>,
-    pub pmu: Box<Pmu>,
+    pub pmu: Pmu,
     /// Completed device accesses of an emulated instruction, and how many of them it has used.
     pub accesses: Vec<Access>,
     pub access_next: usize,
@@ -133,6 +142,7 @@ pub struct Cpu {
     pub waivers: Waivers,
     /// Permission bitmaps of the hypervisor, of the block that the CPU runs on; null outside a run.
     pub(crate) bitmaps: *const control::Block,
+    pub apic: Apic,
     /// The event whose delivery is under way, in the format of exit interruption information; zero when there is none.
     pub vectoring: u32,
     pub vectoring_error: u32,
@@ -150,7 +160,7 @@ pub struct Cpu {
     pub unknown_opcodes: std::collections::HashSet<u16>,
 }
 
-// SAFETY: `active_table` and `kernel_tables` point into `tlb` and `at` into `code`, which move between threads together with the CPU, and `bitmaps` is null
+// SAFETY: `active_table`, `kernel_tables` and `user_table` point into `tlb` and `at` into `code`, which move between threads together with the CPU, and `bitmaps` is null
 // outside a run.
 unsafe impl Send for Cpu {}
 
@@ -163,6 +173,8 @@ impl Cpu {
             at: std::ptr::null(),
             active_table: std::ptr::null(),
             kernel_tables: [std::ptr::null(); 2],
+            user_table: std::ptr::null(),
+            contexts: [0; 2],
             bases: [0; 8],
             rflags: rflags::FIXED,
             pending: 0,
@@ -195,6 +207,7 @@ impl Cpu {
             access_next: 0,
             waivers: Waivers::default(),
             bitmaps: std::ptr::null(),
+            apic: Apic::default(),
             vectoring: 0,
             vectoring_error: 0,
             step_settled: false,
@@ -463,10 +476,23 @@ impl Cpu {
 
     /// Points `active_table` to the table of the current privilege and address space. Whoever switches or flushes the TLB calls this.
     pub fn refresh_table(&mut self) {
-        let user = self.cpl == 3;
-        let low = u64::from(self.watching().number()) << 5 | u64::from(user) << 4 | self.code_size as u64;
-        self.jump_context = self.tlb.generation(user) << CONTEXT_BITS | low;
-        self.active_table = if self.alignment_checked() { tlb::never() } else { self.tlb.table(self.privilege()) };
+        self.contexts = [0, 3].map(|cpl| self.context_at(cpl));
+        self.jump_context = if matches!(self.cpl, 0 | 3) { self.contexts[usize::from(self.cpl == 3)] } else { self.context_at(self.cpl) };
         self.kernel_tables = [Privilege::Supervisor, Privilege::SupervisorAc].map(|privilege| self.tlb.table(privilege));
+        self.user_table = self.tlb.table(Privilege::User);
+        self.active_table = match self.privilege() {
+            Privilege::User if self.alignment_checked() => tlb::never(),
+            Privilege::User => self.user_table,
+            Privilege::Supervisor => self.kernel_tables[0],
+            Privilege::SupervisorAc => self.kernel_tables[1],
+        };
+    }
+
+    /// What `jump_context` is at privilege level `cpl`.
+    #[inline(always)]
+    fn context_at(&self, cpl: u8) -> u64 {
+        let user = cpl == 3;
+        let low = self.pmu.watching.at_level(cpl).in_context() | u64::from(user) << 4 | self.code_size as u64;
+        self.tlb.generation(user) << CONTEXT_BITS | low
     }
 }

@@ -170,7 +170,14 @@ impl Cpu {
     }
 
     pub(super) fn refresh_pending(&mut self) {
-        const KEPT: u32 = pending::DEBUG | pending::HALTED | pending::EMULATE | pending::BUDGET | pending::BREAKPOINTS | pending::WATCHED;
+        const KEPT: u32 = pending::DEBUG
+            | pending::HALTED
+            | pending::EMULATE
+            | pending::BUDGET
+            | pending::BREAKPOINTS
+            | pending::WATCHED
+            | pending::VIRTUAL
+            | pending::APIC_EXIT;
         let mut bits = self.pending & KEPT;
         if self.state.interruptibility & (interruptibility::STI | interruptibility::MOV_SS) != 0 {
             bits |= pending::SHADOW;

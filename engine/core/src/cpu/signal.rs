@@ -19,6 +19,8 @@ pub mod attention {
     pub const PROTECT: u32 = 8;
     /// Another core holds the bus lock: stand still.
     pub const STOP: u32 = 16;
+    /// An interrupt was posted to the guest.
+    pub const POSTED: u32 = 32;
     /// What `Cpu::shoot_down` acts on.
     pub const SHOOT_DOWN: u32 = NESTED | CODE | PROTECT | STOP;
 }
@@ -58,6 +60,11 @@ impl Signal {
     /// Makes the core leave the guest, or refuse its next entry at once.
     pub fn kick(&self) {
         self.attention.fetch_or(attention::KICK, Ordering::SeqCst);
+    }
+
+    /// The notification of a posted interrupt: a running guest takes it without an exit.
+    pub fn notify(&self) {
+        self.attention.fetch_or(attention::POSTED, Ordering::SeqCst);
     }
 
     /// Pending attention bits; cheap enough for every block.

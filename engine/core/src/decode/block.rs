@@ -1,6 +1,6 @@
 //! Blocks: straight lines of micro-ops with one entry.
 
-use iced_x86::{Code, Decoder, FlowControl, Instruction, OpKind, Register};
+use iced_x86::{Code, Decoder, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
 use super::liveness::dead_flags;
 use super::{feature, lower, MAX_LENGTH};
@@ -46,7 +46,7 @@ impl Link {
 }
 
 /// A decoded block. Its last micro-op is always one that leaves it. What every run touches comes first.
-#[repr(C, align(64))]
+#[repr(C)]
 pub struct Block {
     /// One micro-op per instruction, and one more that falls through to what follows.
     pub uops: Box<[Uop]>,
@@ -201,12 +201,20 @@ pub(crate) fn decode_page(bytes: &[u8], size: CodeSize, model: &Model) -> Vec<In
             break;
         }
         exchange_behind_rep(&mut insn, &bytes[bytes.len() - left..decoder.position()]);
-        instructions.push(insn);
-        if ends_block(&insn) {
+        let in_shadow = instructions.last().is_some_and(|last: &Instruction| last.mnemonic() == Mnemonic::Sti);
+        if !in_shadow || is_nop(&insn) {
+            instructions.push(insn);
+        }
+        if in_shadow || ends_block(&insn) && insn.mnemonic() != Mnemonic::Sti {
             break;
         }
     }
     instructions
+}
+
+/// Whether `insn` does nothing at all. One behind STI belongs to its block, because nobody sees a shadow over it.
+pub fn is_nop(insn: &Instruction) -> bool {
+    insn.mnemonic() == Mnemonic::Nop
 }
 
 /// F3 REX.B 90 is XCHG with R8, to which the prefix means nothing; the decoder reads PAUSE.

@@ -10,10 +10,12 @@ use super::block::{Block, Key, Link};
 use crate::exec;
 use crate::memory::code::{AddressMap, CodePages};
 use crate::memory::PAGE_OFFSET;
+use crate::pmu::Watching;
 use crate::uop::Handler;
 
-/// Slots of the jump cache.
-pub const JUMP_SLOTS: usize = 1 << 14;
+/// The jump cache has a slot for each number of so many bits.
+pub const JUMP_BITS: u8 = 15;
+pub const JUMP_SLOTS: usize = 1 << JUMP_BITS;
 /// Blocks that may exist; one more empties the cache, which bounds its memory.
 const MAX_BLOCKS: usize = 1 << 18;
 /// Bytes of code that one bit of a page's line map stands for.
@@ -77,17 +79,23 @@ impl Default for CodeCache {
     }
 }
 
-/// Slot of the jump cache: blocks of one page spread out, and aliases at equal page offsets do not collide.
+/// Slot of the jump cache: blocks of one page spread out, and aliases at equal page offsets do not collide, nor does code with itself when
+/// it is watched.
 #[inline(always)]
-const fn jump_slot(rip: u64) -> usize {
-    (rip ^ rip >> 14) as usize & (JUMP_SLOTS - 1)
+const fn jump_slot(rip: u64, context: u64) -> usize {
+    (rip ^ rip >> JUMP_BITS) as usize & (JUMP_SLOTS - 1) ^ jump_salt(Watching::number_in(context))
+}
+
+/// What sets code with [`Watching::number`] apart in the jump cache; nothing for code that is not watched.
+pub const fn jump_salt(watching: u8) -> usize {
+    (watching as usize) << 11
 }
 
 impl CodeCache {
     /// The block that was last run at `rip` in `context` (translation generation, privilege and code size).
     #[inline(always)]
     pub fn jump(&self, rip: u64, context: u64) -> Option<*mut Block> {
-        let jump = &self.jumps[jump_slot(rip)];
+        let jump = &self.jumps[jump_slot(rip, context)];
         if jump.rip != rip || jump.context != context {
             return None;
         }
@@ -96,7 +104,7 @@ impl CodeCache {
 
     /// The block that was last run at `rip`, whatever the context, if it is the valid one of this key.
     pub fn last_at(&self, rip: u64, key: &Key) -> Option<*mut Block> {
-        let jump = &self.jumps[jump_slot(rip)];
+        let jump = &self.jumps[jump_slot(rip, key.watching.in_context())];
         if jump.rip != rip || jump.block.is_null() {
             return None;
         }
@@ -128,7 +136,8 @@ impl CodeCache {
     pub fn forget_translations_at(&mut self, addresses: &Range<u64>) -> u64 {
         let (nowhere, mut forgotten) = (self.nowhere, 0);
         for block in self.blocks.iter_mut().flatten().chain(&mut self.dead) {
-            if let Some(links) = block.links.as_mut().filter(|_| addresses.contains(&(block.body as u64))) {
+            let at = addresses.contains(&(block.body as u64));
+            if let Some(links) = block.links.as_mut().filter(|links| at || links.are_at(addresses)) {
                 links.cut();
                 (block.entry, block.body, block.links, block.heat) = (nowhere, std::ptr::null(), None, 0);
                 forgotten += 1;
@@ -142,7 +151,7 @@ impl CodeCache {
 
     /// Remembers that `rip` in `context` runs `block`.
     pub fn remember(&mut self, rip: u64, context: u64, block: *mut Block) {
-        self.jumps[jump_slot(rip)] = Jump { rip, context, block };
+        self.jumps[jump_slot(rip, context)] = Jump { rip, context, block };
     }
 
     /// The block of a key, if there is a valid one.

@@ -14,6 +14,7 @@ use crate::pmu::lvt;
 use crate::pmu::registers::{self as pmu, debugctl_bits};
 use crate::state::{cr0, cr4, efer, gpr, rflags, seg};
 use crate::uop::{Exec, Handler, Stop, Uop};
+use crate::virt::apic;
 use crate::virt::control::intercept;
 use crate::virt::exits::{code, Code};
 use crate::word::Word;
@@ -93,7 +94,10 @@ fn wrmsr(cpu: &mut Cpu, _uop: &Uop) -> Exec {
     if value & !writable_bits(cpu, index) != 0 {
         return Err(exit_for_msr(cpu, index, true));
     }
-    write_msr(cpu, index, value)?;
+    match index {
+        apic::EOI | apic::ICR | apic::SELF_IPI if cpu.apic.is_enabled() => cpu.write_apic(index, value)?,
+        _ => write_msr(cpu, index, value)?,
+    }
     Err(Stop::Leave)
 }
 
@@ -103,7 +107,8 @@ fn set_edx_eax(cpu: &mut Cpu, value: u64) {
 }
 
 fn check_msr_intercept(cpu: &mut Cpu, index: u32, write: bool) -> Exec {
-    if cpu.control.intercepts(intercept::MSR_BITMAP) && !cpu.msr_intercepted(index, write) {
+    let of_apic = (apic::FIRST..=apic::LAST).contains(&index);
+    if cpu.control.intercepts(intercept::MSR_BITMAP) && !cpu.msr_intercepted(index, write) && !(of_apic && cpu.emulates()) {
         return Ok(());
     }
     Err(exit_for_msr(cpu, index, write))

@@ -10,12 +10,15 @@ use crate::uop::{slot, Exec, Handler, Stop, Uop};
 const R11: usize = 11;
 /// A flat segment: 4 GB, accessed, present.
 const FLAT: u32 = rights::PRESENT | rights::S | rights::GRANULARITY | rights::RW | rights::ACCESSED;
-const FLAT_CODE_64: u32 = FLAT | rights::CODE | rights::LONG;
+/// 64-bit code at CPL 0.
+pub const FLAT_CODE_64: u32 = FLAT | rights::CODE | rights::LONG;
 const FLAT_CODE_32: u32 = FLAT | rights::CODE | rights::DB;
-const FLAT_DATA: u32 = FLAT | rights::DB;
-const USER: u32 = 3 << rights::DPL_SHIFT;
+/// Data at CPL 0.
+pub const FLAT_DATA: u32 = FLAT | rights::DB;
+/// What makes that a segment of CPL 3.
+pub const USER: u32 = 3 << rights::DPL_SHIFT;
 /// Flags that SYSRET does not load from R11.
-const SYSRET_DROPS: u64 = rflags::RF | rflags::VM;
+pub const SYSRET_DROPS: u64 = rflags::RF | rflags::VM;
 
 /// The handler of an instruction of this family.
 pub fn handler(insn: &Instruction, size: CodeSize) -> Option<Handler> {

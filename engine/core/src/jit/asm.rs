@@ -64,6 +64,17 @@ impl From<Register> for Operand {
     }
 }
 
+impl Operand {
+    /// Bytes of a register or of memory.
+    fn bytes(self) -> u8 {
+        match self {
+            Operand::Register(register) => register.size() as u8,
+            Operand::Memory(memory) => memory.bytes,
+            Operand::Immediate(_) => unreachable!("an immediate is no target"),
+        }
+    }
+}
+
 impl From<Memory> for Operand {
     fn from(memory: Memory) -> Self {
         Operand::Memory(memory)
@@ -100,6 +111,10 @@ impl From<u64> for Target {
         Target::Address(address)
     }
 }
+
+/// A NOP as long as a JMP, and the JMP's opcode, which has a distance of 32 bits behind it.
+pub const NO_JUMP: [u8; 5] = [0x0f, 0x1f, 0x44, 0, 0];
+pub const JUMP: u8 = 0xe9;
 
 const UNSET: u32 = u32::MAX;
 const REX: u8 = 0x40;
@@ -359,11 +374,7 @@ impl Asm {
     fn alu(&mut self, number: u8, to: Operand, from: Operand) {
         match (to, from) {
             (to, Operand::Immediate(value)) => {
-                let bytes = match to {
-                    Operand::Register(to) => to.size() as u8,
-                    Operand::Memory(to) => to.bytes,
-                    Operand::Immediate(_) => unreachable!("no such operation"),
-                };
+                let bytes = to.bytes();
                 if bytes > 1 && i8::try_from(value).is_ok() {
                     self.operands(bytes, &[0x83], Field::extension(number), to);
                     self.bytes.push(value as u8);
@@ -403,16 +414,19 @@ impl Asm {
         self.alu(7, to.into(), from.into());
     }
 
-    /// TEST of a register with a register or an immediate.
-    pub fn test(&mut self, register: Register, with: impl Into<Operand>) {
-        let field = Field::of(register);
-        match with.into() {
-            Operand::Register(with) => self.sized(field.bytes, 0x84, Field::of(with), register.into()),
-            Operand::Immediate(value) => {
-                self.sized(field.bytes, 0xf6, Field::extension(0), register.into());
-                self.immediate(field.bytes, value);
+    /// TEST of a register with a register, or of anything with an immediate.
+    pub fn test(&mut self, operand: impl Into<Operand>, with: impl Into<Operand>) {
+        match (operand.into(), with.into()) {
+            (operand, Operand::Immediate(value)) => {
+                let bytes = operand.bytes();
+                self.sized(bytes, 0xf6, Field::extension(0), operand);
+                self.immediate(bytes, value);
             }
-            Operand::Memory(_) => unreachable!("no such TEST"),
+            (operand, Operand::Register(with)) => {
+                let field = Field::of(with);
+                self.sized(field.bytes, 0x84, field, operand);
+            }
+            (_, Operand::Memory(_)) => unreachable!("no such TEST"),
         }
     }
 
@@ -471,8 +485,13 @@ impl Asm {
         self.put(&distance.to_le_bytes());
     }
 
+    /// What stands in the place of a JMP that is to be written later.
+    pub fn no_jump(&mut self) {
+        self.put(&NO_JUMP);
+    }
+
     pub fn jmp(&mut self, target: impl Into<Target>) {
-        self.bytes.push(0xe9);
+        self.bytes.push(JUMP);
         self.distance(target.into());
     }
 
@@ -625,10 +644,11 @@ mod tests {
             a.push(R12);
             a.pop(RBX);
             a.test(EAX, EAX);
+            a.test(dword_ptr(RBP, 8), 1);
             a.ret();
         });
         let names = "Add_r64_rm64 Or_rm32_r32 And_rm32_imm32 Sub_rm64_imm8 Mov_r64_imm64 Shr_rm32_imm8 Shl_rm32_imm8 Rol_rm8_imm8 Lea_r64_m Movzx_r32_rm16 \
-                     Movzx_r32_rm8 Seto_rm8 Lahf Sahf Push_rm64 Pop_rm64 Test_rm32_r32 Retnq";
+                     Movzx_r32_rm8 Seto_rm8 Lahf Sahf Push_rm64 Pop_rm64 Test_rm32_r32 Test_rm32_imm32 Retnq";
         assert_eq!(all.iter().map(name).collect::<Vec<_>>().join(" "), names);
     }
 

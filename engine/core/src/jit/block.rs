@@ -5,13 +5,15 @@ use iced_x86::{ConditionCode, Instruction, InstructionInfoFactory, MemorySize, O
 
 use super::access::MAX_DISPLACEMENT;
 use super::asm::{qword_ptr, Asm, Label, Memory};
-use super::emit::{cpu_field, in_memory, Emitter, Places, Rule};
+use super::backend::Arrival;
+use super::emit::{cpu_field, in_memory, Emitter, Places};
 use super::exits::{opposite, ExitSite};
+use super::flags::{settled, Recipe, Rule};
 use super::native::PAGE;
 use super::plan::{plan, Host, Plan};
 use super::registers::{self, host, resized, SCRATCH, STACK};
 use super::vector::{self, Units};
-use super::watched::Branch;
+use super::watched::{Branch, Target};
 use super::x87;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
@@ -27,6 +29,8 @@ pub struct Code {
     /// Where the dispatcher enters it, behind the head.
     pub body: Label,
     pub exits: Vec<ExitSite>,
+    /// It is of use to come with flags that are not in memory.
+    pub takes_recipes: bool,
     /// The site of each of its cells.
     pub cells: Vec<u16>,
 }
@@ -40,23 +44,29 @@ pub struct Ground {
     pub first_cell: i32,
 }
 
-/// Translates `block`, which was made from `instructions`; `None` if an instruction cannot be encoded, or nothing would become host code.
-pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], model: &Model, ground: Ground) -> Option<Code> {
+/// Translates `block`, which was made from `instructions`; `None` if an instruction cannot be encoded.
+pub fn translate(
+    asm: &mut Asm,
+    block: &Block,
+    instructions: &[Instruction],
+    model: &Model,
+    ground: Ground,
+    arrival: Arrival,
+) -> Option<Code> {
     let live = live_flags(instructions, model.silicon());
     let plans: Vec<Plan> = instructions.iter().zip(&live).map(|(insn, live)| plan(insn, *live, ground.host, model)).collect();
-    if plans.iter().all(|plan| matches!(plan, Plan::Interpret)) {
-        return None; // the way into host code and out of it is all that would be added
-    }
     let units = plans.iter().fold(Units::default(), |all, plan| all.and(plan.units()));
     let last_x87 = instructions.iter().rposition(|insn| x87::sets_pointer(insn.mnemonic()));
-    let out = Emitter::new(asm, ground, block, units, model.silicon());
+    let settled = settled(instructions, &plans);
+    let out = Emitter::new(asm, ground, block, units, model.silicon(), arrival);
     let mut translation = Translation { out, info: InstructionInfoFactory::new(), branch: Branch::of(block) };
     let body = translation.out.head(block.instructions);
     translation.out.enter_units();
     let mut ended = false;
     for (index, insn) in instructions.iter().enumerate() {
         let before = if index == 0 { ARITHMETIC } else { live[index - 1] };
-        let place = Place { index, seen_before: before != 0, seen_behind: live[index] != 0 };
+        let (seen_before, seen_behind) = (before != 0, live[index] != 0);
+        let place = Place { index, seen_before, seen_behind, settled_behind: settled[index + 1] };
         ended = translation.instruction(insn, plans[index], place);
         if last_x87 == Some(index) {
             translation.out.point_x87(insn.ip());
@@ -64,10 +74,11 @@ pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], mod
     }
     if !ended {
         translation.out.save_flags();
-        translation.out.exit(block.length.into(), instructions.last().is_some_and(exec::ends_block));
+        let steered = plans.last() == Some(&Plan::Interpret) && instructions.last().is_some_and(exec::ends_block);
+        translation.out.exit(block.length.into(), steered);
     }
     let (exits, cells) = translation.out.finish()?;
-    Some(Code { body, exits, cells })
+    Some(Code { body, exits, takes_recipes: !settled[0], cells })
 }
 
 /// An instruction's number in its block, and whether anybody sees the flags before it and behind it.
@@ -76,6 +87,8 @@ pub(super) struct Place {
     pub(super) index: usize,
     pub(super) seen_before: bool,
     pub(super) seen_behind: bool,
+    /// The flags behind it must be in memory before they are replaced, whatever is done until then.
+    pub(super) settled_behind: bool,
 }
 
 pub(super) struct Translation<'a> {
@@ -88,6 +101,20 @@ pub(super) struct Translation<'a> {
 impl Translation<'_> {
     /// Translates one instruction; true if nothing behind it is reached.
     fn instruction(&mut self, insn: &Instruction, plan: Plan, place: Place) -> bool {
+        let keeps_flags = !makes_flags(insn, plan);
+        if keeps_flags && place.seen_behind {
+            let written = written_registers(&mut self.info, insn);
+            self.out.keep_operands(|guest| written.contains(&guest));
+        }
+        let ended = self.host_code(insn, plan, place);
+        if keeps_flags {
+            let written = written_registers(&mut self.info, insn);
+            self.out.lose_operands(|guest| written.contains(&guest));
+        }
+        ended
+    }
+
+    fn host_code(&mut self, insn: &Instruction, plan: Plan, place: Place) -> bool {
         match plan {
             Plan::Same(rule) => self.same(insn, rule, place),
             Plan::Media(_) => self.same(insn, Rule::Exact, place),
@@ -103,6 +130,13 @@ impl Translation<'_> {
             Plan::SwapGs => self.swap_gs(place),
             Plan::UserPages(allow) => self.allow_user_pages(allow, place),
             Plan::PushMemory => self.push_memory(insn, place),
+            Plan::EnableInterrupts => self.enable_interrupts(place),
+            Plan::ReadControl(number) => self.read_control(insn, number, place),
+            Plan::ReadSegment => self.read_segment(insn),
+            Plan::ReadKeys => self.read_keys(place),
+            Plan::ReadTime(aux) => self.read_time(aux, place),
+            Plan::SystemCall => self.system_call(insn, place),
+            Plan::SystemReturn => self.system_return(place),
             Plan::Lea => self.lea(insn),
             Plan::Nothing => {}
             Plan::Push => self.push(insn, place),
@@ -117,7 +151,7 @@ impl Translation<'_> {
             Plan::Return => self.ret(insn, place),
         }
         use Plan::*;
-        matches!(plan, Conditional | JumpRelative | JumpIndirect | CallRelative | CallIndirect | Return)
+        matches!(plan, Conditional | JumpRelative | JumpIndirect | CallRelative | CallIndirect | Return | SystemCall | SystemReturn)
     }
 
     // ---- operations -----------------------------------------------------------------------------------------------------------------
@@ -126,6 +160,9 @@ impl Translation<'_> {
     fn same(&mut self, insn: &Instruction, rule: Rule, place: Place) {
         let (reads, modifies) = (insn.rflags_read(), insn.rflags_modified());
         let operand = (0..insn.op_count()).find(|n| insn.op_kind(*n) == OpKind::Memory);
+        if rule.keeps_flags() {
+            self.out.flush_flags(place.seen_before);
+        }
         let memory = operand.map(|operand| {
             self.out.clobber_flags(place.seen_before);
             let miss = self.out.detour(place.index);
@@ -147,6 +184,7 @@ impl Translation<'_> {
         let result = self.with_operands(insn, memory);
         if modifies != 0 {
             self.out.new_flags(rule, result, place.seen_behind);
+            self.out.remember(Recipe::of(insn).filter(|_| !place.settled_behind));
         }
         if memory.is_some() {
             self.out.rejoin();
@@ -212,7 +250,7 @@ impl Translation<'_> {
     }
 
     /// Guest register `guest` = host register `value`.
-    fn set(&mut self, guest: Register, value: Register) {
+    pub(super) fn set(&mut self, guest: Register, value: Register) {
         match host(guest) {
             Some(host) => self.out.asm.mov(host, value),
             None => self.out.asm.mov(in_memory(guest), value),
@@ -320,8 +358,8 @@ impl Translation<'_> {
     /// The branch goes to `distance` bytes behind the block's first byte.
     fn branch_to(&mut self, distance: i64, taken: bool) {
         if let Some(branch) = self.branch {
-            self.out.rip_at(distance);
-            self.out.note_branch(branch, taken);
+            self.out.save_flags();
+            self.out.note_branch(branch, Target::Distance(distance), taken);
         }
         self.out.exit(distance, false);
     }
@@ -329,24 +367,27 @@ impl Translation<'_> {
     /// The branch goes to RIP R15.
     fn branch_to_r15(&mut self) {
         if let Some(branch) = self.branch {
-            self.out.note_branch(branch, true);
+            self.out.note_branch(branch, Target::Computed, true);
         }
         self.out.go_to_r15();
     }
 
     fn jump_relative(&mut self, insn: &Instruction) {
-        self.out.save_flags();
         self.branch_to(insn.near_branch_target() as i64, true);
     }
 
     fn conditional(&mut self, insn: &Instruction) {
-        self.out.save_flags();
+        if self.branch.is_some() || self.out.flags.recipe.is_none() {
+            self.out.save_flags();
+        }
         self.out.need_flags();
         let (condition, target) = (insn.condition_code(), insn.near_branch_target() as i64);
         if self.branch.is_some() || !self.out.is_near(target) {
             let on = self.out.asm.create_label();
             self.out.asm.jcc(opposite(condition), on);
+            let flags = self.out.flags;
             self.branch_to(target, true);
+            self.out.flags = flags;
             self.out.asm.set_label(on);
         } else {
             self.out.exit_near_if(condition, target);
@@ -369,7 +410,7 @@ impl Translation<'_> {
 
     /// A branch to an address that none is faults before it is taken, which is the interpreter's: so is, with five levels of tables, one
     /// of more than 48 bits.
-    fn require_canonical(&mut self, miss: Label) {
+    pub(super) fn require_canonical(&mut self, miss: Label) {
         const SIGN: u8 = 47;
         let a = &mut *self.out.asm;
         a.mov(R13, R15);
@@ -380,18 +421,21 @@ impl Translation<'_> {
     }
 
     fn jump_indirect(&mut self, insn: &Instruction, place: Place) {
-        self.out.clobber_flags(true);
+        self.out.flush_flags(true);
         let miss = self.out.detour(place.index);
         self.target(insn, miss);
         self.branch_to_r15();
     }
 
     fn call_relative(&mut self, insn: &Instruction, place: Place) {
-        self.out.clobber_flags(true);
+        self.out.flush_flags(true);
         let miss = self.out.detour(place.index);
         self.push_return(insn, miss);
         let (target, back) = (insn.near_branch_target() as i64, insn.next_ip() as i64);
-        if self.is_host_call(back) {
+        if self.out.is_near(back) {
+            if let Some(branch) = self.branch {
+                self.out.note_branch(branch, Target::Distance(target), true);
+            }
             self.out.call(target, back);
         } else {
             self.branch_to(target, true);
@@ -399,13 +443,18 @@ impl Translation<'_> {
     }
 
     fn call_indirect(&mut self, insn: &Instruction, place: Place) {
-        self.out.clobber_flags(true);
+        self.out.flush_flags(true);
         let miss = self.out.detour(place.index);
         self.target(insn, miss);
         self.out.keep_rip();
         self.push_return(insn, miss);
         let back = insn.next_ip() as i64;
-        if self.is_host_call(back) {
+        if self.out.is_near(back) {
+            if let Some(branch) = self.branch {
+                self.out.take_rip();
+                self.out.note_branch(branch, Target::Computed, true);
+                self.out.rip_at(R15, back);
+            }
             self.out.call_kept_rip(back);
         } else {
             self.out.take_rip();
@@ -413,14 +462,9 @@ impl Translation<'_> {
         }
     }
 
-    /// Whether a call that comes back at `back` is the host's too: nobody watches branches, and the way on is in the page that is returned to.
-    fn is_host_call(&self, back: i64) -> bool {
-        self.branch.is_none() && self.out.is_near(back)
-    }
-
     fn push_return(&mut self, insn: &Instruction, miss: Label) {
         let slot = self.stack_slot(-8, AccessKind::Write, miss);
-        self.out.rip_at(insn.next_ip() as i64);
+        self.out.rip_at(R15, insn.next_ip() as i64);
         self.out.asm.mov(slot, R15);
         self.move_stack(-8);
         if let Some(branch) = self.branch {
@@ -429,21 +473,38 @@ impl Translation<'_> {
     }
 
     fn ret(&mut self, insn: &Instruction, place: Place) {
-        self.out.clobber_flags(true);
+        self.out.flush_flags(true);
         let miss = self.out.detour(place.index);
         let slot = self.stack_slot(0, AccessKind::Read, miss);
         self.out.asm.mov(R15, slot);
         let released = 8 + if insn.op_count() > 0 { i32::from(insn.immediate16()) } else { 0 };
-        if self.branch.is_none() {
-            let other = self.out.asm.create_label();
-            self.out.return_to_r15(released, other);
-            self.out.asm.set_label(other);
+        let other = self.out.asm.create_label();
+        if let Some(branch) = self.branch {
+            self.require_canonical(miss);
+            self.out.note_branch(branch, Target::Computed, true);
         }
-        self.require_canonical(miss);
+        self.out.return_to_r15(released, other);
+        self.out.asm.set_label(other);
+        if self.branch.is_none() {
+            self.require_canonical(miss);
+        }
         self.move_stack(released);
         self.out.forget_calls();
-        self.branch_to_r15();
+        self.out.go_to_r15();
     }
+}
+
+/// Whether host code of `insn` leaves other flags than it finds.
+pub(super) fn makes_flags(insn: &Instruction, plan: Plan) -> bool {
+    matches!(plan, Plan::Same(_) | Plan::Media(_) | Plan::Rotate(_) | Plan::Scan) && insn.rflags_modified() & ALL_FLAGS != 0
+}
+
+/// The 64-bit registers of which `insn` changes some part.
+fn written_registers(info: &mut InstructionInfoFactory, insn: &Instruction) -> Vec<Register> {
+    use OpAccess::*;
+    let used = info.info(insn).used_registers().iter();
+    let written = used.filter(|used| matches!(used.access(), Write | ReadWrite | CondWrite | ReadCondWrite));
+    written.map(|used| used.register().full_register()).collect()
 }
 
 /// Bytes of the only operand.

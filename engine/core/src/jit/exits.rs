@@ -5,17 +5,17 @@
 
 use std::mem::offset_of;
 
-use iced_x86::ConditionCode;
 use iced_x86::Register::{R13, R14, R14D, R15, R15D, RSP};
+use iced_x86::{ConditionCode, Register};
 
 use super::asm::{qword_ptr, Label, Memory};
 use super::emit::{cpu_field, Emitter};
+use super::flags::{Recipe, Whereabouts};
 use super::link::NO_GUARD;
 use super::native::{detour, CONTEXT_FIELD, HOST_STACK, HOST_STACK_END, JUMPS, PAGE, TARGET_RIP};
 use super::registers::{BUDGET, STACK};
-use crate::cpu::Cpu;
 use crate::decode::block::Block;
-use crate::decode::cache::{Jump, JUMP_SLOTS};
+use crate::decode::cache::{Jump, JUMP_BITS, JUMP_SLOTS};
 use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
 
 /// A direct exit in the making.
@@ -27,6 +27,24 @@ pub struct ExitSite {
     pub unlinked: Label,
     /// Offsets of the guards' immediates.
     pub guards: Option<[usize; 2]>,
+    pub shortcut: Option<ShortcutSite>,
+}
+
+/// A jump past the code that saves the flags, to who knows their recipe: in the making.
+#[derive(Clone, Copy)]
+pub struct ShortcutSite {
+    pub recipe: Recipe,
+    /// Offset of the byte behind the jump.
+    pub end: usize,
+    /// Where it goes as long as there is no such target: on, if nowhere.
+    pub otherwise: Option<Label>,
+}
+
+/// A conditional exit whose flags are not in memory: what comes of it at the end of the code.
+pub struct Way {
+    distance: i64,
+    shortcut: ShortcutSite,
+    label: Label,
 }
 
 impl Emitter<'_> {
@@ -50,22 +68,48 @@ impl Emitter<'_> {
 
     /// Goes to `distance` bytes behind the block's first byte. With `checked`, translations may have changed in this block.
     pub fn exit(&mut self, distance: i64, checked: bool) {
+        let guarded = checked || !self.is_near(distance);
+        let recipe = self.flags.recipe.filter(|_| !self.flags.saved && !guarded);
+        let shortcut = recipe.map(|recipe| {
+            self.asm.no_jump();
+            ShortcutSite { recipe, end: self.asm.len(), otherwise: None }
+        });
+        self.save_flags();
         let unlinked = self.way_to_link();
-        let guards = (checked || !self.is_near(distance)).then(|| self.guard(distance, unlinked));
+        let guards = guarded.then(|| self.guard(distance, unlinked));
         self.asm.jmp(unlinked);
-        self.exits.push(ExitSite { distance, end: self.asm.len(), unlinked, guards });
+        self.exits.push(ExitSite { distance, end: self.asm.len(), unlinked, guards, shortcut });
     }
 
-    /// Goes to `distance`, which is near, if `condition` holds.
+    /// Goes to `distance`, which is near, if `condition` holds. The host's flags are the guest's.
     pub fn exit_near_if(&mut self, condition: ConditionCode, distance: i64) {
+        if let Some(recipe) = self.flags.recipe.filter(|_| !self.flags.saved) {
+            let label = self.asm.create_label();
+            self.asm.jcc(condition, label);
+            let shortcut = ShortcutSite { recipe, end: self.asm.len(), otherwise: Some(label) };
+            self.ways.push(Way { distance, shortcut, label });
+            return;
+        }
         let unlinked = self.way_to_link();
         self.asm.jcc(condition, unlinked);
-        self.exits.push(ExitSite { distance, end: self.asm.len(), unlinked, guards: None });
+        self.exits.push(ExitSite { distance, end: self.asm.len(), unlinked, guards: None, shortcut: None });
+    }
+
+    /// Writes the code of conditional exits behind which the flags are saved.
+    pub(super) fn finish_ways(&mut self) {
+        for Way { distance, shortcut, label } in std::mem::take(&mut self.ways) {
+            self.asm.set_label(label);
+            self.flags = Whereabouts { host: true, saved: false, recipe: None };
+            self.save_flags();
+            let unlinked = self.way_to_link();
+            self.asm.jmp(unlinked);
+            self.exits.push(ExitSite { distance, end: self.asm.len(), unlinked, guards: None, shortcut: Some(shortcut) });
+        }
     }
 
     fn way_to_link(&mut self) -> Label {
         let unlinked = self.asm.create_label();
-        self.cold(unlinked, detour::LINK + self.exits.len() as u32, None);
+        self.cold(unlinked, detour::LINK + self.first_exit + self.exits.len() as u32, None);
         unlinked
     }
 
@@ -93,15 +137,15 @@ impl Emitter<'_> {
 
     // ---- to a target that is computed ---------------------------------------------------------------------------------------------------
 
-    /// R15 = RIP `distance` bytes behind the block's first byte. Changes nothing else.
-    pub fn rip_at(&mut self, distance: i64) {
+    /// `to` = RIP `distance` bytes behind the block's first byte. Changes nothing else.
+    pub fn rip_at(&mut self, to: Register, distance: i64) {
         let distance = self.offset as i64 + distance;
-        self.asm.mov(R15, cpu_field(PAGE));
+        self.asm.mov(to, cpu_field(PAGE));
         match i32::try_from(distance) {
-            Ok(distance) => self.asm.lea(R15, qword_ptr(R15, distance)),
+            Ok(distance) => self.asm.lea(to, qword_ptr(to, distance)),
             Err(_) => {
-                self.asm.lea(R15, qword_ptr(R15, i32::MAX));
-                self.asm.lea(R15, qword_ptr(R15, (distance - i64::from(i32::MAX)) as i32));
+                self.asm.lea(to, qword_ptr(to, i32::MAX));
+                self.asm.lea(to, qword_ptr(to, (distance - i64::from(i32::MAX)) as i32));
             }
         }
     }
@@ -119,9 +163,12 @@ impl Emitter<'_> {
         let unknown = self.places.unknown;
         let a = &mut *self.asm;
         a.mov(R14, R15);
-        a.shr(R14, 14);
+        a.shr(R14, JUMP_BITS);
         a.xor(R14D, R15D);
         a.and(R14D, (JUMP_SLOTS - 1) as i32);
+        if self.salt != 0 {
+            a.xor(R14D, self.salt);
+        }
         a.shl(R14D, SHIFT);
         a.add(R14, cpu_field(JUMPS));
         a.cmp(qword_ptr(R14, offset_of!(Jump, rip) as i32), R15);
@@ -138,7 +185,8 @@ impl Emitter<'_> {
 
     // ---- calls and returns --------------------------------------------------------------------------------------------------------------
 
-    /// Calls the target at `distance`, with the guest's return address in R15, which is `back` bytes behind the block's first byte.
+    /// Calls the target at `distance`, with the guest's return address in R15, which is `back` bytes behind the block's first byte, in its
+    /// page.
     ///
     /// Calls are the host's own, and so are returns that go back to where the last call came from, which the host's processor foresees.
     /// Beside each of the host's return addresses is the guest's, by which a return knows its call. A context does not change while calls
@@ -148,7 +196,7 @@ impl Emitter<'_> {
         let guards = (!self.is_near(distance)).then(|| self.guard(distance, unlinked));
         self.push_call();
         self.asm.call(unlinked);
-        self.exits.push(ExitSite { distance, end: self.asm.len(), unlinked, guards });
+        self.exits.push(ExitSite { distance, end: self.asm.len(), unlinked, guards, shortcut: None });
         self.come_back(back);
     }
 

@@ -8,7 +8,8 @@ use iced_x86::{Code, ConditionCode, Instruction, Mnemonic, OpKind, Register};
 
 use super::asm::{byte_ptr, qword_ptr, Label};
 use super::block::{Place, Translation};
-use super::emit::{cpu_field, in_memory, Overflow, Rule};
+use super::emit::{cpu_field, in_memory};
+use super::flags::{Overflow, Rule};
 use super::native::FLAGS;
 use super::registers::{host, resized};
 use crate::cpu::Cpu;
@@ -42,7 +43,7 @@ impl Translation<'_> {
         let wide = matches!(insn.code(), Code::Div_rm64 | Code::Idiv_rm64);
         let (low, high) = if wide { (RAX, RDX) } else { (EAX, EDX) };
         let (divisor, scratch) = if wide { (R15, R13) } else { (R15D, R13D) };
-        self.out.clobber_flags(place.seen_before);
+        self.out.flush_flags(place.seen_before);
         let miss = self.out.detour(place.index);
         if insn.op0_kind() == OpKind::Memory {
             self.load_memory(insn, miss);
@@ -71,7 +72,7 @@ impl Translation<'_> {
     /// SHL, SHR or SAR of at least 32 bits by CL, whose flags somebody sees: those before it, if the count is zero.
     pub(super) fn shift_by_cl(&mut self, insn: &Instruction, place: Place) {
         let memory = insn.op0_kind() == OpKind::Memory;
-        self.out.clobber_flags(place.seen_before);
+        self.out.flush_flags(place.seen_before);
         let bytes = if memory { insn.memory_size().size() } else { insn.op0_register().size() };
         let operand = memory.then(|| {
             let miss = self.out.detour(place.index);
@@ -161,13 +162,10 @@ impl Translation<'_> {
 
     // ---- RFLAGS -----------------------------------------------------------------------------------------------------------------------
 
-    /// PUSHFQ.
-    pub(super) fn push_flags(&mut self, place: Place) {
+    /// R15 = RFLAGS as PUSHF and SYSCALL show it. Clobbers R14; the arithmetic flags are in memory.
+    pub(super) fn flags_image(&mut self) {
         const HIDDEN: i32 = (rflags::VM | rflags::RF) as i32;
         const STORED: i32 = (rflags::ARITHMETIC & 0xff) as i32;
-        self.out.clobber_flags(place.seen_before);
-        let miss = self.out.detour(place.index);
-        let slot = self.stack_slot(-8, AccessKind::Write, miss);
         let a = &mut *self.out.asm;
         a.movzx(R14D, byte_ptr(RBP, FLAGS as i32));
         a.rol(R14D, rflags::OF.trailing_zeros() as u8);
@@ -177,7 +175,15 @@ impl Translation<'_> {
         a.mov(R14, cpu_field(offset_of!(Cpu, rflags)));
         a.and(R14, !HIDDEN);
         a.or(R15, R14);
-        a.mov(slot, R15);
+    }
+
+    /// PUSHFQ.
+    pub(super) fn push_flags(&mut self, place: Place) {
+        self.out.flush_flags(place.seen_before);
+        let miss = self.out.detour(place.index);
+        let slot = self.stack_slot(-8, AccessKind::Write, miss);
+        self.flags_image();
+        self.out.asm.mov(slot, R15);
         self.move_stack(-8);
         self.out.rejoin();
     }

@@ -16,13 +16,15 @@ use crate::flags::Flags;
 use crate::memory::PAGE_OFFSET;
 use crate::pmu::Watching;
 use crate::state::rflags::OF;
-use crate::uop::{slot, Exec, Stop};
+use crate::uop::{slot, Exec, Stop, Uop};
 
 /// The part of a CPU that host code keeps for itself.
 #[repr(C)]
 pub struct Native {
     /// Arithmetic flags: OF in the low byte (0 or 1), what LAHF gives in the high byte.
     flags: u16,
+    /// Operands of the operation that made the flags, where the registers that they were in are not theirs any more.
+    flag_operands: [u64; 2],
     /// Linear page of the running block: with the block's place in it, its RIP.
     pub(super) page: u64,
     /// Where a call goes while its return address is pushed.
@@ -94,6 +96,7 @@ impl Default for Native {
     fn default() -> Self {
         Native {
             flags: 0,
+            flag_operands: [0; 2],
             page: 0,
             target_rip: 0,
             jumps: std::ptr::null(),
@@ -120,6 +123,7 @@ impl Default for Native {
 const NATIVE: usize = offset_of!(Cpu, native);
 /// Offsets of fields in a CPU.
 pub const FLAGS: usize = NATIVE + offset_of!(Native, flags);
+pub const FLAG_OPERANDS: usize = NATIVE + offset_of!(Native, flag_operands);
 pub const PAGE: usize = NATIVE + offset_of!(Native, page);
 pub const TARGET_RIP: usize = NATIVE + offset_of!(Native, target_rip);
 pub const WANDERER: usize = NATIVE + offset_of!(Native, wanderer);
@@ -134,6 +138,7 @@ pub const X87: usize = NATIVE + offset_of!(Native, x87);
 pub const KEPT: usize = NATIVE + offset_of!(Native, kept);
 pub const IMAGE: usize = NATIVE + offset_of!(Native, image);
 pub const DEFAULT_MXCSR: usize = NATIVE + offset_of!(Native, default_mxcsr);
+pub const CONTEXT: usize = NATIVE + offset_of!(Native, context);
 pub const CONTEXT_FIELD: usize = offset_of!(Cpu, jump_context);
 
 /// More than any budget.
@@ -145,6 +150,8 @@ pub mod detour {
     pub const MISS: u32 = 0x80;
     /// The block has not begun, and the budget does not cover it.
     pub const HEAD: u32 = 0x100;
+    /// RIP has been stored, and the block there is not at hand.
+    pub const FIND: u32 = 0x180;
     /// The direct exit of this number, added to it, is not linked.
     pub const LINK: u32 = 0x200;
 }
@@ -152,18 +159,24 @@ pub mod detour {
 /// The part of `Native::kept` that is about the x87 unit.
 const KEPT_X87: u16 = 1 << 8;
 
-/// What host code returns besides the numbers of [`Stop`].
+/// What Rust code and host code return to each other.
 pub mod status {
     /// The instruction is done, and host code goes on.
     pub const DONE: u32 = 0;
-    /// RIP is at a block that did not begin, because the dispatcher has work.
-    pub const BOUNDARY: u32 = 0x100;
-    /// A handler panicked.
-    pub const PANIC: u32 = 0x101;
     /// Host code goes on at `Native::target`.
-    pub const GO: u32 = 0x102;
+    pub const GO: u32 = 1;
+    /// RIP is at a block that did not begin, because the dispatcher has work.
+    pub const BOUNDARY: u32 = 2;
     /// A block did not begin, although it was paid for, because the interpreter must run it.
-    pub const REFUSED: u32 = 0x103;
+    pub const REFUSED: u32 = 3;
+    /// RIP is behind `Native::block`, which the interpreter ended, or one of whose exits is not linked.
+    pub const NEXT: u32 = 4;
+    /// The interpreter left a block, and RIP is where it goes on.
+    pub const LEFT: u32 = 5;
+    /// A VM exit.
+    pub const EXIT: u32 = 6;
+    /// A handler panicked.
+    pub const PANIC: u32 = 7;
 }
 
 /// Host code: the trampoline that enters a block.
@@ -217,8 +230,11 @@ impl Cpu {
                 self.native.rip = self.rip();
                 self.interpret(block)
             }
+            status::NEXT => Ok(self.native.block),
+            status::LEFT => Ok(std::ptr::null_mut()),
+            status::EXIT => Err(Stop::Exit),
             status::PANIC => resume_unwind(self.native.panic.take().unwrap_or_else(|| Box::new("a handler panicked"))),
-            _ => self.stopped_native(status),
+            _ => unreachable!("host code returned {status}"),
         }
     }
 
@@ -254,43 +270,37 @@ impl Cpu {
         taken != 0
     }
 
-    /// The interpreter has run a branch (a system call, IRET, a return that host code did not find): goes on as host code if the block
-    /// there is some, and neither the dispatcher nor who watches branches must know.
+    /// The interpreter has left a block, by a branch or in any other way: goes on as host code if the block at RIP is some, and neither the
+    /// dispatcher nor who watches must know.
     fn go_on(&mut self) -> Option<u32> {
-        if self.pending != 0 || self.pmu.watching != Watching::NONE {
+        if self.pending != 0 || self.pmu.watched != 0 || !self.long_mode() {
             return None;
         }
-        let (rip, context) = (self.rip(), self.jump_context);
-        // SAFETY: the jump cache forgets blocks before they are freed.
-        let target = self.code.jump(rip, context).map(|target| unsafe { &*target })?;
-        if !target.valid || target.body.is_null() {
-            return None;
-        }
+        self.native.context = self.jump_context;
+        let target = self.translated_at(self.rip())?;
         self.native.load(self.flags);
-        (self.native.page, self.native.context, self.native.target) = (rip & !PAGE_OFFSET, context, target.entry);
-        Some(status::GO)
+        Some(self.go_to(target))
     }
 
-    /// A handler stopped host code.
-    fn stopped_native(&mut self, status: u32) -> Exec<*mut Block> {
-        let block = self.native.block;
-        let Some(stop) = stop(status) else { unreachable!("host code returned {status}") };
+    /// Host code goes on with `block`, which is that at RIP.
+    pub(super) fn go_to(&mut self, block: *mut Block) -> u32 {
+        self.native.page = self.rip() & !PAGE_OFFSET;
+        // SAFETY: whoever found the block has just done so.
+        self.native.target = unsafe { (*block).entry };
+        status::GO
+    }
+
+    /// The handler of `uop`, an instruction of the running block with `left` that are paid for, did not go on with the next one: does what
+    /// the dispatcher does then, and returns a number of [`status`].
+    fn ended(&mut self, uop: &Uop, stop: Stop, left: i64) -> u32 {
         if stop == Stop::Next {
-            return Ok(block);
+            return self.go_on().unwrap_or(status::NEXT);
         }
-        // SAFETY: `resume` set both; blocks are freed by `collect` only.
-        let (uop, left) = unsafe {
-            let index = self.at.offset_from((*block).uops.as_ptr()) as i64;
-            (&*self.at, i64::from((*block).instructions) - index)
-        };
-        self.leave(uop, stop, left)?;
-        Ok(std::ptr::null_mut())
+        match self.leave(uop, stop, left) {
+            Ok(()) => self.go_on().unwrap_or(status::LEFT),
+            Err(_) => status::EXIT,
+        }
     }
-}
-
-fn stop(status: u32) -> Option<Stop> {
-    const STOPS: [Stop; 7] = [Stop::Next, Stop::Leave, Stop::Fault, Stop::Exit, Stop::Again, Stop::Slow, Stop::Retry];
-    STOPS.into_iter().find(|stop| *stop as u32 == status)
 }
 
 /// The way out of host code, which has stored all registers; `why` is one of [`detour`].
@@ -318,6 +328,7 @@ unsafe fn act(cpu: &mut Cpu, block: *mut Block, why: u32) -> u32 {
     unsafe {
         match why {
             detour::HEAD => head(cpu, block, kept),
+            detour::FIND => link::find(cpu),
             _ => link::follow(cpu, block, (why - detour::LINK) as usize),
         }
     }
@@ -331,6 +342,10 @@ unsafe fn head(cpu: &mut Cpu, block: *mut Block, kept: bool) -> u32 {
     if !kept && before > 0 {
         return status::DONE;
     }
+    if !kept {
+        // SAFETY: as above, and host code is left.
+        unsafe { cpu.sampled(block) };
+    }
     cpu.budget = before;
     cpu.regs[slot::RIP as usize] = cpu.native.page | host & PAGE_OFFSET;
     status::BOUNDARY
@@ -341,13 +356,14 @@ unsafe fn resume(cpu: &mut Cpu, block: *mut Block, instruction: u32) -> u32 {
     // SAFETY: by the caller's promise; the reference ends here.
     cpu.settle_wanderer(unsafe { &mut *block });
     let index = (instruction & !detour::MISS) as usize;
-    // SAFETY: the caller's promise is that of `leave`. The handler may kill the block, which stays allocated, so nothing but `uop` is
-    // borrowed from it meanwhile.
-    let (uop, handler, host) = unsafe {
+    // SAFETY: the caller's promise is that of `leave`. The handler may kill the block, which stays allocated, so nothing is borrowed from it
+    // meanwhile.
+    let (first, uop, handler, left, host) = unsafe {
         let (uops, reference) = (&(*block).uops, &(*block).reference);
-        cpu.at = &raw const uops[index];
-        (uops[index], reference.get(index).copied().unwrap_or(uops[index].run), (*block).key.host)
+        let handler = reference.get(index).copied().unwrap_or(uops[index].run);
+        (uops.as_ptr(), uops[index], handler, i64::from((*block).instructions) - index as i64, (*block).key.host)
     };
+    cpu.at = first.wrapping_add(index);
     match instruction & detour::MISS {
         0 => cpu.native.counts.interpreted[usize::from(uop.code)] += 1,
         _ => cpu.native.counts.misses += 1,
@@ -362,28 +378,26 @@ unsafe fn resume(cpu: &mut Cpu, block: *mut Block, instruction: u32) -> u32 {
         cpu.take_x87(Some((unsafe { &*block }, index)));
     }
     cpu.take_units();
-    let result = catch_unwind(AssertUnwindSafe(|| handler(cpu, &uop)));
-    // SAFETY: as above; a dead block is freed by `collect` only.
-    let valid = unsafe { (*block).valid };
-    match result {
-        Ok(Ok(())) if valid => {
-            cpu.native.load(cpu.flags);
-            if cpu.native.kept & KEPT_X87 != 0 {
-                cpu.give_x87();
-            }
-            cpu.keep_from_blocks();
-            status::DONE
+    let result = catch_unwind(AssertUnwindSafe(|| {
+        let stop = match handler(cpu, &uop) {
+            // SAFETY: as above.
+            Ok(()) if unsafe { (*block).valid } => return status::DONE,
+            // SAFETY: as above; behind the last micro-op of an instruction there is one that ends the block.
+            Ok(()) => return cpu.ended(&unsafe { *first.add(index + 1) }, Stop::Retry, left - 1),
+            Err(stop) => stop,
+        };
+        cpu.ended(&uop, stop, left)
+    }));
+    let status = result.unwrap_or_else(|panic| {
+        cpu.native.panic = Some(panic);
+        status::PANIC
+    });
+    if status == status::DONE {
+        cpu.native.load(cpu.flags);
+        if cpu.native.kept & KEPT_X87 != 0 {
+            cpu.give_x87();
         }
-        Ok(Ok(())) => {
-            // SAFETY: an instruction that goes on is not the last micro-op.
-            cpu.at = unsafe { cpu.at.add(1) };
-            Stop::Retry as u32
-        }
-        Ok(Err(Stop::Next)) => cpu.go_on().unwrap_or(Stop::Next as u32),
-        Ok(Err(stop)) => stop as u32,
-        Err(panic) => {
-            cpu.native.panic = Some(panic);
-            status::PANIC
-        }
+        cpu.keep_from_blocks();
     }
+    status
 }

@@ -5,9 +5,10 @@
 
 use iced_x86::{Code, ConditionCode, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
-use super::emit::{Overflow, Rule};
+use super::flags::{Overflow, Rule};
 use super::registers;
 use super::string;
+use super::system::control_register;
 use super::vector::{self, Extensions, Units};
 use super::x87;
 use crate::decode::feature;
@@ -41,6 +42,16 @@ pub enum Plan {
     UserPages(bool),
     /// PUSH from memory.
     PushMemory,
+    EnableInterrupts,
+    /// MOV from the control register of this number.
+    ReadControl(usize),
+    ReadSegment,
+    /// RDPKRU.
+    ReadKeys,
+    /// RDTSC, or with `true` RDTSCP.
+    ReadTime(bool),
+    SystemCall,
+    SystemReturn,
     Lea,
     Nothing,
     Push,
@@ -126,6 +137,10 @@ fn structural(insn: &Instruction) -> Plan {
         Code::Jmp_rel8_64 | Code::Jmp_rel32_64 => return Plan::JumpRelative,
         Code::Jmp_rm64 if operands_fit(insn) => return Plan::JumpIndirect,
         Code::Call_rm64 if operands_fit(insn) => return Plan::CallIndirect,
+        Code::Mov_r64_cr => return control_register(insn).map_or(Plan::Interpret, Plan::ReadControl),
+        Code::Mov_r32m16_Sreg | Code::Mov_r64m16_Sreg if !in_memory(insn) => return Plan::ReadSegment,
+        Code::Syscall => return Plan::SystemCall,
+        Code::Sysretq => return Plan::SystemReturn,
         _ => {}
     }
     match insn.mnemonic() {
@@ -137,6 +152,10 @@ fn structural(insn: &Instruction) -> Plan {
         Mnemonic::Stac => Plan::UserPages(true),
         Mnemonic::Clac => Plan::UserPages(false),
         Mnemonic::Pushfq => Plan::PushFlags,
+        Mnemonic::Sti => Plan::EnableInterrupts,
+        Mnemonic::Rdpkru => Plan::ReadKeys,
+        Mnemonic::Rdtsc => Plan::ReadTime(false),
+        Mnemonic::Rdtscp => Plan::ReadTime(true),
         Mnemonic::Cli => Plan::DisableInterrupts,
         Mnemonic::Cld => Plan::Direction(false),
         Mnemonic::Std => Plan::Direction(true),

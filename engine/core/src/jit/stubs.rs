@@ -8,6 +8,7 @@ use super::access::write_refill;
 use super::arena::Arena;
 use super::asm::{qword_ptr, word_ptr, Asm, Label};
 use super::emit::{cpu_field, in_memory, Places};
+use super::native::detour::FIND;
 use super::native::{self, status, Trampoline, BLOCK, HOST_STACK, HOST_STACK_END, KEPT, TARGET, VECTORS, X87};
 use super::plan::Host;
 use super::registers::{BUDGET, PINNED};
@@ -96,15 +97,13 @@ pub fn write(arena: &mut Arena, a: &mut Asm, host: Host) -> Option<Stubs> {
     load(a);
     a.jmp_indirect(cpu_field(TARGET));
 
-    // Back to the dispatcher at RIP R15.
+    // To the block at RIP R15, which is not at hand; half a call may be on the stack.
     a.set_label(bottom);
     a.set_label(unknown);
-    a.call(spill);
-    a.call(spill_x87);
+    a.mov(RSP, cpu_field(HOST_STACK));
     a.mov(cpu_field(offset_of!(Cpu, regs) + slot::RIP as usize * 8), R15);
-    store(a);
-    a.mov(EAX, status::BOUNDARY as i32);
-    a.jmp(out);
+    a.mov(R13D, FIND as i32);
+    a.call(detour); // which does not come back
 
     // The block in R14, which works on vector registers, begins; behind a `call`. Back to the dispatcher if they may not be used.
     for (width, gate) in [(Width::Xmm, xmm), (Width::Ymm, ymm)] {

@@ -6,7 +6,7 @@
 use std::mem::offset_of;
 
 use iced_x86::ConditionCode;
-use iced_x86::Register::{R13, R13D, R14, R15, R15D, RBP};
+use iced_x86::Register::{R13, R13D, R14, R14D, R15, RBP};
 
 use super::asm::{byte_ptr, dword_ptr, qword_ptr, Label, Memory};
 use super::emit::{cpu_field, Emitter};
@@ -47,18 +47,32 @@ impl Branch {
     }
 }
 
-/// A field of the PMU, whose address is in R14.
-fn field(offset: usize) -> Memory {
-    qword_ptr(R14, offset as i32)
+/// Where a branch goes.
+#[derive(Clone, Copy)]
+pub enum Target {
+    /// So many bytes behind the block's first byte.
+    Distance(i64),
+    /// To the RIP in R15.
+    Computed,
 }
 
-fn lbr_field(offset: usize) -> Memory {
-    field(offset_of!(Pmu, lbr) + offset)
+const PMU: usize = offset_of!(Cpu, pmu);
+const PREDICTOR: usize = PMU + offset_of!(Pmu, predictor);
+const LBR: usize = PMU + offset_of!(Pmu, lbr);
+const RECENT: usize = LBR + offset_of!(Lbr, recent);
+
+/// Element R13 of the predictor's stack of return addresses, and its place.
+const RETURNS: usize = PREDICTOR + offset_of!(Predictor, returns);
+const TOP: usize = PREDICTOR + offset_of!(Predictor, top);
+
+/// A field of the PMU.
+fn field(offset: usize) -> Memory {
+    cpu_field(PMU + offset)
 }
 
 /// Element R13 of a row of recent records.
 fn row(offset: usize) -> Memory {
-    lbr_field(offset_of!(Lbr, recent) + offset).index(R13, 8)
+    cpu_field(RECENT + offset).index(R13, 8)
 }
 
 /// A total of the branch's privilege level.
@@ -67,56 +81,51 @@ fn total(branch: Branch, offset: usize) -> Memory {
 }
 
 impl Emitter<'_> {
-    /// A call is about to go to its target, with the return address in R15. Clobbers R13, R14 and the flags.
+    /// A call is about to go to its target, with the return address in R15. Clobbers R13 and the flags.
     pub fn note_call(&mut self, branch: Branch) {
         if branch.kind == Kind::ZeroCall {
             return;
         }
-        let top = field(offset_of!(Pmu, predictor) + offset_of!(Predictor, top));
         let a = &mut *self.asm;
-        a.mov(R14, cpu_field(offset_of!(Cpu, pmu)));
-        a.mov(R13, top);
+        a.mov(R13, cpu_field(TOP));
         a.add(R13D, 1);
         a.and(R13D, predictor::RETURNS as i32 - 1);
-        a.mov(top, R13);
-        a.mov(field(offset_of!(Pmu, predictor) + offset_of!(Predictor, returns)).index(R13, 8), R15);
+        a.mov(cpu_field(TOP), R13);
+        a.mov(cpu_field(RETURNS).index(R13, 8), R15);
     }
 
-    /// The branch is about to go to the RIP in R15, which stays there. Clobbers R13, R14 and the flags.
-    pub fn note_branch(&mut self, branch: Branch, taken: bool) {
+    /// The branch is about to go to `target`. Clobbers R13, R14 and the flags.
+    pub fn note_branch(&mut self, branch: Branch, target: Target, taken: bool) {
         let (right, done) = (self.asm.create_label(), self.asm.create_label());
-        self.asm.mov(R14, cpu_field(offset_of!(Cpu, pmu)));
         if self.predict(branch, taken, right) {
             self.stall(branch);
             self.tally(branch, taken, true);
-            self.record(branch, taken, true);
+            self.record(branch, target, taken, true);
             self.asm.jmp(done);
             self.asm.set_label(right);
         }
         self.tally(branch, taken, false);
-        self.record(branch, taken, false);
+        self.record(branch, target, taken, false);
         self.asm.set_label(done);
     }
 
     /// Lets the predictor learn, and goes on at `right` if it was. False, and nothing else, if it always is.
     fn predict(&mut self, branch: Branch, taken: bool, right: Label) -> bool {
-        let predictor = offset_of!(Pmu, predictor);
         let a = &mut *self.asm;
         match branch.kind {
             Kind::Conditional => self.predict_direction(branch, taken, right),
             Kind::IndirectJump | Kind::IndirectCall => {
-                let last = field(predictor + offset_of!(Predictor, targets) + 8 * branch.target);
+                let last = cpu_field(PREDICTOR + offset_of!(Predictor, targets) + 8 * branch.target);
                 a.cmp(last, R15);
                 a.je(right);
                 a.mov(last, R15);
             }
             Kind::Return => {
-                let top = field(predictor + offset_of!(Predictor, top));
-                a.mov(R13, top);
-                a.mov(R13, field(predictor + offset_of!(Predictor, returns)).index(R13, 8));
-                a.sub(top, 1);
-                a.and(top, predictor::RETURNS as i32 - 1);
-                a.cmp(R13, R15);
+                a.mov(R13, cpu_field(TOP));
+                a.lea(R14, qword_ptr(R13, -1));
+                a.and(R14D, predictor::RETURNS as i32 - 1);
+                a.mov(cpu_field(TOP), R14);
+                a.cmp(cpu_field(RETURNS).index(R13, 8), R15);
                 a.je(right);
             }
             _ => return false,
@@ -125,7 +134,7 @@ impl Emitter<'_> {
     }
 
     fn predict_direction(&mut self, branch: Branch, taken: bool, right: Label) {
-        let counter = byte_ptr(R14, (offset_of!(Pmu, predictor) + offset_of!(Predictor, directions) + branch.direction) as i32);
+        let counter = byte_ptr(RBP, (PREDICTOR + offset_of!(Predictor, directions) + branch.direction) as i32);
         let a = &mut *self.asm;
         a.cmp(counter, if taken { predictor::STRONGLY_TAKEN.into() } else { 0 });
         a.je(right);
@@ -163,32 +172,43 @@ impl Emitter<'_> {
     }
 
     /// [`Lbr::record`], in the row of recent records, from which [`Lbr::settle`] makes those of the stack.
-    fn record(&mut self, branch: Branch, taken: bool, mispredicted: bool) {
+    fn record(&mut self, branch: Branch, target: Target, taken: bool, mispredicted: bool) {
         if !taken || !branch.watching.records() {
             return;
         }
         let skip = self.asm.create_label();
-        let count = lbr_field(offset_of!(Lbr, recent) + offset_of!(Recent, count));
+        let count = cpu_field(RECENT + offset_of!(Recent, count));
         let a = &mut *self.asm;
         if branch.watching.filters() {
-            a.mov(R13D, dword_ptr(R14, (offset_of!(Pmu, lbr) + offset_of!(Lbr, suppressed)) as i32));
+            a.mov(R13D, dword_ptr(RBP, (LBR + offset_of!(Lbr, suppressed)) as i32));
             a.test(R13D, branch.kind.bit() as i32);
             a.jne(skip);
         }
         a.mov(R13, count);
         a.inc(count);
         a.and(R13D, lbr::RECENT as i32 - 1);
-        a.mov(row(offset_of!(Recent, to)), R15);
-        self.rip_at(branch.distance);
-        let a = &mut *self.asm;
-        a.mov(row(offset_of!(Recent, from)), R15);
-        a.mov(R15D, resized(BUDGET, R15D));
-        a.mov(row(offset_of!(Recent, info)), R15);
-        if mispredicted {
-            let flag = offset_of!(Pmu, lbr) + offset_of!(Lbr, recent) + offset_of!(Recent, info) + 4;
-            a.mov(dword_ptr(R14, flag as i32).index(R13, 8), (lbr::MISPREDICTED >> 32) as i32);
+        let to = row(offset_of!(Recent, to));
+        match target {
+            Target::Computed => self.asm.mov(to, R15),
+            Target::Distance(distance) => {
+                self.rip_at(R14, distance);
+                self.asm.mov(to, R14);
+            }
         }
-        a.mov(R15, row(offset_of!(Recent, to)));
+        match target {
+            Target::Distance(distance) if i32::try_from(branch.distance - distance).is_ok() => {
+                self.asm.lea(R14, qword_ptr(R14, (branch.distance - distance) as i32));
+            }
+            _ => self.rip_at(R14, branch.distance),
+        }
+        let a = &mut *self.asm;
+        a.mov(row(offset_of!(Recent, from)), R14);
+        a.mov(R14D, resized(BUDGET, R14D));
+        a.mov(row(offset_of!(Recent, info)), R14);
+        if mispredicted {
+            let flag = RECENT + offset_of!(Recent, info) + 4;
+            a.mov(dword_ptr(RBP, flag as i32).index(R13, 8), (lbr::MISPREDICTED >> 32) as i32);
+        }
         a.set_label(skip);
     }
 }

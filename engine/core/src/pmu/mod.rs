@@ -108,14 +108,14 @@ pub struct Pmu {
 
 impl Pmu {
     /// The unit of a core of `model` after reset.
-    pub fn new(model: &Model) -> Box<Self> {
+    pub fn new(model: &Model) -> Self {
         let amd = model.is_amd();
         let (general, fixed) = match (model.has(Feature::Pmu), amd) {
             (false, _) => (0, 0),
             (true, false) => (GENERAL, FIXED),
             (true, true) => (if model.has(Feature::PerfctrCore) { AMD_COUNTERS } else { AMD_LEGACY }, 0),
         };
-        Box::new(Pmu {
+        Pmu {
             watched: 0,
             watching: Watching::NONE,
             recording: false,
@@ -142,7 +142,7 @@ impl Pmu {
             has_lbr: model.has(Feature::Lbr),
             capabilities: model.perf_capabilities(),
             unused_address_bits: model.unused_address_bits(),
-        })
+        }
     }
 
     /// Whether the model has counters.

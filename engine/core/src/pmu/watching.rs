@@ -11,6 +11,8 @@ impl Watching {
     const RECORD: u8 = 2;
     const TALLY: u8 = 4;
     const USER: u8 = 8;
+    /// Bits of a context of the jump cache below the number.
+    const CONTEXT_SHIFT: u32 = 5;
 
     /// Branches are watched, and counted by kind if `tally`, and recorded if there is a `filter` for it, which may let all through.
     pub fn branches(tally: bool, filter: Option<bool>) -> Self {
@@ -36,6 +38,18 @@ impl Watching {
     #[inline(always)]
     pub fn number(self) -> u8 {
         self.0 & !Self::USER
+    }
+
+    /// The number in its place in a context of the jump cache.
+    #[inline(always)]
+    pub fn in_context(self) -> u64 {
+        u64::from(self.number()) << Self::CONTEXT_SHIFT
+    }
+
+    /// The number in a context of the jump cache.
+    #[inline(always)]
+    pub const fn number_in(context: u64) -> u8 {
+        (context >> Self::CONTEXT_SHIFT & 7) as u8
     }
 
     /// Whether transfers are counted by kind.

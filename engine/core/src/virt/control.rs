@@ -161,6 +161,24 @@ pub struct Exit {
     pub tsc: u64,
 }
 
+/// The part of a local APIC that the silicon works on by itself; see [`crate::virt::apic`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VirtualApic {
+    /// Requested interrupts (VIRR), a bit per vector.
+    pub irr: [u64; 4],
+    /// Interrupts in service (VISR).
+    pub isr: [u64; 4],
+    /// Vectors whose end of interrupt exits.
+    pub eoi_exit: [u64; 4],
+    /// The interrupt command register.
+    pub icr: u64,
+    /// Task priority (VTPR).
+    pub tpr: u32,
+    /// 1 if the guest has this APIC; 0 leaves all of it to the hypervisor.
+    pub enable: u32,
+}
+
 /// Most device accesses that one emulated instruction can make.
 pub const ACCESS_MAX: usize = 8;
 /// Most waivers of one instruction.
@@ -183,7 +201,8 @@ pub struct Block {
     /// Guest-physical pages with access rights, in the low bits (8: the page walker's), that the nested page table does not have to grant: to the instruction of
     /// `Control::emulate`, or to the delivery of the injected event.
     pub waivers: [u64; WAIVER_MAX],
-    tail: [u8; 0x800 - WAIVER_MAX * 8],
+    pub apic: VirtualApic,
+    tail: [u8; 0x800 - WAIVER_MAX * 8 - size_of::<VirtualApic>()],
 }
 
 const _: () = assert!(size_of::<Block>() == BLOCK_SIZE);

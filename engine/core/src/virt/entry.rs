@@ -10,6 +10,7 @@ use crate::model::Model;
 use crate::paging::walk::{probe, Context, WalkError};
 use crate::paging::{canonical, unused_bits, AccessKind, Privilege};
 use crate::state::{activity, cr0, cr4, efer, rflags, rights, seg, State};
+use crate::virt::apic::{IpiTable, PostedInterrupts};
 use crate::virt::control::{intercept, perf, Block, ACCESS_MAX, WAIVER_MAX};
 use crate::virt::exits::code;
 
@@ -44,6 +45,11 @@ impl Core {
         self.cpu.signal.clone()
     }
 
+    /// The guests that it runs from now on have their interrupts posted to `posted`, and post to those of `table`.
+    pub fn set_apic(&mut self, posted: Option<Arc<PostedInterrupts>>, table: Option<Arc<IpiTable>>) {
+        self.cpu.set_apic(posted, table);
+    }
+
     /// Number of the core in its machine.
     pub fn index(&self) -> u32 {
         self.index
@@ -74,6 +80,8 @@ impl Core {
             cpu.end_waivers();
         }
         cpu.bitmaps = block;
+        // SAFETY: as above.
+        unsafe { cpu.apic.load(&raw const (*block).apic) };
         cpu.access_next = 0;
         let start = cpu.instructions();
         if state_is_valid(&cpu.state, &cpu.model) && global_control_is_valid(cpu) {
@@ -90,6 +98,7 @@ impl Core {
         cpu.exit.tsc = cpu.host_tsc();
         // SAFETY: as above.
         unsafe {
+            cpu.apic.store(&raw mut (*block).apic);
             (*block).exit = cpu.exit;
             (*block).state = cpu.state;
             (*block).control.event = cpu.control.event;
@@ -151,6 +160,7 @@ impl Core {
             cpu.control.instruction_budget = cpu.control.instruction_budget.saturating_add(instructions);
         }
         cpu.shorten_budget();
+        cpu.receive_posted();
         if cpu.control.perf_controls & perf::LOAD_GUEST != 0 {
             cpu.pmu.load_global_control(cpu.control.guest_perf_global_ctrl);
         }
@@ -248,6 +258,7 @@ impl Drop for Core {
     fn drop(&mut self) {
         let cpu = &mut *self.cpu;
         cpu.code.clear(&cpu.npt.code);
+        cpu.set_apic(None, None);
     }
 }
 

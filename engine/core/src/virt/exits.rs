@@ -48,6 +48,10 @@ pub mod code {
     pub const MONITOR_TRAP: Code = both(37, 0x10003);
     pub const MONITOR: Code = both(39, 0x8a);
     pub const PAUSE: Code = both(40, 0x77);
+    /// SVM: a write to the APIC that the silicon cannot complete; EXITINFO1 is the offset of the register, EXITINFO2 the vector.
+    pub const EOI: Code = both(45, 0x402);
+    /// SVM: an IPI that the silicon cannot complete; EXITINFO1 is the command.
+    pub const APIC_WRITE: Code = both(56, 0x401);
     /// SVM adds the instruction: 0x66 reads and 0x6a writes, IDTR, GDTR, LDTR, TR.
     pub const GDTR_IDTR: Code = both(46, 0x66);
     pub const LDTR_TR: Code = both(47, 0x68);

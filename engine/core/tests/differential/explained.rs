@@ -159,16 +159,6 @@ pub const REASONS: &[Reason] = &[
         applies: |case| case.encoded.insn.code() == Code::Movsxd_r16_rm16 && vector(case.host).is_some(),
     },
     Reason {
-        name: "precision flag behind unmasked underflow or overflow",
-        text: "A gap of the engine: the flag should tell whether the result with an unbounded exponent was inexact, and tells it of the \
-               delivered result.",
-        applies: |case| {
-            vector(case.host) == Some(19)
-                && case.host.area.mxcsr & (UNDERFLOW | OVERFLOW) != 0
-                && without(case, |image, _| image.area.mxcsr &= !PRECISION)
-        },
-    },
-    Reason {
         name: "place of a fault in a long operand",
         text: "Where an operand of several parts is bad, silicon differs in which bad byte CR2 tells, or which check comes first.",
         applies: |case| {
@@ -183,10 +173,6 @@ pub const REASONS: &[Reason] = &[
 
 /// FSW: an unmasked exception waits.
 const SUMMARY: u16 = 0x80;
-/// MXCSR: the overflow, underflow and precision flags.
-const OVERFLOW: u32 = 8;
-const UNDERFLOW: u32 = 0x10;
-const PRECISION: u32 = 0x20;
 /// FSW: C1.
 const C1: u16 = 0x200;
 /// FSW: C0, C2 and C3.

@@ -168,7 +168,9 @@ class Ioapic:
         for pin, entry in enumerate(self._redirection):
             if entry & LEVEL or self._vm.routing.has_ack_listener(KVM_IRQCHIP_IOAPIC, pin):
                 handled |= 1 << (entry & 0xFF)
-        self.handled_vectors = handled
+        if handled != self.handled_vectors:
+            self.handled_vectors = handled
+            self._vm.routing.make_scan_ioapic_request()
 
     # --- State ------------------------------------------------------------------------------------------------------------------
 

@@ -127,8 +127,9 @@ def has_interrupt(vcpu: Vcpu) -> bool:
 
 
 def has_injectable(vcpu: Vcpu) -> bool:
-    """Whether an interrupt can be injected as soon as the guest's state lets it."""
-    return has_interrupt(vcpu)
+    """Whether an interrupt can be injected as soon as the guest's state lets it; the silicon delivers those of a virtual APIC by itself."""
+    lapic = vcpu.lapic
+    return has_extint(vcpu) if lapic is not None and lapic.virtual is not None else has_interrupt(vcpu)
 
 
 def get_interrupt(vcpu: Vcpu) -> int:

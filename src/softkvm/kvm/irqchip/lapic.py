@@ -70,7 +70,7 @@ class Lapic(LapicCore):
         if not self.x2apic or number not in READABLE_X2APIC:
             raise MsrError(index)
         if number == Reg.ICR:
-            return self.regs[Reg.ICR] | self.regs[Reg.ICR2] << 32
+            return self.icr
         return self._read(number)
 
     def msr_write(self, index: int, value: int) -> None:
@@ -139,6 +139,11 @@ class Lapic(LapicCore):
         )
         irq.deliver(self.vcpu.vm, message, self)
 
+    def icr_written(self) -> None:
+        """The guest has written an interrupt command that the silicon leaves to KVM (`kvm_apic_write_nodecode()`)."""
+        command = self.icr
+        self._write_icr(command & _U32, command >> 32)
+
     def _write_icr_low(self, value: int) -> None:
         self._write_icr(value, self.regs[Reg.ICR2])
 
@@ -191,8 +196,9 @@ class Lapic(LapicCore):
 
     def get_state(self) -> bytes:
         """The 1 KiB register page of KVM_GET_LAPIC."""
-        page = list(self.regs)
         with self.lock:
+            self.icr = self.icr
+            page = list(self.regs)
             for first, bitmap in ((Reg.ISR, self.isr), (Reg.TMR, self.tmr), (Reg.IRR, self.irr)):
                 page[first : first + 8] = _BITMAP.unpack(bitmap.to_bytes(32, "little"))
         page[Reg.PPR], page[Reg.LVT_PMC] = self.ppr(), self.lvtpc
@@ -216,6 +222,7 @@ class Lapic(LapicCore):
         with self.lock:
             self.regs[:] = page
             self.isr, self.tmr, self.irr = bitmaps
+            self.icr = page[Reg.ICR] | page[Reg.ICR2] << 32
         self.lvtpc = page[Reg.LVT_PMC] & LVT_WRITABLE[Reg.LVT_PMC]
         self.vcpu.pmu.choose_interrupts()
         self.vcpu.vm.apic_map.forget()
@@ -223,7 +230,7 @@ class Lapic(LapicCore):
         self.apic_timer.set_mode((page[Reg.LVT_TIMER] & LVT_TIMER_MODE) >> 17)
         self.apic_timer.set_divide(page[Reg.TIMER_DIVIDE])
         self.apic_timer.restore(initial, current)
-        self.vcpu.state.cr8 = self.cr8
+        self.set_tpr(page[Reg.TPR])
         self.vcpu.make_request(request.REQ_EVENT)
 
     def _fix_x2apic_page(self, page: list[int]) -> None:

@@ -32,10 +32,12 @@ from softkvm.kvm.irqchip.lapic_timer import LapicTimer
 
 if TYPE_CHECKING:
     from softkvm.host.clock import HrTimer
+    from softkvm.kvm.irqchip.apicv import ApicV
     from softkvm.kvm.types import Vcpu
 
 
 _BIT = tuple(1 << vector for vector in range(256))
+_U32 = 0xFFFF_FFFF
 
 
 class LapicCore:
@@ -46,7 +48,11 @@ class LapicCore:
         self.vcpu = vcpu
         self.lock = threading.Lock()
         self.regs = [0] * 64
-        self.irr = self.isr = self.tmr = 0
+        self.apicv: ApicV | None = None
+        """How the silicon can virtualize the APIC, if it may."""
+        self.virtual: ApicV | None = None
+        """The same while it does."""
+        self._irr = self._isr = self.tmr = 0
         self.pending_init = False
         self.sipi_vector: int | None = None
         """Vector of a start-up IPI that waits to be acted on; INIT discards it."""
@@ -54,6 +60,67 @@ class LapicCore:
         """Set by KVM_HC_KICK_CPU: the vCPU leaves HLT once without an interrupt."""
         self.apic_timer = LapicTimer(vcpu, self._timer_fired)
         self.reset(init=False)
+
+    # --- What the silicon may have ------------------------------------------------------------------------------------------------
+
+    @property
+    def irr(self) -> int:
+        """Requested interrupts, a bit per vector."""
+        return self._irr if self.virtual is None else self.virtual.irr
+
+    @irr.setter
+    def irr(self, value: int) -> None:
+        if self.virtual is None:
+            self._irr = value
+        else:
+            self.virtual.irr = value
+
+    @property
+    def isr(self) -> int:
+        """Interrupts in service, a bit per vector."""
+        return self._isr if self.virtual is None else self.virtual.isr
+
+    @isr.setter
+    def isr(self, value: int) -> None:
+        if self.virtual is None:
+            self._isr = value
+        else:
+            self.virtual.isr = value
+
+    def update_virtual(self, allowed: bool) -> None:
+        """`kvm_vcpu_update_apicv()`: let the silicon virtualize the APIC, or no longer; `allowed`: nothing outside it is against that."""
+        apicv = self.apicv
+        wanted = allowed and apicv is not None and self.hw_enabled and self.x2apic
+        if apicv is None or wanted == (self.virtual is not None):
+            return
+        with self.lock:
+            irr, isr = self.irr, self.isr
+            if wanted:
+                apicv.begin(irr, isr, self.regs[Reg.TPR], self.icr)
+                self.virtual = apicv
+            else:
+                self.icr = apicv.icr
+                self.virtual = None
+                apicv.end()
+            self.irr, self.isr = irr, isr
+
+    def scan_ioapic(self) -> None:
+        """`vcpu_scan_ioapic()`: let the ends of interrupts exit that an IOAPIC, or who listens to its pins, must hear of."""
+        if self.virtual is not None:
+            self.virtual.load_eoi_exitmap(self.vcpu.vm.routing.handled_vectors())
+
+    @property
+    def icr(self) -> int:
+        """The interrupt command register of an x2APIC."""
+        if self.virtual is not None:
+            self.regs[Reg.ICR], self.regs[Reg.ICR2] = self.virtual.icr & _U32, self.virtual.icr >> 32
+        return self.regs[Reg.ICR] | self.regs[Reg.ICR2] << 32
+
+    @icr.setter
+    def icr(self, value: int) -> None:
+        self.regs[Reg.ICR], self.regs[Reg.ICR2] = value & _U32, value >> 32
+        if self.virtual is not None:
+            self.virtual.icr = value
 
     # --- Modes ------------------------------------------------------------------------------------------------------------------
 
@@ -105,6 +172,7 @@ class LapicCore:
             self.regs[Reg.LDR] = x2apic_ldr(self.vcpu.vcpu_id)
         self.vcpu.vm.apic_map.forget()
         self.vcpu.pmu.choose_interrupts()
+        self.vcpu.make_request(request.REQ_APICV_UPDATE)
 
     def reset(self, init: bool) -> None:
         """RESET, or INIT if `init`: INIT keeps APIC_BASE, the mode and the ids that come with it."""
@@ -113,11 +181,13 @@ class LapicCore:
         self.apic_timer.reset()
         if not init:
             vcpu.apic_base = APIC_BASE_DEFAULT | APIC_BASE_ENABLE | (APIC_BASE_BSP if bsp else 0)
+            if self.virtual is not None:
+                vcpu.make_request(request.REQ_APICV_UPDATE)
         kept = (regs[Reg.ID], regs[Reg.LDR]) if self.x2apic else ((vcpu.vcpu_id & 0xFF) << 24, 0)
         with self.lock:
             regs[:] = [0] * 64
-            self.irr = self.isr = self.tmr = 0
-        vcpu.state.cr8 = 0
+            self.irr = self.isr = self.tmr = self.icr = 0
+        self.set_tpr(0)
         regs[Reg.ID], regs[Reg.LDR] = kept
         vcpu.vm.apic_map.forget()
         regs[Reg.VERSION] = VERSION
@@ -184,8 +254,13 @@ class LapicCore:
         bit = _BIT[vector]
         with self.lock:
             self.tmr = self.tmr | bit if level_triggered else self.tmr & ~bit
-            self.irr |= bit
-        self.vcpu.make_request(request.REQ_EVENT)
+            virtual = self.virtual
+            if virtual is None:
+                self._irr |= bit
+            else:
+                virtual.posted.post(vector)
+        if virtual is None:
+            self.vcpu.make_request(request.REQ_EVENT)
         return True
 
     def deliver_local(self, register: int) -> bool:
@@ -245,19 +320,22 @@ class LapicCore:
         if not isr:
             return
         vector = isr.bit_length() - 1
-        bit = _BIT[vector]
-        self.isr = isr ^ bit
+        self.isr = isr ^ _BIT[vector]
+        self.end_of_interrupt(vector)
+        if self.irr:
+            self.vcpu.make_request(request.REQ_EVENT)
+
+    def end_of_interrupt(self, vector: int) -> None:
+        """`kvm_ioapic_send_eoi()`: `vector` is in service no longer."""
         if trace.kvm_eoi.enabled:
             trace.kvm_eoi(self.apic_id, vector)
         irqchip = self.vcpu.vm.irqchip
         if irqchip is not None:
-            if irqchip.ioapic.handled_vectors & bit:
-                irqchip.ioapic.eoi(vector, bool(self.tmr & bit))
+            if irqchip.ioapic.handled_vectors & _BIT[vector]:
+                irqchip.ioapic.eoi(vector, bool(self.tmr & _BIT[vector]))
         elif self.vcpu.vm.routing.user_ioapic_handles(vector):
             self.vcpu.pending_ioapic_eoi = vector
             self.vcpu.make_request(request.REQ_IOAPIC_EOI_EXIT)
-        if self.irr:
-            self.vcpu.make_request(request.REQ_EVENT)
 
     def tpr(self) -> int:
         """The task priority register."""
@@ -277,5 +355,7 @@ class LapicCore:
         lowered = value < self.regs[Reg.TPR]
         self.regs[Reg.TPR] = value & 0xFF
         self.vcpu.state.cr8 = value >> 4 & 0xF
+        if self.virtual is not None:
+            self.virtual.set_tpr(value & 0xFF)
         if lowered and self.irr:
             self.vcpu.make_request(request.REQ_EVENT)

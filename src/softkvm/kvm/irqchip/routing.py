@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from softkvm.host import trace
 from softkvm.kvm.irqchip import irq
 from softkvm.kvm.irqchip.irq import LapicIrq
+from softkvm.kvm.request import REQ_SCAN_IOAPIC
 from softkvm.uapi.kvm import (
     KVM_IOAPIC_NUM_PINS,
     KVM_IRQ_ROUTING_IRQCHIP,
@@ -163,6 +164,17 @@ class Routing:
         """Whether the end of a vector that an APIC had in service concerns the IOAPIC in user space: one of its pins is level-triggered."""
         return vector in self._user_ioapic_vectors
 
+    def handled_vectors(self) -> int:
+        """Bitmap of the vectors whose end concerns an IOAPIC, in the kernel or in user space."""
+        irqchip = self._vm.irqchip
+        return sum(1 << vector for vector in self._user_ioapic_vectors) if irqchip is None else irqchip.ioapic.handled_vectors
+
+    def make_scan_ioapic_request(self) -> None:
+        """Let all vCPUs know that `handled_vectors()` has changed."""
+        for vcpu in self._vm.vcpus:
+            if vcpu.lapic is not None and vcpu.lapic.virtual is not None:
+                vcpu.make_request(REQ_SCAN_IOAPIC)
+
     def _route(self, entry: IrqRoutingEntry) -> Route:
         if entry.type == KVM_IRQ_ROUTING_MSI and not entry.flags & ~KVM_MSI_VALID_DEVID:
             msi = entry.msi
@@ -209,3 +221,5 @@ class Routing:
     def _rescan(self) -> None:
         if self._vm.irqchip is not None:
             self._vm.irqchip.ioapic.rescan()
+        else:
+            self.make_scan_ioapic_request()

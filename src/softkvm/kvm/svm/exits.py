@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _NPF_WRITE = 1 << 1
 _DR_WRITE = 0x10
+_VECTOR_MASK = 0xFF
 _TASK_SWITCH_IRET, _TASK_SWITCH_JUMP = 1 << 36, 1 << 38
 """EXITINFO2 of a task switch (APM vol. 2, 15.14.1)."""
 _GPR_MASK = 15
@@ -80,6 +81,11 @@ def _task_switch(vcpu: Vcpu) -> int:
     return task_switch.handle(vcpu, info.qualification & 0xFFFF, reason)
 
 
+def _avic_unaccelerated_access(vcpu: Vcpu) -> int:
+    """The only access that the silicon does not complete is an EOI."""
+    return exits.handle_end_of_interrupt(vcpu, vcpu.exit.info2 & _VECTOR_MASK)
+
+
 handlers: dict[int, Handler] = {
     **emulate.handlers,
     **virtual_time.handlers,
@@ -105,6 +111,8 @@ handlers: dict[int, Handler] = {
     ExitCode.MONITOR: exits.handle_nop,
     ExitCode.MWAIT: exits.handle_nop,
     ExitCode.XSETBV: exits.handle_xsetbv,
+    ExitCode.AVIC_INCOMPLETE_IPI: exits.handle_icr_write,
+    ExitCode.AVIC_UNACCELERATED_ACCESS: _avic_unaccelerated_access,
     ExitCode.NPF: _nested_page_fault,
     ExitCode.TASK_SWITCH: _task_switch,
 }

@@ -76,6 +76,10 @@ def _task_switch(vcpu: Vcpu) -> int:
     return task_switch.handle(vcpu, qualification & 0xFFFF, qualification >> 30 & 3)
 
 
+def _eoi_induced(vcpu: Vcpu) -> int:
+    return exits.handle_end_of_interrupt(vcpu, vcpu.exit.qualification & _VECTOR_MASK)
+
+
 handlers: dict[int, Handler] = {
     **emulate.handlers,
     **virtual_time.handlers,
@@ -98,6 +102,8 @@ handlers: dict[int, Handler] = {
     ExitReason.MWAIT_INSTRUCTION: exits.handle_nop,
     ExitReason.MONITOR_INSTRUCTION: exits.handle_nop,
     ExitReason.PAUSE_INSTRUCTION: exits.handle_pause,
+    ExitReason.EOI_INDUCED: _eoi_induced,
+    ExitReason.APIC_WRITE: exits.handle_icr_write,
     ExitReason.EPT_VIOLATION: _ept_violation,
     ExitReason.WBINVD: exits.handle_nop,
     ExitReason.XSETBV: exits.handle_xsetbv,

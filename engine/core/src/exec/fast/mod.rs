@@ -9,6 +9,7 @@
 
 mod alu;
 mod fused;
+mod interrupt;
 mod mov;
 mod operand;
 mod repeat;
@@ -35,6 +36,7 @@ pub fn handler(insn: &Instruction, uop: &Uop, following: Option<&Instruction>, d
         .or_else(|| if dead_flags { shift::handler::<alu::Dead>(insn) } else { shift::handler::<alu::Live>(insn) })
         .or_else(|| stack::handler(insn))
         .or_else(|| repeat::handler(insn, uop))
+        .or_else(|| interrupt::handler(insn, following))
 }
 
 /// What a fast handler did.

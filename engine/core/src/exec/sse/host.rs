@@ -26,7 +26,9 @@ pub mod mxcsr {
     /// Rounding control.
     pub const ROUNDING: u32 = 3 << ROUNDING_SHIFT;
     pub const ROUNDING_SHIFT: u32 = 13;
+    pub const OVERFLOW: u32 = 0x08;
     pub const UNDERFLOW: u32 = 0x10;
+    pub const PRECISION: u32 = 0x20;
     /// Denormals are zeros.
     pub const DAZ: u32 = 1 << 6;
     /// Flush-to-zero.
@@ -67,16 +69,22 @@ pub fn traps_underflow(guest: u32) -> bool {
 /// Runs `$op a, b` (or `$op a, b, imm`) on XMM registers: `(a, flags)`.
 ///
 /// Unmasked underflow means a tiny result, masked underflow an inexact one too (SDM vol. 1, 4.9.1.5). Flushing to zero tells a tiny one.
+/// What the precision flag means beside it, [`super::exact`] tells.
 macro_rules! simd {
     ($mxcsr:expr, $op:literal, $a:expr, $b:expr $(, imm $imm:expr)?) => {{
-        let (guest, a, b) = ($mxcsr, $crate::exec::sse::host::register($a), $crate::exec::sse::host::register($b));
-        use $crate::exec::sse::host;
-        let (result, mut flags) = host::simd_once!(host::control(guest), $op, a, b $(, imm $imm)?);
-        if host::traps_underflow(guest) {
-            let flushing = [host::control(guest)[0] | host::mxcsr::FLUSH, host::DEFAULT_MXCSR];
-            flags |= host::simd_once!(flushing, $op, a, b $(, imm $imm)?).1 & host::mxcsr::UNDERFLOW;
-        }
-        (host::value(result), flags)
+        use $crate::exec::sse::{exact, host};
+        let (guest, operands) = ($mxcsr, [$a, $b]);
+        let run = |operands: [u128; 2]| {
+            let [a, b] = operands.map(host::register);
+            let (result, mut flags) = host::simd_once!(host::control(guest), $op, a, b $(, imm $imm)?);
+            if host::traps_underflow(guest) {
+                let flushing = [host::control(guest)[0] | host::mxcsr::FLUSH, host::DEFAULT_MXCSR];
+                flags |= host::simd_once!(flushing, $op, a, b $(, imm $imm)?).1 & host::mxcsr::UNDERFLOW;
+            }
+            (host::value(result), flags)
+        };
+        let (result, flags) = run(operands);
+        (result, if exact::traps(guest, flags) { exact::settle($op, guest, operands, |operands| run(operands).1) } else { flags })
     }};
 }
 pub(in crate::exec) use simd;
@@ -108,14 +116,19 @@ pub(in crate::exec) use simd_once;
 /// Runs `$op a, b, c` on XMM registers: `(a, flags)`; underflow as in [`simd`].
 macro_rules! simd_ternary {
     ($mxcsr:expr, $op:literal, $a:expr, $b:expr, $c:expr) => {{
-        let (guest, operands) = ($mxcsr, [$a, $b, $c].map($crate::exec::sse::host::register));
-        use $crate::exec::sse::host;
-        let (result, mut flags) = host::simd_ternary_once!(host::control(guest), $op, operands);
-        if host::traps_underflow(guest) {
-            let flushing = [host::control(guest)[0] | host::mxcsr::FLUSH, host::DEFAULT_MXCSR];
-            flags |= host::simd_ternary_once!(flushing, $op, operands).1 & host::mxcsr::UNDERFLOW;
-        }
-        (host::value(result), flags)
+        use $crate::exec::sse::{exact, host};
+        let (guest, operands) = ($mxcsr, [$a, $b, $c]);
+        let run = |operands: [u128; 3]| {
+            let operands = operands.map(host::register);
+            let (result, mut flags) = host::simd_ternary_once!(host::control(guest), $op, operands);
+            if host::traps_underflow(guest) {
+                let flushing = [host::control(guest)[0] | host::mxcsr::FLUSH, host::DEFAULT_MXCSR];
+                flags |= host::simd_ternary_once!(flushing, $op, operands).1 & host::mxcsr::UNDERFLOW;
+            }
+            (host::value(result), flags)
+        };
+        let (result, flags) = run(operands);
+        (result, if exact::traps(guest, flags) { exact::settle($op, guest, operands, |operands| run(operands).1) } else { flags })
     }};
 }
 pub(in crate::exec) use simd_ternary;

@@ -11,6 +11,7 @@ mod clmul;
 mod compare;
 mod control;
 mod convert;
+pub(in crate::exec) mod exact;
 mod extend;
 mod extract;
 pub(in crate::exec) mod float;
