@@ -14,7 +14,6 @@ use super::flags::{Recipe, Whereabouts};
 use super::link::NO_GUARD;
 use super::native::{detour, CONTEXT_FIELD, HOST_STACK, HOST_STACK_END, JUMPS, PAGE, TARGET_RIP};
 use super::registers::{BUDGET, STACK};
-use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::decode::cache::{Jump, JUMP_BITS, JUMP_SLOTS};
 use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
