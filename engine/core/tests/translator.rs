@@ -79,7 +79,7 @@ fn linked_blocks_run_without_the_dispatcher() {
 fn blocks_that_the_jump_cache_has_forgotten_are_linked() {
     const BLOCKS: u64 = 50;
     /// Two addresses that differ so have the same place in the jump cache.
-    const ALIAS: u64 = 1 << 20 | 1 << 6;
+    const ALIAS: u64 = 1 << 21 | 1 << 6;
     let mut machine = Machine::new();
     machine.load(&[HLT]);
     machine.cpu.set_translator(Some(16));
