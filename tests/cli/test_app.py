@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -42,6 +43,16 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_unknown_command_is_125(capsys: pytest.CaptureFixture[str]) -> None:
     assert app.main(["fly"]) == 125
     assert "No such command 'fly'" in capsys.readouterr().err
+
+
+def test_only_a_process_of_its_own_collects_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    thresholds: list[int] = []
+    monkeypatch.setattr(gc, "set_threshold", thresholds.append)
+    assert app.main(["version"]) == 0
+    assert thresholds == []
+    monkeypatch.setattr(sys, "argv", ["softkvm", "version"])
+    assert app.main() == 0
+    assert thresholds[0] > gc.get_threshold()[0]
 
 
 def test_doctor_lists_every_requirement(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

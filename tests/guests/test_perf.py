@@ -133,6 +133,26 @@ def test_perf_in_the_guest(tmp_path: Path) -> None:
     assert int(calls[2]) == 0
 
 
+TOP = """
+cd /tmp
+(while :; do /root/profiled; done) >/dev/null 2>&1 &
+load=$!
+mkfifo keys
+sleep 1000 >keys &
+perf top --stdio -c 100003 -d 1 <keys >top &
+top=$!
+n=0
+while [ $n -lt 120 ] && ! grep -q 'profiled.*qux' top; do sleep 0.5; n=$((n + 1)); done
+kill $top $load
+grep -o 'profiled.*qux' top | head -n 1
+"""
+
+
+def test_perf_top_shows_what_the_guest_is_busy_with(tmp_path: Path) -> None:
+    result = in_guest(TOP, "--with", str(compiled("profiled.c", tmp_path / "profiled", "-O1")))
+    assert re.search(r"profiled +\[\.\] qux", result.stdout), result.stdout + result.stderr
+
+
 def test_perf_record_goes_on_in_a_second_machine(tmp_path: Path) -> None:
     program, path, rounds = compiled("profiled.c", tmp_path / "profiled", "-O1"), tmp_path / "snapshot", 20
     work = f"n=1; while [ $n -le {rounds} ]; do [ $n -le 10 ] && /root/profiled || ./later; echo ro''und $n; n=$((n + 1)); done"
@@ -169,21 +189,21 @@ def test_debians_perf_reads_what_we_record(tmp_path: Path) -> None:
     program, path = compiled("profiled.c", tmp_path / "profiled", "-O1"), tmp_path / "out.data"
     arguments = ["perf", "record", "-b", "-c", "20011", "-o", str(path), "--timeout", "300", "--with", str(program)]
     subprocess.run([*SOFTKVM, *arguments, "--", "/root/profiled"], capture_output=True, check=True)
-    perf = tmp_path / "perf"
-    subprocess.run(["cpio", "-idmu", "--quiet"], input=_package().read_bytes(), cwd=_made(perf), check=True)
-    libraries = f"{perf}/lib/x86_64-linux-gnu:{perf}/usr/lib/x86_64-linux-gnu"
-    loader: list[str | Path] = [perf / "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2", "--library-path", libraries, perf / "usr/bin/perf"]
     symbols: list[str | Path] = ["--kallsyms", f"{path}.kallsyms", "--symfs", f"{path}.symfs", "-i", path]
     columns = ["-F", "overhead,comm,symbol_from,symbol_to"]
-    report = subprocess.run([*loader, "report", "--stdio", *symbols, *columns], capture_output=True, text=True, check=False)
+    report = subprocess.run([*debians_perf(tmp_path), "report", "--stdio", *symbols, *columns], capture_output=True, text=True, check=False)
     assert report.returncode == 0, report.stderr
     found = {(source, target) for source, target in re.findall(r"profiled +\[\.\] (\w+) +\[\.\] (\w+)", report.stdout)}
     assert {("main", "foo"), ("foo", "qux"), ("qux", "foo"), ("main", "bar"), ("bar", "qux"), ("random", "random_r")} <= found
 
 
-def _made(path: Path) -> Path:
-    path.mkdir()
-    return path
+def debians_perf(folder: Path) -> list[str | Path]:
+    """The command that runs Debian's perf on this machine, unpacked into `folder`."""
+    perf = folder / "perf"
+    perf.mkdir()
+    subprocess.run(["cpio", "-idmu", "--quiet"], input=_package().read_bytes(), cwd=perf, check=True)
+    libraries = f"{perf}/lib/x86_64-linux-gnu:{perf}/usr/lib/x86_64-linux-gnu"
+    return [perf / "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2", "--library-path", libraries, perf / "usr/bin/perf"]
 
 
 def _package() -> Path:
@@ -204,7 +224,10 @@ def test_the_flame_graph_names_programs_and_kernel(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not (SUITE / "x86/pmu.flat").exists(), reason="KVM_UNIT_TESTS names no built kvm-unit-tests")
-@pytest.mark.parametrize(("name", "options"), [("pmu", ["-cpu", "max", "-icount", "shift=0"]), ("pmu_pebs", ["-cpu", "host"])])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("pmu", ["-cpu", "max", "-icount", "shift=0"]), ("pmu_lbr", ["-cpu", "host,migratable=no"]), ("pmu_pebs", ["-cpu", "host"])],
+)
 def test_kvm_unit_tests(name: str, options: list[str]) -> None:
     qemu = [sys.executable, "-c", "import sys; from softkvm.cli.qemu import main; sys.exit(main())", "-serial", "stdio"]
     devices = ["-device", "isa-debug-exit,iobase=0xf4,iosize=0x4", "-device", "pc-testdev", "-kernel", str(SUITE / f"x86/{name}.flat")]

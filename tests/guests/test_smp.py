@@ -41,6 +41,24 @@ def test_all_cpus_work(guest_run: GuestRun, kernel: str, cpu: str, cpus: int) ->
     assert COMPLAINT.findall(result.stdout) == []
 
 
+SHARED = """
+for cpu in 0 1; do taskset -c $cpu sha256sum /bin/busybox /bin/busybox /bin/busybox & done
+wait
+grep '^cpu[0-9]' /proc/stat
+dmesg
+"""
+
+
+def test_two_cpus_on_one_core_see_their_waiting_as_steal_time(guest_run: GuestRun) -> None:
+    result = guest_run("sh", "-c", SHARED, options=("-c", "2", "--cores", "1"), timeout=200)
+    assert result.status == 0, result
+    assert len(set(re.findall(r"^[0-9a-f]{64}", result.stdout, re.MULTILINE))) == 1
+    stolen = re.findall(r"^cpu\d(?: \d+){7} (\d+)", result.stdout, re.MULTILINE)
+    assert len(stolen) == 2
+    assert all(int(ticks) > 0 for ticks in stolen)
+    assert COMPLAINT.findall(result.stdout) == []
+
+
 @pytest.mark.timeout(900)
 def test_as_many_cpus_as_there_can_be(guest_run: GuestRun) -> None:
     result = guest_run("sh", "-c", "nproc; grep -c ^processor /proc/cpuinfo; dmesg", options=("-c", "64", "-m", "1G"), timeout=800)

@@ -47,6 +47,7 @@ def test_a_boot_is_traced_audited_and_filtered(tmp_path: Path) -> None:
     assert all(events)
     names = {event["event"] for event in events if event}
     assert names >= {"sys_enter", "sys_exit", "kvm_entry", "kvm_exit", "kvm_msr", "kvm_pio", "kvm_mmio", "kvm_inj_virq", "kvm_cpuid"}
+    assert names >= {"kvm_cr", "kvm_emulate_insn"}
     assert names >= {"kvm_write_tsc_offset", "kvm_track_tsc", "kvm_update_master_clock", "kvm_pvclock_update"}
     records = [json.loads(line) for line in audited.read_text().splitlines()]
     assert records[0]["call"] == "KVM_CREATE_VM"
@@ -72,6 +73,9 @@ def test_trace_cmd_reads_the_trace_of_a_boot(tmp_path: Path, trace_cmd: Path) ->
     exits = [event for event in events if event and event["event"] == "kvm_exit"]
     assert any(event["fields"].startswith("reason CPUID rip 0x") for event in exits)
     assert {event["comm"] for event in exits} == {"softkvm-vcpu0", "softkvm-vcpu1"}
+    emulated = [event["fields"] for event in events if event and event["event"] == "kvm_emulate_insn"]
+    assert emulated
+    assert all(re.match(r"[0-9a-f]+:[0-9a-f]+: ", fields) for fields in emulated), "as libtraceevent shows them"
     entries = sum(event["event"] == "kvm_entry" for event in events if event)
     assert abs(entries - len(exits)) <= 2
 

@@ -96,6 +96,16 @@ def test_texts_have_room_for_15_bytes(tmp_path: Path, text: str) -> None:
     assert record[23] == 0
 
 
+def test_bytes_of_an_instruction_are_an_array(tmp_path: Path) -> None:
+    path = tmp_path / "trace.dat"
+    with Trace(["kvm_emulate_insn"], path):
+        trace.kvm_emulate_insn(0x1000, 0, 2, trace.INSN_CR0_PE, b"\x0f\xa2" + bytes(range(13)), True)
+    assert b"\tfield:u8 insn[16];\toffset:40;\tsize:16;\tsigned:0;\n\tfield:u64 failed;\toffset:56;" in path.read_bytes()
+    ((_, record),) = events(path)
+    assert record[40:56] == b"\x0f\xa2" + bytes(range(13)) + b"\0"
+    assert struct.unpack_from("<Q", record, 56) == (1,)
+
+
 def test_a_trace_of_nothing_is_a_file_all_the_same(tmp_path: Path) -> None:
     path = tmp_path / "trace.dat"
     with Trace(["*"], path) as one:

@@ -19,6 +19,7 @@ from softkvm.host.task import current
 from softkvm.kvm import msr
 from softkvm.kvm.system import System
 from softkvm.kvm.vcpu import Vcpu
+from softkvm.silicon.pmu import VIRTUAL_PMI
 from softkvm.uapi import kvm as uapi
 from softkvm.uapi import series
 from softkvm.uapi.perf import BranchSample, SampleFormat
@@ -27,6 +28,8 @@ from tests.host.perf.silicon import Core as PmuCore
 
 SELECT, TOS, FROM, TO, INFO = 0x1C8, 0x1C9, 0x680, 0x6C0, 0xDC0
 DEBUGCTL, CAPABILITIES = 0x1D9, 0x345
+EVENTSEL, COUNT_BRANCHES = 0x186, 0x43_00C4
+SPIV = 0xF0
 HOST_BRANCHES = Attr(config=0xC0, pinned=True, sample_type=SampleFormat.BRANCH_STACK, branch_sample_type=BranchSample.ANY)
 BAD_SELECT = 1 << 10
 
@@ -154,6 +157,26 @@ def test_a_pinned_host_event_takes_them_and_gives_them_back(host: Host) -> None:
     assert read(vcpu, FROM) == 0xDEF0
 
 
+def test_debugctl_is_the_guests_while_it_has_counters_as_well(host: Host) -> None:
+    vcpu = host.vcpu()
+    vcpu.load()
+    assert vcpu.lapic is not None
+    assert vcpu.cpu is not None
+    vcpu.lapic.mmio_write(SPIV, 4, 0x1FF)
+    write(vcpu, FROM, 0x1234)
+    assert intercepted(vcpu, DEBUGCTL)
+    write(vcpu, EVENTSEL, COUNT_BRANCHES)
+    assert (intercepted(vcpu, DEBUGCTL), vcpu.control.guest_debugctl_mask) == (False, 0x801)
+    event = host.host_event(vcpu.cpu)
+    enter(vcpu)
+    assert intercepted(vcpu, DEBUGCTL)
+    host.release(vcpu.cpu, event)
+    enter(vcpu)
+    assert intercepted(vcpu, DEBUGCTL), "the records have not been touched since"
+    assert read(vcpu, FROM) == 0
+    assert not intercepted(vcpu, DEBUGCTL)
+
+
 def test_a_slice_without_use_gives_the_event_up_unless_recording_is_on(host: Host) -> None:
     vcpu = host.vcpu()
     vcpu.load()
@@ -273,6 +296,9 @@ class Exclusion(RuleBasedStateMachine):
     def boot(self) -> None:
         self.host = Host(CORES)
         self.vcpus = [self.host.vcpu(number) for number in range(VCPUS)]
+        for vcpu in self.vcpus:
+            assert vcpu.lapic is not None
+            vcpu.lapic.mmio_write(SPIV, 4, 0x1FF)
         self.written: list[dict[int, int]] = [{} for _ in range(VCPUS)]
         self.host_events: dict[int, Event] = {}
         self.serial = 1
@@ -334,6 +360,12 @@ class Exclusion(RuleBasedStateMachine):
         if event is not None:
             self.host.release(self.host.system.scheduler.cpus[core], event)
 
+    @rule(number=numbers, on=st.booleans())
+    def guest_counts(self, number: int, on: bool) -> None:
+        """With a counter of its own a guest takes its interrupts and writes DEBUGCTL by itself."""
+        self.vcpus[number].load()
+        write(self.vcpus[number], EVENTSEL, COUNT_BRANCHES if on else 0)
+
     @rule(number=numbers)
     def slice_ends(self, number: int) -> None:
         vcpu = self.vcpus[number]
@@ -353,6 +385,9 @@ class Exclusion(RuleBasedStateMachine):
             if vcpu.cpu is not None:
                 enter(vcpu)
                 assert intercepted(vcpu, FROM) or vcpu.lbr.owned, "the host's records are passed through"
+                virtual = vcpu.control.perf_controls & VIRTUAL_PMI
+                assert intercepted(vcpu, DEBUGCTL) or (vcpu.lbr.owned and virtual), "nobody limits what the guest writes"
+                assert not virtual or vcpu.cpu.index not in self.host_events
 
     def teardown(self) -> None:
         if hasattr(self, "host"):

@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from softkvm.host import trace
 from softkvm.kvm import emulate
+from softkvm.kvm.emulate import FORCED_EMULATION_PREFIX as FEP
 from softkvm.silicon.control import Intercept
 from softkvm.uapi import kvm as uapi
 from tests.helpers import long_guest
@@ -314,6 +316,25 @@ def test_any_prefixes_do_the_same_on_every_host(vendor: str, prefixes: bytes, nu
             seen.append((outcome.event, outcome.exits, regs.rip, regs.rflags, guest.vcpu.instructions_skipped))
             guest.close()
     assert seen == seen[:1] * len(seen)
+
+
+@pytest.mark.parametrize("host", HOSTS, ids=str)
+def test_what_is_decoded_is_traced_and_counted(boot: Boot, host: Host) -> None:
+    lines: list[str] = []
+
+    def probe(*values: object) -> None:
+        lines.append(trace.kvm_emulate_insn.print(*values))
+
+    trace.kvm_emulate_insn.register(probe)
+    try:
+        guest = boot(host, FEP + b"\x2e\x0f\xa2" + END)
+        guest.run()
+    finally:
+        trace.kvm_emulate_insn.unregister(probe)
+    emulated = f"0:{CODE + len(FEP):x}:2e 0f a2 (prot64)"
+    skipped = host.vendor == "amd" and not (host.saves_next_rip and host.nrips)
+    assert lines == [emulated] * (2 if skipped else 1)
+    assert guest.vcpu.stats["insn_emulation"] == len(lines)
 
 
 # --- Skips that fail ---------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from softkvm import kvm, silicon
 from softkvm.kvm import Parameters, Vcpu, dispatch
+from softkvm.kvm.tsc import FRACTION_BITS
 from softkvm.uapi import kvm as uapi
 from softkvm.uapi import series
 from tests.helpers.long_guest import CODE, DATA, END, Guest
@@ -176,6 +178,41 @@ def test_a_tsc_that_catches_up_is_where_it_should_be_after_an_exit(unscaled: Gue
         rounding = rate * khz // 1_000_000 + 1  # of ns to cycles
         assert rate * (before - started) <= tsc - (1 << 50) + rounding
         assert tsc - (1 << 50) <= rate * (after - start) + rounding
+
+
+def rate_and_ratio(khz: int, host: int, limit: int, scaling: bool) -> tuple[int, int] | None:
+    """What Linux 6.1 `kvm_set_tsc_khz()` makes of the argument of KVM_SET_TSC_KHZ, the ratio without its fraction; None for EINVAL."""
+    khz = khz & U32 or host
+    close = host * (1_000_000 - 250) // 1_000_000 <= khz <= host * (1_000_000 + 250) // 1_000_000
+    if khz >= limit if scaling else khz < host and not close:
+        return None
+    return khz, khz // host if scaling and not close else 1
+
+
+RATES = st.one_of(
+    st.integers(0, U64), st.integers(0, U32), st.integers(-300, 300).map(lambda ppm: silicon.tsc_khz() * (1_000_000 + ppm) // 1_000_000)
+)
+
+
+@pytest.mark.parametrize(("cpu", "scaling"), [("cascadelake", True), ("epyc", True), ("cascadelake", False), ("epyc", False)])
+@given(rates=st.lists(RATES, min_size=1, max_size=5))
+def test_any_rate_is_taken_or_refused_as_linux_does(cpu: str, scaling: bool, rates: list[int]) -> None:
+    host, vm = silicon.tsc_khz(), kvm.System(silicon.Model(cpu), Parameters(tsc_scaling=scaling)).create_vm()
+    limit = min(0x7FFF_FFFF, 256 * host - 1) if cpu == "epyc" else 0x7FFF_FFFF
+    try:
+        vcpu = vm.create_vcpu(0)
+        for rate in rates:
+            before, expected = (vcpu.tsc.khz, vcpu.tsc.ratio, vcpu.tsc.catchup), rate_and_ratio(rate, host, limit, scaling)
+            with nullcontext() if expected is not None else pytest.raises(OSError, match=r"\[Errno 22\]"):
+                vcpu.set_tsc_khz(rate)
+            assert expected is not None or (vcpu.tsc.khz, vcpu.tsc.ratio, vcpu.tsc.catchup) == before
+            assert expected is None or (vcpu.get_tsc_khz(), vcpu.tsc.ratio >> FRACTION_BITS) == expected
+            default, refused = vm.get_tsc_khz(), scaling and expected is None
+            with nullcontext() if not refused else pytest.raises(OSError, match=r"\[Errno 22\]"):
+                vm.set_tsc_khz(rate)
+            assert vm.get_tsc_khz() == (default if refused else rate & U32 or host)
+    finally:
+        vm.close()
 
 
 # A guest that writes its clocks at random

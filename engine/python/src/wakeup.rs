@@ -4,8 +4,9 @@
 //! woken, as KVM's halt polling does (Linux 6.1 `Documentation/virt/kvm/halt-polling.rst`).
 
 use std::hint;
+use std::mem::MaybeUninit;
 use std::ptr;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -34,6 +35,8 @@ pub struct Wakeup {
 #[derive(Default)]
 pub struct Flag {
     state: AtomicU32,
+    /// How often the thread had lost its processor to another one when it last polled.
+    preemptions: AtomicI64,
 }
 
 #[pymethods]
@@ -58,7 +61,8 @@ impl Wakeup {
         self.flag.set();
     }
 
-    /// Waits awake until it is set, `ns` are over, or another thread has taken the processor; whether it is set.
+    /// Waits awake until it is set, `ns` are over, or another thread has taken the processor; whether it is set. Not at all if another
+    /// thread has taken the processor since the last time: where many want to run, the kernel polls neither (`single_task_running()`).
     fn poll(&self, py: Python<'_>, ns: u64) -> bool {
         handover::release();
         py.detach(|| {
@@ -113,6 +117,9 @@ impl Flag {
         let end = start.saturating_add(u64::try_from(ticks).unwrap_or(u64::MAX));
         let gap = khz / 1000 * PREEMPTED_US;
         let mut last = start;
+        if self.was_preempted() {
+            return self.is_set();
+        }
         while !self.is_set() {
             let now = host_tsc();
             if now >= end || now.wrapping_sub(last) > gap {
@@ -122,6 +129,16 @@ impl Flag {
             hint::spin_loop();
         }
         true
+    }
+
+    fn was_preempted(&self) -> bool {
+        let mut usage = MaybeUninit::<libc::rusage>::uninit();
+        // SAFETY: the buffer is ours; the call fills it, and cannot fail for a valid `who`.
+        let count = unsafe {
+            libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
+            usage.assume_init().ru_nivcsw
+        };
+        self.preemptions.swap(count, Ordering::Relaxed) != count
     }
 
     /// Sleeps once; whether it was for nothing, so that the caller must sleep again.

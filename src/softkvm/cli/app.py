@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
@@ -23,10 +24,16 @@ _WITH_SELFTEST = frozenset({"selftest", "memory", "cpu", "timeout", "stats"})
 _HARDWARE = frozenset({"kernel", "initrd", "append", "memory", "cpus", "cpu", "kvm", "deterministic", "tsc_khz"})
 """Those that say what to build and boot."""
 
+_GC_THRESHOLD = 20_000
+"""Objects before the collector looks for cycles, of which a process that starts a guest makes few: Python's default looks at each of its
+modules some hundred times."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: the process's own) and return the exit status."""
     _open_missing_streams()
+    if arguments is None:
+        gc.set_threshold(_GC_THRESHOLD)
     try:
         return int(cli.main(args=arguments, prog_name="softkvm", standalone_mode=False) or status.SUCCESS)
     except click.Abort:

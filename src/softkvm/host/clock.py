@@ -127,13 +127,14 @@ class Clock:
     def _insert(self, timer: HrTimer, expires_ns: int) -> bool:
         """Arm with the lock held; True if the first expiry came nearer."""
         before = self.first_expiry
+        was_first = timer in self._armed and timer.expiry == before
         timer.expiry = expires_ns
         self._armed.pop(timer, None)
         self._armed[timer] = None
         if before is None or expires_ns <= before:
             self.first_expiry = expires_ns
-        else:
-            self._update_first()  # the timer may have been the first one
+        elif was_first:
+            self._update_first()
         return before is None or expires_ns < before
 
     def _update_first(self) -> None:

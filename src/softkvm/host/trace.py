@@ -47,6 +47,15 @@ _EXCEPTIONS = dict(
     )
 )
 _EXIT_NAMES = {value: name for name, value in vars(uapi).items() if name.startswith("KVM_EXIT_") and name[9:12] != "IO_"}
+INSN_CR0_PE, INSN_EFL_VM, INSN_CS_D, INSN_CS_L = 1, 2, 4, 8
+"""`flags` of `kvm_emulate_insn`."""
+_CODE_SIZES = {
+    0: "real",
+    INSN_CR0_PE | INSN_EFL_VM: "vm16",
+    INSN_CR0_PE: "prot16",
+    INSN_CR0_PE | INSN_CS_D: "prot32",
+    INSN_CR0_PE | INSN_CS_L: "prot64",
+}
 _HOST_CLOCKS = ("none", "tsc")
 _MMIO_TYPES = ("unsatisfied-read", "read", "write")
 
@@ -156,6 +165,19 @@ def _kvm_pvclock_update(
     return f"vcpu_id {vcpu_id}, pvclock {{ {times}, {scale} }}"
 
 
+def _kvm_cr(rw: int, cr: int, val: int) -> str:
+    return f"cr_{'write' if rw else 'read'} {cr:x} = 0x{val:x}"
+
+
+def _kvm_emulate_insn(rip: int, csbase: int, len: int, flags: int, insn: bytes, failed: bool) -> str:
+    code = " ".join(f"{byte:02x}" for byte in insn[:len])
+    return f"{csbase:x}:{rip:x}:{code} ({_CODE_SIZES[flags]}){' failed' if failed else ''}"
+
+
+def _kvm_smm_transition(vcpu_id: int, smbase: int, entering: bool) -> str:
+    return f"vcpu {vcpu_id}: {'entering' if entering else 'leaving'} SMM, smbase 0x{smbase:x}"
+
+
 def _kvm_eoi(apicid: int, vector: int) -> str:
     return f"apicid {apicid:x} vector {vector}"
 
@@ -187,3 +209,6 @@ kvm_pvclock_update = Tracepoint(
     "kvm", "kvm_pvclock_update", "vcpu_id version tsc_timestamp system_time tsc_to_system_mul tsc_shift flags", _kvm_pvclock_update
 )
 kvm_hypercall = Tracepoint("kvm", "kvm_hypercall", "nr a0 a1 a2 a3", _kvm_hypercall)
+kvm_cr = Tracepoint("kvm", "kvm_cr", "rw cr val", _kvm_cr)
+kvm_emulate_insn = Tracepoint("kvm", "kvm_emulate_insn", "rip csbase len flags insn failed", _kvm_emulate_insn)
+kvm_smm_transition = Tracepoint("kvm", "kvm_smm_transition", "vcpu_id smbase entering", _kvm_smm_transition)

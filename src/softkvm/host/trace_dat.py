@@ -22,8 +22,8 @@ _LITTLE, _LONG, _PAGE = 0, 8, 4096
 _PAGE_HEAD = struct.Struct("<QQ")
 _DELTA_BITS, _TIME_EXTEND = 27, 30
 _COMMON = struct.Struct("<HBBi")
-_TEXT, _ARRAY = 16, 6
-"""Bytes of a text, and numbers of a tuple."""
+_TEXT, _ARRAY, _CODE = 16, 6, 16
+"""Bytes of a text, numbers of a tuple, bytes of an instruction."""
 _IRQS_OFF, _NEED_RESCHED, _HARDIRQ = 0x01, 0x04, 0x08
 _FIRST_ID = 1
 _NO_OPTIONS = 0
@@ -68,6 +68,8 @@ class _Event:
             field = name.rstrip("_")
             if kind == "str":
                 declaration, size, item = f"char {field}[{_TEXT}]", _TEXT, (f"{field}=%s", f"REC->{field}")
+            elif kind == "bytes":
+                declaration, size, item = f"u8 {field}[{_CODE}]", _CODE, (f"{field}=%s", f"__print_hex(REC->{field}, {_CODE})")
             elif kind.startswith("tuple"):
                 declaration, size = f"unsigned long {field}[{_ARRAY}]", _LONG * _ARRAY
                 places = ", ".join(f"REC->{field}[{index}]" for index in range(_ARRAY))
@@ -88,6 +90,8 @@ class _Event:
         for value in values:
             if isinstance(value, str):
                 parts.append(value.encode(errors="replace")[: _TEXT - 1].ljust(_TEXT, b"\0"))
+            elif isinstance(value, bytes):
+                parts.append(value[:_CODE].ljust(_CODE, b"\0"))
             elif isinstance(value, tuple):
                 parts.append(b"".join(_number(item) for item in (*value, *(0,) * _ARRAY)[:_ARRAY]))
             else:

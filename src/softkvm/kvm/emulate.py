@@ -55,6 +55,9 @@ ACCESS_LIMIT = 8
 
 def emulate_instruction(vcpu: Vcpu, emulation_type: int) -> int:
     """Emulate the instruction at RIP, or step over it (EMULTYPE_SKIP): as an exit handler."""
+    vcpu.stats["insn_emulation"] += 1
+    if trace.kvm_emulate_insn.enabled:
+        _trace(vcpu, failed=False)
     if emulation_type & EMULTYPE_SKIP:
         return _skip(vcpu)
     if emulation_type & EMULTYPE_TRAP_UD:
@@ -68,6 +71,22 @@ def emulate_instruction(vcpu: Vcpu, emulation_type: int) -> int:
         return handle_emulation_failure(vcpu, emulation_type)
     control.access_count, control.emulate = 0, EMULATE_FIRST
     return 1
+
+
+def _trace(vcpu: Vcpu, failed: bool) -> None:
+    """The instruction at RIP, or what can be read there."""
+    state, code = vcpu.state, ops.fetch(vcpu)
+    length = vcpu.model.instruction_length(code, _code_bits(vcpu)) or len(code)
+    segment, flags = state.segments[regs.CS], 0
+    if state.cr0 & regs.CR0_PE:
+        flags = trace.INSN_CR0_PE
+        if state.rflags & _RFLAGS_VM:
+            flags |= trace.INSN_EFL_VM
+        elif regs.is_64_bit_mode(vcpu):
+            flags |= trace.INSN_CS_L
+        elif segment.access_rights & _CS_DB:
+            flags |= trace.INSN_CS_D
+    trace.kvm_emulate_insn(state.rip, segment.base, length, flags, code, failed)
 
 
 # --- Stepping over -----------------------------------------------------------------------------------------------------------------
@@ -232,6 +251,8 @@ def _complete(vcpu: Vcpu, gpa: int, size: int, write: int, value: int) -> int:
 def handle_emulation_failure(vcpu: Vcpu, emulation_type: int) -> int:
     """The emulator cannot do the instruction: #UD for user mode; to user space for the guest's kernel, and always for a skip."""
     vcpu.stats["insn_emulation_fail"] += 1
+    if trace.kvm_emulate_insn.enabled:
+        _trace(vcpu, failed=True)
     if not (vcpu.vm.exit_on_emulation_failure or emulation_type & EMULTYPE_SKIP):
         events.inject_ud(vcpu)
         if regs.cpl(vcpu):

@@ -241,6 +241,8 @@ def set_xcr(vcpu: Vcpu, index: int, value: int) -> bool:
 
 def write_cr4(vcpu: Vcpu, value: int) -> int:
     """MOV to CR4 that touches a bit of the host's mask; #GP for what `kvm_set_cr4()` refuses."""
+    if trace.kvm_cr.enabled:
+        trace.kvm_cr(True, 4, value)
     if cr.refuses(vcpu, 4, value) or not cr.load(vcpu, 4, value):
         events.inject_gp(vcpu)
         return 1
@@ -249,6 +251,8 @@ def write_cr4(vcpu: Vcpu, value: int) -> int:
 
 def write_cr8(vcpu: Vcpu, value: int) -> int:
     """MOV to CR8: task priority; user space that has the local APIC hears of a lower one."""
+    if trace.kvm_cr.enabled:
+        trace.kvm_cr(True, 8, value)
     old = regs.get_cr8(vcpu)
     if not regs.set_cr8(vcpu, value):
         events.inject_gp(vcpu)
@@ -261,7 +265,9 @@ def write_cr8(vcpu: Vcpu, value: int) -> int:
 
 def read_cr8(vcpu: Vcpu, register: int) -> int:
     """MOV from CR8."""
-    vcpu.gpr[register] = regs.get_cr8(vcpu)
+    value = vcpu.gpr[register] = regs.get_cr8(vcpu)
+    if trace.kvm_cr.enabled:
+        trace.kvm_cr(False, 8, value)
     return skip(vcpu)
 
 

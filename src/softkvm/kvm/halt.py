@@ -31,13 +31,12 @@ def block(vcpu: Vcpu, task: Task) -> int:
     if vcpu.requests & REQ_INTROSPECTION and vcpu.introspection is not None:
         vcpu.clear_request(REQ_INTROSPECTION)
         return vcpu.introspection.service()
-    if not runnable(vcpu):
-        if vcpu.mp_state == HALTED:
-            halt(vcpu, task)
-        else:
-            wait(vcpu, task)
-        if not runnable(vcpu):
-            return 1
+    if vcpu.mp_state == HALTED:
+        halt(vcpu, task)
+    elif not runnable(vcpu):
+        wait(vcpu, task)
+    if _has_work(vcpu, task) and not runnable(vcpu):
+        return 1
     reset.accept_events(vcpu)
     if vcpu.mp_state == HALTED:
         if vcpu.lapic is not None:
@@ -47,19 +46,24 @@ def block(vcpu: Vcpu, task: Task) -> int:
 
 
 def halt(vcpu: Vcpu, task: Task) -> None:
-    """`kvm_vcpu_halt()`: poll, then sleep, and learn from how long it took."""
+    """`kvm_vcpu_halt()`: poll, then sleep, and learn from how long it took. Nothing is learned where there is nothing to wait for."""
+    vcpu.wakeup.clear()
+    vcpu.blocked = True
+    if _over(vcpu, task):
+        vcpu.blocked = False
+        return
     clock, polls, longest = vcpu.clock, vcpu.msrs.host_polls, max_poll_ns(vcpu)
     vcpu.halt_poll_ns = min(vcpu.halt_poll_ns, longest)
-    started = awake_until = clock.monotonic_ns()
+    started = ended = clock.monotonic_ns()
     over = False
     if polls and vcpu.halt_poll_ns:
-        over = _poll(vcpu, task, vcpu.halt_poll_ns)
-        awake_until = clock.monotonic_ns()
-        _count_poll(vcpu, awake_until - started, over)
+        over, ended = _poll(vcpu, task, started)
+        _count_poll(vcpu, ended - started, over)
     if not over:
+        awake_until = ended
         wait(vcpu, task)
-    ended = clock.monotonic_ns()
-    vcpu.stats["halt_wait_ns"] += ended - awake_until
+        ended = clock.monotonic_ns()
+        vcpu.stats["halt_wait_ns"] += ended - awake_until
     if polls:
         _adapt(vcpu, ended - started, longest)
     if trace.kvm_vcpu_wakeup.enabled:
@@ -107,22 +111,20 @@ def _shrink(polled: int, parameters: Parameters) -> int:
     return shorter if shorter >= parameters.halt_poll_ns_grow_start else 0
 
 
-def _poll(vcpu: Vcpu, task: Task, ns: int) -> bool:
-    """Wait awake for `ns`, or until a timer is due or others want the processor; whether the halt is over."""
-    clock, wakeup = vcpu.clock, vcpu.wakeup
-    until = clock.monotonic_ns() + ns
-    vcpu.blocked = True
+def _poll(vcpu: Vcpu, task: Task, now: int) -> tuple[bool, int]:
+    """Wait awake for the time that the vCPU is polled, or until others want the processor; whether the halt is over, and the time (ns)."""
+    clock, wakeup, until = vcpu.clock, vcpu.wakeup, now + vcpu.halt_poll_ns
     try:
-        woken = True
         while True:
-            wakeup.clear()
-            entry.interrupt(task, clock.run_expired)
-            if _over(vcpu, task):
-                return True
-            now, expiry = clock.monotonic_ns(), clock.first_expiry
-            if not woken or now >= until:
-                return False
+            expiry = clock.first_expiry
             woken = wakeup.poll((until if expiry is None else max(min(until, expiry), now)) - now)
+            now = clock.monotonic_ns()
+            wakeup.clear()
+            if expiry is not None and expiry <= now:
+                entry.interrupt(task, clock.run_expired)
+            over = _over(vcpu, task)
+            if over or not woken or now >= until:
+                return over, now
     finally:
         vcpu.blocked = False
 
@@ -151,9 +153,12 @@ def wait(vcpu: Vcpu, task: Task) -> None:
 
 def _over(vcpu: Vcpu, task: Task) -> bool:
     """`kvm_vcpu_check_block()`: whether there is a reason not to wait any longer."""
-    if runnable(vcpu) or task.flags & _WORK:
-        return True
-    return bool(vcpu.requests & REQ_INTROSPECTION and vcpu.mp_state != UNINITIALIZED)
+    return runnable(vcpu) or _has_work(vcpu, task)
+
+
+def _has_work(vcpu: Vcpu, task: Task) -> bool:
+    """Whether the thread must do something else."""
+    return bool(task.flags & _WORK or (vcpu.requests & REQ_INTROSPECTION and vcpu.mp_state != UNINITIALIZED))
 
 
 def runnable(vcpu: Vcpu) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
+from softkvm.host import trace
 from softkvm.kvm import cpuid, events, regs
 from softkvm.kvm.msr_index import SMI_COUNT
 from softkvm.kvm.request import REQ_EVENT, REQ_TRIPLE_FAULT
@@ -75,6 +76,8 @@ def inject(vcpu: Vcpu) -> bool:
 def changed(vcpu: Vcpu, active: bool) -> None:
     """`kvm_smm_changed()`: the other address space counts."""
     vcpu.smm.active = active
+    if trace.kvm_smm_transition.enabled:
+        trace.kvm_smm_transition(vcpu.vcpu_id, vcpu.smm.base, active)
     if not active:
         vcpu.smm.inside_nmi = False
         vcpu.make_request(REQ_EVENT)

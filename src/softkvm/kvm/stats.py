@@ -81,6 +81,7 @@ VCPU: Mapping[str, Statistic] = {
             "nmi_window_exits",
             "request_irq_exits",
             "hypercalls",
+            "insn_emulation",
             "insn_emulation_fail",
             "dirty_ring_overflows",
             "smram_missing",

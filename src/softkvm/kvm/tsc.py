@@ -36,6 +36,8 @@ _LARGEST_RATIO = {"intel": (1 << 64) - 1, "amd": (1 << 40) - 1 << FRACTION_BITS 
 TOLERANCE_PPM = 250
 """How far a wanted rate may be from the host's before scaling is used (KVM's `tsc_tolerance_ppm`)."""
 MAX_KHZ = 0x7FFF_FFFF
+"""The rates that scaling reaches are below this; without scaling there is no limit but that of a u32, as which KVM reads a rate."""
+_U32 = (1 << 32) - 1
 
 
 @dataclass(slots=True)
@@ -65,16 +67,16 @@ class VmTsc:
         self.scaling = scaling
         """KVM_CAP_TSC_CONTROL: whether a vCPU can have any rate. Without it, a faster one catches up and a slower one is refused."""
         self._host_khz = clock.tsc_khz
-        self._limit_khz = min(MAX_KHZ, clock.tsc_khz * _LARGEST_RATIO[vendor] >> FRACTION_BITS) if scaling else MAX_KHZ
+        self._limit_khz = min(MAX_KHZ, clock.tsc_khz * _LARGEST_RATIO[vendor] >> FRACTION_BITS) if scaling else 1 << 32
 
     def set_default_khz(self, khz: int) -> None:
         """KVM_SET_TSC_KHZ of the VM: the rate of vCPUs to come, 0 for the host's; OSError(EINVAL) for one that is too high."""
         self.default_khz = self.checked_khz(khz)
 
     def checked_khz(self, khz: int) -> int:
-        """`khz`, the host's rate for 0, or OSError(EINVAL) if the silicon cannot scale to it."""
-        khz = khz or self._host_khz
-        if not 0 < khz < self._limit_khz:
+        """`khz` as a u32, the host's rate for 0; OSError(EINVAL) if the silicon cannot scale to it."""
+        khz = khz & _U32 or self._host_khz
+        if khz >= self._limit_khz:
             raise OSError(errno.EINVAL, "TSC frequency out of range")
         return khz
 
@@ -82,6 +84,11 @@ class VmTsc:
 def has_control(model: Model, parameters: Parameters) -> bool:
     """Whether vCPUs on this silicon, under KVM with these parameters, have TSC scaling."""
     return parameters.tsc_scaling and (model.vendor != "amd" or "tsc-scale" in model.features)
+
+
+def _deviating(khz: int, ppm: int) -> int:
+    """`adjust_tsc_khz()`."""
+    return khz * (1_000_000 + ppm) // 1_000_000
 
 
 def nested_offset(l1_offset: int, l2_offset: int, l2_ratio: int = UNITY) -> int:
@@ -157,7 +164,7 @@ class VcpuTsc:
         """KVM_SET_TSC_KHZ; 0 means the host's rate. OSError(EINVAL) for a rate that cannot be scaled to."""
         host_khz = self._clock.tsc_khz
         khz = self._vm.checked_khz(khz)
-        if abs(khz - host_khz) * 1_000_000 <= TOLERANCE_PPM * host_khz:
+        if _deviating(host_khz, -TOLERANCE_PPM) <= khz <= _deviating(host_khz, TOLERANCE_PPM):
             self._run_at(khz, UNITY, False)
         elif self._vm.scaling:
             precision = self._vm.precision

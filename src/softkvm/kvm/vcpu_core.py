@@ -154,9 +154,9 @@ class VcpuCore(VcpuRequests):
             task.set_flag(TIF_SIGPENDING)
 
     def detach(self) -> None:
-        """KVM_RUN ends, out of guest mode even if Ctrl-C came between an exit and its handling; a signal that comes from now on waits for
-        the next one."""
-        self.mode = OUTSIDE_GUEST_MODE
+        """KVM_RUN ends, out of guest mode and of HLT even if Ctrl-C came at the wrong moment; a signal that comes from now on waits for the
+        next one."""
+        self.mode, self.blocked = OUTSIDE_GUEST_MODE, False
         task, self.task = self.task, None
         if task is not None:
             task.guest = None

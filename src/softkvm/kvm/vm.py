@@ -120,8 +120,7 @@ class Vm(VmMemory, VmOptions, IntrospectionIoctls):
 
     def _timer_came_nearer(self) -> None:
         """A timer was armed that is first now: a vCPU's own thread sees it at its next entry, the others are told."""
-        mine = task.current()
-        if not any(vcpu.task is mine for vcpu in self.vcpus):
+        if task.current().guest not in self.vcpus:
             for vcpu in self.vcpus:
                 vcpu.wake()
                 vcpu.kick_guest()

@@ -136,7 +136,8 @@ impl CodeCache {
     pub fn forget_translations_at(&mut self, addresses: &Range<u64>) -> u64 {
         let (nowhere, mut forgotten) = (self.nowhere, 0);
         for block in self.blocks.iter_mut().flatten().chain(&mut self.dead) {
-            if let Some(links) = block.links.as_mut().filter(|_| addresses.contains(&(block.body as u64))) {
+            let at = addresses.contains(&(block.body as u64));
+            if let Some(links) = block.links.as_mut().filter(|links| at || links.are_at(addresses)) {
                 links.cut();
                 (block.entry, block.body, block.links, block.heat) = (nowhere, std::ptr::null(), None, 0);
                 forgotten += 1;

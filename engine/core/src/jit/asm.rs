@@ -112,6 +112,10 @@ impl From<u64> for Target {
     }
 }
 
+/// A NOP as long as a JMP, and the JMP's opcode, which has a distance of 32 bits behind it.
+pub const NO_JUMP: [u8; 5] = [0x0f, 0x1f, 0x44, 0, 0];
+pub const JUMP: u8 = 0xe9;
+
 const UNSET: u32 = u32::MAX;
 const REX: u8 = 0x40;
 
@@ -481,8 +485,13 @@ impl Asm {
         self.put(&distance.to_le_bytes());
     }
 
+    /// What stands in the place of a JMP that is to be written later.
+    pub fn no_jump(&mut self) {
+        self.put(&NO_JUMP);
+    }
+
     pub fn jmp(&mut self, target: impl Into<Target>) {
-        self.bytes.push(0xe9);
+        self.bytes.push(JUMP);
         self.distance(target.into());
     }
 

@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use iced_x86::Instruction;
 
+use super::flags::Recipe;
 use super::link::Exit;
 use super::native::Trampoline;
 use super::x64::X64;
@@ -21,6 +22,17 @@ pub struct HostCode {
     /// Where the dispatcher does, which has paid for it.
     pub body: *const u8,
     pub exits: Vec<Exit>,
+    /// It is of use to come with flags that are not in memory.
+    pub takes_recipes: bool,
+}
+
+/// How a translation is come to.
+#[derive(Clone, Copy, Default)]
+pub struct Arrival {
+    /// How the guest's flags are made. Without one they are in memory.
+    pub recipe: Option<Recipe>,
+    /// Number of the translation's first exit.
+    pub first_exit: u32,
 }
 
 /// What became of a block.
@@ -35,7 +47,7 @@ pub enum Made {
 /// Makes host code for one core. It never runs while code is made.
 pub trait Backend: Send {
     /// Makes host code for `block`, which was decoded from `instructions`.
-    fn translate(&mut self, block: &Block, instructions: &[Instruction], model: &Model) -> Made;
+    fn translate(&mut self, block: &Block, instructions: &[Instruction], model: &Model, arrival: Arrival) -> Made;
 
     /// What enters host code.
     fn trampoline(&self) -> Trampoline;

@@ -5,8 +5,10 @@ use iced_x86::{ConditionCode, Instruction, InstructionInfoFactory, MemorySize, O
 
 use super::access::MAX_DISPLACEMENT;
 use super::asm::{qword_ptr, Asm, Label, Memory};
-use super::emit::{cpu_field, in_memory, Emitter, Places, Rule};
+use super::backend::Arrival;
+use super::emit::{cpu_field, in_memory, Emitter, Places};
 use super::exits::{opposite, ExitSite};
+use super::flags::{settled, Recipe, Rule};
 use super::native::PAGE;
 use super::plan::{plan, Host, Plan};
 use super::registers::{self, host, resized, SCRATCH, STACK};
@@ -27,6 +29,8 @@ pub struct Code {
     /// Where the dispatcher enters it, behind the head.
     pub body: Label,
     pub exits: Vec<ExitSite>,
+    /// It is of use to come with flags that are not in memory.
+    pub takes_recipes: bool,
     /// The site of each of its cells.
     pub cells: Vec<u16>,
 }
@@ -41,19 +45,28 @@ pub struct Ground {
 }
 
 /// Translates `block`, which was made from `instructions`; `None` if an instruction cannot be encoded.
-pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], model: &Model, ground: Ground) -> Option<Code> {
+pub fn translate(
+    asm: &mut Asm,
+    block: &Block,
+    instructions: &[Instruction],
+    model: &Model,
+    ground: Ground,
+    arrival: Arrival,
+) -> Option<Code> {
     let live = live_flags(instructions, model.silicon());
     let plans: Vec<Plan> = instructions.iter().zip(&live).map(|(insn, live)| plan(insn, *live, ground.host, model)).collect();
     let units = plans.iter().fold(Units::default(), |all, plan| all.and(plan.units()));
     let last_x87 = instructions.iter().rposition(|insn| x87::sets_pointer(insn.mnemonic()));
-    let out = Emitter::new(asm, ground, block, units, model.silicon());
+    let settled = settled(instructions, &plans);
+    let out = Emitter::new(asm, ground, block, units, model.silicon(), arrival);
     let mut translation = Translation { out, info: InstructionInfoFactory::new(), branch: Branch::of(block) };
     let body = translation.out.head(block.instructions);
     translation.out.enter_units();
     let mut ended = false;
     for (index, insn) in instructions.iter().enumerate() {
         let before = if index == 0 { ARITHMETIC } else { live[index - 1] };
-        let place = Place { index, seen_before: before != 0, seen_behind: live[index] != 0 };
+        let (seen_before, seen_behind) = (before != 0, live[index] != 0);
+        let place = Place { index, seen_before, seen_behind, settled_behind: settled[index + 1] };
         ended = translation.instruction(insn, plans[index], place);
         if last_x87 == Some(index) {
             translation.out.point_x87(insn.ip());
@@ -65,7 +78,7 @@ pub fn translate(asm: &mut Asm, block: &Block, instructions: &[Instruction], mod
         translation.out.exit(block.length.into(), steered);
     }
     let (exits, cells) = translation.out.finish()?;
-    Some(Code { body, exits, cells })
+    Some(Code { body, exits, takes_recipes: !settled[0], cells })
 }
 
 /// An instruction's number in its block, and whether anybody sees the flags before it and behind it.
@@ -74,6 +87,8 @@ pub(super) struct Place {
     pub(super) index: usize,
     pub(super) seen_before: bool,
     pub(super) seen_behind: bool,
+    /// The flags behind it must be in memory before they are replaced, whatever is done until then.
+    pub(super) settled_behind: bool,
 }
 
 pub(super) struct Translation<'a> {
@@ -86,6 +101,20 @@ pub(super) struct Translation<'a> {
 impl Translation<'_> {
     /// Translates one instruction; true if nothing behind it is reached.
     fn instruction(&mut self, insn: &Instruction, plan: Plan, place: Place) -> bool {
+        let keeps_flags = !makes_flags(insn, plan);
+        if keeps_flags && place.seen_behind {
+            let written = written_registers(&mut self.info, insn);
+            self.out.keep_operands(|guest| written.contains(&guest));
+        }
+        let ended = self.host_code(insn, plan, place);
+        if keeps_flags {
+            let written = written_registers(&mut self.info, insn);
+            self.out.lose_operands(|guest| written.contains(&guest));
+        }
+        ended
+    }
+
+    fn host_code(&mut self, insn: &Instruction, plan: Plan, place: Place) -> bool {
         match plan {
             Plan::Same(rule) => self.same(insn, rule, place),
             Plan::Media(_) => self.same(insn, Rule::Exact, place),
@@ -131,6 +160,9 @@ impl Translation<'_> {
     fn same(&mut self, insn: &Instruction, rule: Rule, place: Place) {
         let (reads, modifies) = (insn.rflags_read(), insn.rflags_modified());
         let operand = (0..insn.op_count()).find(|n| insn.op_kind(*n) == OpKind::Memory);
+        if rule.keeps_flags() {
+            self.out.flush_flags(place.seen_before);
+        }
         let memory = operand.map(|operand| {
             self.out.clobber_flags(place.seen_before);
             let miss = self.out.detour(place.index);
@@ -152,6 +184,7 @@ impl Translation<'_> {
         let result = self.with_operands(insn, memory);
         if modifies != 0 {
             self.out.new_flags(rule, result, place.seen_behind);
+            self.out.remember(Recipe::of(insn).filter(|_| !place.settled_behind));
         }
         if memory.is_some() {
             self.out.rejoin();
@@ -325,6 +358,7 @@ impl Translation<'_> {
     /// The branch goes to `distance` bytes behind the block's first byte.
     fn branch_to(&mut self, distance: i64, taken: bool) {
         if let Some(branch) = self.branch {
+            self.out.save_flags();
             self.out.note_branch(branch, Target::Distance(distance), taken);
         }
         self.out.exit(distance, false);
@@ -339,18 +373,21 @@ impl Translation<'_> {
     }
 
     fn jump_relative(&mut self, insn: &Instruction) {
-        self.out.save_flags();
         self.branch_to(insn.near_branch_target() as i64, true);
     }
 
     fn conditional(&mut self, insn: &Instruction) {
-        self.out.save_flags();
+        if self.branch.is_some() || self.out.flags.recipe.is_none() {
+            self.out.save_flags();
+        }
         self.out.need_flags();
         let (condition, target) = (insn.condition_code(), insn.near_branch_target() as i64);
         if self.branch.is_some() || !self.out.is_near(target) {
             let on = self.out.asm.create_label();
             self.out.asm.jcc(opposite(condition), on);
+            let flags = self.out.flags;
             self.branch_to(target, true);
+            self.out.flags = flags;
             self.out.asm.set_label(on);
         } else {
             self.out.exit_near_if(condition, target);
@@ -384,14 +421,14 @@ impl Translation<'_> {
     }
 
     fn jump_indirect(&mut self, insn: &Instruction, place: Place) {
-        self.out.clobber_flags(true);
+        self.out.flush_flags(true);
         let miss = self.out.detour(place.index);
         self.target(insn, miss);
         self.branch_to_r15();
     }
 
     fn call_relative(&mut self, insn: &Instruction, place: Place) {
-        self.out.clobber_flags(true);
+        self.out.flush_flags(true);
         let miss = self.out.detour(place.index);
         self.push_return(insn, miss);
         let (target, back) = (insn.near_branch_target() as i64, insn.next_ip() as i64);
@@ -406,7 +443,7 @@ impl Translation<'_> {
     }
 
     fn call_indirect(&mut self, insn: &Instruction, place: Place) {
-        self.out.clobber_flags(true);
+        self.out.flush_flags(true);
         let miss = self.out.detour(place.index);
         self.target(insn, miss);
         self.out.keep_rip();
@@ -436,7 +473,7 @@ impl Translation<'_> {
     }
 
     fn ret(&mut self, insn: &Instruction, place: Place) {
-        self.out.clobber_flags(true);
+        self.out.flush_flags(true);
         let miss = self.out.detour(place.index);
         let slot = self.stack_slot(0, AccessKind::Read, miss);
         self.out.asm.mov(R15, slot);
@@ -455,6 +492,19 @@ impl Translation<'_> {
         self.out.forget_calls();
         self.out.go_to_r15();
     }
+}
+
+/// Whether host code of `insn` leaves other flags than it finds.
+pub(super) fn makes_flags(insn: &Instruction, plan: Plan) -> bool {
+    matches!(plan, Plan::Same(_) | Plan::Media(_) | Plan::Rotate(_) | Plan::Scan) && insn.rflags_modified() & ALL_FLAGS != 0
+}
+
+/// The 64-bit registers of which `insn` changes some part.
+fn written_registers(info: &mut InstructionInfoFactory, insn: &Instruction) -> Vec<Register> {
+    use OpAccess::*;
+    let used = info.info(insn).used_registers().iter();
+    let written = used.filter(|used| matches!(used.access(), Write | ReadWrite | CondWrite | ReadCondWrite));
+    written.map(|used| used.register().full_register()).collect()
 }
 
 /// Bytes of the only operand.

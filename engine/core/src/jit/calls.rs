@@ -60,7 +60,7 @@ impl Translation<'_> {
     }
 
     pub(super) fn system_call(&mut self, insn: &Instruction, place: Place) {
-        self.out.clobber_flags(true);
+        self.out.flush_flags(true);
         let miss = self.out.detour(place.index);
         self.require_system_calls(miss);
         self.flags_image();
@@ -87,7 +87,7 @@ impl Translation<'_> {
 
     /// SYSRET to 64-bit code.
     pub(super) fn system_return(&mut self, place: Place) {
-        self.out.clobber_flags(true);
+        self.out.flush_flags(true);
         let miss = self.out.detour(place.index);
         self.require_system_calls(miss);
         self.require_kernel(miss);

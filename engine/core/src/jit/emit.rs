@@ -1,18 +1,17 @@
-//! Pieces of host code that translations are made of: flags between host and guest, the way into the interpreter and back.
-//!
-//! Guest flags are in the host's flags, in `Native::flags`, in both, or dead. What the interpreter would see at an instruction that may
-//! fault, exit or leave the block is in memory there: state is precise at every instruction.
+//! Pieces of host code that translations are made of: the way into the interpreter and back, what a block begins and ends with.
 
 use std::mem::offset_of;
 
-use iced_x86::Register::{AH, AL, AX, EAX, R13, R13D, R14, R14L, R15, R15D, R15L, RAX, RBP};
+use iced_x86::Register::{R13D, R14, R15, RBP};
 use iced_x86::{ConditionCode, IcedError, Instruction, Register};
 
 use super::access::Refill;
-use super::asm::{byte_ptr, qword_ptr, word_ptr, Asm, Label, Memory};
+use super::asm::{byte_ptr, qword_ptr, Asm, Label, Memory};
+use super::backend::Arrival;
 use super::block::Ground;
-use super::exits::ExitSite;
-use super::native::{detour, FLAGS, VECTORS, X87};
+use super::exits::{ExitSite, Way};
+use super::flags::{Recipe, Whereabouts};
+use super::native::{detour, VECTORS, X87};
 use super::registers;
 use super::vector::{Units, Width};
 use crate::cpu::Cpu;
@@ -40,57 +39,13 @@ pub struct Places {
     pub refill_write: u64,
 }
 
-/// How OF follows from an instruction where host processors differ.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Overflow {
-    Host,
-    Clear,
-    /// The host's if R15D is 1, and clear otherwise.
-    HostIfOne,
-    /// CF differs from SF: shifts to the left.
-    CarryFromSign,
-}
-
-/// How the guest's flags come from the host's.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Rule {
-    Exact,
-    /// Shifts: AF is the model's, and OF as it says.
-    Shift(Overflow),
-    /// Multiplications: CF and OF are the host's, the others those of the low half of the product.
-    Product,
-    /// The same where the others stay.
-    ProductAlone,
-    /// CF is the host's, OF is clear, and the others are those of the result.
-    CarryAndResult,
-    /// CF and ZF are the host's, OF stays, and the others are clear.
-    CarryAndZero,
-    /// CF and OF are clear, and the others are those of the result.
-    Result,
-    /// ZF and PF are those of the result, AF is set, and the others are clear.
-    Field,
-    /// ZF is the host's, PF that of the result, or set with ZF, and the others are clear.
-    Found,
-}
-
-impl Rule {
-    /// Whether flags stay, although the host may change them.
-    pub fn keeps_flags(self) -> bool {
-        matches!(self, Rule::ProductAlone | Rule::CarryAndZero)
-    }
-}
-
-/// Places of flags in the upper byte of their stored form.
-const STORED_CARRY: i32 = 1;
-const STORED_PARITY_SHIFT: u8 = 2;
-const STORED_HALF_CARRY: i32 = 0x10;
-const STORED_ZERO_SHIFT: u8 = 6;
-
 /// Code at the end that is rarely run.
 struct Cold {
     label: Label,
     /// Why host code is left: a number of [`super::native::detour`].
     why: u32,
+    /// How the guest's flags are made, if they are not in memory.
+    recipe: Option<Recipe>,
     /// Where to go on, and whether host flags are expected there. Nowhere, if host code does not come back here.
     back: Option<(Label, bool)>,
 }
@@ -113,6 +68,9 @@ pub struct Emitter<'a> {
     /// Stubs that bring that, where they are called, and where it is there.
     gates: Vec<(u64, Label, Label)>,
     pub(super) exits: Vec<ExitSite>,
+    /// Number of the first exit.
+    pub(super) first_exit: u32,
+    pub(super) ways: Vec<Way>,
     /// Calls for which the host's stack may have no room, and where they go on.
     pub(super) full_stacks: Vec<(Label, Label)>,
     cold: Vec<Cold>,
@@ -126,10 +84,9 @@ pub struct Emitter<'a> {
     pub(super) has_bextr: bool,
     /// Where the block is named to the stub: the plain one, and the one that keeps units.
     tails: [Label; 2],
-    /// The host's flags are the guest's.
-    host_flags: bool,
-    /// `Native::flags` are the guest's.
-    saved_flags: bool,
+    /// Where the guest's flags are, and where they are when the block begins.
+    pub(super) flags: Whereabouts,
+    arrival: Whereabouts,
     /// The encoder refused an instruction.
     failed: bool,
 }
@@ -145,7 +102,8 @@ pub fn in_memory(guest: Register) -> Memory {
 }
 
 impl<'a> Emitter<'a> {
-    pub fn new(asm: &'a mut Asm, ground: Ground, block: &Block, units: Units, silicon: Silicon) -> Self {
+    pub fn new(asm: &'a mut Asm, ground: Ground, block: &Block, units: Units, silicon: Silicon, arrival: Arrival) -> Self {
+        let flags = Whereabouts::on_arrival(arrival.recipe);
         let tails = [(); 2].map(|()| asm.create_label());
         Emitter {
             asm,
@@ -158,6 +116,8 @@ impl<'a> Emitter<'a> {
             silicon,
             gates: Vec::new(),
             exits: Vec::new(),
+            first_exit: arrival.first_exit,
+            ways: Vec::new(),
             full_stacks: Vec::new(),
             cold: Vec::new(),
             first_cell: ground.first_cell,
@@ -167,189 +127,9 @@ impl<'a> Emitter<'a> {
             has_bextr: ground.host.bmi1,
             refills: Vec::new(),
             tails,
-            host_flags: false,
-            saved_flags: true,
+            flags,
+            arrival: flags,
             failed: false,
-        }
-    }
-
-    // ---- flags ----------------------------------------------------------------------------------------------------------------------
-
-    /// Keeps the guest's flags in memory, from where the interpreter takes them.
-    pub fn save_flags(&mut self) {
-        if self.host_flags && !self.saved_flags {
-            self.store_flags(Overflow::Host, None);
-        }
-    }
-
-    /// Stores the guest's flags, which are the host's but for OF, and AF where `half_carry` tells it.
-    fn store_flags(&mut self, overflow: Overflow, half_carry: Option<bool>) {
-        let a = &mut *self.asm;
-        a.mov(R13, RAX);
-        a.lahf();
-        match overflow {
-            Overflow::Host => a.setcc(ConditionCode::o, AL),
-            Overflow::Clear => a.mov(AL, 0),
-            Overflow::HostIfOne => {
-                a.setcc(ConditionCode::o, AL);
-                a.cmp(R15D, 1);
-                a.setcc(ConditionCode::e, R15L);
-                a.and(AL, R15L);
-            }
-            Overflow::CarryFromSign => {
-                a.mov(AL, AH);
-                a.rol(AL, 1);
-                a.xor(AL, AH);
-                a.and(AL, 1);
-            }
-        }
-        match half_carry {
-            Some(true) => a.or(AH, STORED_HALF_CARRY),
-            Some(false) => a.and(AH, !STORED_HALF_CARRY),
-            None => {}
-        }
-        self.keep_stored_flags(R13)
-    }
-
-    /// A shift by something else than zero has left the guest's flags in the host's, but for AF, and for OF, of which `overflow` tells.
-    pub fn store_flags_of_shift(&mut self, overflow: Overflow) {
-        self.host_flags = false;
-        self.store_flags(overflow, Some(self.silicon.sets_half_carry()));
-    }
-
-    /// Stores the flags of `result`, with the host's CF if `carry`.
-    fn store_result_flags(&mut self, result: Register, carry: bool) {
-        let result = if result.full_register() == Register::RAX { registers::resized(Register::R14, result) } else { result };
-        let a = &mut *self.asm;
-        a.mov(R14, RAX);
-        a.setcc(ConditionCode::b, AL);
-        a.test(result, result);
-        a.lahf();
-        if carry {
-            a.or(AH, AL);
-        }
-        a.mov(AL, 0);
-        self.keep_stored_flags(R14)
-    }
-
-    /// Stores the flags of a multiplication with the low half `product`.
-    fn store_product_flags(&mut self, product: Register) {
-        let low = if product.full_register() == Register::RAX { registers::resized(Register::R14, product) } else { product };
-        let a = &mut *self.asm;
-        a.mov(R14, RAX);
-        a.setcc(ConditionCode::o, AL);
-        a.test(low, low);
-        a.lahf();
-        a.or(AH, AL);
-        self.keep_stored_flags(R14)
-    }
-
-    /// Changes CF and OF of the stored flags to the host's.
-    fn store_carry_overflow(&mut self) {
-        let a = &mut *self.asm;
-        a.setcc(ConditionCode::o, R14L);
-        a.and(byte_ptr(RBP, FLAGS as i32 + 1), !STORED_CARRY);
-        a.or(byte_ptr(RBP, FLAGS as i32 + 1), R14L);
-        a.mov(byte_ptr(RBP, FLAGS as i32), R14L);
-        self.saved_flags = true;
-    }
-
-    /// Changes all of the stored flags but OF: CF and ZF are the host's, the others clear.
-    fn store_carry_zero(&mut self) {
-        let a = &mut *self.asm;
-        a.setcc(ConditionCode::b, R14L);
-        a.setcc(ConditionCode::e, R15L);
-        a.shl(R15L, STORED_ZERO_SHIFT);
-        a.or(R14L, R15L);
-        a.mov(byte_ptr(RBP, FLAGS as i32 + 1), R14L);
-        self.saved_flags = true;
-    }
-
-    /// Stores ZF and PF of `result`, a set AF, and the others clear.
-    fn store_field_flags(&mut self, result: Register) {
-        let a = &mut *self.asm;
-        a.test(result, result);
-        a.setcc(ConditionCode::e, R14L);
-        a.setcc(ConditionCode::p, R15L);
-        self.store_zero_parity(STORED_HALF_CARRY);
-    }
-
-    /// Stores the host's ZF, PF of `result` or of zero, and the others clear.
-    fn store_found_flags(&mut self, result: Register) {
-        let a = &mut *self.asm;
-        a.setcc(ConditionCode::e, R14L);
-        a.test(result, result);
-        a.setcc(ConditionCode::p, R15L);
-        a.or(R15L, R14L);
-        self.store_zero_parity(0);
-    }
-
-    /// Stores ZF from R14, PF from R15, and `others`.
-    fn store_zero_parity(&mut self, others: i32) {
-        let a = &mut *self.asm;
-        a.shl(R14L, STORED_ZERO_SHIFT);
-        a.shl(R15L, STORED_PARITY_SHIFT);
-        a.or(R14L, R15L);
-        a.or(R14L, others);
-        a.mov(byte_ptr(RBP, FLAGS as i32 + 1), R14L);
-        a.mov(byte_ptr(RBP, FLAGS as i32), 0);
-        self.saved_flags = true;
-    }
-
-    /// Changes the stored flags as a quotient does.
-    pub fn store_flags_of_quotient(&mut self) {
-        if self.silicon == Silicon::Amd {
-            self.asm.and(byte_ptr(RBP, FLAGS as i32 + 1), STORED_CARRY);
-            self.asm.or(byte_ptr(RBP, FLAGS as i32 + 1), STORED_HALF_CARRY);
-        }
-    }
-
-    /// Ends a sequence that has made the flags' stored form in AX: puts it in its place, and RAX back from `rax_copy`.
-    fn keep_stored_flags(&mut self, rax_copy: Register) {
-        self.asm.mov(word_ptr(RBP, FLAGS as i32), AX);
-        self.asm.mov(RAX, rax_copy);
-        self.saved_flags = true;
-    }
-
-    /// Makes the host's flags the guest's.
-    pub fn need_flags(&mut self) {
-        if !self.host_flags {
-            self.restore_flags();
-            self.host_flags = true;
-        }
-    }
-
-    fn restore_flags(&mut self) {
-        let a = &mut *self.asm;
-        a.mov(R15, RAX);
-        a.movzx(EAX, word_ptr(RBP, FLAGS as i32));
-        a.add(AL, 0x7f);
-        a.sahf();
-        a.mov(RAX, R15)
-    }
-
-    /// Host code is about to destroy the host's flags; `live` tells whether the guest's are seen again.
-    pub fn clobber_flags(&mut self, live: bool) {
-        if live {
-            self.save_flags();
-        }
-        self.host_flags = false;
-    }
-
-    /// An instruction has left the guest's flags in the host's, as `rule` tells; `result` is its first register.
-    pub fn new_flags(&mut self, rule: Rule, result: Register, live: bool) {
-        self.host_flags = live && rule == Rule::Exact;
-        self.saved_flags = false;
-        match rule {
-            Rule::Shift(overflow) if live => self.store_flags(overflow, Some(self.silicon.sets_half_carry())),
-            Rule::Product if live => self.store_product_flags(result),
-            Rule::ProductAlone if live => self.store_carry_overflow(),
-            Rule::CarryAndResult if live => self.store_result_flags(result, true),
-            Rule::CarryAndZero if live => self.store_carry_zero(),
-            Rule::Result if live => self.store_result_flags(result, false),
-            Rule::Field if live => self.store_field_flags(result),
-            Rule::Found if live => self.store_found_flags(result),
-            _ => {}
         }
     }
 
@@ -365,14 +145,15 @@ impl<'a> Emitter<'a> {
 
     /// Cold code at `label` that leaves host code.
     pub(super) fn cold(&mut self, label: Label, why: u32, back: Option<(Label, bool)>) {
-        self.cold.push(Cold { label, why, back });
+        let recipe = self.flags.recipe.filter(|_| !self.flags.saved);
+        self.cold.push(Cold { label, why, recipe, back });
     }
 
     /// The last detour comes back here.
     pub fn rejoin(&mut self) {
         let back = self.asm.create_label();
         self.asm.set_label(back);
-        let host_flags = self.host_flags;
+        let host_flags = self.flags.host;
         if let Some(cold) = self.cold.last_mut() {
             cold.back = Some((back, host_flags));
         }
@@ -387,7 +168,7 @@ impl<'a> Emitter<'a> {
     pub fn interpret(&mut self, index: usize) {
         self.save_flags();
         self.leave_for(index as u32);
-        (self.host_flags, self.saved_flags) = (false, true);
+        self.flags = Whereabouts::on_arrival(None);
     }
 
     fn leave_for(&mut self, why: u32) {
@@ -431,9 +212,12 @@ impl<'a> Emitter<'a> {
     /// Ends the code with its cold part, and gives the exits and the sites with cells. `None` if there was an instruction that the encoder
     /// refused.
     pub fn finish(mut self) -> Option<(Vec<ExitSite>, Vec<u16>)> {
+        self.finish_ways();
         self.finish_sites();
-        for Cold { label, why, back } in std::mem::take(&mut self.cold) {
+        for Cold { label, why, recipe, back } in std::mem::take(&mut self.cold) {
             self.asm.set_label(label);
+            self.flags = Whereabouts::on_arrival(recipe);
+            self.save_flags();
             self.leave_for(why);
             let Some((back, host_flags)) = back else { continue };
             if host_flags {
@@ -444,6 +228,8 @@ impl<'a> Emitter<'a> {
         self.finish_calls();
         for (stub, missing, there) in std::mem::take(&mut self.gates) {
             self.asm.set_label(missing);
+            self.flags = self.arrival;
+            self.save_flags();
             self.asm.mov(R14, self.block);
             self.asm.call(stub);
             self.asm.jmp(there);

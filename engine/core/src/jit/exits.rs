@@ -10,6 +10,7 @@ use iced_x86::{ConditionCode, Register};
 
 use super::asm::{qword_ptr, Label, Memory};
 use super::emit::{cpu_field, Emitter};
+use super::flags::{Recipe, Whereabouts};
 use super::link::NO_GUARD;
 use super::native::{detour, CONTEXT_FIELD, HOST_STACK, HOST_STACK_END, JUMPS, PAGE, TARGET_RIP};
 use super::registers::STACK;
@@ -27,6 +28,24 @@ pub struct ExitSite {
     pub unlinked: Label,
     /// Offsets of the guards' immediates.
     pub guards: Option<[usize; 2]>,
+    pub shortcut: Option<ShortcutSite>,
+}
+
+/// A jump past the code that saves the flags, to who knows their recipe: in the making.
+#[derive(Clone, Copy)]
+pub struct ShortcutSite {
+    pub recipe: Recipe,
+    /// Offset of the byte behind the jump.
+    pub end: usize,
+    /// Where it goes as long as there is no such target: on, if nowhere.
+    pub otherwise: Option<Label>,
+}
+
+/// A conditional exit whose flags are not in memory: what comes of it at the end of the code.
+pub struct Way {
+    distance: i64,
+    shortcut: ShortcutSite,
+    label: Label,
 }
 
 impl Emitter<'_> {
@@ -50,22 +69,48 @@ impl Emitter<'_> {
 
     /// Goes to `distance` bytes behind the block's first byte. With `checked`, translations may have changed in this block.
     pub fn exit(&mut self, distance: i64, checked: bool) {
+        let guarded = checked || !self.is_near(distance);
+        let recipe = self.flags.recipe.filter(|_| !self.flags.saved && !guarded);
+        let shortcut = recipe.map(|recipe| {
+            self.asm.no_jump();
+            ShortcutSite { recipe, end: self.asm.len(), otherwise: None }
+        });
+        self.save_flags();
         let unlinked = self.way_to_link();
-        let guards = (checked || !self.is_near(distance)).then(|| self.guard(distance, unlinked));
+        let guards = guarded.then(|| self.guard(distance, unlinked));
         self.asm.jmp(unlinked);
-        self.exits.push(ExitSite { distance, end: self.asm.len(), unlinked, guards });
+        self.exits.push(ExitSite { distance, end: self.asm.len(), unlinked, guards, shortcut });
     }
 
-    /// Goes to `distance`, which is near, if `condition` holds.
+    /// Goes to `distance`, which is near, if `condition` holds. The host's flags are the guest's.
     pub fn exit_near_if(&mut self, condition: ConditionCode, distance: i64) {
+        if let Some(recipe) = self.flags.recipe.filter(|_| !self.flags.saved) {
+            let label = self.asm.create_label();
+            self.asm.jcc(condition, label);
+            let shortcut = ShortcutSite { recipe, end: self.asm.len(), otherwise: Some(label) };
+            self.ways.push(Way { distance, shortcut, label });
+            return;
+        }
         let unlinked = self.way_to_link();
         self.asm.jcc(condition, unlinked);
-        self.exits.push(ExitSite { distance, end: self.asm.len(), unlinked, guards: None });
+        self.exits.push(ExitSite { distance, end: self.asm.len(), unlinked, guards: None, shortcut: None });
+    }
+
+    /// Writes the code of conditional exits behind which the flags are saved.
+    pub(super) fn finish_ways(&mut self) {
+        for Way { distance, shortcut, label } in std::mem::take(&mut self.ways) {
+            self.asm.set_label(label);
+            self.flags = Whereabouts { host: true, saved: false, recipe: None };
+            self.save_flags();
+            let unlinked = self.way_to_link();
+            self.asm.jmp(unlinked);
+            self.exits.push(ExitSite { distance, end: self.asm.len(), unlinked, guards: None, shortcut: Some(shortcut) });
+        }
     }
 
     fn way_to_link(&mut self) -> Label {
         let unlinked = self.asm.create_label();
-        self.cold(unlinked, detour::LINK + self.exits.len() as u32, None);
+        self.cold(unlinked, detour::LINK + self.first_exit + self.exits.len() as u32, None);
         unlinked
     }
 
@@ -152,7 +197,7 @@ impl Emitter<'_> {
         let guards = (!self.is_near(distance)).then(|| self.guard(distance, unlinked));
         self.push_call();
         self.asm.call(unlinked);
-        self.exits.push(ExitSite { distance, end: self.asm.len(), unlinked, guards });
+        self.exits.push(ExitSite { distance, end: self.asm.len(), unlinked, guards, shortcut: None });
         self.come_back(back);
     }
 

@@ -8,7 +8,8 @@ use iced_x86::{Code, ConditionCode, Instruction, Mnemonic, OpKind, Register};
 
 use super::asm::{byte_ptr, qword_ptr, Label};
 use super::block::{Place, Translation};
-use super::emit::{cpu_field, in_memory, Overflow, Rule};
+use super::emit::{cpu_field, in_memory};
+use super::flags::{Overflow, Rule};
 use super::native::FLAGS;
 use super::registers::{host, resized};
 use crate::cpu::Cpu;
@@ -42,7 +43,7 @@ impl Translation<'_> {
         let wide = matches!(insn.code(), Code::Div_rm64 | Code::Idiv_rm64);
         let (low, high) = if wide { (RAX, RDX) } else { (EAX, EDX) };
         let (divisor, scratch) = if wide { (R15, R13) } else { (R15D, R13D) };
-        self.out.clobber_flags(place.seen_before);
+        self.out.flush_flags(place.seen_before);
         let miss = self.out.detour(place.index);
         if insn.op0_kind() == OpKind::Memory {
             self.load_memory(insn, miss);
@@ -71,7 +72,7 @@ impl Translation<'_> {
     /// SHL, SHR or SAR of at least 32 bits by CL, whose flags somebody sees: those before it, if the count is zero.
     pub(super) fn shift_by_cl(&mut self, insn: &Instruction, place: Place) {
         let memory = insn.op0_kind() == OpKind::Memory;
-        self.out.clobber_flags(place.seen_before);
+        self.out.flush_flags(place.seen_before);
         let bytes = if memory { insn.memory_size().size() } else { insn.op0_register().size() };
         let operand = memory.then(|| {
             let miss = self.out.detour(place.index);
@@ -178,7 +179,7 @@ impl Translation<'_> {
 
     /// PUSHFQ.
     pub(super) fn push_flags(&mut self, place: Place) {
-        self.out.clobber_flags(place.seen_before);
+        self.out.flush_flags(place.seen_before);
         let miss = self.out.detour(place.index);
         let slot = self.stack_slot(-8, AccessKind::Write, miss);
         self.flags_image();

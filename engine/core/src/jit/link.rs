@@ -6,6 +6,8 @@
 
 use std::ops::Range;
 
+use super::asm::{JUMP, NO_JUMP};
+use super::flags::Recipe;
 use super::native::status;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
@@ -26,7 +28,41 @@ pub struct Exit {
     pub unlinked: i32,
     /// The page and the context that the guards compare with, where they can be written.
     pub guards: Option<[*mut u8; 2]>,
+    pub shortcut: Option<Shortcut>,
 }
+
+/// A jump past the code that saves the flags of an exit, to a translation that knows their recipe.
+#[derive(Clone, Copy)]
+pub struct Shortcut {
+    pub recipe: Recipe,
+    /// The distance in the jump, where it can be written, and the address of the byte behind it, where it runs.
+    pub field: *mut u8,
+    pub end: u64,
+    /// The distance while there is no such translation. `None` for a jump that is not there then.
+    pub otherwise: Option<i32>,
+}
+
+impl Shortcut {
+    /// Makes the jump lead to `target`, or away.
+    fn point(&self, target: Option<*const u8>) {
+        let distance = target.map(|target| (target as u64).wrapping_sub(self.end) as i32);
+        // SAFETY: as in `Exit::unlink`.
+        unsafe {
+            match (distance, self.otherwise) {
+                (Some(distance), None) => {
+                    self.field.sub(1).write(JUMP);
+                    self.field.cast::<i32>().write_unaligned(distance);
+                }
+                (None, None) => self.field.sub(1).cast::<[u8; 5]>().write_unaligned(NO_JUMP),
+                (distance, Some(otherwise)) => self.field.cast::<i32>().write_unaligned(distance.unwrap_or(otherwise)),
+            }
+        }
+    }
+}
+
+/// Translations that a block may have besides the first one, and how often the budget ends before it until it gets them.
+const SHORTCUTS: usize = 3;
+const SAMPLES: u32 = 2;
 
 /// In the place of a page or a context that a guard compares with: what none is.
 pub const NO_GUARD: u64 = 1;
@@ -34,6 +70,7 @@ pub const NO_GUARD: u64 = 1;
 impl Exit {
     /// Makes the exit lead here.
     fn unlink(&self) {
+        self.shortcut.iter().for_each(|shortcut| shortcut.point(None));
         // SAFETY: the fields are part of a translation, and all of these are forgotten before their memory is used again.
         unsafe {
             match self.guards {
@@ -57,6 +94,9 @@ impl Exit {
             }
             self.field.cast::<i32>().write_unaligned((target.entry as u64).wrapping_sub(self.end) as i32);
         }
+        if let (Some(shortcut), Some(links)) = (self.shortcut, &target.links) {
+            shortcut.point(links.shortcut(shortcut.recipe));
+        }
         true
     }
 }
@@ -66,11 +106,52 @@ pub struct Links {
     exits: Vec<Exit>,
     /// Exits that were linked to this block.
     incoming: Vec<Exit>,
+    /// It is of use to come with flags that are not in memory.
+    takes_recipes: bool,
+    /// How often the budget ended before the block.
+    samples: u32,
+    /// Translations for who comes with the flags of a recipe.
+    shortcuts: Vec<(Recipe, *const u8)>,
 }
 
 impl Links {
-    pub fn new(exits: Vec<Exit>) -> Self {
-        Links { exits, incoming: Vec::new() }
+    pub fn new(exits: Vec<Exit>, takes_recipes: bool) -> Self {
+        Links { exits, incoming: Vec::new(), takes_recipes, samples: 0, shortcuts: Vec::new() }
+    }
+
+    /// How many exits there are.
+    pub fn exits(&self) -> u32 {
+        self.exits.len() as u32
+    }
+
+    /// Another translation of the block, for who comes with `recipe`.
+    pub fn add_shortcut(&mut self, recipe: Recipe, entry: *const u8, exits: &[Exit]) {
+        self.shortcuts.push((recipe, entry));
+        self.exits.extend(exits);
+        let known = self.incoming.iter().filter_map(|exit| exit.shortcut);
+        known.filter(|shortcut| shortcut.recipe == recipe).for_each(|shortcut| shortcut.point(Some(entry)));
+    }
+
+    /// The translation for who comes with `recipe`.
+    fn shortcut(&self, recipe: Recipe) -> Option<*const u8> {
+        self.shortcuts.iter().find(|(known, _)| *known == recipe).map(|(_, entry)| *entry)
+    }
+
+    /// Recipes that jumps to the block come with, which are to have translations of their own.
+    fn wanted(&self) -> Vec<Recipe> {
+        let mut wanted = Vec::new();
+        for recipe in self.incoming.iter().filter_map(|exit| exit.shortcut).map(|shortcut| shortcut.recipe) {
+            let room = self.takes_recipes && self.shortcuts.len() + wanted.len() < SHORTCUTS;
+            if room && self.shortcut(recipe).is_none() && !wanted.contains(&recipe) {
+                wanted.push(recipe);
+            }
+        }
+        wanted
+    }
+
+    /// Whether a translation for some recipe is at `addresses`.
+    pub fn are_at(&self, addresses: &Range<u64>) -> bool {
+        self.shortcuts.iter().any(|(_, entry)| addresses.contains(&(*entry as u64)))
     }
 
     /// `exit` leads to this block now. One that is linked to several by turns, as processes that share code are run, comes again and again.
@@ -115,6 +196,9 @@ pub unsafe fn follow(cpu: &mut Cpu, block: *mut Block, number: usize) -> u32 {
         cpu.native.counts.links += 1;
         target.links.as_mut().into_iter().for_each(|links| links.add(exit));
     }
+    if cpu.hot == 1 && !cpu.make_shortcuts(target) {
+        return cpu.left_after(block);
+    }
     cpu.keep_from_blocks();
     cpu.go_to(found)
 }
@@ -135,6 +219,27 @@ impl Cpu {
         (ready && self.native.context == self.jump_context).then_some(block)
     }
 
+    /// The budget ended before `block`, so it is one of those that run most, and gets translations for who comes with a recipe.
+    ///
+    /// # Safety
+    /// Host code is about to be left for good.
+    pub(super) unsafe fn sampled(&mut self, block: *mut Block) {
+        // SAFETY: blocks are freed by `collect` only; nobody else has a reference.
+        let block = unsafe { &mut *block };
+        let Some(links) = &mut block.links else { return };
+        links.samples += 1;
+        if links.samples >= SAMPLES && links.samples.is_power_of_two() {
+            self.make_shortcuts(block);
+        }
+    }
+
+    /// Translates `block` for those who come with a recipe. False if host code was forgotten to make room instead, perhaps the block's.
+    fn make_shortcuts(&mut self, block: &mut Block) -> bool {
+        let (Some(links), Some(translator)) = (&block.links, &mut self.translator) else { return true };
+        let (code, model) = (&mut self.code, &self.model);
+        links.wanted().into_iter().all(|recipe| translator.translate_for(recipe, block, code, model).is_some())
+    }
+
     /// The dispatcher goes on at RIP, behind `block`. One that watches branches must not learn from which: this one has been noted.
     fn left_after(&mut self, block: *mut Block) -> u32 {
         if self.pmu.watching != Watching::NONE {
@@ -152,8 +257,8 @@ mod tests {
 
     #[test]
     fn an_exit_that_comes_again_and_again_takes_no_more_room() {
-        let mut links = Links::new(Vec::new());
-        let exit = |end| Exit { distance: 0, field: std::ptr::null_mut(), end, unlinked: 0, guards: None };
+        let mut links = Links::new(Vec::new(), false);
+        let exit = |end| Exit { distance: 0, field: std::ptr::null_mut(), end, unlinked: 0, guards: None, shortcut: None };
         (0..100_000).for_each(|n| links.add(exit(n % 10)));
         assert!(links.incoming.capacity() < 100, "{}", links.incoming.capacity());
         links.forget(&(3..10));

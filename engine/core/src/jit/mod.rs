@@ -11,7 +11,8 @@
 //! | `plan` | which instructions become host code |
 //! | `block` | the translation of a block |
 //! | `asm` | the assembler |
-//! | `emit` | pieces of host code: flags, ways into the interpreter |
+//! | `emit` | pieces of host code: ways into the interpreter and back |
+//! | `flags` | where the guest's flags are meanwhile |
 //! | `access` | accesses to the guest's memory |
 //! | `exits` | the head of a block, and the ways to the next one |
 //! | `watched` | what a branch does for those who watch branches |
@@ -29,6 +30,7 @@ mod block;
 mod calls;
 mod emit;
 mod exits;
+pub mod flags;
 mod integer;
 pub mod link;
 pub mod native;
@@ -49,7 +51,9 @@ use crate::cpu::{CodeSize, Cpu};
 use crate::decode::block::{decode_page, Block};
 use crate::decode::cache::CodeCache;
 use crate::model::Model;
-use backend::{Backend, HostCode, Made};
+use backend::{Arrival, Backend, HostCode, Made};
+use flags::Recipe;
+use iced_x86::Instruction;
 use link::Links;
 use native::Trampoline;
 
@@ -113,19 +117,13 @@ impl Translator {
         if block.key.size != CodeSize::Bits64 || block.second_page.is_some() || block.breakpoint {
             return;
         }
-        let mut bytes = vec![0; block.length as usize];
-        // SAFETY: the block's bytes are in one page of RAM, which stays mapped while the page table holds its region.
-        unsafe { ptr::with_exposed_provenance::<u8>(block.key.host as usize).copy_to(bytes.as_mut_ptr(), bytes.len()) };
-        let instructions = decode_page(&bytes, block.key.size, model);
-        if instructions.len() != block.instructions as usize {
-            return; // another core just wrote there, and the block is about to die
-        }
+        let Some(instructions) = decode_again(block, model) else { return };
         loop {
-            match self.backend.translate(block, &instructions, model) {
-                Made::Code(HostCode { entry, body, exits }) => {
+            match self.backend.translate(block, &instructions, model, Arrival::default()) {
+                Made::Code(HostCode { entry, body, exits, takes_recipes }) => {
                     self.translated += 1;
                     (block.entry, block.body) = (entry, body);
-                    block.links = Some(Box::new(Links::new(exits)));
+                    block.links = Some(Box::new(Links::new(exits, takes_recipes)));
                     return;
                 }
                 Made::Refused => return,
@@ -135,6 +133,36 @@ impl Translator {
             }
         }
     }
+}
+
+impl Translator {
+    /// Translates `block`, which has a translation, for who comes with `recipe`. `None` if host code was forgotten to make room instead.
+    fn translate_for(&mut self, recipe: Recipe, block: &mut Block, code: &mut CodeCache, model: &Model) -> Option<()> {
+        let (Some(instructions), Some(links)) = (decode_again(block, model), &block.links) else { return Some(()) };
+        let arrival = Arrival { recipe: Some(recipe), first_exit: links.exits() };
+        match self.backend.translate(block, &instructions, model, arrival) {
+            Made::Code(made) => {
+                self.translated += 1;
+                block.links.iter_mut().for_each(|links| links.add_shortcut(recipe, made.entry, &made.exits));
+            }
+            Made::Refused => {}
+            Made::Full(addresses) => {
+                self.evicted += code.forget_translations_at(&addresses);
+                return None;
+            }
+        }
+        Some(())
+    }
+}
+
+/// The instructions of `block`, which are all in one page; `None` if they are not the ones that it was made of.
+fn decode_again(block: &Block, model: &Model) -> Option<Vec<Instruction>> {
+    let mut bytes = vec![0; block.length as usize];
+    // SAFETY: the block's bytes are in one page of RAM, which stays mapped while the page table holds its region.
+    unsafe { ptr::with_exposed_provenance::<u8>(block.key.host as usize).copy_to(bytes.as_mut_ptr(), bytes.len()) };
+    let instructions = decode_page(&bytes, block.key.size, model);
+    // Otherwise another core just wrote there, and the block is about to die.
+    (instructions.len() == block.instructions as usize).then_some(instructions)
 }
 
 /// What makes host code here, or why nothing does.

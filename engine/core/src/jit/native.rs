@@ -23,6 +23,8 @@ use crate::uop::{slot, Exec, Stop, Uop};
 pub struct Native {
     /// Arithmetic flags: OF in the low byte (0 or 1), what LAHF gives in the high byte.
     flags: u16,
+    /// Operands of the operation that made the flags, where the registers that they were in are not theirs any more.
+    flag_operands: [u64; 2],
     /// Linear page of the running block: with the block's place in it, its RIP.
     pub(super) page: u64,
     /// Where a call goes while its return address is pushed.
@@ -94,6 +96,7 @@ impl Default for Native {
     fn default() -> Self {
         Native {
             flags: 0,
+            flag_operands: [0; 2],
             page: 0,
             target_rip: 0,
             jumps: std::ptr::null(),
@@ -120,6 +123,7 @@ impl Default for Native {
 const NATIVE: usize = offset_of!(Cpu, native);
 /// Offsets of fields in a CPU.
 pub const FLAGS: usize = NATIVE + offset_of!(Native, flags);
+pub const FLAG_OPERANDS: usize = NATIVE + offset_of!(Native, flag_operands);
 pub const PAGE: usize = NATIVE + offset_of!(Native, page);
 pub const TARGET_RIP: usize = NATIVE + offset_of!(Native, target_rip);
 pub const WANDERER: usize = NATIVE + offset_of!(Native, wanderer);
@@ -337,6 +341,10 @@ unsafe fn head(cpu: &mut Cpu, block: *mut Block, kept: bool) -> u32 {
     let before = cpu.budget + i64::from(instructions);
     if !kept && before > 0 {
         return status::DONE;
+    }
+    if !kept {
+        // SAFETY: as above, and host code is left.
+        unsafe { cpu.sampled(block) };
     }
     cpu.budget = before;
     cpu.regs[slot::RIP as usize] = cpu.native.page | host & PAGE_OFFSET;

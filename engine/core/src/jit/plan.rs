@@ -5,7 +5,7 @@
 
 use iced_x86::{Code, ConditionCode, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
-use super::emit::{Overflow, Rule};
+use super::flags::{Overflow, Rule};
 use super::registers;
 use super::string;
 use super::system::control_register;

@@ -97,10 +97,10 @@ pub fn write(arena: &mut Arena, a: &mut Asm, host: Host) -> Option<Stubs> {
     load(a);
     a.jmp_indirect(cpu_field(TARGET));
 
-    // To the block at RIP R15, which is not at hand.
+    // To the block at RIP R15, which is not at hand; half a call may be on the stack.
     a.set_label(bottom);
-    a.mov(RSP, cpu_field(HOST_STACK));
     a.set_label(unknown);
+    a.mov(RSP, cpu_field(HOST_STACK));
     a.mov(cpu_field(offset_of!(Cpu, regs) + slot::RIP as usize * 8), R15);
     a.mov(R13D, FIND as i32);
     a.call(detour); // which does not come back

@@ -194,7 +194,12 @@ impl Emitter<'_> {
                 self.asm.mov(to, R14);
             }
         }
-        self.rip_at(R14, branch.distance);
+        match target {
+            Target::Distance(distance) if i32::try_from(branch.distance - distance).is_ok() => {
+                self.asm.lea(R14, qword_ptr(R14, (branch.distance - distance) as i32));
+            }
+            _ => self.rip_at(R14, branch.distance),
+        }
         let a = &mut *self.asm;
         a.mov(row(offset_of!(Recent, from)), R14);
         a.mov(R14D, dword_ptr(RBP, offset_of!(Cpu, budget) as i32));

@@ -24,6 +24,8 @@ pub const TURNS: u32 = 24;
 /// Forms that a program may have, by how often it has them.
 pub struct Forms {
     pools: Vec<Vec<Code>>,
+    /// Those whose flags can be made again.
+    comparisons: Vec<Code>,
 }
 
 impl Forms {
@@ -33,10 +35,19 @@ impl Forms {
         for code in Code::values().filter(|code| classify(*code, CodeSize::Bits64, offers) == Some(Ok(())) && stays(*code)) {
             pools.entry(family(code)).or_default().push(code);
         }
-        Forms { pools: pools.into_values().collect() }
+        let compares = |code: &Code| {
+            use Mnemonic::*;
+            matches!(code.mnemonic(), Cmp | Test | Sub | Add | And | Or | Xor)
+        };
+        let pools: Vec<Vec<Code>> = pools.into_values().collect();
+        let comparisons = pools.iter().flatten().copied().filter(compares).collect();
+        Forms { pools, comparisons }
     }
 
     fn pick(&self, favourite: usize, random: &mut Random) -> Code {
+        if random.below(5) == 0 {
+            return self.comparisons[random.below(self.comparisons.len() as u64) as usize];
+        }
         let pool = if random.below(2) == 0 { favourite % self.pools.len() } else { random.below(self.pools.len() as u64) as usize };
         self.pools[pool][random.below(self.pools[pool].len() as u64) as usize]
     }
@@ -65,14 +76,14 @@ impl Piece {
     }
 }
 
-/// The body of a loop.
+/// The body of a loop, and the register that its counter is looked at in, if not in memory.
 #[derive(Clone)]
-pub struct Program(Vec<Piece>);
+pub struct Program(Vec<Piece>, Option<u8>);
 
 impl Program {
     /// Instructions of one turn of the loop.
     pub fn length(&self) -> u64 {
-        self.0.len() as u64 + 2
+        self.0.len() as u64 + if self.1.is_some() { 4 } else { 2 }
     }
 
     pub fn bytes(&self) -> Vec<u8> {
@@ -89,6 +100,13 @@ impl Program {
         // DEC dword [COUNTER]; JNZ to the start; HLT
         bytes.extend([0xff, 0x0c, 0x25]);
         bytes.extend((COUNTER as u32).to_le_bytes());
+        if let Some(number) = self.1 {
+            // MOV register, [COUNTER]; TEST register, register, in between
+            let (low, high) = (number & 7, number >> 3);
+            bytes.extend([0x40 | high << 2, 0x8b, 0x04 | low << 3, 0x25]);
+            bytes.extend((COUNTER as u32).to_le_bytes());
+            bytes.extend([0x40 | high << 2 | high, 0x85, 0xc0 | low << 3 | low]);
+        }
         let back = -(bytes.len() as i32 + 6);
         bytes.extend([0x0f, 0x85]);
         bytes.extend(back.to_le_bytes());
@@ -123,7 +141,9 @@ pub fn program(forms: &Forms, random: &mut Random) -> Program {
             pieces.push(Piece::Plain(encoded.bytes));
         }
     }
-    Program(pieces)
+    // Any register but RSP.
+    let counted = Some(random.below(16) as u8).filter(|number| random.below(2) == 0 && *number != 4);
+    Program(pieces, counted)
 }
 
 /// Makes displacements small, and lets absolute and RIP-relative operands be in the arena. Registers point there (see [`state`]).
