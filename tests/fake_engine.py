@@ -151,9 +151,6 @@ class Core:
     def set_apic(self, posted: PostedInterrupts | None, table: IpiTable | None) -> None:
         self.posted, self.table = posted, table
 
-    def displaced(self) -> int:
-        return -1
-
     def set_timer(self, tsc: int) -> None:
         self.timer = tsc
 

@@ -110,6 +110,17 @@ def test_vmcall_is_the_kernels_and_vmmcall_anybodys(boot: Boot, host: Host) -> N
     assert refused or guest.vcpu.get_regs().rax >> 8 == (1 << 64) - 1 >> 8  # -EPERM; the handler has its vector in AL
 
 
+@pytest.mark.parametrize("host", [host for host in HOSTS if host.vendor == "intel"], ids=str)
+@pytest.mark.parametrize("prefix", [b"\x66", b"\xf2", b"\xf3", b"\xf3\x48"])
+@pytest.mark.parametrize("instruction", [VMCALL, VMMCALL])
+def test_a_prefix_that_makes_vmcall_undefined_keeps_it_so(boot: Boot, host: Host, prefix: bytes, instruction: bytes) -> None:
+    guest = boot(host, prefix + instruction + END)
+    event = guest.run().event
+    assert event is not None
+    assert (event.vector, event.rip) == (UD, CODE)
+    assert guest.vcpu.exits_by_reason()["EXCEPTION_NMI"] <= 2
+
+
 @each_host
 def test_a_locked_one_is_undefined(boot: Boot, host: Host) -> None:
     event = boot(host, LOCK + FOREIGN[host.vendor] + END).run().event

@@ -57,7 +57,7 @@ fn entry_of(machine: &Machine, la: u64) -> u64 {
 }
 
 /// What may follow a change of the page's entry. RBX is the page, R12 a descriptor of it.
-const INVALIDATIONS: [(&str, &[u8]); 10] = [
+const INVALIDATIONS: [(&str, &[u8]); 9] = [
     ("invlpg [rbx]", &[0x0f, 0x01, 0x3b]),
     ("mov rax, cr3; mov cr3, rax", &[0x0f, 0x20, 0xd8, 0x0f, 0x22, 0xd8]),
     ("xor r9d, r9d; invpcid r9, [r12]", &[0x45, 0x31, 0xc9, 0x66, 0x45, 0x0f, 0x38, 0x82, 0x0c, 0x24]),
@@ -66,7 +66,6 @@ const INVALIDATIONS: [(&str, &[u8]); 10] = [
     ("mov r9d, 3; invpcid r9, [r12]", &[0x41, 0xb9, 3, 0, 0, 0, 0x66, 0x45, 0x0f, 0x38, 0x82, 0x0c, 0x24]),
     ("mov rax, cr4; xor eax, PGE; mov cr4, rax", &[0x0f, 0x20, 0xe0, 0x35, 0x80, 0, 0, 0, 0x0f, 0x22, 0xe0]),
     ("mov rax, cr0; xor eax, WP; mov cr0, rax", &[0x0f, 0x20, 0xc0, 0x35, 0, 0, 1, 0, 0x0f, 0x22, 0xc0]),
-    ("mov ecx, EFER; rdmsr; xor eax, NXE; wrmsr", &[0xb9, 0x80, 0, 0, 0xc0, 0x0f, 0x32, 0x35, 0, 8, 0, 0, 0x0f, 0x30]),
     ("mov rax, [rbx + 16 MB], which takes its place in the TLB", &[0x48, 0x8b, 0x83, 0, 0, 0, 1]),
 ];
 

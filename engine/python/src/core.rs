@@ -1,7 +1,7 @@
 //! One physical CPU.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pyo3::exceptions::{PyLookupError, PyRuntimeError, PyValueError};
@@ -19,11 +19,10 @@ use crate::handover;
 use crate::model::Model;
 use crate::nested::NestedPageTable;
 use crate::posted::{IpiTable, PostedInterrupts};
+use crate::processors::Stay;
 
 /// Value of `Core::timer` when no change waits for the next entry.
 const UNCHANGED: u64 = u64::MAX;
-/// Value of `Core::processor` before the first entry; what the host answers for the caller's is different, whatever it is.
-const NO_PROCESSOR: i32 = -2;
 
 /// One physical CPU: translation caches, code cache, TSC and its own timer.
 #[pyclass(frozen, module = "softkvm._engine")]
@@ -33,8 +32,6 @@ pub struct Core {
     /// The timer setting that the next entry takes over.
     timer: AtomicU64,
     running: AtomicBool,
-    /// Processor of the host that the core was on when it last entered a guest.
-    processor: AtomicI32,
     /// The engine panicked while the core ran; its caches cannot be trusted any more.
     broken: AtomicBool,
 }
@@ -46,8 +43,7 @@ impl Core {
         let silicon = Silicon::new(model.model.clone(), index);
         let signal = silicon.signal();
         let (running, broken) = (AtomicBool::new(false), AtomicBool::new(false));
-        let processor = AtomicI32::new(NO_PROCESSOR);
-        Core { silicon: Mutex::new(silicon), signal, timer: AtomicU64::new(UNCHANGED), running, processor, broken }
+        Core { silicon: Mutex::new(silicon), signal, timer: AtomicU64::new(UNCHANGED), running, broken }
     }
 
     /// Runs the guest of `block` on `npt` until a VM exit, without the GIL, and returns the exit reason.
@@ -58,10 +54,10 @@ impl Core {
             return Err(bug::EngineBug::new_err("the core stopped for good at an earlier bug of the engine"));
         }
         let _running = Running::start(&self.running).ok_or_else(|| PyRuntimeError::new_err("the core is running already"))?;
-        self.processor.store(host_processor(), Ordering::Relaxed);
         let claim = block.claim().ok_or_else(|| PyRuntimeError::new_err("another core runs on the control block"))?;
         handover::release();
         let outcome = py.detach(|| {
+            let stay = Stay::begin();
             let mut silicon = self.lock();
             let timer = self.timer.swap(UNCHANGED, Ordering::SeqCst);
             if timer != UNCHANGED {
@@ -71,6 +67,7 @@ impl Core {
             // the contract of the class forbids during the run; the engine copies what it checks.
             let reason = bug::guard(|| unsafe { silicon.enter(claim.as_ptr(), &npt.table) });
             drop(silicon);
+            drop(stay);
             handover::wait();
             reason
         });
@@ -85,17 +82,6 @@ impl Core {
     /// A host interrupt: a running guest leaves, and the next entry of one that does not run returns at once.
     fn kick(&self) {
         self.signal.kick();
-    }
-
-    /// Number of the host's processor if the core is in a guest, but cannot run now because the caller runs on that processor; else -1.
-    fn displaced(&self) -> i32 {
-        let processor = host_processor();
-        let waits = self.running.load(Ordering::Relaxed) && self.processor.load(Ordering::Relaxed) == processor;
-        if waits {
-            processor
-        } else {
-            -1
-        }
     }
 
     /// Sets the core's timer, which interrupts a running guest, to a host TSC value; 0 stops it. Never waits: a core that runs leaves
@@ -177,12 +163,6 @@ impl Core {
     fn lock(&self) -> MutexGuard<'_, Silicon> {
         self.silicon.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// The processor of the host that the calling thread is on.
-fn host_processor() -> i32 {
-    // SAFETY: takes nothing and changes nothing.
-    unsafe { libc::sched_getcpu() }
 }
 
 /// Says that a thread is in `enter`, until dropped.

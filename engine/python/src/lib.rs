@@ -13,6 +13,7 @@ mod memory;
 mod model;
 mod nested;
 mod posted;
+mod processors;
 mod wakeup;
 
 use pyo3::prelude::*;

@@ -15,6 +15,7 @@ use pyo3::prelude::*;
 use softkvm_engine::cpu::clock::{host_tsc, host_tsc_khz};
 
 use crate::handover;
+use crate::processors;
 
 /// Values of `Wakeup::state`.
 const QUIET: u32 = 0;
@@ -62,7 +63,8 @@ impl Wakeup {
     }
 
     /// Waits awake until it is set, `ns` are over, or another thread has taken the processor; whether it is set. Not at all if another
-    /// thread has taken the processor since the last time: where many want to run, the kernel polls neither (`single_task_running()`).
+    /// thread has taken the processor since the last time, or a guest was on it: where others want to run, the kernel does not poll either
+    /// (`single_task_running()`).
     fn poll(&self, py: Python<'_>, ns: u64) -> bool {
         handover::release();
         py.detach(|| {
@@ -117,7 +119,7 @@ impl Flag {
         let end = start.saturating_add(u64::try_from(ticks).unwrap_or(u64::MAX));
         let gap = khz / 1000 * PREEMPTED_US;
         let mut last = start;
-        if self.was_preempted() {
+        if self.was_preempted() || processors::crowded() {
             return self.is_set();
         }
         while !self.is_set() {

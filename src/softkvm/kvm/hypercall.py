@@ -84,13 +84,17 @@ def _call(vcpu: Vcpu, nr: int, *arguments: int) -> int:
 def fix(vcpu: Vcpu, prefixes: int, opcode: bytes) -> int:
     """The other vendor's hypercall, behind `prefixes` bytes: the silicon's own is stored over it, and the guest executes that.
 
-    It is a store of the guest's own code, by its page tables: where they forbid it the guest gets #PF. Code in read-only memory cannot be
-    mended and stays undefined. KVM checks the privilege of VMCALL here, not of VMMCALL.
+    The silicon's own is here only if one of its prefixes makes it undefined, and stays so. The store is to the guest's own code, by its
+    page tables: where they forbid it the guest gets #PF. Code in read-only memory cannot be mended and stays undefined. KVM checks the
+    privilege of VMCALL here, not of VMMCALL.
     """
+    own = _OWN[vcpu.model.vendor]
+    if opcode.startswith(own):
+        events.inject_ud(vcpu)
+        return 1
     if opcode.startswith(VMCALL) and regs.cpl(vcpu):
         events.inject_gp(vcpu)
         return 1
-    own = _OWN[vcpu.model.vendor]
     mask = (1 << 64) - 1 if regs.is_64_bit_mode(vcpu) else 0xFFFF_FFFF
     pieces = ops.translate(vcpu, [regs.linear_rip(vcpu) + prefixes & mask], len(own), RIGHT_W)
     if isinstance(pieces, int):

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from softkvm.host import balance
 from softkvm.host.task import TIF_SIGPENDING, Task, current
 from softkvm.kvm.ioctl import KvmFile
 from softkvm.kvm.request import REQ_NMI, REQ_TRIPLE_FAULT
@@ -100,12 +99,10 @@ class VcpuRequests(KvmFile):
         self.wakeup.set()
 
     def kick_guest(self) -> None:
-        """Leave guest mode, if in it (`kvm_vcpu_kick()`); KVM_RUN goes on. The caller does not keep the processor from the vCPU."""
+        """Leave guest mode, if in it (`kvm_vcpu_kick()`); KVM_RUN goes on."""
         cpu = self.cpu
         if self.mode and cpu is not None:
             cpu.core.kick()
-            if (processor := cpu.core.displaced()) >= 0:
-                balance.step_aside(processor)
 
     def kick(self) -> None:
         """Send the vCPU's thread a signal: the KVM_RUN in progress, or the next one, fails with EINTR and KVM_EXIT_INTR."""

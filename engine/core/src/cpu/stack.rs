@@ -48,6 +48,13 @@ impl Cpu {
         Ok(())
     }
 
+    /// Fails as [`Cpu::push`] would, without writing.
+    #[cold]
+    pub fn probe_push<W: Word>(&mut self) -> Exec {
+        let la = self.stack_address(self.regs[gpr::RSP].wrapping_sub(W::BYTES), W::BYTES, AccessKind::Write)?;
+        self.probe_write(seg::SS, la, W::BYTES)
+    }
+
     /// Reads the word `skip` bytes above the top of the stack, and leaves RSP alone.
     #[inline(always)]
     pub fn peek<W: Word>(&mut self, skip: u64) -> Exec<W> {

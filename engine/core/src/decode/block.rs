@@ -46,7 +46,7 @@ impl Link {
 }
 
 /// A decoded block. Its last micro-op is always one that leaves it. What every run touches comes first.
-#[repr(C, align(64))]
+#[repr(C)]
 pub struct Block {
     /// One micro-op per instruction, and one more that falls through to what follows.
     pub uops: Box<[Uop]>,

@@ -13,8 +13,9 @@ use crate::memory::PAGE_OFFSET;
 use crate::pmu::Watching;
 use crate::uop::Handler;
 
-/// Slots of the jump cache.
-pub const JUMP_SLOTS: usize = 1 << 14;
+/// The jump cache has a slot for each number of so many bits.
+pub const JUMP_BITS: u8 = 15;
+pub const JUMP_SLOTS: usize = 1 << JUMP_BITS;
 /// Blocks that may exist; one more empties the cache, which bounds its memory.
 const MAX_BLOCKS: usize = 1 << 18;
 /// Bytes of code that one bit of a page's line map stands for.
@@ -82,7 +83,7 @@ impl Default for CodeCache {
 /// it is watched.
 #[inline(always)]
 const fn jump_slot(rip: u64, context: u64) -> usize {
-    (rip ^ rip >> 14) as usize & (JUMP_SLOTS - 1) ^ jump_salt(Watching::number_in(context))
+    (rip ^ rip >> JUMP_BITS) as usize & (JUMP_SLOTS - 1) ^ jump_salt(Watching::number_in(context))
 }
 
 /// What sets code with [`Watching::number`] apart in the jump cache; nothing for code that is not watched.

@@ -1,9 +1,9 @@
 //! Which instructions a CPU model has: the rest is #UD, or what the bytes meant before the instruction existed (SDM vol. 2, "CPUID
 //! Feature Flag" of each instruction).
 
-use iced_x86::{CpuidFeature, DecoderOptions, Instruction, Mnemonic};
+use iced_x86::{Code, CpuidFeature, DecoderOptions, Instruction, Mnemonic};
 
-use crate::model::{Feature, Model};
+use crate::model::{Feature, Model, Silicon};
 
 /// Options of the decoder for `model`: prefixes that it ignores because it lacks the instruction they make.
 pub fn options(model: &Model) -> u32 {
@@ -13,17 +13,27 @@ pub fn options(model: &Model) -> u32 {
         (Feature::Wbnoinvd, DecoderOptions::NO_WBNOINVD),
         (Feature::LahfLm, DecoderOptions::NO_LAHF_SAHF_64),
     ];
-    ignored.into_iter().filter(|(feature, _)| !model.has(*feature)).fold(DecoderOptions::NONE, |options, (_, option)| options | option)
+    // Near branches of 16 bits in 64-bit mode, far ones that REX.W does not widen, and LOCK MOV CR0 in place of MOV CR8.
+    let vendor = if model.silicon() == Silicon::Amd { DecoderOptions::AMD } else { DecoderOptions::NONE };
+    ignored.into_iter().filter(|(feature, _)| !model.has(*feature)).fold(vendor, |options, (_, option)| options | option)
 }
 
 /// Whether `model` has `insn`.
 pub fn offers(model: &Model, insn: &Instruction) -> bool {
+    if model.silicon() == Silicon::Amd && is_prefetch_of_register(insn.code()) {
+        return false;
+    }
     is_hint(insn.mnemonic())
         || insn.cpuid_features().iter().all(|feature| match need(*feature) {
             Need::Nothing => true,
             Need::One(feature) => model.has(feature),
             Need::Unknown => false,
         })
+}
+
+/// 0F 0D with a register: a NOP to Intel's silicon alone.
+fn is_prefetch_of_register(code: Code) -> bool {
+    matches!(code, Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D | Code::Reservednop_rm64_r64_0F0D)
 }
 
 /// Instructions in the space of hints, which CPUs that do not know them execute as NOP.

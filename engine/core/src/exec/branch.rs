@@ -6,6 +6,7 @@ use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use super::select::{condition, holds, in_memory};
 use crate::cpu::{CodeSize, Cpu};
+use crate::model::Silicon;
 use crate::state::{gpr, seg};
 use crate::uop::{Exec, Handler, RegOffset, Stop, Uop};
 use crate::word::Word;
@@ -46,7 +47,7 @@ fn go<W: Word>(cpu: &mut Cpu, target: u64) -> Exec {
     Err(Stop::Next)
 }
 
-/// Only 64-bit code has 64-bit operands, and near branches in it have no other.
+/// Only 64-bit code has 64-bit operands; near branches in it have no other, but for those of 16 bits that AMD's silicon has.
 #[inline(always)]
 fn set_rip<W: Word>(cpu: &mut Cpu, target: u64) {
     if W::BITS == 64 {
@@ -58,7 +59,7 @@ fn set_rip<W: Word>(cpu: &mut Cpu, target: u64) {
 
 #[inline(always)]
 fn check_target<W: Word>(cpu: &mut Cpu, target: u64) -> Exec {
-    let allowed = if W::BITS == 64 { cpu.canonical(target) } else { target <= cpu.state.segments[seg::CS].limit.into() };
+    let allowed = if W::BITS == 64 || cpu.long_mode() { cpu.canonical(target) } else { target <= cpu.state.segments[seg::CS].limit.into() };
     if !allowed {
         return Err(cpu.general_protection());
     }
@@ -143,7 +144,12 @@ fn call(insn: &Instruction) -> Option<Handler> {
 
 #[inline(always)]
 fn call_to<W: Word>(cpu: &mut Cpu, uop: &Uop, target: u64) -> Exec {
-    check_target::<W>(cpu, target)?;
+    if let Err(stop) = check_target::<W>(cpu, target) {
+        if cpu.silicon == Silicon::Amd {
+            cpu.probe_push::<W>()?; // it looks at the stack first
+        }
+        return Err(stop);
+    }
     cpu.push(return_address::<W>(cpu, uop))?;
     cpu.set_rip(target);
     Err(Stop::Next)

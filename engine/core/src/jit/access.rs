@@ -8,13 +8,13 @@
 
 use std::mem::offset_of;
 
-use iced_x86::Register::{R11, R13, R13D, R14, R15, R15D, R15L, RBP};
+use iced_x86::Register::{R10, R13, R13D, R14, R15, R15D, R15L};
 use iced_x86::{Code, ConditionCode, Instruction, Register};
 
 use super::asm::{dword_ptr, qword_ptr, word_ptr, Asm, Label, Memory};
 use super::emit::{cpu_field, Emitter};
 use super::native::{STAMP, WANDERER};
-use super::registers::resized;
+use super::registers::{resized, BUDGET};
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
@@ -218,32 +218,32 @@ fn load_slot(a: &mut Asm, to: Register, la: Register, scratch: Register, has_bex
 /// whether that lets the access through, and then R13 is the addend. Clobbers R15.
 pub fn write_refill(a: &mut Asm, kind: AccessKind, has_bextr: bool) {
     let [copy, seldom, done] = [(); 3].map(|()| a.create_label());
-    let cell = |offset: usize| qword_ptr(R11, offset as i32);
-    let (changed_at, changes) = (dword_ptr(R11, offset_of!(Cell, changed_at) as i32), word_ptr(R11, offset_of!(Cell, changes) as i32));
-    a.push(R11);
-    load_slot(a, R11, R14, R11, has_bextr);
+    let cell = |offset: usize| qword_ptr(R10, offset as i32);
+    let (changed_at, changes) = (dword_ptr(R10, offset_of!(Cell, changed_at) as i32), word_ptr(R10, offset_of!(Cell, changes) as i32));
+    a.push(R10);
+    load_slot(a, R10, R14, R10, has_bextr);
     a.push(R13);
     a.mov(R13, cpu_field(offset_of!(Cpu, active_table)));
     a.and(R15, !(PAGE_OFFSET as i32));
-    a.cmp(R15, qword_ptr(R13, tags(kind)).index(R11, 8));
-    a.mov(R13, qword_ptr(R13, ADDENDS).index(R11, 8));
-    a.pop(R11);
+    a.cmp(R15, qword_ptr(R13, tags(kind)).index(R10, 8));
+    a.mov(R13, qword_ptr(R13, ADDENDS).index(R10, 8));
+    a.pop(R10);
     a.jne(done);
-    // R11 is the cell, and R15 the page.
+    // R10 is the cell, and R15 the page.
     a.mov(cell(offset_of!(Cell, addend)), R13);
     a.mov(R13, cpu_field(STAMP));
     a.cmp(R13, cell(offset_of!(Cell, stamp)));
     a.jne(copy);
     // The cell was of another page.
-    a.mov(R13D, dword_ptr(RBP, offset_of!(Cpu, budget) as i32));
-    a.sub(changed_at, R13D);
+    let budget = resized(BUDGET, R13D);
+    a.sub(changed_at, budget);
     a.cmp(changed_at, SOON);
-    a.mov(changed_at, R13D);
+    a.mov(changed_at, budget);
     a.jcc(ConditionCode::ae, seldom);
     a.add(changes, 1);
     a.cmp(changes, CHANGES - 1);
     a.jcc(ConditionCode::be, copy);
-    a.mov(cpu_field(WANDERER), R11);
+    a.mov(cpu_field(WANDERER), R10);
     a.jmp(done);
     a.set_label(seldom);
     a.mov(changes, 0);
@@ -254,7 +254,7 @@ pub fn write_refill(a: &mut Asm, kind: AccessKind, has_bextr: bool) {
     a.mov(R13, cell(offset_of!(Cell, addend)));
     a.cmp(R15, R15);
     a.set_label(done);
-    a.pop(R11);
+    a.pop(R10);
     a.ret();
 }
 

@@ -44,7 +44,7 @@ pub struct Ground {
     pub first_cell: i32,
 }
 
-/// Translates `block`, which was made from `instructions`; `None` if an instruction cannot be encoded, or nothing would become host code.
+/// Translates `block`, which was made from `instructions`; `None` if an instruction cannot be encoded.
 pub fn translate(
     asm: &mut Asm,
     block: &Block,
@@ -55,9 +55,6 @@ pub fn translate(
 ) -> Option<Code> {
     let live = live_flags(instructions, model.silicon());
     let plans: Vec<Plan> = instructions.iter().zip(&live).map(|(insn, live)| plan(insn, *live, ground.host, model)).collect();
-    if plans.iter().all(|plan| matches!(plan, Plan::Interpret)) {
-        return None; // the way into host code and out of it is all that would be added
-    }
     let units = plans.iter().fold(Units::default(), |all, plan| all.and(plan.units()));
     let last_x87 = instructions.iter().rposition(|insn| x87::sets_pointer(insn.mnemonic()));
     let settled = settled(instructions, &plans);

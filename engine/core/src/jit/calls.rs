@@ -73,7 +73,7 @@ impl Translation<'_> {
         a.or(R14, rflags::FIXED as i32);
         a.mov(cpu_field(offset_of!(Cpu, rflags)), R14);
         a.mov(word_ptr(RBP, FLAGS as i32), 0);
-        a.mov(R11, R15);
+        self.set(R11, R15);
         self.out.rip_at(RCX, insn.next_ip() as i64);
         let a = &mut *self.out.asm;
         a.mov(R13D, dword_ptr(RBP, state!(star) as i32 + 4));
@@ -93,8 +93,9 @@ impl Translation<'_> {
         self.require_kernel(miss);
         self.out.asm.mov(R15, RCX);
         self.require_canonical(miss);
+        let flags = self.get(R11, R14);
         let a = &mut *self.out.asm;
-        a.mov(R14, R11);
+        a.mov(R14, flags);
         a.test(R14D, RARE as i32);
         a.jne(miss);
         a.mov(R13D, R14D);

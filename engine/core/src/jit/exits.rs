@@ -13,10 +13,9 @@ use super::emit::{cpu_field, Emitter};
 use super::flags::{Recipe, Whereabouts};
 use super::link::NO_GUARD;
 use super::native::{detour, CONTEXT_FIELD, HOST_STACK, HOST_STACK_END, JUMPS, PAGE, TARGET_RIP};
-use super::registers::STACK;
-use crate::cpu::Cpu;
+use super::registers::{BUDGET, STACK};
 use crate::decode::block::Block;
-use crate::decode::cache::{Jump, JUMP_SLOTS};
+use crate::decode::cache::{Jump, JUMP_BITS, JUMP_SLOTS};
 use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
 
 /// A direct exit in the making.
@@ -53,7 +52,7 @@ impl Emitter<'_> {
     /// Returns the label behind.
     pub fn head(&mut self, instructions: u32) -> Label {
         let [body, exhausted] = [(); 2].map(|()| self.asm.create_label());
-        self.asm.sub(cpu_field(offset_of!(Cpu, budget)), instructions as i32);
+        self.asm.sub(BUDGET, instructions as i32);
         self.asm.jcc(ConditionCode::s, exhausted);
         self.asm.set_label(body);
         self.cold(exhausted, detour::HEAD, Some((body, false)));
@@ -164,7 +163,7 @@ impl Emitter<'_> {
         let unknown = self.places.unknown;
         let a = &mut *self.asm;
         a.mov(R14, R15);
-        a.shr(R14, 14);
+        a.shr(R14, JUMP_BITS);
         a.xor(R14D, R15D);
         a.and(R14D, (JUMP_SLOTS - 1) as i32);
         if self.salt != 0 {

@@ -6,10 +6,10 @@
 
 use std::mem::offset_of;
 
-use iced_x86::Register::{ECX, R13, R13D, R14, R15, RCX, RDI, RSI};
+use iced_x86::Register::{R13, R13D, R14, R15, RBP, RCX, RDI, RSI};
 use iced_x86::{Code, ConditionCode, Instruction, Register};
 
-use super::asm::{qword_ptr, Label};
+use super::asm::{dword_ptr, qword_ptr, Label};
 use super::block::{Place, Translation};
 use super::emit::cpu_field;
 use super::registers::resized;
@@ -46,15 +46,11 @@ impl Translation<'_> {
         let Some((bytes, has_source)) = shape(insn) else { unreachable!("the plan asked `is_host_code`") };
         self.out.clobber_flags(place.seen_before);
         let miss = self.out.detour(place.index);
-        let done = self.out.asm.create_label();
         let a = &mut *self.out.asm;
-        a.mov(R13, cpu_field(offset_of!(Cpu, rflags)));
-        a.test(R13D, rflags::DF as i32);
+        a.test(dword_ptr(RBP, offset_of!(Cpu, rflags) as i32), rflags::DF as i32);
         a.jne(miss);
         a.cmp(RCX, PAGE_SIZE as i32 / bytes);
         a.jcc(ConditionCode::a, miss);
-        a.test(ECX, ECX);
-        a.je(done);
         if has_source {
             self.addend(RSI, R14, bytes, offset_of!(tlb::Entries, read), miss);
         }
@@ -68,7 +64,6 @@ impl Translation<'_> {
             self.out.asm.sub(RSI, R14);
         }
         self.out.asm.sub(RDI, R15);
-        self.out.asm.set_label(done);
         self.out.rejoin();
     }
 

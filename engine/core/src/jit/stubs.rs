@@ -11,7 +11,7 @@ use super::emit::{cpu_field, in_memory, Places};
 use super::native::detour::FIND;
 use super::native::{self, status, Trampoline, BLOCK, HOST_STACK, HOST_STACK_END, KEPT, TARGET, VECTORS, X87};
 use super::plan::Host;
-use super::registers::PINNED;
+use super::registers::{BUDGET, PINNED};
 use super::vector::Width;
 use super::vector_registers::{write_fill, write_permission, write_spill};
 use super::x87::{self, enter as enter_x87};
@@ -174,13 +174,15 @@ fn call_rust(a: &mut Asm, elsewhere: Label) {
     a.jne(elsewhere);
 }
 
-/// Loads the pinned registers from the CPU.
+/// Loads the pinned registers and the budget from the CPU.
 fn load(a: &mut Asm) {
+    a.mov(BUDGET, cpu_field(offset_of!(Cpu, budget)));
     PINNED.iter().for_each(|(guest, host)| a.mov(*host, in_memory(*guest)))
 }
 
-/// Stores the pinned registers to the CPU.
+/// Stores the pinned registers and the budget to the CPU.
 fn store(a: &mut Asm) {
+    a.mov(cpu_field(offset_of!(Cpu, budget)), BUDGET);
     const { assert!(offset_of!(Cpu, regs) == 0) };
     PINNED.iter().for_each(|(guest, host)| a.mov(in_memory(*guest), *host))
 }

@@ -10,6 +10,7 @@ use iced_x86::Register::{R13, R13D, R14, R14D, R15, RBP};
 
 use super::asm::{byte_ptr, dword_ptr, qword_ptr, Label, Memory};
 use super::emit::{cpu_field, Emitter};
+use super::registers::{resized, BUDGET};
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::memory::PAGE_OFFSET;
@@ -158,7 +159,7 @@ impl Emitter<'_> {
         a.jcc(ConditionCode::ae, above);
         a.mov(field(offset_of!(Pmu, check_at)), 0);
         a.set_label(above);
-        a.sub(cpu_field(offset_of!(Cpu, budget)), cycles);
+        a.sub(BUDGET, cycles);
         a.sub(cpu_field(offset_of!(Cpu, budget_start)), cycles);
     }
 
@@ -202,7 +203,7 @@ impl Emitter<'_> {
         }
         let a = &mut *self.asm;
         a.mov(row(offset_of!(Recent, from)), R14);
-        a.mov(R14D, dword_ptr(RBP, offset_of!(Cpu, budget) as i32));
+        a.mov(R14D, resized(BUDGET, R14D));
         a.mov(row(offset_of!(Recent, info)), R14);
         if mispredicted {
             let flag = RECENT + offset_of!(Recent, info) + 4;

@@ -14,7 +14,7 @@ use super::PAGE_SIZE;
 /// Locks that the pages are spread over.
 const SHARDS: usize = 64;
 /// Counters of the filter in front of them.
-const COUNTERS: usize = 4096;
+const COUNTERS: usize = 1 << 15;
 
 /// Multiplicative hashing: keys are addresses, and not the guest's choice alone.
 #[derive(Default)]

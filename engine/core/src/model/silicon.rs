@@ -29,6 +29,22 @@
 //! | AAM | CF, OF and AF clear | the same |
 //! | FCOMI, FCMOVcc: C1 where no register is empty | clear (FCMOVcc: supposed) | stays |
 //!
+//! Silicon also differs where the manuals do define, or define for one vendor:
+//!
+//! | what | Intel | AMD |
+//! |---|---|---|
+//! | near branches behind 66 in 64-bit mode | the prefix is ignored | 16 bits |
+//! | 0F 0D with a register | NOP | #UD |
+//! | LOCK before MOV CR0 | #UD | MOV CR8 |
+//! | CALL where both target and stack are bad | the target's fault | the stack's |
+//! | FCOM, FCOMI and relatives stopped by an unmasked exception | condition codes or flags stay | they are written |
+//! | CVTPI2PS from memory | enters MMX mode | does not |
+//! | CVTPS2PI and relatives that raise #XM, MASKMOVQ that faults | nothing has changed | MMX mode is entered |
+//! | MASKMOVQ, MASKMOVDQU | fault for selected bytes | fault for all bytes |
+//! | VMASKMOVPS and relatives | segment limit for selected lanes | for all lanes |
+//! | SHA instructions with a misaligned operand | #GP | take it |
+//! | FNSAVE, FRSTOR, FNSTENV, FLDENV that cross into a bad page | CR2 is the page | CR2 is the operand's last byte |
+//!
 //! Approximations (RCPPS, RSQRTPS) and the last bit of transcendental x87 functions are the host's own: their vendors publish bounds of
 //! the error and no tables.
 

@@ -6,6 +6,7 @@ use super::moves::{load_whole, store_whole};
 use super::operand::{by_encoding, whole_vector, Encoding};
 use crate::cpu::Cpu;
 use crate::exec::xsave::fxsave::MXCSR_MASK;
+use crate::model::Silicon;
 use crate::paging::AccessKind;
 use crate::state::gpr;
 use crate::uop::{flag, Exec, Handler, Uop};
@@ -55,13 +56,17 @@ fn maskmovdqu<E: Encoding>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 
 fn maskmovq(cpu: &mut Cpu, uop: &Uop) -> Exec {
     cpu.require_mmx()?;
+    if cpu.silicon == Silicon::Amd {
+        cpu.touch_mmx(); // whatever comes of it
+    }
     let (value, mask) = (cpu.mm(uop.reg[1]).to_le_bytes(), cpu.mm(uop.reg[2]).to_le_bytes());
     store_selected(cpu, uop, &value, &mask)?;
     cpu.touch_mmx();
     Ok(())
 }
 
-/// Stores at RDI the bytes whose mask byte has its top bit set. All of them are probed before the first is written.
+/// Stores at RDI the bytes whose mask byte has its top bit set. All of them are probed before the first is written, and by AMD's silicon
+/// those that are left out too.
 fn store_selected(cpu: &mut Cpu, uop: &Uop, value: &[u8], mask: &[u8]) -> Exec {
     let offset = match (uop.has(flag::ADDRESS_16), uop.has(flag::ADDRESS_32)) {
         (true, _) => cpu.gpr(gpr::RDI) & 0xffff,
@@ -69,6 +74,10 @@ fn store_selected(cpu: &mut Cpu, uop: &Uop, value: &[u8], mask: &[u8]) -> Exec {
         _ => cpu.gpr(gpr::RDI),
     };
     let selected = |n: &usize| mask[*n] >> 7 != 0;
+    if cpu.silicon == Silicon::Amd {
+        let la = cpu.segment_address(uop.segment(), offset, value.len() as u64, AccessKind::Write)?;
+        cpu.probe_write(uop.segment(), la, value.len() as u64)?;
+    }
     for n in (0..value.len()).filter(selected) {
         let la = cpu.segment_address(uop.segment(), offset.wrapping_add(n as u64), 1, AccessKind::Write)?;
         cpu.probe_write(uop.segment(), la, 1)?;

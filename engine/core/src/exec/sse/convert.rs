@@ -3,8 +3,9 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use super::host::{simd, simd_from_integer, simd_to_integer};
-use super::operand::{by_encoding, is_memory, legacy_source, vector_source, Encoding, Memory64, MmxSource, Register, Source};
+use super::operand::{by_encoding, is_memory, legacy_source, vector_source, Encoding, Source};
 use crate::cpu::Cpu;
+use crate::model::Silicon;
 use crate::uop::{Exec, Handler, Uop};
 use crate::word::Word;
 
@@ -45,8 +46,8 @@ pub fn handler(insn: &Instruction) -> Option<Handler> {
         Mnemonic::Cvtsd2si | Mnemonic::Vcvtsd2si => vector_source!(insn, to_integer, Cvtsd2si32),
         Mnemonic::Cvttsd2si | Mnemonic::Vcvttsd2si if wide => vector_source!(insn, to_integer, Cvttsd2si64),
         Mnemonic::Cvttsd2si | Mnemonic::Vcvttsd2si => vector_source!(insn, to_integer, Cvttsd2si32),
-        Mnemonic::Cvtpi2ps if is_memory(insn, 1) => pi2ps::<Memory64>,
-        Mnemonic::Cvtpi2ps => pi2ps::<Register>,
+        Mnemonic::Cvtpi2ps if is_memory(insn, 1) => pi2ps_memory,
+        Mnemonic::Cvtpi2ps => pi2ps_register,
         Mnemonic::Cvtpi2pd if is_memory(insn, 1) => pi2pd_memory,
         Mnemonic::Cvtpi2pd => pi2pd_register,
         Mnemonic::Cvtps2pi => legacy_source!(insn, to_mm, Cvtps2pi),
@@ -138,16 +139,43 @@ fn to_integer<O: ToInteger, S: Source>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 
 // ---- MMX registers ------------------------------------------------------------------------------------------------------------------
 
-fn pi2ps<S: MmxSource>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    cpu.require_sse()?;
-    cpu.require_mmx()?;
-    let b = S::mm(cpu, uop)?;
+impl Cpu {
+    /// [`Cpu::raise_simd`] of an instruction that enters MMX mode: AMD's silicon has entered it when the exception comes.
+    fn raise_in_mmx(&mut self, flags: u32) -> Exec {
+        if self.silicon == Silicon::Amd {
+            self.touch_mmx();
+        }
+        self.raise_simd(flags)?;
+        self.touch_mmx();
+        Ok(())
+    }
+}
+
+fn pi2ps(cpu: &mut Cpu, uop: &Uop, b: u64, enters_mmx: bool) -> Exec {
     let a = cpu.xmm(uop.reg[0]);
     let (result, flags) = simd!(cpu.state.fpu.mxcsr, "cvtdq2ps", a, u128::from(b));
-    cpu.raise_simd(flags)?;
-    cpu.touch_mmx();
+    if enters_mmx {
+        cpu.raise_in_mmx(flags)?;
+    } else {
+        cpu.raise_simd(flags)?;
+    }
     cpu.set_xmm(uop.reg[0], a & !LOW64 | result & LOW64);
     Ok(())
+}
+
+fn pi2ps_register(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require_sse()?;
+    cpu.require_mmx()?;
+    let b = cpu.mm(uop.reg[1]);
+    pi2ps(cpu, uop, b, true)
+}
+
+/// With a memory operand it is an MMX instruction to Intel's silicon alone.
+fn pi2ps_memory(cpu: &mut Cpu, uop: &Uop) -> Exec {
+    cpu.require_sse()?;
+    cpu.require_mmx()?;
+    let b = cpu.load::<u64>(uop)?;
+    pi2ps(cpu, uop, b, cpu.silicon == Silicon::Intel)
 }
 
 fn pi2pd(cpu: &mut Cpu, uop: &Uop, b: u64) {
@@ -201,8 +229,7 @@ fn to_mm<O: ToMmx, S: Source>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     cpu.require_mmx()?;
     let b = S::xmm(cpu, uop)?;
     let (result, flags) = O::apply(cpu.state.fpu.mxcsr, b);
-    cpu.raise_simd(flags)?;
-    cpu.touch_mmx();
+    cpu.raise_in_mmx(flags)?;
     cpu.set_mm(uop.reg[0], result as u64);
     Ok(())
 }

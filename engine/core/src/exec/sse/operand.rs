@@ -4,9 +4,10 @@
 //! registers are the operands and what becomes of the bytes above the result. Vectors are worked on by halves of 16 bytes, because
 //! that is how AVX2 is defined: a YMM register is two XMM registers side by side.
 
-use iced_x86::{EncodingKind, Instruction, OpKind};
+use iced_x86::{Code, CpuidFeature, EncodingKind, Instruction, OpKind};
 
 use crate::cpu::Cpu;
+use crate::model::Silicon;
 use crate::paging::AccessKind;
 use crate::uop::{Exec, Uop};
 
@@ -79,10 +80,17 @@ impl Cpu {
     fn vector_address<const HALVES: usize, const ALIGNED: bool>(&mut self, uop: &Uop, kind: AccessKind) -> Exec<u64> {
         let bytes = 16 * HALVES as u64;
         let la = self.linear(uop, bytes, kind)?;
-        if ALIGNED && la & (bytes - 1) != 0 {
+        if ALIGNED && la & (bytes - 1) != 0 && !self.takes_misaligned(uop) {
             return Err(self.general_protection());
         }
         Ok(la)
+    }
+
+    /// The operands of the SHA instructions may be anywhere for AMD's silicon.
+    #[cold]
+    fn takes_misaligned(&self, uop: &Uop) -> bool {
+        let is_sha = |code: Code| code.cpuid_features().contains(&CpuidFeature::SHA);
+        self.silicon == Silicon::Amd && Code::try_from(usize::from(uop.code)).is_ok_and(is_sha)
     }
 
     /// Reads a memory operand of `HALVES` times 16 bytes.

@@ -5,10 +5,11 @@
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::control::set_conditions;
-use super::host::{host_operations, Operation};
+use super::host::{host_operations, Float80, Operation};
 use super::stack::status::{C0, C1, C2, C3, CONDITIONS};
 use crate::cpu::Cpu;
 use crate::flags::Flags;
+use crate::model::Silicon;
 use crate::state::rflags::{CF, PF, ZF};
 use crate::uop::{Exec, Handler, Uop};
 use crate::word::Word;
@@ -64,44 +65,61 @@ pub fn handler(insn: &Instruction) -> Option<Handler> {
 /// Condition bits of "unordered".
 const UNORDERED: u16 = C0 | C2 | C3;
 
-/// Compares ST(0) with ST(`other`) and sets the condition bits; `None` when an unmasked exception stopped it.
-fn compare<O: Operation>(cpu: &mut Cpu, uop: &Uop, other: u8) -> Option<u16> {
-    match (cpu.st(0), cpu.st(other)) {
-        (Some(a), Some(b)) => {
-            let frame = cpu.operate::<O>(a, b, &[]);
-            cpu.conclude(uop, frame.status).then_some(frame.status & UNORDERED)
+impl Cpu {
+    /// What a comparison makes of ST(0) and another register or memory, `None` where a register is empty: the condition bits, and whether no
+    /// unmasked exception stopped it.
+    fn compare<O: Operation>(&mut self, uop: &Uop, operands: Option<(Float80, Float80)>, memory: &[u8]) -> (u16, bool) {
+        match operands {
+            Some((a, b)) => {
+                let frame = self.operate_masked::<O>(a, b, memory);
+                (frame.status & UNORDERED, self.conclude(uop, frame.status))
+            }
+            None => (UNORDERED, self.underflow(uop, None)),
         }
-        _ => cpu.underflow(uop, None).then_some(UNORDERED),
     }
-}
 
-fn compare_and_pop<O: Operation>(cpu: &mut Cpu, uop: &Uop, other: u8, pops: u8) -> Exec {
-    cpu.begin_x87()?;
-    if let Some(conditions) = compare::<O>(cpu, uop, other) {
-        set_conditions(cpu, conditions);
-        cpu.pop_x87(pops);
+    /// ST(0) and ST(`other`), where neither is empty.
+    fn pair(&self, other: u8) -> Option<(Float80, Float80)> {
+        self.st(0).zip(self.st(other))
     }
-    Ok(())
+
+    /// The end of a comparison: AMD's silicon tells its result even where an unmasked exception stops it.
+    fn finish_comparison(&mut self, (conditions, done): (u16, bool), pops: u8) {
+        if done || self.silicon == Silicon::Amd {
+            set_conditions(self, conditions);
+        }
+        if done {
+            self.pop_x87(pops);
+        }
+    }
 }
 
 fn registers<O: Operation, const POPS: u8>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    compare_and_pop::<O>(cpu, uop, uop.reg[1], POPS)
+    cpu.begin_x87()?;
+    let result = cpu.compare::<O>(uop, cpu.pair(uop.reg[1]), &[]);
+    cpu.finish_comparison(result, POPS);
+    Ok(())
 }
 
 fn below_top<O: Operation>(cpu: &mut Cpu, uop: &Uop) -> Exec {
-    compare_and_pop::<O>(cpu, uop, 1, 2)
+    cpu.begin_x87()?;
+    let result = cpu.compare::<O>(uop, cpu.pair(1), &[]);
+    cpu.finish_comparison(result, 2);
+    Ok(())
 }
 
 fn into_eflags<O: Operation, const POPS: u8>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     cpu.begin_x87()?;
-    let full = cpu.st(0).is_some() && cpu.st(uop.reg[1]).is_some() && cpu.silicon.keeps_c1();
-    let kept = if full { cpu.state.fpu.fsw & C1 } else { 0 };
-    let conditions = compare::<O>(cpu, uop, uop.reg[1]);
+    let operands = cpu.pair(uop.reg[1]);
+    let kept = if operands.is_some() && cpu.silicon.keeps_c1() { cpu.state.fpu.fsw & C1 } else { 0 };
+    let (conditions, done) = cpu.compare::<O>(uop, operands, &[]);
     cpu.state.fpu.fsw |= kept;
-    if let Some(conditions) = conditions {
+    if done || cpu.silicon == Silicon::Amd {
         let image =
             [(C0, CF), (C2, PF), (C3, ZF)].iter().fold(0, |image, (c, flag)| if conditions & c != 0 { image | flag } else { image });
         cpu.flags = Flags::from_bits(image);
+    }
+    if done {
         cpu.pop_x87(POPS);
     }
     Ok(())
@@ -110,32 +128,15 @@ fn into_eflags<O: Operation, const POPS: u8>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 fn memory<O: Operation, W: Word, const POPS: u8>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     cpu.begin_x87()?;
     let operand = cpu.load::<W>(uop)?.zero_extend().to_le_bytes();
-    let (done, conditions) = match cpu.st(0) {
-        Some(st0) => {
-            let frame = cpu.operate::<O>(st0, st0, &operand);
-            (cpu.conclude(uop, frame.status), frame.status & UNORDERED)
-        }
-        None => (cpu.underflow(uop, None), UNORDERED),
-    };
-    if done {
-        set_conditions(cpu, conditions);
-        cpu.pop_x87(POPS);
-    }
+    let result = cpu.compare::<O>(uop, cpu.st(0).map(|st0| (st0, st0)), &operand);
+    cpu.finish_comparison(result, POPS);
     Ok(())
 }
 
 fn ftst(cpu: &mut Cpu, uop: &Uop) -> Exec {
     cpu.begin_x87()?;
-    let (done, conditions) = match cpu.st(0) {
-        Some(st0) => {
-            let frame = cpu.operate::<Zero>(st0, st0, &[]);
-            (cpu.conclude(uop, frame.status), frame.status & UNORDERED)
-        }
-        None => (cpu.underflow(uop, None), UNORDERED),
-    };
-    if done {
-        set_conditions(cpu, conditions);
-    }
+    let result = cpu.compare::<Zero>(uop, cpu.st(0).map(|st0| (st0, st0)), &[]);
+    cpu.finish_comparison(result, 0);
     Ok(())
 }
 

@@ -4,6 +4,7 @@ use iced_x86::{Code, Instruction};
 
 use super::stack::status::TOP;
 use crate::cpu::Cpu;
+use crate::model::Silicon;
 use crate::paging::AccessKind;
 use crate::uop::{Exec, Handler, Uop};
 
@@ -51,6 +52,27 @@ impl Cpu {
     /// Bits of ST(0), empty or not.
     pub(super) fn raw_st0(&self) -> [u8; 16] {
         self.state.fpu.st[usize::from((self.state.fpu.fsw & TOP) >> 11)]
+    }
+
+    /// Linear address of an area of `bytes`, whose first field has `WIDTH`. AMD's silicon looks at that field, then at the limit of the
+    /// segment, then at the last byte; Intel's at all of it in order.
+    fn area_address<const WIDTH: usize>(&mut self, uop: &Uop, bytes: u64, kind: AccessKind) -> Exec<u64> {
+        if self.silicon == Silicon::Intel {
+            return self.linear(uop, bytes, kind);
+        }
+        let first = self.linear(uop, WIDTH as u64, kind)?;
+        self.probe_area(uop, first, WIDTH, kind)?;
+        let la = self.linear(uop, bytes, kind)?;
+        self.probe_area(uop, la.wrapping_add(bytes - 1), 1, kind)?;
+        Ok(la)
+    }
+
+    /// Fails as an access of up to four bytes would.
+    fn probe_area(&mut self, uop: &Uop, la: u64, bytes: usize, kind: AccessKind) -> Exec {
+        match kind {
+            AccessKind::Write => self.probe_write(uop.segment(), la, bytes as u64),
+            _ => self.read_area(uop.segment(), la, &mut [0; LONG][..bytes]),
+        }
     }
 
     /// The seven fields. The code and data selectors read as zero, as on silicon with CPUID.7.0:EBX[13].
@@ -107,7 +129,7 @@ fn store_environment<const WIDTH: usize>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     let mut image = [0; FIELDS * LONG];
     let image = &mut image[..FIELDS * WIDTH];
     encode::<WIDTH>(cpu.environment::<WIDTH>(), image);
-    let la = cpu.linear(uop, image.len() as u64, AccessKind::Write)?;
+    let la = cpu.area_address::<WIDTH>(uop, image.len() as u64, AccessKind::Write)?;
     cpu.write_area(uop.segment(), la, image)?;
     cpu.set_fcw(cpu.state.fpu.fcw | 0x3f);
     Ok(())
@@ -117,7 +139,7 @@ fn load_environment<const WIDTH: usize>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     cpu.begin_x87()?;
     let mut image = [0; FIELDS * LONG];
     let image = &mut image[..FIELDS * WIDTH];
-    let la = cpu.linear(uop, image.len() as u64, AccessKind::Read)?;
+    let la = cpu.area_address::<WIDTH>(uop, image.len() as u64, AccessKind::Read)?;
     cpu.read_area(uop.segment(), la, image)?;
     cpu.set_environment::<WIDTH>(decode::<WIDTH>(image));
     Ok(())
@@ -132,7 +154,7 @@ fn save<const WIDTH: usize>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     for (i, slot) in image[FIELDS * WIDTH..].chunks_exact_mut(REGISTER).enumerate() {
         slot.copy_from_slice(&cpu.state.fpu.st[(top + i) & 7][..REGISTER]);
     }
-    let la = cpu.linear(uop, image.len() as u64, AccessKind::Write)?;
+    let la = cpu.area_address::<WIDTH>(uop, image.len() as u64, AccessKind::Write)?;
     cpu.write_area(uop.segment(), la, image)?;
     cpu.initialize_x87();
     Ok(())
@@ -142,7 +164,7 @@ fn restore<const WIDTH: usize>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     cpu.begin_x87()?;
     let mut image = [0; MAX];
     let image = &mut image[..FIELDS * WIDTH + 8 * REGISTER];
-    let la = cpu.linear(uop, image.len() as u64, AccessKind::Read)?;
+    let la = cpu.area_address::<WIDTH>(uop, image.len() as u64, AccessKind::Read)?;
     cpu.read_area(uop.segment(), la, image)?;
     cpu.set_environment::<WIDTH>(decode::<WIDTH>(image));
     let top = usize::from((cpu.state.fpu.fsw & TOP) >> 11);

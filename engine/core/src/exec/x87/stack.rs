@@ -135,6 +135,13 @@ impl Cpu {
         frame
     }
 
+    /// The same with all exceptions masked, for an instruction whose result is nothing but condition bits.
+    pub(super) fn operate_masked<O: Operation>(&self, st0: Float80, st1: Float80, memory: &[u8]) -> Frame {
+        let mut frame = Frame::new(self.state.fpu.fcw | EXCEPTIONS, st0, st1).with_memory(memory);
+        O::run(&mut frame);
+        frame
+    }
+
     /// Takes over the exceptions and C1 of an instruction. False when an unmasked one keeps its result from being used.
     #[inline]
     pub(super) fn conclude(&mut self, uop: &Uop, frame_status: u16) -> bool {

@@ -1,0 +1,115 @@
+//! Which processors of the host the guests are on, where the host does not know who waits for whom.
+//!
+//! Two vCPUs that hand work to each other are two busy threads to the host, which may leave them on one processor for seconds, or wake one
+//! on the processor of the other: then each hand-over takes a time slice, and a lock of the guest's is held as long. Answers to Linux 6.1
+//! `active_load_balance_cpu_stop()` (`kernel/sched/fair.c`) and `kvm_vcpu_on_spin()` (`virt/kvm/kvm_main.c`).
+
+use std::cell::Cell;
+use std::mem::size_of;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use softkvm_engine::cpu::clock::{host_tsc, host_tsc_khz};
+
+/// Processors that are told apart; those of a larger host share a place.
+const MAX: usize = 1024;
+/// Milliseconds between two attempts of a thread to find another processor.
+const PATIENCE_MS: u64 = 2;
+
+/// How many threads were on the processor when they entered their guests, and have not come back.
+static GUESTS: [AtomicU32; MAX] = [const { AtomicU32::new(0) }; MAX];
+
+thread_local! {
+    /// Host TSC of the thread's last attempt.
+    static ATTEMPT: Cell<u64> = const { Cell::new(0) };
+}
+
+/// The calling thread is in a guest, until dropped.
+pub struct Stay(usize);
+
+impl Stay {
+    /// The thread enters its guest: where another guest was and cannot run now, the thread goes to a processor without one.
+    pub fn begin() -> Self {
+        let here = current();
+        if GUESTS[here].load(Ordering::Relaxed) == 0 || !step_aside() {
+            GUESTS[here].fetch_add(1, Ordering::Relaxed);
+            return Stay(here);
+        }
+        let there = current();
+        GUESTS[there].fetch_add(1, Ordering::Relaxed);
+        Stay(there)
+    }
+}
+
+impl Drop for Stay {
+    fn drop(&mut self) {
+        GUESTS[self.0].fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Whether a guest cannot run now because the calling thread, which is in none, has its processor.
+pub fn crowded() -> bool {
+    GUESTS[current()].load(Ordering::Relaxed) != 0
+}
+
+fn current() -> usize {
+    // SAFETY: takes nothing and changes nothing.
+    let processor = unsafe { libc::sched_getcpu() };
+    usize::try_from(processor).unwrap_or(0) % MAX
+}
+
+/// Leaves the processor for one without a guest; false where that would not help, or was tried a moment ago.
+#[cold]
+fn step_aside() -> bool {
+    let now = host_tsc();
+    if ATTEMPT.get() != 0 && now.wrapping_sub(ATTEMPT.get()) < host_tsc_khz() * PATIENCE_MS {
+        return false;
+    }
+    ATTEMPT.set(now);
+    // SAFETY: zeroes are an empty set, and the kernel writes no more than the size that it is told; the macros look into the sets.
+    unsafe {
+        let mut allowed: libc::cpu_set_t = std::mem::zeroed();
+        if libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut allowed) != 0 {
+            return false; // more processors than the set has
+        }
+        let mut free: libc::cpu_set_t = std::mem::zeroed();
+        for processor in (0..MAX).filter(|processor| libc::CPU_ISSET(*processor, &allowed)) {
+            if GUESTS[processor].load(Ordering::Relaxed) == 0 {
+                libc::CPU_SET(processor, &mut free);
+            }
+        }
+        if libc::CPU_COUNT(&free) == 0 || runnable() > libc::CPU_COUNT(&allowed) {
+            return false; // on a busy host whoever moves waits for its turn again
+        }
+        // The thread may run everywhere again at once; the host has moved it by then.
+        if libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &free) == 0 {
+            libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &allowed);
+        }
+    }
+    true
+}
+
+/// How many threads of the host run or want to (proc(5), `/proc/loadavg`); more than there can be if it does not tell.
+fn runnable() -> i32 {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let running = text.split(' ').nth(3).and_then(|field| field.split('/').next());
+    running.and_then(|number| number.parse().ok()).unwrap_or(i32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stay_is_counted_where_it_began() {
+        let stay = Stay::begin();
+        let place = stay.0;
+        assert_eq!(GUESTS[place].load(Ordering::Relaxed), 1);
+        drop(stay);
+        assert_eq!(GUESTS[place].load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn the_host_tells_how_many_run() {
+        assert!((1..i32::MAX).contains(&runnable()));
+    }
+}
