@@ -76,17 +76,15 @@ def test_a_day_on_the_shelf_alarms_no_watchdog(vm_factory: VmFactory, tmp_path: 
     day, path = 86_400 * SECOND, tmp_path / "snapshot"
     with vm_factory(cpu="cascadelake", cpus=2) as first:
         assert first.run(until="# ", timeout=200).reason is StopReason.UNTIL
-        first.send("cat /proc/uptime; echo en''d\n")
-        assert first.run(until="end", timeout=100).reason is StopReason.UNTIL
-        *_, before, _ = first.text.replace("\r", "").splitlines()
         first.save(path)
     age_by(path, day)
     with Machine.restore(path) as second:
+        assert second.tsc_status().kvmclock >= day
         second.send("sleep 5; cat /proc/uptime; dmesg | grep -ciE 'unstable|lockup|stall|hung'; echo en''d\n")
         assert second.run(until="end", timeout=100).reason is StopReason.UNTIL
-        *_, after, complaints, _ = second.text.replace("\r", "").splitlines()
+        *_, answer, complaints, _ = second.text.replace("\r", "").splitlines()
         assert complaints == "0", second.text
-        assert float(after.split()[0]) - float(before.split()[0]) >= day // SECOND
+        assert float(answer.split()[0]) >= day // SECOND, "its own uptime, which began when its kernel had come so far"
 
 
 def age_by(path: Path, ns: int) -> None:
