@@ -94,22 +94,3 @@ fn runnable() -> i32 {
     let running = text.split(' ').nth(3).and_then(|field| field.split('/').next());
     running.and_then(|number| number.parse().ok()).unwrap_or(i32::MAX)
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_stay_is_counted_where_it_began() {
-        let stay = Stay::begin();
-        let place = stay.0;
-        assert_eq!(GUESTS[place].load(Ordering::Relaxed), 1);
-        drop(stay);
-        assert_eq!(GUESTS[place].load(Ordering::Relaxed), 0);
-    }
-
-    #[test]
-    fn the_host_tells_how_many_run() {
-        assert!((1..i32::MAX).contains(&runnable()));
-    }
-}
