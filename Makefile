@@ -24,7 +24,7 @@ export PIP_QUIET := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help boot build test test-fast lint format bench performance conformance differential fuzz insn-tables selftest readme-screen clean prerequisites
+.PHONY: help boot build test test-fast lint format bench performance conformance differential fuzz insn-tables selftest profiling readme-screen clean prerequisites
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,6 +88,9 @@ conformance: $(ENGINE) ## Run kvm-unit-tests from the built checkouts that KVM_U
 
 selftest: $(ENGINE) ## Check the installation with the built-in guest: no network, no apt
 	@$(BIN)/softkvm run --selftest
+
+profiling: $(ENGINE) ## Run the commands of docs/perf.md and put what they print there, and the table of edges into README.md
+	$(BIN)/python docs/profiling.py
 
 readme-screen: $(ENGINE) ## Boot once and put the screen into README.md
 	$(BIN)/python docs/readme_screen.py

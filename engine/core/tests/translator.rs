@@ -31,8 +31,8 @@ fn ring(machine: &mut Machine, blocks: u64) {
     let end = CODE + blocks * STRIDE;
     for n in 0..blocks {
         let at = CODE + n * STRIDE;
-        // add rax, imm32; dec rcx; jz end; jmp next
-        let mut code = [&[0x48, 0x05][..], &(n as u32 + 1).to_le_bytes(), &[0x48, 0xff, 0xc9, 0x0f, 0x84]].concat();
+        // add rax, imm32; sub rcx, 1; jz end; jmp next
+        let mut code = [&[0x48, 0x05][..], &(n as u32 + 1).to_le_bytes(), &[0x48, 0x83, 0xe9, 1, 0x0f, 0x84]].concat();
         code.extend((end.wrapping_sub(at + code.len() as u64 + 4) as i32).to_le_bytes());
         code.extend(jump(at + code.len() as u64, CODE + (n + 1) % blocks * STRIDE));
         machine.poke(at, &code);

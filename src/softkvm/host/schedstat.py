@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import threading
-from io import FileIO
 
 from softkvm.host.task import current
 
@@ -13,12 +12,23 @@ _SCHEDSTAT = "/proc/thread-self/schedstat"
 _MOST_BYTES = 64
 
 
+class _Schedstat:
+    """The file of the thread that opens it, as long as that lives: who only forgets a file object is warned of it."""
+
+    def __init__(self) -> None:
+        self.fd = os.open(_SCHEDSTAT, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "fd"):
+            os.close(self.fd)
+
+
 class _Seen(threading.local):
     """What is kept of this thread."""
 
     preemptions = 0
     """How often it had lost its processor when somebody last asked."""
-    file: FileIO | None = None
+    file: _Schedstat | None = None
     """What the host counts of it, once somebody has asked."""
 
 
@@ -30,8 +40,8 @@ def run_delay_ns() -> int:
     what the host counts."""
     waited = current().run_delay
     try:
-        file = _seen.file = _seen.file or FileIO(_SCHEDSTAT)
-        return waited + int(os.pread(file.fileno(), _MOST_BYTES, 0).split()[1])
+        file = _seen.file = _seen.file or _Schedstat()
+        return waited + int(os.pread(file.fd, _MOST_BYTES, 0).split()[1])
     except (OSError, IndexError, ValueError):
         return waited
 

@@ -44,7 +44,8 @@ pub struct Ground {
     pub first_cell: i32,
 }
 
-/// Translates `block`, which was made from `instructions`; `None` if an instruction cannot be encoded.
+/// Translates `block`, which was made from `instructions`; `None` if an instruction cannot be encoded, or the dispatcher
+/// must see what it is.
 pub fn translate(
     asm: &mut Asm,
     block: &Block,
@@ -55,11 +56,15 @@ pub fn translate(
 ) -> Option<Code> {
     let live = live_flags(instructions, model.silicon());
     let plans: Vec<Plan> = instructions.iter().zip(&live).map(|(insn, live)| plan(insn, *live, ground.host, model)).collect();
+    let branch = Branch::of(block);
+    if branch.is_some() && plans.iter().all(|plan| matches!(plan, Plan::Interpret)) {
+        return None; // a LOOP may turn in its place, and who watches wants to know of every turn
+    }
     let units = plans.iter().fold(Units::default(), |all, plan| all.and(plan.units()));
     let last_x87 = instructions.iter().rposition(|insn| x87::sets_pointer(insn.mnemonic()));
     let settled = settled(instructions, &plans);
     let out = Emitter::new(asm, ground, block, units, model.silicon(), arrival);
-    let mut translation = Translation { out, info: InstructionInfoFactory::new(), branch: Branch::of(block) };
+    let mut translation = Translation { out, info: InstructionInfoFactory::new(), branch };
     let body = translation.out.head(block.instructions);
     translation.out.enter_units();
     let mut ended = false;

@@ -63,6 +63,8 @@ impl Shortcut {
 /// Translations that a block may have besides the first one, and how often the budget ends before it until it gets them.
 const SHORTCUTS: usize = 3;
 const SAMPLES: u32 = 2;
+/// Blocks that get some at once.
+const REGION: usize = 8;
 
 /// In the place of a page or a context that a guard compares with: what none is.
 pub const NO_GUARD: u64 = 1;
@@ -219,17 +221,31 @@ impl Cpu {
         (ready && self.native.context == self.jump_context).then_some(block)
     }
 
-    /// The budget ended before `block`, so it is one of those that run most, and gets translations for who comes with a recipe.
+    /// The budget ended before `block` at `rip`, so it is one of those that run most: it gets translations for who comes with a recipe, and
+    /// so do those that it leads to in its page, before which the budget may never end.
     ///
     /// # Safety
     /// Host code is about to be left for good.
-    pub(super) unsafe fn sampled(&mut self, block: *mut Block) {
+    pub(super) unsafe fn sampled(&mut self, block: *mut Block, rip: u64) {
         // SAFETY: blocks are freed by `collect` only; nobody else has a reference.
-        let block = unsafe { &mut *block };
-        let Some(links) = &mut block.links else { return };
+        let Some(links) = (unsafe { (*block).links.as_mut() }) else { return };
         links.samples += 1;
-        if links.samples >= SAMPLES && links.samples.is_power_of_two() {
-            self.make_shortcuts(block);
+        if links.samples < SAMPLES || !links.samples.is_power_of_two() {
+            return;
+        }
+        let mut region = vec![(block, rip)];
+        for n in 0..REGION {
+            let Some((block, rip)) = region.get(n).copied() else { return };
+            // SAFETY: as above.
+            let block = unsafe { &mut *block };
+            if !self.make_shortcuts(block) {
+                return;
+            }
+            for exit in block.links.iter().flat_map(|links| &links.exits).filter(|exit| exit.guards.is_none()) {
+                let rip = rip.wrapping_add(exit.distance as u64);
+                let next = self.translated_at(rip).filter(|next| region.iter().all(|(known, _)| known != next));
+                region.extend(next.map(|next| (next, rip)));
+            }
         }
     }
 

@@ -342,12 +342,13 @@ unsafe fn head(cpu: &mut Cpu, block: *mut Block, kept: bool) -> u32 {
     if !kept && before > 0 {
         return status::DONE;
     }
+    cpu.budget = before;
+    let rip = cpu.native.page | host & PAGE_OFFSET;
+    cpu.regs[slot::RIP as usize] = rip;
     if !kept {
         // SAFETY: as above, and host code is left.
-        unsafe { cpu.sampled(block) };
+        unsafe { cpu.sampled(block, rip) };
     }
-    cpu.budget = before;
-    cpu.regs[slot::RIP as usize] = cpu.native.page | host & PAGE_OFFSET;
     status::BOUNDARY
 }
 

@@ -41,7 +41,6 @@
 //! | CVTPI2PS from memory | enters MMX mode | does not |
 //! | CVTPS2PI and relatives that raise #XM, MASKMOVQ that faults | nothing has changed | MMX mode is entered |
 //! | MASKMOVQ, MASKMOVDQU | fault for selected bytes | fault for all bytes |
-//! | VMASKMOVPS and relatives | segment limit for selected lanes | for all lanes |
 //! | SHA instructions with a misaligned operand | #GP | take it |
 //! | FNSAVE, FRSTOR, FNSTENV, FLDENV that cross into a bad page | CR2 is the page | CR2 is the operand's last byte |
 //!

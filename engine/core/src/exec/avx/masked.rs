@@ -6,7 +6,6 @@ use super::{bytes, vector};
 use crate::cpu::Cpu;
 use crate::exec::sse::lanes::Lane;
 use crate::exec::sse::operand::{is_memory, is_wide};
-use crate::model::Silicon;
 use crate::paging::AccessKind;
 use crate::uop::{flag, Exec, Handler, Uop};
 use crate::word::Word;
@@ -39,20 +38,11 @@ impl Cpu {
         }
         Ok(self.effective(uop).wrapping_add(distance).wrapping_add(self.segment_base(uop.segment())))
     }
-
-    /// For AMD's silicon the limit of the segment holds for all lanes, selected or not.
-    fn require_limit(&mut self, uop: &Uop, bytes: u64, kind: AccessKind) -> Exec {
-        if self.silicon == Silicon::Amd && uop.has(flag::SLOW_ADDRESS) {
-            self.lane_address(uop, 0, bytes, kind)?;
-        }
-        Ok(())
-    }
 }
 
 fn load<L: Lane + Word, const HALVES: usize>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     cpu.require_avx()?;
     let mask = bytes(cpu.ymm(uop.reg[1]));
-    cpu.require_limit(uop, 16 * HALVES as u64, AccessKind::Read)?;
     let mut result = [0; 32];
     for n in (0..16 * HALVES / <L as Lane>::BYTES).filter(|n| L::get(&mask, *n).top_bit()) {
         let la = cpu.lane_address(uop, (n * <L as Lane>::BYTES) as u64, <L as Word>::BYTES, AccessKind::Read)?;
@@ -65,7 +55,6 @@ fn load<L: Lane + Word, const HALVES: usize>(cpu: &mut Cpu, uop: &Uop) -> Exec {
 /// All lanes are probed before the first is written.
 fn store<L: Lane + Word, const HALVES: usize>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     cpu.require_avx()?;
-    cpu.require_limit(uop, 16 * HALVES as u64, AccessKind::Write)?;
     let (mask, value) = (bytes(cpu.ymm(uop.reg[1])), bytes(cpu.ymm(uop.reg[2])));
     let selected = |n: &usize| L::get(&mask, *n).top_bit();
     let count = 16 * HALVES / <L as Lane>::BYTES;
