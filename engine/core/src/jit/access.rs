@@ -217,7 +217,7 @@ fn load_slot(a: &mut Asm, to: Register, la: Register, scratch: Register, has_bex
 /// Shared code: looks the page of R14 up for an access whose last byte is at R15, and copies what it finds to the cell in R13. ZF tells
 /// whether that lets the access through, and then R13 is the addend. Clobbers R15.
 pub fn write_refill(a: &mut Asm, kind: AccessKind, has_bextr: bool) {
-    let [copy, seldom, done] = [(); 3].map(|()| a.create_label());
+    let [copy, seldom, missed, done] = [(); 4].map(|()| a.create_label());
     let cell = |offset: usize| qword_ptr(R10, offset as i32);
     let (changed_at, changes) = (dword_ptr(R10, offset_of!(Cell, changed_at) as i32), word_ptr(R10, offset_of!(Cell, changes) as i32));
     a.push(R10);
@@ -226,15 +226,15 @@ pub fn write_refill(a: &mut Asm, kind: AccessKind, has_bextr: bool) {
     a.mov(R13, cpu_field(offset_of!(Cpu, active_table)));
     a.and(R15, !(PAGE_OFFSET as i32));
     a.cmp(R15, qword_ptr(R13, tags(kind)).index(R10, 8));
+    a.mov(R15, cpu_field(STAMP));
+    a.jne(missed);
+    a.mov(qword_ptr(R13, offset_of!(Entries, copied) as i32).index(R10, 8), R15);
     a.mov(R13, qword_ptr(R13, ADDENDS).index(R10, 8));
     a.pop(R10);
-    a.jne(done);
-    // R10 is the cell, and R15 the page.
-    a.mov(cell(offset_of!(Cell, addend)), R13);
-    a.mov(R13, cpu_field(STAMP));
-    a.cmp(R13, cell(offset_of!(Cell, stamp)));
+    // R10 is the cell from here on.
+    a.cmp(R15, cell(offset_of!(Cell, stamp)));
     a.jne(copy);
-    // The cell was of another page.
+    // It was of another page.
     let budget = resized(BUDGET, R13D);
     a.sub(changed_at, budget);
     a.cmp(changed_at, SOON);
@@ -248,14 +248,18 @@ pub fn write_refill(a: &mut Asm, kind: AccessKind, has_bextr: bool) {
     a.set_label(seldom);
     a.mov(changes, 0);
     a.set_label(copy);
-    a.mov(R13, cpu_field(STAMP));
-    a.mov(cell(offset_of!(Cell, stamp)), R13);
+    a.mov(cell(offset_of!(Cell, stamp)), R15);
+    a.mov(cell(offset_of!(Cell, addend)), R13);
+    a.mov(R15, R14);
+    a.and(R15, !(PAGE_OFFSET as i32));
     a.mov(cell(offset_of!(Cell, page)), R15);
-    a.mov(R13, cell(offset_of!(Cell, addend)));
     a.cmp(R15, R15);
     a.set_label(done);
     a.pop(R10);
     a.ret();
+    a.set_label(missed);
+    a.pop(R10);
+    a.jmp(done);
 }
 
 impl Cpu {

@@ -3,8 +3,9 @@
 //! A tag is the linear address of a page when the access it stands for needs no further check, and has its low bits set otherwise, so one
 //! compare decides. A table knows which of its slots are in use, so that emptying it costs what it holds.
 //!
-//! Host code keeps copies of translations (see `jit/access.rs`), each with the epoch of the table that it came from. Whatever takes
-//! something away from a table begins another epoch of it, so a copy of the current epoch is what the table has.
+//! Host code keeps copies of translations (see `jit/access.rs`), each with the epoch of the table that it came from, and marks what it
+//! copies. Whatever takes a marked translation away from a table begins another epoch of it, so a copy of the current epoch is what the
+//! table has.
 
 use crate::memory::PAGE_OFFSET;
 
@@ -58,7 +59,9 @@ pub struct Entries {
     pub write: [u64; ENTRIES],
     pub fetch: [u64; ENTRIES],
     pub addend: [u64; ENTRIES],
-    /// Another one, which no table has or had, whenever something that was here is not here any more.
+    /// The last epoch in which host code copied what was in the slot then.
+    pub copied: [u64; ENTRIES],
+    /// Another one, which no table has or had, whenever something that host code may have a copy of is not here any more.
     pub epoch: u64,
 }
 
@@ -66,7 +69,7 @@ impl Entries {
     /// Nothing, in the first epoch of table `number`.
     const fn empty(number: u64) -> Self {
         let invalid = [INVALID; ENTRIES];
-        Entries { read: invalid, write: invalid, fetch: invalid, addend: [0; ENTRIES], epoch: TABLES | number }
+        Entries { read: invalid, write: invalid, fetch: invalid, addend: [0; ENTRIES], copied: [0; ENTRIES], epoch: TABLES | number }
     }
 
     fn get(&self, slot: usize) -> Entry {
@@ -77,8 +80,11 @@ impl Entries {
         (self.read[slot], self.write[slot], self.fetch[slot], self.addend[slot]) = (entry.read, entry.write, entry.fetch, entry.addend);
     }
 
-    fn begin_epoch(&mut self) {
-        self.epoch += TABLES;
+    /// What was in the slot is not there any more, or lets less through.
+    fn lose(&mut self, slot: usize) {
+        if self.copied[slot] == self.epoch {
+            self.epoch += TABLES;
+        }
     }
 }
 
@@ -148,7 +154,7 @@ impl Table {
     pub fn insert(&mut self, la: u64, entry: Entry, global: bool) {
         let slot = slot(la);
         if !entry.covers(&self.entries.get(slot)) {
-            self.entries.begin_epoch();
+            self.entries.lose(slot);
         }
         self.entries.set(slot, entry);
         self.used.set(slot, true);
@@ -159,61 +165,106 @@ impl Table {
     pub fn remove(&mut self, la: u64) {
         if self.entries.get(slot(la)).page() == Some(la & !PAGE_OFFSET) {
             self.entries.set(slot(la), Entry::EMPTY);
-            self.entries.begin_epoch();
+            self.entries.lose(slot(la));
         }
     }
 
     /// Removes the pages that have the bits of `mask` in common with `la`.
     pub fn remove_region(&mut self, la: u64, mask: u64) {
         let entries = &mut self.entries;
-        let mut removed = false;
         self.used.for_each(|slot| {
             if entries.get(slot).page().is_some_and(|page| (page ^ la) & mask == 0) {
                 entries.set(slot, Entry::EMPTY);
-                removed = true;
+                entries.lose(slot);
             }
         });
-        if removed {
-            entries.begin_epoch();
-        }
     }
 
     /// Removes every translation.
     pub fn clear(&mut self) {
         let entries = &mut self.entries;
-        self.used.for_each(|slot| entries.set(slot, Entry::EMPTY));
-        entries.begin_epoch();
+        self.used.for_each(|slot| {
+            entries.set(slot, Entry::EMPTY);
+            entries.lose(slot);
+        });
         (self.used, self.local) = (Slots::NONE, Slots::NONE);
     }
 
     /// Removes every translation that is not global.
     pub fn clear_local(&mut self) {
         let Table { entries, used, local } = self;
-        let mut removed = false;
         local.for_each(|slot| {
             entries.set(slot, Entry::EMPTY);
+            entries.lose(slot);
             used.set(slot, false);
-            removed = true;
         });
-        if removed {
-            entries.begin_epoch();
-        }
         *local = Slots::NONE;
     }
 
     /// Takes the right to write without a check from every translation of the host page at `host`.
     pub fn protect_host_page(&mut self, host: u64) {
         let entries = &mut self.entries;
-        let mut removed = false;
         self.used.for_each(|slot| {
             let entry = entries.get(slot);
             if entry.write != INVALID && entry.addend.wrapping_add(entry.write) == host {
                 entries.set(slot, Entry { write: INVALID, ..entry });
-                removed = true;
+                entries.lose(slot);
             }
         });
-        if removed {
-            entries.begin_epoch();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LA: u64 = 0x40_0000;
+    /// Another page in the same slot.
+    const ALIAS: u64 = LA + ((ENTRIES as u64) << 12);
+
+    fn entry(la: u64, host: u64, write: bool) -> Entry {
+        Entry::new(la, host, true, write, false)
+    }
+
+    #[test]
+    fn an_epoch_ends_with_what_was_copied_in_it() {
+        type Change = fn(&mut Table);
+        let changes: [(&str, bool, Change); 9] = [
+            ("removed", true, |table| table.remove(LA)),
+            ("another page is removed", false, |table| table.remove(ALIAS)),
+            ("removed with its region", true, |table| table.remove_region(LA + 0x5000, !0 << 22)),
+            ("all removed", true, Table::clear),
+            ("what is not global is removed", true, Table::clear_local),
+            ("write-protected", true, |table| table.protect_host_page(0x7000)),
+            ("evicted", true, |table| table.insert(ALIAS, entry(ALIAS, 0x9000, true), false)),
+            ("filled again", false, |table| table.insert(LA, entry(LA, 0x7000, true), false)),
+            ("filled again, elsewhere", true, |table| table.insert(LA, entry(LA, 0x9000, true), false)),
+        ];
+        for (name, ends, change) in changes {
+            for copied in [true, false] {
+                let mut table = Table::new(3);
+                table.insert(LA, entry(LA, 0x7000, true), false);
+                let epoch = table.entries.epoch;
+                table.entries.copied[slot(LA)] = if copied { epoch } else { 0 };
+                change(&mut table);
+                assert_eq!(table.entries.epoch != epoch, ends && copied, "{name}");
+            }
         }
+    }
+
+    #[test]
+    fn tables_have_no_epoch_in_common() {
+        let mut epochs = std::collections::HashSet::new();
+        for number in 0..3 {
+            let mut table = Table::new(number);
+            for _ in 0..3 {
+                assert!(epochs.insert(table.entries.epoch));
+                table.insert(LA, entry(LA, 0x7000, true), true);
+                table.entries.copied[slot(LA)] = table.entries.epoch;
+                table.clear();
+            }
+        }
+        // SAFETY: a static table.
+        assert!(epochs.insert(unsafe { (*never()).epoch }) && epochs.insert(0));
     }
 }
