@@ -81,7 +81,7 @@ def agrees(theirs: str, ours: Argument) -> bool:
 
 def text_of(shown: str) -> str:
     """The first 32 characters of a quoted text."""
-    return shown.removesuffix("...").strip('"').encode().decode("unicode_escape")[:32]
+    return shown.removesuffix("...").removeprefix('"').removesuffix('"').encode().decode("unicode_escape")[:32]
 
 
 def compare(theirs: tuple[str, str, str], ours: Syscall) -> str:
