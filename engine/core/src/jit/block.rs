@@ -122,7 +122,7 @@ impl Translation<'_> {
     fn host_code(&mut self, insn: &Instruction, plan: Plan, place: Place) -> bool {
         match plan {
             Plan::Same(rule) => self.same(insn, rule, place),
-            Plan::Media(_) => self.same(insn, Rule::Exact, place),
+            Plan::Media(_) => self.media(insn, place),
             Plan::LoadControl => self.load_control(insn, place),
             Plan::Divide => self.divide(insn, place),
             Plan::ShiftByCl => self.shift_by_cl(insn, place),
@@ -162,7 +162,7 @@ impl Translation<'_> {
     // ---- operations -----------------------------------------------------------------------------------------------------------------
 
     /// The same operation on the operands where they are on the host.
-    fn same(&mut self, insn: &Instruction, rule: Rule, place: Place) {
+    pub(super) fn same(&mut self, insn: &Instruction, rule: Rule, place: Place) {
         let (reads, modifies) = (insn.rflags_read(), insn.rflags_modified());
         let operand = (0..insn.op_count()).find(|n| insn.op_kind(*n) == OpKind::Memory);
         if rule.keeps_flags() {

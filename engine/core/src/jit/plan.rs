@@ -166,7 +166,7 @@ fn structural(insn: &Instruction) -> Plan {
 
 /// What an instruction works on that is the host's own on the units of the guest.
 fn units(insn: &Instruction, host: Host, silicon: Silicon) -> Option<Units> {
-    if x87::is_host_code(insn) && (!x87::may_keep_c1(insn.mnemonic()) || host.keeps_c1 == Some(silicon.keeps_c1())) {
+    if x87::is_host_code(insn) && (!x87::may_keep_c1(insn.mnemonic()) || !silicon.keeps_c1() || host.keeps_c1 == Some(true)) {
         return Some(Units { vectors: None, x87: true });
     }
     vector::width(insn, host.vectors).map(|width| Units { vectors: Some(width), x87: false })

@@ -10,6 +10,7 @@ use iced_x86::{Code, CpuidFeature, Instruction, MemoryOperand, Mnemonic, OpKind}
 
 use super::asm::{byte_ptr, dword_ptr, Asm};
 use super::block::{Place, Translation};
+use super::flags::Rule;
 use super::native::{IMAGE, X87};
 use super::vector::is_vector;
 use crate::cpu::mode::media;
@@ -137,6 +138,15 @@ pub unsafe extern "sysv64" fn enter(cpu: *mut Cpu) -> u32 {
 }
 
 impl Translation<'_> {
+    /// A vector, MMX or x87 instruction. To rotate the stack there and back clears C1, and changes nothing else.
+    pub(super) fn media(&mut self, insn: &Instruction, place: Place) {
+        self.same(insn, Rule::Exact, place);
+        if may_keep_c1(insn.mnemonic()) && !self.out.silicon.keeps_c1() {
+            self.out.add(Instruction::with(Code::Fdecstp));
+            self.out.add(Instruction::with(Code::Fincstp));
+        }
+    }
+
     /// FLDCW of a word that masks all exceptions, as the unit would load it. The interpreter gets the others.
     pub(super) fn load_control(&mut self, insn: &Instruction, place: Place) {
         self.out.clobber_flags(place.seen_before);
