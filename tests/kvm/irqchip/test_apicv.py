@@ -145,6 +145,8 @@ def test_commands_that_the_silicon_does_not_know(vcpu: Vcpu, vm: Vm, play: Scrip
     assert lapic_of(other).pending_init
     assert lapic_of(vcpu).msr_read(ICR) == 1 << 32 | irq.DM_INIT | irq.LEVEL_ASSERT
     assert vcpu.state.rip == rip
+    lapic_of(vcpu).msr_write(ICR, 1 << 32 | irq.DM_NMI)  # as where the instruction is emulated
+    assert lapic_of(vcpu).msr_read(ICR) == vcpu.block.apic.icr == 1 << 32 | irq.DM_NMI
 
 
 def test_a_posted_interrupt_ends_a_halt(vcpu: Vcpu, play: Script) -> None:

@@ -123,7 +123,7 @@ class Lapic(LapicCore):
 
     def _write_icr(self, low: int, dest: int) -> None:
         low &= ~ICR_BUSY
-        self.regs[Reg.ICR], self.regs[Reg.ICR2] = low, dest
+        self.icr = low | dest << 32
         dest_id = dest if self.x2apic else dest >> 24
         if not low & _TO_MANY and (target := self.vcpu.vm.apic_map.physical(dest_id)) is not None:
             target.accept(low & irq.DM_MASK, low & 0xFF, bool(low & irq.LEVEL_ASSERT), bool(low & irq.TRIGGER_LEVEL))
@@ -197,8 +197,8 @@ class Lapic(LapicCore):
     def get_state(self) -> bytes:
         """The 1 KiB register page of KVM_GET_LAPIC."""
         with self.lock:
-            self.icr = self.icr
             page = list(self.regs)
+            page[Reg.ICR], page[Reg.ICR2] = self.icr & _U32, self.icr >> 32
             for first, bitmap in ((Reg.ISR, self.isr), (Reg.TMR, self.tmr), (Reg.IRR, self.irr)):
                 page[first : first + 8] = _BITMAP.unpack(bitmap.to_bytes(32, "little"))
         page[Reg.PPR], page[Reg.LVT_PMC] = self.ppr(), self.lvtpc

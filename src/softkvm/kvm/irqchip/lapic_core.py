@@ -112,9 +112,7 @@ class LapicCore:
     @property
     def icr(self) -> int:
         """The interrupt command register of an x2APIC."""
-        if self.virtual is not None:
-            self.regs[Reg.ICR], self.regs[Reg.ICR2] = self.virtual.icr & _U32, self.virtual.icr >> 32
-        return self.regs[Reg.ICR] | self.regs[Reg.ICR2] << 32
+        return self.regs[Reg.ICR] | self.regs[Reg.ICR2] << 32 if self.virtual is None else self.virtual.icr
 
     @icr.setter
     def icr(self, value: int) -> None:
