@@ -6,7 +6,7 @@ import pytest
 
 from softkvm.testing import GuestRun
 
-pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.guest, pytest.mark.slow]
 
 
 @pytest.mark.parametrize(

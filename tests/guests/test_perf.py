@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.guest, pytest.mark.slow]
 
 HERE = Path(__file__).parent
 SOFTKVM = [sys.executable, "-m", "softkvm.cli"]
@@ -170,7 +170,7 @@ def test_perf_record_goes_on_in_a_second_machine(tmp_path: Path) -> None:
         subprocess.run([*SOFTKVM, "snapshot", "recording", str(path)], capture_output=True, check=True)
         first.kill()
     questions = "echo in the last rounds: $(perf script -i p.data -F comm,brstacksym | grep -c 'later.*foo'); poweroff -f\n"
-    second = subprocess.run([*SOFTKVM, "run", "--restore", str(path), "--timeout", "300"], input=questions, capture_output=True, text=True)
+    second = subprocess.run([*SOFTKVM, "run", "--restore", str(path), "--timeout", "600"], input=questions, capture_output=True, text=True)
     assert f"round {rounds}" in second.stdout
     found = re.search(r"in the last rounds: (\d+)", second.stdout)
     assert found is not None, second.stdout
@@ -179,7 +179,7 @@ def test_perf_record_goes_on_in_a_second_machine(tmp_path: Path) -> None:
 
 def test_the_log_has_every_branch(tmp_path: Path) -> None:
     program = compiled("counted.S", tmp_path / "counted", "-nostdlib", "-static")
-    arguments = ["trace", "branches", "--ring", "user", "--process", "counted", "--json", "--timeout", "300", "--with", str(program)]
+    arguments = ["trace", "branches", "--ring", "user", "--process", "counted", "--json", "--timeout", "600", "--with", str(program)]
     result = subprocess.run([*SOFTKVM, *arguments, "--", "/root/counted"], capture_output=True, text=True, check=False)
     counts = {(edge["source"], edge["target"]): edge["count"] for edge in json.loads(result.stdout)}
     assert counts["[counted]", "[counted]"] == ITERATIONS - 1
@@ -188,7 +188,7 @@ def test_the_log_has_every_branch(tmp_path: Path) -> None:
 
 def test_debians_perf_reads_what_we_record(tmp_path: Path) -> None:
     program, path = compiled("profiled.c", tmp_path / "profiled", "-O1"), tmp_path / "out.data"
-    arguments = ["perf", "record", "-b", "-c", "20011", "-o", str(path), "--timeout", "300", "--with", str(program)]
+    arguments = ["perf", "record", "-b", "-c", "20011", "-o", str(path), "--timeout", "600", "--with", str(program)]
     subprocess.run([*SOFTKVM, *arguments, "--", "/root/profiled"], capture_output=True, check=True)
     symbols: list[str | Path] = ["--kallsyms", f"{path}.kallsyms", "--symfs", f"{path}.symfs", "-i", path]
     columns = ["-F", "overhead,comm,symbol_from,symbol_to"]
@@ -216,7 +216,7 @@ def _package() -> Path:
 
 def test_the_flame_graph_names_programs_and_kernel(tmp_path: Path) -> None:
     program, picture, folded = compiled("profiled.c", tmp_path / "profiled", "-O1"), tmp_path / "f.svg", tmp_path / "f.txt"
-    arguments = ["perf", "flame", "-c", "5003", "-o", str(picture), "--folded", str(folded), "--timeout", "300", "--with", str(program)]
+    arguments = ["perf", "flame", "-c", "5003", "-o", str(picture), "--folded", str(folded), "--timeout", "600", "--with", str(program)]
     subprocess.run([*SOFTKVM, *arguments, "--", "/root/profiled"], capture_output=True, check=True)
     stacks = folded.read_text()
     assert re.search(r"^profiled;.*main;foo;qux \d+$", stacks, re.MULTILINE)

@@ -15,9 +15,9 @@ import pytest
 from softkvm.cli.guest import apt
 from softkvm.host.ftrace import HEADER
 
-pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.guest, pytest.mark.slow]
 
-SOFTKVM = [sys.executable, "-m", "softkvm.cli", "run", "--timeout", "200"]
+SOFTKVM = [sys.executable, "-m", "softkvm.cli", "run", "--timeout", "600"]
 LINE = re.compile(r" *\S.*-\d+ +\[\d{3}\] [d.][N.][hs.][\d.]\. +\d+\.\d{6}: (?P<event>\w+): .*")
 REPORTED = re.compile(r" *(?P<comm>\S+)-\d+ +\[\d{3}\] +(?P<time>\d+\.\d{6}): (?P<event>\w+): +(?P<fields>.*)")
 """A line of `trace-cmd report`."""

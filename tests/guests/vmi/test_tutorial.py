@@ -19,7 +19,7 @@ from softkvm.vmi.tools.lock import Attempt
 from tests.guests.vmi import packages
 from tests.guests.vmi.test_rootkit import GETPID, ROOTKIT
 
-pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.guest, pytest.mark.slow]
 
 TUTORIAL = Path(__file__).parents[3] / "docs/introspection.md"
 COMMANDS = [
