@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 
 import softkvm
 
-# The same examples in every run, so that a change is judged and no luck; `HYPOTHESIS_PROFILE=thorough` looks for new ones. Nothing depends
+# The same examples in every run, so that a change is judged and no luck; `make fuzz` looks for new ones. Nothing depends
 # on how fast the machine is, and the fixtures that a test's examples share are meant to be shared.
 ALL = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.register_profile("default", ALL, max_examples=50, derandomize=True, database=None)
