@@ -54,6 +54,8 @@ pub struct Native {
     taken: i64,
     /// The epoch of the active table, as long as host code runs.
     stamp: u64,
+    /// How often the budget has ended before a block.
+    pub(super) samples: u64,
     /// The cell of a site that has too many pages for it, if one was found.
     pub(super) wanderer: *const Cell,
     /// The block that was left by a detour, or that was not begun.
@@ -112,6 +114,7 @@ impl Default for Native {
             stack_end: 0,
             taken: 0,
             stamp: 0,
+            samples: 0,
             wanderer: std::ptr::null(),
             block: std::ptr::null_mut(),
             panic: None,
