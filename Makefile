@@ -61,12 +61,13 @@ differential: $(ENGINE) ## Compare 5 million generated instructions with the hos
 	    cargo test -p softkvm-engine --release --quiet --test differential
 	$(BIN)/python docs/differential.py $(LEDGER)
 
-fuzz: $(ENGINE) ## Run hostile guests for longer: 20,000 of each kind, as many random blocks, port and MMIO storms on the whole board, and a million KVMI messages each way (FUZZ=cases)
+fuzz: $(ENGINE) ## Run hostile guests for longer: 20,000 of each kind, as many random blocks, port and MMIO storms on the whole board, a million KVMI messages each way, and new examples of every property (FUZZ=cases)
 	SOFTKVM_HOSTILE_CASES=$(FUZZ) cargo test -p softkvm-engine --release --quiet --test hostile
 	SOFTKVM_BLOCKS_CASES=$(FUZZ) cargo test -p softkvm-engine --release --quiet --test blocks
 	SOFTKVM_STORM_CASES=$$(($(FUZZ) / 100)) $(BIN)/python -m pytest -q tests/vmm/test_storm.py --timeout 3600
 	SOFTKVM_KVMI_MESSAGES=$$(($(FUZZ) * 50)) $(BIN)/python -m pytest -q -k million \
 	    tests/kvm_guests/introspection/test_hostile.py tests/vmi/test_hostile_server.py
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -q -n $(JOBS) -m "hypothesis and not slow" --timeout 3600
 
 insn-tables: ## Write tests/insn/user*.ins from what the host's CPU does
 	SOFTKVM_INSN_WRITE=$(abspath tests/insn) cargo test -p softkvm-engine --release --quiet --test insn instructions_of_a_process

@@ -9,12 +9,15 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 import softkvm
 
-settings.register_profile("default", max_examples=50, deadline=None)
-settings.register_profile("thorough", max_examples=2000, deadline=None)
+# The same examples in every run, so that a change is judged and no luck; `make fuzz` looks for new ones. Nothing depends
+# on how fast the machine is, and the fixtures that a test's examples share are meant to be shared.
+ALL = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.register_profile("default", ALL, max_examples=50, derandomize=True, database=None)
+settings.register_profile("thorough", ALL, max_examples=2000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 if importlib.util.find_spec("softkvm._engine") is None:

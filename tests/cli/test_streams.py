@@ -33,7 +33,7 @@ def test_sink_waits_for_its_reader_until_it_may_give_up(surrender: Surrender) ->
     received = len(os.read(reader, 1 << 16))
     assert waiting.is_alive()
     surrender.throw()
-    waiting.join(timeout=10)
+    waiting.join(timeout=60)
     assert not waiting.is_alive()
     assert 0 < received < 1 << 20
     os.close(writer)

@@ -49,13 +49,13 @@ def test_a_kick_before_the_entry_is_remembered_once(machine: Machine) -> None:
 
 def test_the_timer_ends_an_endless_loop(machine: Machine) -> None:
     machine.load(LOOP)
-    deadline = _engine.tsc() + _engine.tsc_khz()
-    machine.core.set_timer(deadline)
     instructions = 0
-    while _engine.tsc() < deadline:
-        assert machine.enter() in HOST_INTERRUPT
-        instructions += machine.view.exit.instructions
-    assert instructions > 0
+    while not instructions:  # the host may have been with others for the whole time
+        deadline = _engine.tsc() + _engine.tsc_khz()
+        machine.core.set_timer(deadline)
+        while _engine.tsc() < deadline:
+            assert machine.enter() in HOST_INTERRUPT
+            instructions += machine.view.exit.instructions
     assert machine.view.state.rip == CODE
 
 

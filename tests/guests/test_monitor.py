@@ -12,7 +12,7 @@ import pytest
 
 from softkvm import silicon
 
-pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.guest, pytest.mark.slow]
 
 SOFTKVM = [sys.executable, "-m", "softkvm.cli"]
 CPUS = 4
@@ -23,7 +23,7 @@ SCRIPT = "echo up; read -r line; dmesg | grep -ci unstable; echo $line"
 @pytest.fixture
 def guest() -> Iterator[subprocess.Popen[str]]:
     """A guest that waits for a line on its standard input."""
-    options = ["--name", NAME, "-c", str(CPUS), "--timeout", "200"]
+    options = ["--name", NAME, "-c", str(CPUS), "--timeout", "600"]
     with subprocess.Popen(
         [*SOFTKVM, "run", *options, "--", "sh", "-c", SCRIPT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:

@@ -80,11 +80,11 @@ class FakeMachine:
 
     def read(self, port: int) -> bytes:
         """The guest waits for input."""
-        return self.inputs[port].get(timeout=10)
+        return self.inputs[port].get(timeout=60)
 
     def wait_stopped(self) -> Stop:
         """The guest runs until someone stops it."""
-        assert self.stopped.wait(timeout=10)
+        assert self.stopped.wait(timeout=60)
         return stop(StopReason.INTERRUPTED)
 
 

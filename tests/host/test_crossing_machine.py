@@ -220,7 +220,7 @@ class Crossings(RuleBasedStateMachine):
 
 
 TestCrossings = Crossings.TestCase
-TestCrossings.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestCrossings.settings = settings(max_examples=100, stateful_step_count=30)
 
 
 def test_time_is_counted_for_each_context() -> None:

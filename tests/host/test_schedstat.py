@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import threading
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -22,20 +23,24 @@ def test_a_thread_hears_of_each_preemption_once(monkeypatch: pytest.MonkeyPatch)
     assert heard == [True, False, True, False]
 
 
-def open_files() -> int:
+def open_files(tid: int) -> int:
     """Of this process, those that tell of a thread's scheduling."""
-    links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
-    return sum(os.path.islink(link) and os.readlink(link).endswith("/schedstat") for link in links)
+    found = 0
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # another thread has closed it meanwhile
+            found += os.readlink(f"/proc/self/fd/{name}").endswith(f"/{tid}/schedstat")
+    return found
 
 
 def test_a_threads_file_stays_open_as_long_as_the_thread() -> None:
-    before, seen = open_files(), list[int]()
+    tids, seen = list[int](), list[int]()
 
     def ask() -> None:
+        tids.append(threading.get_native_id())
         assert schedstat.run_delay_ns() <= schedstat.run_delay_ns()
-        seen.append(open_files())
+        seen.append(open_files(tids[0]))
 
     thread = threading.Thread(target=ask)
     thread.start()
     thread.join()
-    assert (seen, open_files()) == ([before + 1], before)
+    assert (seen, open_files(tids[0])) == ([1], 0)

@@ -47,7 +47,7 @@ class Host:
         for thread in reversed(threads):
             thread.start()
         for thread in threads:
-            thread.join(timeout=10)
+            thread.join(timeout=60)
         assert not any(thread.is_alive() for thread in threads), "the round came to a stop"
         return "".join(self.log)
 

@@ -129,7 +129,7 @@ class TestIrqfd:
         vm.vcpus[0].make_request = lambda request: arrived.set()  # type: ignore[method-assign]
         eventfds = EventFds(vm)
         eventfds.irqfd(uapi.Irqfd(fd=fd, gsi=PIN))
-        assert arrived.wait(10)
+        assert arrived.wait(60)
         eventfds.close()
         eventfds.close()
         assert take(vm) == VECTOR
@@ -204,7 +204,7 @@ def test_the_thread_takes_signals_as_interrupts_out_of_idle(vm: FakeVm, fd: int)
     try:
         eventfds.irqfd(uapi.Irqfd(fd=fd, gsi=PIN))
         os.eventfd_write(fd, 1)
-        assert raised.wait(10)
+        assert raised.wait(60)
     finally:
         eventfds.close()
         trace.kvm_set_irq.unregister(probe)

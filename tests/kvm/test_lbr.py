@@ -395,4 +395,4 @@ class Exclusion(RuleBasedStateMachine):
 
 
 def test_no_guest_reads_records_of_another_or_of_the_host() -> None:
-    run_state_machine_as_test(Exclusion, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))
+    run_state_machine_as_test(Exclusion, settings=settings(max_examples=60, stateful_step_count=40))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softkvm.kvm import cpuid, msr, request
+from softkvm import silicon
+from softkvm.host.clock import VirtualClock
+from softkvm.kvm import System, cpuid, msr, request
 from softkvm.kvm import msr_index as n
 from softkvm.kvm.msr import MsrError
 from softkvm.kvm.msr_table import HANDLERS
 from softkvm.uapi import kvm as uapi
+from tests.kvm.conftest import ready
 from tests.kvm.fakes import FakeModel, FakeVcpu, FakeVm
 
 ONES = (1 << 64) - 1
@@ -38,14 +43,33 @@ def test_unknown_msrs(vcpu: FakeVcpu, index: int) -> None:
         msr.get(vcpu, index, True)
 
 
-@given(index=st.sampled_from(ALL_INDICES), value=st.one_of(st.integers(0, ONES), st.sampled_from([0, 1, ONES])), host=st.booleans())
-def test_any_write_is_stored_or_refused(index: int, value: int, host: bool) -> None:
-    vcpu = FakeVcpu(FakeVm(), lapic=bool(value & 1))
-    refused(vcpu, index, value, host)
-    try:
-        assert 0 <= msr.get(vcpu, index, host) <= ONES
-    except MsrError:
-        return
+MODELS = ["cascadelake", "epyc"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("host", [True, False])
+@pytest.mark.parametrize("value", [0, 1, 1 << 63, ONES])
+def test_each_msr_takes_or_refuses_the_edges_of_its_range(value: int, host: bool, model: str) -> None:
+    for index in ALL_INDICES:
+        stored_or_refused(model, index, value, host)
+
+
+@given(index=st.sampled_from(ALL_INDICES), value=st.integers(0, ONES), host=st.booleans(), model=st.sampled_from(MODELS))
+def test_any_write_is_stored_or_refused(index: int, value: int, host: bool, model: str) -> None:
+    stored_or_refused(model, index, value, host)
+
+
+def stored_or_refused(model: str, index: int, value: int, host: bool) -> None:
+    """Writes an MSR of a new vCPU, with a local APIC if `value` is odd, and reads it."""
+    system = System(silicon.Model(model))
+    with system.create_vm(clock=VirtualClock()) as vm:
+        if value & 1:
+            vm.create_irqchip()
+        vcpu = ready(vm.create_vcpu(0), system)
+        with suppress(MsrError):
+            msr.set(vcpu, index, value, host)
+        with suppress(MsrError):
+            assert 0 <= msr.get(vcpu, index, host) <= ONES
 
 
 @pytest.mark.parametrize("vendor", ["intel", "amd"])

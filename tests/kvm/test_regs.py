@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softkvm.kvm import Vcpu, Vm, regs
@@ -32,7 +32,7 @@ def test_processor_signature_without_cpuid(vm: Vm) -> None:
     assert vm.create_vcpu(0).get_regs().rdx == 0x600
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@settings(max_examples=30)
 @given(values=st.lists(U64, min_size=18, max_size=18))
 def test_general_registers_round_trip(vcpu: Vcpu, values: list[int]) -> None:
     written = uapi.Regs(*values)

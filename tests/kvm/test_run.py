@@ -89,15 +89,15 @@ def test_other_threads_wake_a_halted_vcpu(vcpu: Vcpu, play: Script, monkeypatch:
 
     def wait(timeout: float | None = None) -> bool:
         asleep.set()
-        return sleep(10)
+        return sleep(60)
 
     monkeypatch.setattr(vcpu.wakeup, "wait", wait)
     play(leave(vcpu, "hlt"), leave(vcpu, "shutdown"))
     thread = threading.Thread(target=vcpu.run)
     thread.start()
-    assert asleep.wait(10)
+    assert asleep.wait(60)
     vcpu.queue_nmi()
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
     assert vcpu.kvm_run.exit_reason == uapi.KVM_EXIT_SHUTDOWN
 

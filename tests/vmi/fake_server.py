@@ -65,7 +65,7 @@ class FakeServer:
                     if name is command:
                         del self.received[number]
                         return body
-                assert self.arrived.wait(10), f"no {command} came"
+                assert self.arrived.wait(60), f"no {command} came"
 
     def _serve(self) -> None:
         with suppress(OSError):

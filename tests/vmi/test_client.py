@@ -77,7 +77,7 @@ def test_an_event_is_typed_and_answered(server: FakeServer, client: Client) -> N
     arch = kvmi.EventArch(mode=8)
     arch.sregs.cr3 = 0x7000
     server.send_event(Event.CR, 9, 1, bytes(kvmi.EventCr(cr=3, old_value=0x7000, new_value=0x8000)), arch)
-    event = client.next_event(10)
+    event = client.next_event(60)
     assert isinstance(event, CrEvent)
     assert (event.vcpu, event.number, event.old, event.new, event.cr3) == (1, 3, 0x7000, 0x8000, 0x7000)
     event.continue_(event.old)
@@ -121,7 +121,7 @@ def test_a_pause_event_that_comes_late_is_answered(server: FakeServer, client: C
         pass
     server.send_event(Event.PAUSE_VCPU, 7)
     server.send_event(Event.HYPERCALL, 8)
-    event = client.next_event(10)
+    event = client.next_event(60)
     assert isinstance(event, VcpuEvent)
     assert not isinstance(event, PauseEvent)
     assert server.wait_for(None)
@@ -199,7 +199,7 @@ def test_what_is_not_the_protocol_ends_the_session(server: FakeServer, client: C
     server.server_end.sendall(message)
     server.server_end.shutdown(socket.SHUT_WR)
     with pytest.raises(ChannelClosed):
-        client.next_event(10)
+        client.next_event(60)
 
 
 def test_a_silent_server_is_not_waited_for_for_ever(server: FakeServer) -> None:
@@ -224,7 +224,7 @@ def test_listening_and_the_handshake(tmp_path: Path) -> None:
 
     vmm = threading.Thread(target=connect)
     vmm.start()
-    with Client.listen(path, key=b"secret", timeout=10) as client:
+    with Client.listen(path, key=b"secret", timeout=60) as client:
         assert client.guest is not None
         assert (client.guest.name, client.guest.start_time) == ("guest", 5)
     vmm.join()

@@ -27,8 +27,8 @@ from tests.vmm.boot import images
 HALT = bytes.fromhex("fa f4 ebfd")  # cli; again: hlt; jmp again
 EXIT = bytes.fromhex("b000e6f4")
 NAME, ID = "the-vm", UUID(int=0x1234)
-TIMEOUT = 20
-VMADDR_CID_LOCAL, VSOCK_PORT = 1, 0x6B766D69
+TIMEOUT = 60
+VMADDR_CID_LOCAL, VSOCK_PORT = 1, 0x6B76_0000 + os.getpid() % 0x1_0000
 
 Boot = Callable[..., Machine]
 

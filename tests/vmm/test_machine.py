@@ -297,11 +297,13 @@ def test_kvm_is_set_up_for_a_pc(boot: Boot) -> None:
 
 
 def test_all_vcpus_stop_together(boot: Boot) -> None:
+    before = set(threading.enumerate())
     vm = boot(itertools.chain(say("go"), [S5]), cpus=3)
     assert vm.run(timeout=60).reason is StopReason.POWER_OFF
-    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("softkvm-vcpu")] != []
+    threads = set(threading.enumerate()) - before
+    assert {"softkvm-vcpu0", "softkvm-vcpu1", "softkvm-vcpu2"} <= {thread.name for thread in threads}
     vm.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("softkvm")]
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_stats_count_exits_by_reason(boot: Boot) -> None:

@@ -44,7 +44,7 @@ class VmFactory(Protocol):
 class GuestRun(Protocol):
     """Runs one command in a fresh guest."""
 
-    def __call__(self, *command: str, options: tuple[str, ...] = (), stdin: bytes = b"", timeout: float = 100) -> GuestResult:
+    def __call__(self, *command: str, options: tuple[str, ...] = (), stdin: bytes = b"", timeout: float = 600) -> GuestResult:
         """Run `command` with the `softkvm run` options given; `timeout` is in seconds."""
 
 
@@ -71,7 +71,7 @@ def vm_factory(request: pytest.FixtureRequest) -> Iterator[VmFactory]:
 def guest_run() -> GuestRun:
     """A function that runs one command in a fresh guest and returns what it printed and its exit status."""
 
-    def run(*command: str, options: tuple[str, ...] = (), stdin: bytes = b"", timeout: float = 100) -> GuestResult:
+    def run(*command: str, options: tuple[str, ...] = (), stdin: bytes = b"", timeout: float = 600) -> GuestResult:
         program = [sys.executable, "-m", "softkvm.cli", "run", "--json", "--timeout", str(timeout), *options, "--", *command]
         result = subprocess.run(program, input=stdin, capture_output=True, check=False)
         if not result.stdout:

@@ -61,6 +61,19 @@ def test_no_network_is_one_sentence_with_the_selftest_hint(tools: Path) -> None:
         pass
 
 
+def test_a_mirror_in_the_middle_of_an_update_is_asked_again(tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apt, "_PAUSES", (0.0, 0.0))
+    asked = tmp_path / "asked"
+    script = f"echo >>{asked}; while read -r line; do count=x$count; done <{asked}; "
+    mismatch = 'echo "E: Failed to fetch http://deb.debian.org/x  Hash Sum mismatch" >&2; exit 100'
+    program(tools / "apt-get", f"{script} [ $count = xxx ] || {{ {mismatch}; }}")
+    with apt.session(lambda _: None):
+        assert asked.read_text() == "\n" * 3
+    program(tools / "apt-get", mismatch)
+    with pytest.raises(GuestUnavailable, match="Hash Sum mismatch"), apt.session(lambda _: None):
+        pass
+
+
 def test_no_apt_is_one_sentence_with_the_selftest_hint(tools: Path) -> None:
     (tools / "apt-get").unlink()
     with pytest.raises(GuestUnavailable, match=r"apt-get, which this machine lacks.*--selftest"), apt.session(lambda _: None):

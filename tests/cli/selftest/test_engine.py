@@ -26,5 +26,5 @@ def test_triple_fault_is_a_stop(tmp_path: Path) -> None:
     invalid_opcode = b"\x0f\x0b"  # ud2, and no IDT that could take it
     kernel.write_bytes(image.bzimage(invalid_opcode.rjust(image.ENTRY64 + len(invalid_opcode), b"\0")))
     with Machine(kernel=kernel, memory="16M") as machine:
-        stop = machine.run(timeout=30)
+        stop = machine.run(timeout=60)
     assert (stop.reason, stop.rip) == (StopReason.TRIPLE_FAULT, 0x100000 + image.ENTRY64)

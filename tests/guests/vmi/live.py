@@ -19,7 +19,7 @@ from softkvm.vmm import Machine, StopReason
 
 T = TypeVar("T")
 R = TypeVar("R")
-_PATIENCE = 200
+_PATIENCE = 600
 _QUIET = "loglevel=3"
 """Only an oops may get in between what commands print."""
 
@@ -41,6 +41,11 @@ class LiveGuest:
         assert stop.reason is StopReason.UNTIL, self.machine.text[-2000:]
         shown = self.machine.text.replace("\r", "")
         return shown[shown.rindex(begin) + len(begin) : shown.rindex(end)]
+
+    def background(self, program: str) -> int:
+        """Start a program of busybox in the background; its PID, as soon as it is that program and no longer the shell."""
+        name = program.split()[0]
+        return int(self.shell(f'{program} & until [ "$(cat /proc/$!/comm)" = {name} ]; do :; done; echo $!').split()[-1])
 
     def look(self, function: Callable[[Target], T]) -> T:
         """The result of a function that looks into the guest while it runs."""

@@ -14,12 +14,12 @@ from softkvm.vmi.tools.alarms import Alarms, Executed
 from softkvm.vmm import StopReason
 from tests.guests.vmi.live import LiveGuest
 
-pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.guest, pytest.mark.slow]
 
 
 def test_processes_and_events_without_a_socket(vm_factory: VmFactory) -> None:
     machine = vm_factory(cpus=2, append="loglevel=3")
-    assert machine.run(until="# ", timeout=200).reason is StopReason.UNTIL
+    assert machine.run(until="# ", timeout=600).reason is StopReason.UNTIL
     with Client(machine.introspect()) as client:
         by_socket = LiveGuest(machine, client).still(lambda target: tasks.processes(target.kernel))
     with DirectLink.open(machine.introspect_direct) as link, Client(link) as client:

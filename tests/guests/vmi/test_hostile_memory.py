@@ -1,4 +1,4 @@
-"""A real kernel's memory with words of its structures bent at random: every look ends, with a result or with an error that says so."""
+"""A real kernel's memory with words of its structures bent: every look ends, with a result or with an error that says so."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from softkvm.vmi.linux.objects import Struct
 from softkvm.vmi.memory import BufferMemory
 from tests.guests.vmi.live import live_guest
 
-pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.guest, pytest.mark.slow]
 
 ROUNDS = 60
 SEED = int(os.environ.get("HOSTILE_SEED", "1"))
 WORD = (1 << 64) - 1
+TASK_NEW = 0x800
 
 
 @pytest.fixture(scope="module")
 def ram() -> bytearray:
     """The memory of a guest at its shell."""
     with live_guest({}, memory="128M") as live:
-        live.shell("sleep 1000 < /init & true")
+        live.background("sleep 1000 < /init")
         area = live.target.client.memory.ranges()[0]
         return bytearray(live.still(lambda target: target.client.memory.read(area.base, area.end - area.base)))
 
@@ -57,6 +58,29 @@ def looks(kernel: Kernel, tasks_there: list[Struct]) -> list[Callable[[], object
     for task in tasks_there[-3:]:
         found += [lambda task=task: maps.maps(kernel, task), lambda task=task: list(files.files(kernel, task))]  # type: ignore[misc]
     return found
+
+
+def test_a_process_off_the_list_is_hidden_unless_fork_is_not_done_with_it(ram: bytearray) -> None:
+    kernel = linux.find(BufferMemory([(0, memoryview(ram))]))
+    task = list(tasks.all_tasks(kernel))[-1]
+    pid, whole = task.number("pid"), bytes(ram)
+
+    def write(address: int, value: int, size: int = 8) -> None:
+        at = kernel.physical(address)
+        ram[at : at + size] = value.to_bytes(size, "little")
+
+    def hidden_from() -> tuple[tasks.View, ...]:
+        kernel.forget()
+        return next(process.hidden_from for process in tasks.processes(kernel) if process.pid == pid)
+
+    assert hidden_from() == ()
+    following, before = kernel.number(task.at("tasks")), kernel.number(task.at("tasks") + 8)
+    write(before, following)
+    write(following + 8, before)
+    assert hidden_from() == (tasks.View.TASKS,)
+    write(task.at("__state"), TASK_NEW, 4)
+    assert hidden_from() == ()
+    ram[:] = whole
 
 
 def test_bent_structures_are_an_error_or_a_result(ram: bytearray) -> None:

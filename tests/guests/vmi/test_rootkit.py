@@ -15,10 +15,10 @@ from softkvm.vmi.linux.patching import Site
 from softkvm.vmi.linux.tasks import View
 from softkvm.vmi.tools.check import check
 from softkvm.vmi.tools.lock import KernelLock
-from tests.guests.vmi import packages
+from tests.guests import packages
 from tests.guests.vmi.live import LiveGuest, live_guest
 
-pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.guest, pytest.mark.slow]
 
 ROOTKIT = Path(__file__).with_name("rootkit.c")
 GETPID = 39
@@ -42,7 +42,7 @@ def live(files: dict[str, bytes]) -> Iterator[LiveGuest]:
 
 def hide_and_hook(live: LiveGuest, *more: str) -> int:
     """Load the rootkit; the PID of the process that it hides."""
-    pid = int(live.shell("sleep 1000 & echo $!").split()[-1])
+    pid = live.background("sleep 1000")
     table = live.target.kernel.symbols["sys_call_table"]
     live.shell(f"insmod /rootkit.ko pid={pid} table={table} number={GETPID} {' '.join(more)}")
     return pid
@@ -108,7 +108,7 @@ def test_what_a_kernel_does_itself_is_no_attack(files: dict[str, bytes]) -> None
         lock.engage_when_booted()
         assert not lock.engaged
         with live.watched(lock) as attempts:
-            live.machine.run(until="# ", timeout=300)
+            live.machine.run(until="# ", timeout=600)
             assert lock.engaged
             for name in DEBIAN_MODULES:
                 module = name.rsplit("/", 1)[-1]

@@ -17,10 +17,10 @@ from softkvm.vmi.tools.alarms import Alarms, Executed
 from softkvm.vmi.tools.arguments import Argument
 from softkvm.vmi.tools.syscalls import Syscall, SyscallTracer
 from softkvm.vmi.tools.watch import Breakpoint, Watchpoint
-from tests.guests.vmi import packages
+from tests.guests import packages
 from tests.guests.vmi.live import LiveGuest, live_guest
 
-pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.guest, pytest.mark.slow]
 
 PIPELINE = "echo hello | tr a-z A-Z; cat /etc/passwd /nosuch 2>/dev/null | wc -l; mkdir /tmp/d; cp /init /tmp/d; ls /tmp/d | sort"
 LOADER = "ld-linux-x86-64.so.2"

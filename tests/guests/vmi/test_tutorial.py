@@ -16,10 +16,10 @@ import pytest
 from softkvm.cli import guest
 from softkvm.cli.guest import cpio
 from softkvm.vmi.tools.lock import Attempt
-from tests.guests.vmi import packages
+from tests.guests import packages
 from tests.guests.vmi.test_rootkit import GETPID, ROOTKIT
 
-pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.guest, pytest.mark.slow]
 
 TUTORIAL = Path(__file__).parents[3] / "docs/introspection.md"
 COMMANDS = [

@@ -92,7 +92,7 @@ def test_answer_later(model: kvm.Model) -> None:
     outcome: list[object] = []
     runner = threading.Thread(target=lambda: outcome.append(tool.guest.run().event))
     runner.start()
-    assert arrived.wait(20)
+    assert arrived.wait(60)
     event = tool.seen[0]
     registers = kvmi.GetRegistersReply.from_buffer_copy(tool.channel.request(Command.VCPU_GET_REGISTERS, bytes(8), 0)).regs
     assert registers.rip == CODE
@@ -101,7 +101,7 @@ def test_answer_later(model: kvm.Model) -> None:
     with pytest.raises(ValueError, match="waits"):
         tool.channel.reply(0, event.seq + 1)
     tool.channel.reply(0, event.seq, Action.RETRY)
-    runner.join(20)
+    runner.join(60)
     assert outcome == [None]
     tool.guest.close()
 

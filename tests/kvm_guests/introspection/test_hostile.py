@@ -163,14 +163,15 @@ def assault(model: kvm.Model, seed: int, messages: int, dialect: Dialect) -> int
     return sent
 
 
-def left_behind() -> tuple[int, int, int]:
-    """Threads, descriptors and sessions that are there once the last receiver, which ends by itself, had its time to."""
+def left_behind(expected: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Threads, descriptors and sessions, once there are no more than expected or the last receiver, which ends by itself, had its time."""
     deadline = time.monotonic() + TIMEOUT
     while True:
         gc.collect()
         sessions = sum(isinstance(found, Session) for found in gc.get_objects())
-        if not sessions or time.monotonic() > deadline:
-            return threading.active_count(), len(os.listdir("/proc/self/fd")), sessions
+        found = threading.active_count(), len(os.listdir("/proc/self/fd")), sessions
+        if all(now <= then for now, then in zip(found, expected, strict=True)) or time.monotonic() > deadline:
+            return found
 
 
 @pytest.mark.parametrize("dialect", kvmi.DIALECTS.values(), ids=lambda dialect: dialect.name)
@@ -189,12 +190,13 @@ def test_what_once_did_harm(model: kvm.Model) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 def test_a_million_random_messages_do_no_harm(model: kvm.Model) -> None:
+    before = threading.active_count(), len(os.listdir("/proc/self/fd")), 0
     assault(model, 0, 400, kvmi.V9)
-    before, left, seed = left_behind(), int(os.environ.get("SOFTKVM_KVMI_MESSAGES", "20000")), 1000
+    before, left, seed = left_behind(before), int(os.environ.get("SOFTKVM_KVMI_MESSAGES", "20000")), 1000
     while left > 0:
         left -= max(1, assault(model, seed, 400, list(kvmi.DIALECTS.values())[seed % 3]))
         seed += 1
-    after = left_behind()
+    after = left_behind(before)
     assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)
 
 

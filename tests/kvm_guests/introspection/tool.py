@@ -16,7 +16,7 @@ from softkvm.uapi.kvm import Regs
 from softkvm.uapi.kvmi import Action, Command, Dialect, Event
 from tests.helpers.long_guest import Guest, Outcome
 
-TIMEOUT = 20
+TIMEOUT = 60
 EVENT_SIZE = 544
 RIP, RFLAGS, CR0, CR3, CR4, EFER = 144, 152, 384, 400, 408, 424
 """Offsets in an event's body."""

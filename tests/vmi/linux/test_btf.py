@@ -81,7 +81,7 @@ def test_typedef_of_itself_ends() -> None:
         btf.size(1)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_bent_types_are_corrupt_or_readable(choices: st.DataObject) -> None:
     data = bytearray(sample())

@@ -41,7 +41,7 @@ def test_markers_that_do_not_agree_are_no_table() -> None:
         kallsyms.locate(bytes(data))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_bent_tables_are_refused_or_decoded(choices: st.DataObject) -> None:
     data = bytearray(encode(SYMBOLS))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from softkvm import kvm
@@ -244,7 +244,6 @@ JSON = st.recursive(
 BYTES = st.one_of(st.binary(), JSON.map(lambda value: json.dumps(value).encode()), REQUESTS.map(lambda value: json.dumps(value).encode()))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(BYTES, st.booleans()), max_size=8))
 def test_no_bytes_harm_the_server(monitor: Monitor, bugs: list[Exception], pieces: list[tuple[bytes, bool]]) -> None:
     with raw() as peer:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softkvm.vmm import StateError
@@ -81,7 +81,7 @@ def test_only_pages_that_hold_something_are_in_the_file(memory: GuestMemory, tmp
     fresh.close()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@settings(max_examples=25)
 @given(st.sets(st.integers(0, 4 * MIB // PAGE - 1), max_size=40))
 def test_any_pages_come_back(tmp_path: Path, pages: set[int]) -> None:
     path = tmp_path / "snapshot"

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from softkvm.host.clock import VirtualClock
@@ -160,7 +160,6 @@ def try_restore(path: Path) -> None:
         machine.run(timeout=0)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_spoiled_bytes_are_refused_or_harmless(saved: Path, tmp_path: Path, data: st.DataObject) -> None:
     content = bytearray(saved.read_bytes())
@@ -192,7 +191,6 @@ def spoil(data: st.DataObject, value: Any) -> Any:
     return data.draw(VALUES)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_spoiled_fields_are_refused_or_harmless(saved: Path, tmp_path: Path, data: st.DataObject) -> None:
     with SnapshotFile(saved) as original:

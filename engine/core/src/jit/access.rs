@@ -73,7 +73,7 @@ pub struct Refill {
 }
 
 /// Offset of the column of tags for accesses of `kind`.
-fn tags(kind: AccessKind) -> i32 {
+pub fn tags(kind: AccessKind) -> i32 {
     (match kind {
         AccessKind::Read => offset_of!(Entries, read),
         AccessKind::Write => offset_of!(Entries, write),
@@ -81,7 +81,8 @@ fn tags(kind: AccessKind) -> i32 {
     }) as i32
 }
 
-const ADDENDS: i32 = offset_of!(Entries, addend) as i32;
+/// Offset of the column of addends.
+pub const ADDENDS: i32 = offset_of!(Entries, addend) as i32;
 
 /// From a slot in the first way to the one in the second.
 const SECOND: i32 = (SLOTS * size_of::<u64>()) as i32;
@@ -222,7 +223,7 @@ fn load_address(a: &mut Asm, to: Register, address: Memory) {
 }
 
 /// `to` = the slot of linear address `la` in a table. Clobbers `scratch`, which may be `to` if that is not `la`.
-fn load_slot(a: &mut Asm, to: Register, la: Register, scratch: Register, has_bextr: bool) {
+pub fn load_slot(a: &mut Asm, to: Register, la: Register, scratch: Register, has_bextr: bool) {
     const SHIFT: u8 = PAGE_SIZE.trailing_zeros() as u8;
     const BITS: u8 = SLOTS.trailing_zeros() as u8;
     let low = |register| resized(register, R15D);

@@ -9,6 +9,7 @@ use super::backend::Arrival;
 use super::emit::{cpu_field, in_memory, Emitter, Places};
 use super::exits::{opposite, ExitSite};
 use super::flags::{settled, Recipe, Rule};
+use super::loops::Loop;
 use super::native::PAGE;
 use super::plan::{plan, Host, Plan};
 use super::registers::{self, host, resized, SCRATCH, STACK};
@@ -63,6 +64,7 @@ pub fn translate(
     let units = plans.iter().fold(Units::default(), |all, plan| all.and(plan.units()));
     let last_x87 = instructions.iter().rposition(|insn| x87::sets_pointer(insn.mnemonic()));
     let settled = settled(instructions, &plans);
+    let found = if branch.is_none() { Loop::of(instructions, &plans) } else { None };
     let out = Emitter::new(asm, ground, block, units, model.silicon(), arrival);
     let mut translation = Translation { out, info: InstructionInfoFactory::new(), branch };
     let body = translation.out.head(block.instructions);
@@ -72,7 +74,10 @@ pub fn translate(
         let before = if index == 0 { ARITHMETIC } else { live[index - 1] };
         let (seen_before, seen_behind) = (before != 0, live[index] != 0);
         let place = Place { index, seen_before, seen_behind, settled_behind: settled[index + 1] };
-        ended = translation.instruction(insn, plans[index], place);
+        ended = match &found {
+            Some(found) if index + 1 == instructions.len() => translation.close(insn, found, block.instructions as i32),
+            _ => translation.instruction(insn, plans[index], place),
+        };
         if last_x87 == Some(index) {
             translation.out.point_x87(insn.ip());
         }
@@ -83,7 +88,7 @@ pub fn translate(
         translation.out.exit(block.length.into(), steered);
     }
     let (exits, cells) = translation.out.finish()?;
-    Some(Code { body, exits, takes_recipes: !settled[0], cells })
+    Some(Code { body, exits, takes_recipes: !settled[0] && found.is_none(), cells })
 }
 
 /// An instruction's number in its block, and whether anybody sees the flags before it and behind it.
@@ -532,19 +537,19 @@ fn accumulator(bytes: usize) -> Register {
 }
 
 /// The arithmetic flags as iced names them.
-const ALL_FLAGS: u32 = {
+pub(super) const ALL_FLAGS: u32 = {
     use iced_x86::RflagsBits as Bits;
     Bits::CF | Bits::PF | Bits::AF | Bits::ZF | Bits::SF | Bits::OF
 };
 
 /// Whether an instruction may leave flags as they were, though it can change them: a shift by zero.
-fn may_keep_flags(insn: &Instruction) -> bool {
+pub(super) fn may_keep_flags(insn: &Instruction) -> bool {
     use iced_x86::Mnemonic::*;
     matches!(insn.mnemonic(), Shl | Sal | Shr | Sar | Shld | Shrd)
 }
 
 /// Makes `memory` the memory operand.
-fn point_to(insn: &mut Instruction, memory: Memory) {
+pub(super) fn point_to(insn: &mut Instruction, memory: Memory) {
     debug_assert!(insn.memory_size() != MemorySize::Unknown);
     insn.set_segment_prefix(Register::None);
     insn.set_memory_base(memory.base);

@@ -63,6 +63,8 @@ pub struct Emitter<'a> {
     last: u32,
     /// What the block works on besides the general registers.
     units: Units,
+    /// Where the block begins.
+    pub(super) start: Label,
     /// Whose undefined flags the guest sees.
     pub(super) silicon: Silicon,
     /// Stubs that bring that, where they are called, and where it is there.
@@ -106,6 +108,7 @@ impl<'a> Emitter<'a> {
     pub fn new(asm: &'a mut Asm, ground: Ground, block: &Block, units: Units, silicon: Silicon, arrival: Arrival) -> Self {
         let flags = Whereabouts::on_arrival(arrival.recipe);
         let tails = [(); 2].map(|()| asm.create_label());
+        let start = asm.create_label();
         Emitter {
             asm,
             places: ground.places,
@@ -114,6 +117,7 @@ impl<'a> Emitter<'a> {
             salt: jump_salt(block.key.watching.number()) as i32,
             last: block.instructions - 1,
             units,
+            start,
             silicon,
             gates: Vec::new(),
             exits: Vec::new(),

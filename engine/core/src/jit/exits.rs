@@ -52,6 +52,7 @@ impl Emitter<'_> {
     /// Returns the label behind.
     pub fn head(&mut self, instructions: u32) -> Label {
         let [body, exhausted] = [(); 2].map(|()| self.asm.create_label());
+        self.asm.set_label(self.start);
         self.asm.sub(BUDGET, instructions as i32);
         self.asm.jcc(ConditionCode::s, exhausted);
         self.asm.set_label(body);

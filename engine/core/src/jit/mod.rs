@@ -15,6 +15,7 @@
 //! | `flags` | where the guest's flags are meanwhile |
 //! | `access` | accesses to the guest's memory |
 //! | `exits` | the head of a block, and the ways to the next one |
+//! | `loops`, `turns` | loops whose accesses are checked once for many turns |
 //! | `watched` | what a branch does for those who watch branches |
 //! | `registers`, `vector_registers` | where guest registers are meanwhile |
 //! | `integer`, `string`, `system`, `calls` | instructions that take several of the host's |
@@ -33,12 +34,14 @@ mod exits;
 pub mod flags;
 mod integer;
 pub mod link;
+mod loops;
 pub mod native;
 mod plan;
 mod registers;
 mod string;
 mod stubs;
 mod system;
+mod turns;
 mod vector;
 mod vector_registers;
 mod watched;

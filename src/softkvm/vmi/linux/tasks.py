@@ -20,6 +20,7 @@ from softkvm.vmi.linux.objects import Struct
 _PF_KTHREAD = 0x0020_0000
 _TASK_REPORT = 0x7F
 _TASK_DEAD = 0x80
+_TASK_NEW = 0x800
 _TASK_IDLE = 0x402
 _STATES = "RSDTtXZP"
 _MOST_THREADS = 1 << 16
@@ -189,8 +190,8 @@ def processes(kernel: Kernel, cr3s: tuple[int, ...] = ()) -> list[Process]:
     listed = []
     for task, views in seen(kernel, cr3s).items():
         missing = tuple(view for view in (View.TASKS, View.PIDS) if view not in views)
-        if View.TASKS in views and task.number("exit_state"):
-            missing = ()  # a zombie that is being reaped leaves the table of PIDs first
+        if task.number("__state") == _TASK_NEW or (View.TASKS in views and task.number("exit_state")):
+            missing = ()  # fork() has not entered it everywhere, or a zombie that is being reaped has left the table of PIDs
         listed.append(describe(kernel, task, missing))
     return sorted(listed, key=lambda process: process.pid)
 
