@@ -14,6 +14,7 @@ use super::flags::{Recipe, Whereabouts};
 use super::native::{detour, VECTORS, X87};
 use super::registers;
 use super::vector::{Units, Width};
+use super::watched::Doubt;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::decode::cache::jump_salt;
@@ -74,6 +75,8 @@ pub struct Emitter<'a> {
     /// Calls for which the host's stack may have no room, and where they go on.
     pub(super) full_stacks: Vec<(Label, Label)>,
     cold: Vec<Cold>,
+    /// Branches that somebody watches, where the predictor may be wrong.
+    pub(super) doubts: Vec<Doubt>,
     /// Sites so far, and those that look the TLB up; see [`Block::wandering`].
     pub(super) sites: usize,
     pub(super) wandering: u64,
@@ -120,6 +123,7 @@ impl<'a> Emitter<'a> {
             ways: Vec::new(),
             full_stacks: Vec::new(),
             cold: Vec::new(),
+            doubts: Vec::new(),
             first_cell: ground.first_cell,
             cells: Vec::new(),
             sites: 0,
@@ -213,6 +217,7 @@ impl<'a> Emitter<'a> {
     /// refused.
     pub fn finish(mut self) -> Option<(Vec<ExitSite>, Vec<u16>)> {
         self.finish_ways();
+        self.finish_doubts();
         self.finish_sites();
         for Cold { label, why, recipe, back } in std::mem::take(&mut self.cold) {
             self.asm.set_label(label);
