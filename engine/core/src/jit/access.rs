@@ -14,6 +14,7 @@ use iced_x86::{Code, ConditionCode, Instruction, Register};
 use super::asm::{dword_ptr, qword_ptr, word_ptr, Asm, Label, Memory};
 use super::emit::{cpu_field, Emitter};
 use super::native::{STAMP, WANDERER};
+use super::near::{Linear, Near};
 use super::registers::{resized, BUDGET};
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
@@ -60,6 +61,8 @@ pub struct Refill {
     back: Label,
     /// Where accesses go that the TLB has nothing for either.
     miss: Label,
+    /// How far it is from the place in R15, if somebody relies on that.
+    near: Option<i32>,
     /// The linear address.
     address: Memory,
     bytes: usize,
@@ -84,22 +87,54 @@ impl Emitter<'_> {
     /// The host address of `bytes` at linear address `address`, or goes to `miss`. The address is made of registers of the guest and a
     /// displacement up to [`MAX_DISPLACEMENT`], or of R14 and such a displacement. Clobbers R13, R15, the flags, and R14 unless it is part of
     /// the address.
-    pub fn access(&mut self, address: Memory, bytes: usize, kind: AccessKind, miss: Label) -> Memory {
-        let site = self.sites;
+    pub fn access(&mut self, address: impl Into<Linear>, bytes: usize, kind: AccessKind, miss: Label) -> Memory {
+        let (linear, site) = (address.into(), self.sites);
+        let address = linear.memory;
         self.sites += 1;
-        if self.wandering >> site.min(LAST) & 1 != 0 {
-            self.look_up(address, bytes, kind, miss);
+        let wanders = self.wandering >> site.min(LAST) & 1 != 0;
+        let near = self.near.as_ref().filter(|_| self.asm.holds() && !wanders);
+        if let Some(distance) = near.and_then(|near| near.distance(linear, bytes, kind)) {
+            self.look_beside(site, distance, address, bytes, kind, miss);
         } else {
-            self.look_at_cell(site, address, bytes, kind, miss);
+            self.near = Near::to(linear, kind).filter(|_| self.shared || !wanders);
+            if wanders {
+                self.look_up(address, bytes, kind, miss);
+            } else {
+                self.look_at_cell(site, address, bytes, kind, miss);
+            }
+        }
+        if self.near.is_some() {
+            self.asm.hold();
         }
         self.translated(address)
     }
 
-    /// R13 = what turns `address` into a host address, by the site's cell.
+    /// The place of the cell of a site.
+    fn cell_of(&mut self, site: usize) -> i32 {
+        self.cells.push(site as u16);
+        self.first_cell + ((self.cells.len() - 1) * size_of::<Cell>()) as i32
+    }
+
+    /// R13 is what turns `address` into a host address, if that is `distance` behind the place in R15.
+    fn look_beside(&mut self, site: usize, distance: i32, address: Memory, bytes: usize, kind: AccessKind, miss: Label) {
+        let [label, back] = [(); 2].map(|()| self.asm.create_label());
+        let cell = self.cell_of(site);
+        if distance < 0 {
+            self.asm.lea(R15, qword_ptr(R15, distance));
+            self.near.iter_mut().for_each(|near| near.shift(distance));
+        }
+        let ahead = distance.max(0);
+        self.asm.cmp(R15, PAGE_SIZE as i32 - bytes as i32 - ahead);
+        self.asm.jcc(ConditionCode::a, label);
+        self.asm.set_label(back);
+        self.refills.push(Refill { label, back, miss, near: Some(ahead), address, bytes, kind, cell });
+    }
+
+    /// R13 = what turns `address` into a host address, by the site's cell; R15 = how far into its page it is.
     fn look_at_cell(&mut self, site: usize, address: Memory, bytes: usize, kind: AccessKind, miss: Label) {
         let [label, back] = [(); 2].map(|()| self.asm.create_label());
-        let cell = self.first_cell + (self.cells.len() * size_of::<Cell>()) as i32;
-        self.cells.push(site as u16);
+        let cell = self.cell_of(site);
+        let near = self.near.as_ref().map(|_| 0);
         let field = |offset: usize| qword_ptr(Register::RIP, cell + offset as i32);
         let a = &mut *self.asm;
         a.mov(R13, cpu_field(STAMP));
@@ -111,10 +146,10 @@ impl Emitter<'_> {
         a.jcc(ConditionCode::a, label);
         a.mov(R13, field(offset_of!(Cell, addend)));
         a.set_label(back);
-        self.refills.push(Refill { label, back, miss, address, bytes, kind, cell });
+        self.refills.push(Refill { label, back, miss, near, address, bytes, kind, cell });
     }
 
-    /// R13 = what turns `address` into a host address, by the TLB.
+    /// R13 = what turns `address` into a host address, by the TLB; R15 = how far into its page it is, if somebody relies on that.
     fn look_up(&mut self, address: Memory, bytes: usize, kind: AccessKind, miss: Label) {
         let table = cpu_field(offset_of!(Cpu, active_table));
         let last = Memory { displacement: address.displacement + bytes as i32 - 1, ..address };
@@ -142,6 +177,10 @@ impl Emitter<'_> {
             a.jne(miss);
             a.mov(R13, qword_ptr(R14, ADDENDS).index(R13, 8));
         }
+        if self.near.is_some() {
+            load_address(a, R15, address);
+            a.and(R15, PAGE_OFFSET as i32);
+        }
     }
 
     /// `address` with the addend in R13 added to it.
@@ -167,7 +206,7 @@ impl Emitter<'_> {
 
     /// Writes the cold code of all sites.
     pub(super) fn finish_sites(&mut self) {
-        for Refill { label, back, miss, address, bytes, kind, cell } in std::mem::take(&mut self.refills) {
+        for Refill { label, back, miss, near, address, bytes, kind, cell } in std::mem::take(&mut self.refills) {
             let stub = if kind == AccessKind::Write { self.places.refill_write } else { self.places.refill_read };
             let a = &mut *self.asm;
             a.set_label(label);
@@ -177,11 +216,18 @@ impl Emitter<'_> {
             a.lea(R15, qword_ptr(R14, bytes as i32 - 1));
             a.lea(R13, qword_ptr(Register::RIP, cell));
             a.call(stub);
+            a.jne(miss);
+            if let Some(ahead) = near {
+                a.mov(R15, R14);
+                a.and(R15, PAGE_OFFSET as i32);
+                if ahead != 0 {
+                    a.sub(R15, ahead);
+                }
+            }
             if address.base == R14 && address.displacement != 0 {
                 a.lea(R14, qword_ptr(R14, -address.displacement));
             }
-            a.je(back);
-            a.jmp(miss);
+            a.jmp(back);
         }
     }
 }
