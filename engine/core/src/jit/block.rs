@@ -492,19 +492,34 @@ impl Translation<'_> {
         self.out.flush_flags(true);
         let miss = self.out.detour(place.index);
         self.target(insn, miss);
-        self.out.keep_rip();
+        // A register still has the target behind the push.
+        let register = Some(insn.op0_register()).filter(|named| insn.op0_kind() == OpKind::Register && *named != Register::RSP);
+        if register.is_none() {
+            self.out.keep_rip();
+        }
         self.push_return(insn, miss);
         let back = insn.next_ip() as i64;
         if self.out.is_near(back) {
             if let Some(branch) = self.branch {
-                self.out.take_rip();
+                self.target_again(register);
                 self.out.note_branch(branch, Target::Computed, true);
                 self.out.rip_at(R15, back);
             }
-            self.out.call_kept_rip(back);
+            self.out.push_call();
+            self.target_again(register);
+            self.out.call_r15(back);
         } else {
-            self.out.take_rip();
+            self.target_again(register);
             self.branch_to_r15();
+        }
+    }
+
+    /// R15 = the target of a call, which is in `register` or was kept.
+    fn target_again(&mut self, register: Option<Register>) {
+        match register.map(|register| self.get(register, R15)) {
+            Some(R15) => {}
+            Some(value) => self.out.asm.mov(R15, value),
+            None => self.out.take_rip(),
         }
     }
 
