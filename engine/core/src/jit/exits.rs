@@ -14,6 +14,7 @@ use super::flags::{Recipe, Whereabouts};
 use super::link::NO_GUARD;
 use super::native::{detour, CONTEXT_FIELD, HOST_STACK, HOST_STACK_END, JUMPS, PAGE, TARGET_RIP};
 use super::registers::{BUDGET, STACK};
+use crate::decode::block::Block;
 use crate::decode::cache::{Jump, JUMP_BITS, JUMP_SLOTS};
 use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
 
@@ -181,7 +182,8 @@ impl Emitter<'_> {
         a.mov(R13, R15);
         a.and(R13, !(PAGE_OFFSET as i32));
         a.mov(cpu_field(PAGE), R13);
-        qword_ptr(R14, offset_of!(Jump, entry) as i32)
+        a.mov(R14, qword_ptr(R14, offset_of!(Jump, block) as i32));
+        qword_ptr(R14, offset_of!(Block, entry) as i32)
     }
 
     // ---- calls and returns --------------------------------------------------------------------------------------------------------------
