@@ -216,11 +216,13 @@ impl Cpu {
     }
 
     /// Core cycles that the core has seen.
+    #[cfg(target_arch = "x86_64")]
     fn cycles(&self) -> u64 {
         self.instructions().wrapping_add(self.pmu.tally.stalled())
     }
 
     /// Host code has recorded branches.
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn take_records(&mut self) {
         let (now, budget) = (self.cycles(), self.budget);
         self.pmu.lbr.settle(now, budget);

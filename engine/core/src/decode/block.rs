@@ -66,7 +66,9 @@ pub struct Block {
     pub body: *const u8,
     /// Ways between its host code and that of others.
     pub links: Option<Box<Links>>,
-    /// Accesses of its host code that have no cell, because they meet another page each time; those from number 63 on are one.
+    /// It is one of those that run most: accesses of its host code have cells.
+    pub busy: bool,
+    /// Those that have none all the same, because they meet another page each time; the ones from number 63 on are one.
     pub wandering: u64,
     /// Runs by the interpreter.
     pub heat: u32,
@@ -92,6 +94,7 @@ impl Block {
             entry: std::ptr::null(),
             body: std::ptr::null(),
             links: None,
+            busy: false,
             wandering: 0,
             heat: 0,
             length: 0,
