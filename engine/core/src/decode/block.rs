@@ -2,6 +2,7 @@
 
 use iced_x86::{Code, Decoder, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
+use super::cache::BlockId;
 use super::liveness::dead_flags;
 use super::{feature, lower, MAX_LENGTH};
 use crate::cpu::{CodeSize, Cpu};
@@ -74,6 +75,8 @@ pub struct Block {
     pub heat: u32,
     /// Length in bytes.
     pub length: u32,
+    /// Number of the block in the cache.
+    pub number: BlockId,
     pub key: Key,
     /// The reference handler of each instruction.
     pub reference: Box<[Handler]>,
@@ -98,6 +101,7 @@ impl Block {
             wandering: 0,
             heat: 0,
             length: 0,
+            number: 0,
             key,
             reference: Box::default(),
             second_page: None,

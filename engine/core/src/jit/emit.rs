@@ -14,6 +14,7 @@ use super::flags::{Recipe, Whereabouts};
 use super::native::{detour, VECTORS, X87};
 use super::registers;
 use super::vector::{Units, Width};
+use super::watched::Doubt;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::decode::cache::jump_salt;
@@ -76,6 +77,8 @@ pub struct Emitter<'a> {
     /// Calls for which the host's stack may have no room, and where they go on.
     pub(super) full_stacks: Vec<(Label, Label)>,
     cold: Vec<Cold>,
+    /// Branches that somebody watches, where the predictor may be wrong.
+    pub(super) doubts: Vec<Doubt>,
     /// Sites so far, and which ones have cells; see [`Block::busy`] and [`Block::wandering`].
     pub(super) sites: usize,
     pub(super) busy: bool,
@@ -125,6 +128,7 @@ impl<'a> Emitter<'a> {
             ways: Vec::new(),
             full_stacks: Vec::new(),
             cold: Vec::new(),
+            doubts: Vec::new(),
             first_cell: ground.first_cell,
             cells: Vec::new(),
             sites: 0,
@@ -219,6 +223,7 @@ impl<'a> Emitter<'a> {
     /// refused.
     pub fn finish(mut self) -> Option<(Vec<ExitSite>, Vec<u16>)> {
         self.finish_ways();
+        self.finish_doubts();
         self.finish_sites();
         for Cold { label, why, recipe, back } in std::mem::take(&mut self.cold) {
             self.asm.set_label(label);

@@ -253,10 +253,10 @@ impl Cpu {
         }
     }
 
-    /// Takes what host code has of the PMU's records and of the x87 unit.
+    /// Takes what host code has for the PMU, and of the x87 unit.
     fn take_units(&mut self) {
         if self.pmu.watching != Watching::NONE {
-            self.take_records();
+            self.take_notes();
         }
         if self.native.x87 != 0 {
             self.take_x87(None);
