@@ -63,6 +63,8 @@ pub struct Block {
     pub followers: [Link; 2],
     /// Where host code of other blocks enters this one: its own host code, or what leads to the dispatcher.
     pub entry: *const u8,
+    /// Slots of the jump cache that may have `entry`.
+    pub open: Vec<u16>,
     /// Where the dispatcher enters its host code; null without a translation.
     pub body: *const u8,
     /// Ways between its host code and that of others.
@@ -95,6 +97,7 @@ impl Block {
             last: 0,
             followers: [Link::NONE; 2],
             entry: std::ptr::null(),
+            open: Vec::new(),
             body: std::ptr::null(),
             links: None,
             busy: false,

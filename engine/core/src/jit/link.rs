@@ -233,6 +233,7 @@ pub unsafe fn follow(cpu: &mut Cpu, block: *mut Block, number: usize) -> u32 {
 /// Host code knows RIP, and nothing of the block there: tells where it goes on, as [`follow`] does.
 pub fn find(cpu: &mut Cpu) -> u32 {
     let Some(target) = cpu.translated_at(cpu.rip()) else { return status::BOUNDARY };
+    cpu.code.open(cpu.rip(), cpu.jump_context, target);
     cpu.keep_from_blocks();
     cpu.go_to(target)
 }

@@ -12,6 +12,7 @@ use super::access::{load_slot, tags, ADDENDS};
 use super::asm::{qword_ptr, Label};
 use super::block::Translation;
 use super::emit::{cpu_field, in_memory};
+use super::exits::opposite;
 use super::flags::Whereabouts;
 use super::loops::{Group, Loop};
 use super::native::{LOOP_PLACES, LOOP_REST, LOOP_TURNS, PAGE};
@@ -22,6 +23,10 @@ use crate::paging::AccessKind;
 
 /// Quotients of what is less than a page are products with a number of so many bits behind the point.
 const POINT: u8 = 24;
+
+/// Turns of so many instructions at most are short: so many of them are run for one look at the budget.
+const SHORT: usize = 8;
+const TIMES: i32 = 4;
 
 /// What less than a page is multiplied with to be divided by `stride`.
 const fn reciprocal(stride: u64) -> i32 {
@@ -36,7 +41,7 @@ impl Translation<'_> {
             self.out.save_flags();
         }
         self.out.need_flags();
-        let [turns, none, over, again] = [(); 4].map(|()| self.out.asm.create_label());
+        let [turns, none, over] = [(); 3].map(|()| self.out.asm.create_label());
         self.out.asm.jcc(insn.condition_code(), turns);
         self.out.exit(insn.next_ip() as i64, false);
 
@@ -46,11 +51,7 @@ impl Translation<'_> {
         self.limit_budget(found, instructions);
         self.take_places(found);
 
-        self.out.asm.set_label(again);
-        self.out.asm.sub(BUDGET, instructions);
-        self.out.asm.jcc(ConditionCode::s, over);
-        found.body.iter().for_each(|(insn, group)| self.out.add(found.placed(insn, *group)));
-        self.out.asm.jcc(insn.condition_code(), again);
+        self.run_turns(insn.condition_code(), found, instructions, over);
         self.give_places(found);
         self.out.asm.mov(R13, cpu_field(LOOP_REST));
         self.out.asm.lea(BUDGET, qword_ptr(BUDGET, 0).index(R13, 1));
@@ -66,6 +67,43 @@ impl Translation<'_> {
         self.out.save_flags();
         self.out.asm.jmp(self.out.start);
         true
+    }
+
+    /// Runs turns as long as `condition` holds behind them, or goes to `over` where the budget does not cover another one: several at once
+    /// if they are short, and one by one when so many are not left.
+    fn run_turns(&mut self, condition: ConditionCode, found: &Loop, instructions: i32, over: Label) {
+        let [many, few, one, left] = [(); 4].map(|()| self.out.asm.create_label());
+        let times = if found.body.len() <= SHORT { TIMES } else { 1 };
+        if times > 1 {
+            self.out.asm.set_label(many);
+            self.out.asm.sub(BUDGET, times * instructions);
+            self.out.asm.jcc(ConditionCode::s, few);
+            let early: Vec<Label> = (1..times).map(|_| self.out.asm.create_label()).collect();
+            for early in &early {
+                self.turn(found);
+                self.out.asm.jcc(opposite(condition), *early);
+            }
+            self.turn(found);
+            self.out.asm.jcc(condition, many);
+            self.out.asm.jmp(left);
+            for (early, rest) in early.into_iter().zip((1..times).rev()) {
+                self.out.asm.set_label(early);
+                self.out.asm.lea(BUDGET, qword_ptr(BUDGET, rest * instructions));
+                self.out.asm.jmp(left);
+            }
+            self.out.asm.set_label(few);
+            self.out.asm.add(BUDGET, times * instructions);
+        }
+        self.out.asm.set_label(one);
+        self.out.asm.sub(BUDGET, instructions);
+        self.out.asm.jcc(ConditionCode::s, over);
+        self.turn(found);
+        self.out.asm.jcc(condition, one);
+        self.out.asm.set_label(left);
+    }
+
+    fn turn(&mut self, found: &Loop) {
+        found.body.iter().for_each(|(insn, group)| self.out.add(found.placed(insn, *group)));
     }
 
     /// Keeps for each group what its place will hold, and the number of turns less one; to `none` if a group has no page.
