@@ -16,7 +16,7 @@ COMMANDS = (
     "uname -a",
     "cat /sys/devices/system/clocksource/clocksource0/current_clocksource",
     "grep -m1 'model name' /proc/cpuinfo",
-    "poweroff -f",
+    "poweroff",
 )
 TERMINAL = "TERM=vt100 SOFTKVM_ROWS=50 SOFTKVM_COLUMNS=132"  # what makes the guest's /init offer a shell that echoes
 HEAD, TAIL = 14, 12  # lines of the kernel's log that are shown

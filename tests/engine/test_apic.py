@@ -11,6 +11,7 @@ from softkvm.silicon.control import Intercept, Register, VirtualApic
 from tests.helpers.one_core import CODE, HOST_INTERRUPT, Machine
 
 EOI, ICR, SELF_IPI = 0x80B, 0x830, 0x83F
+HLT_EXITS = (12, 0x78)
 IO_EXITS, EOI_EXITS, ICR_EXITS, WRMSR_EXITS = (30, 0x7B), (45, 0x402), (56, 0x401), (32, 0x7C)
 VECTOR, LOWER, HIGHER = 0x51, 0x31, 0x71
 GP = 13
@@ -135,6 +136,57 @@ def test_an_interrupt_ends_a_halt_on_the_core(guest: Guest) -> None:
     assert guest.port() == VECTOR
     thread.join()
     assert guest.view.state.activity == 0
+
+
+@pytest.fixture
+def window(guest: Guest) -> Guest:
+    """HLT exits, but may wait for an interrupt without an end; RFLAGS.IF is clear."""
+    guest.view.control.intercepts |= 1 << Intercept.HLT
+    guest.view.control.halt_window = (1 << 64) - 1
+    guest.view.state.rflags &= ~IF
+    return guest
+
+
+@code(STI, HLT, END)
+def test_an_interrupt_within_the_window_ends_a_halt_without_an_exit(window: Guest) -> None:
+    window.posted.post(VECTOR)  # STI holds it back until HLT waits
+    assert window.port() == VECTOR
+    frame = window.view.state.gpr[Register.RSP]
+    assert int.from_bytes(window.machine.ram[frame : frame + 2], "little") == CODE + 2, "behind HLT"
+    assert (window.apic.halts, window.apic.halt_waited) == (1, 0)
+    assert window.apic.halt_cycles > 0
+
+
+@code(STI, HLT, END)
+def test_a_halt_exits_at_the_end_of_the_window(window: Guest) -> None:
+    window.view.control.halt_window = 1
+    assert window.machine.run() in HLT_EXITS
+    assert (window.view.state.rip, window.view.exit.instruction_length) == (CODE + 1, 1)
+    assert (window.apic.halts, window.apic.halt_cycles) == (0, 0)
+    assert window.apic.halt_waited > 0
+
+
+@code(STI, HLT, END)
+def test_a_timer_of_the_host_ends_the_wait(window: Guest) -> None:
+    core, machine = window.machine.core, window.machine
+    core.set_timer(1)
+    assert machine.enter() in HOST_INTERRUPT, "a core looks at its clocks first"
+    core.set_timer(1)
+    assert machine.enter() in HLT_EXITS
+    assert window.apic.halt_waited > 0
+
+
+@pytest.mark.parametrize("kind", ["interrupts off", "no virtual APIC", "no window"])
+@code(HLT, END)
+def test_a_halt_that_nothing_could_end_exits_at_once(window: Guest, kind: str) -> None:
+    if kind != "interrupts off":
+        window.view.state.rflags |= IF
+    if kind == "no virtual APIC":
+        window.apic.enable = 0
+    if kind == "no window":
+        window.view.control.halt_window = 0
+    assert window.machine.run() in HLT_EXITS
+    assert (window.view.state.rip, window.apic.halt_waited) == (CODE, 0)
 
 
 @code(WRMSR, WRMSR, END)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import random
 import select
 import signal
 import subprocess
@@ -37,7 +38,7 @@ def test_unknown_command_is_127() -> None:
 
 
 def test_streams_are_apart_and_binary_clean() -> None:
-    data = os.urandom(16384)
+    data = random.Random(1).randbytes(16384)
     result = softkvm("--", "sh", "-c", "cat; echo oops >&2", stdin=data)
     assert result.stdout == data
     assert result.stderr.endswith(b"\noops\n")
@@ -93,6 +94,13 @@ def test_script_piped_into_the_console() -> None:
     result = softkvm(stdin=b"echo $((6*7))-on-$(uname -s)\n")
     assert result.returncode == 0
     assert b"42-on-Linux" in result.stdout
+
+
+@pytest.mark.parametrize("end", ["poweroff", "halt", "reboot", "exit", "sh\npoweroff"], ids=lambda end: end.replace("\n", ", "))
+def test_the_shell_ends_the_machine(end: str) -> None:
+    result = softkvm(stdin=f"{end}\necho after\n".encode())
+    assert result.returncode == 0
+    assert b"after" not in result.stdout[result.stdout.index(b"built-in shell") :]
 
 
 def test_console_on_a_terminal() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from softkvm.testing import GuestRun
+from tests.guests.test_boot import IN_VIRTUAL_TIME
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
 
@@ -13,7 +14,7 @@ pytestmark = [pytest.mark.guest, pytest.mark.slow]
     "options", [("--cpu", "epyc,-nrip-save"), ("--cpu", "epyc", "--kvm", "nrips=0")], ids=["silicon without NRIPS", "nrips=0"]
 )
 def test_debian_boots_without_the_next_rip(guest_run: GuestRun, options: tuple[str, ...]) -> None:
-    result = guest_run("sh", "-c", "dmesg -l emerg,alert,crit,err,warn; cat /proc/cpuinfo", options=options)
+    result = guest_run("sh", "-c", "dmesg -l emerg,alert,crit,err,warn; cat /proc/cpuinfo", options=(*options, *IN_VIRTUAL_TIME))
     assert result.status == 0, result
     messages, _, cpuinfo = result.stdout.partition("processor")
     assert messages == ""

@@ -16,13 +16,11 @@ import pytest
 
 from softkvm.cli import guest
 from softkvm.testing import GuestRun
-from tests.guests.test_boot import COMPLAINT
+from tests.guests.test_boot import COMPLAINT, IN_VIRTUAL_TIME
 
 QEMU = "qemu-system-x86_64"
 CHECKS = "panic_on_warn=1 slub_debug=FZPU init_on_alloc=1 init_on_free=1 cryptomgr.panic_on_fail=1 clocksource.verify_n_cpus=-1"
 MEMORY_CHECKS = "memtest=1 page_poison=1 page_alloc.shuffle=1"
-IN_VIRTUAL_TIME = ("--deterministic", "1")
-"""So that the load of the host cannot make the kernel complain of late interrupts."""
 LOG = ("sh", "-c", "dmesg -r")
 _WARNING = re.compile(r"^<[0-4]>\[ *[\d.]+\] (.*)$", re.MULTILINE)
 _NUMBER = re.compile(r"0x[0-9a-f]+|\d+")

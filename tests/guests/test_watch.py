@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
 
-from softkvm.cli.guest import apt
 from softkvm.host.ftrace import HEADER
+from tests.guests import packages
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]
 
@@ -82,14 +80,9 @@ def test_trace_cmd_reads_the_trace_of_a_boot(tmp_path: Path, trace_cmd: Path) ->
 
 
 @pytest.fixture(scope="module")
-def trace_cmd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trace_cmd() -> Path:
     """Debian's trace-cmd with its libraries, unpacked."""
-    folder = tmp_path_factory.mktemp("trace-cmd")
-    with apt.session(lambda _: None) as session:
-        for _, files in session.archives(["trace-cmd", "libtraceevent1", "libtraceevent1-plugin", "libtracefs1"]):
-            with tarfile.open(fileobj=io.BytesIO(files)) as archive:
-                archive.extractall(folder, filter="data")
-    return folder
+    return packages.unpacked("trace-cmd", "libtraceevent1", "libtraceevent1-plugin", "libtracefs1")
 
 
 def test_a_vmm_that_is_killed_ends_as_by_sigsys(tmp_path: Path) -> None:

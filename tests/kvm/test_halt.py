@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from softkvm import kvm, silicon
-from softkvm.host.clock import HrTimer, VirtualClock
+from softkvm.host.clock import KHZ_NSEC, HrTimer, VirtualClock
 from softkvm.kvm import Parameters, Vcpu, Vm, halt, msr
 from softkvm.uapi import kvm as uapi
 from tests.kvm.conftest import Script, ready
@@ -145,6 +145,55 @@ def test_the_capability_is_the_vms_own_limit(vm: Vm, waiting: Waiting, play: Scr
             cap_halt_poll(vm, ns, flags=flags)
         assert error.value.errno == errno.EINVAL
     assert vm.max_halt_poll_ns == (1 << 32) - 1
+
+
+def ticks(vcpu: Vcpu, ns: int) -> int:
+    return ns * vcpu.clock.tsc_khz // KHZ_NSEC
+
+
+def test_the_core_polls_the_next_halt_for_as_long_as_kvm_would(waiting: Waiting, play: Script) -> None:
+    vcpu = waiting.vcpu
+    for ns, window in ((50 * US, START), (50 * US, 2 * START), (300 * US, 0)):
+        waiting.halt(play, ns)
+        assert vcpu.control.halt_window == ticks(vcpu, window)
+
+
+def test_what_the_core_has_polled_is_not_polled_again(waiting: Waiting, play: Script) -> None:
+    vcpu = waiting.vcpu
+    vcpu.halt_poll_ns = 4 * START
+    vcpu.block.apic.halt_waited = ticks(vcpu, 4 * START)
+    waiting.halt(play, 50 * US)
+    assert (waiting.polls, waiting.sleeps, vcpu.halt_poll_ns) == ([], 1, 8 * START)
+    stats = vcpu.statistics()
+    assert (stats["halt_attempted_poll"], stats["halt_successful_poll"]) == (1, 0)
+    assert (stats["halt_poll_fail_ns"], stats["halt_wait_ns"]) == (4 * START, 50 * US)
+    waiting.halt(play, 50 * US)
+    assert waiting.polls == [50 * US], "the next one"
+
+
+def test_a_timer_that_ends_the_wait_of_the_core_is_what_it_waited_for(waiting: Waiting, play: Script) -> None:
+    vcpu = waiting.vcpu
+    vcpu.halt_poll_ns = LONGEST
+    vcpu.block.apic.halt_waited = ticks(vcpu, 70 * US)
+    waiting.halt(play, 0)
+    assert (waiting.polls, waiting.sleeps) == ([], 0)
+    stats = vcpu.statistics()
+    assert (stats["halt_attempted_poll"], stats["halt_successful_poll"], stats["halt_poll_success_ns"]) == (1, 1, 70 * US)
+
+
+def test_polls_of_the_core_that_an_interrupt_ended_count(vcpu: Vcpu) -> None:
+    vcpu.block.apic.halts, vcpu.block.apic.halt_cycles = 3, ticks(vcpu, 60 * US)
+    stats = vcpu.statistics()
+    assert (stats["halt_attempted_poll"], stats["halt_successful_poll"], stats["halt_poll_success_ns"]) == (3, 3, 60 * US)
+
+
+def test_whoever_changes_what_is_polled_has_the_next_halt_exit(vm: Vm, vcpu: Vcpu) -> None:
+    vcpu.control.halt_window = 1
+    msr.set(vcpu, uapi.MSR_KVM_POLL_CONTROL, 0, True)
+    assert vcpu.control.halt_window == 0
+    vcpu.control.halt_window = 1
+    cap_halt_poll(vm, 0)
+    assert vcpu.control.halt_window == 0
 
 
 def test_guests_that_take_turns_are_not_polled(vcpu: Vcpu, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ fn more_code_than_room_runs_all_the_same() {
     run(&mut machine);
     assert_eq!(machine.cpu.gpr(gpr::RAX), sum(BLOCKS, turns));
     let translator = machine.cpu.translator.as_ref().unwrap();
-    assert!(translator.evicted > BLOCKS && translator.translated > 2 * BLOCKS, "{} evicted", translator.evicted);
+    assert!(translator.evicted() > BLOCKS && translator.translated() > 2 * BLOCKS, "{} evicted", translator.evicted());
     assert!(translator.bytes() <= 1 << 20);
 }
 

@@ -19,7 +19,7 @@ use crate::handover;
 use crate::model::Model;
 use crate::nested::NestedPageTable;
 use crate::posted::{IpiTable, PostedInterrupts};
-use crate::processors::Stay;
+use crate::processors::{self, Stay};
 
 /// Value of `Core::timer` when no change waits for the next entry.
 const UNCHANGED: u64 = u64::MAX;
@@ -40,7 +40,8 @@ pub struct Core {
 impl Core {
     #[new]
     fn new(model: &Model, index: u32) -> Self {
-        let silicon = Silicon::new(model.model.clone(), index);
+        let mut silicon = Silicon::new(model.model.clone(), index);
+        silicon.set_crowded(processors::wanted);
         let signal = silicon.signal();
         let (running, broken) = (AtomicBool::new(false), AtomicBool::new(false));
         Core { silicon: Mutex::new(silicon), signal, timer: AtomicU64::new(UNCHANGED), running, broken }

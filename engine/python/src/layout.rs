@@ -29,12 +29,12 @@ macro_rules! fields {
 pub fn control_layout() -> Fields {
     let mut out = Fields::new();
     fields!(out, "ControlBlock", Block, control access exit state msr_bitmap io_bitmap waivers apic);
-    fields!(out, "VirtualApic", VirtualApic, irr isr eoi_exit icr tpr enable);
+    fields!(out, "VirtualApic", VirtualApic, irr isr eoi_exit icr tpr enable halts halt_cycles halt_waited);
     fields!(out, "Control", Control, intercepts exception_bitmap page_fault_error_mask page_fault_error_match cr_read cr_write dr_read
         dr_write tlb_control cr0_mask cr0_shadow cr4_mask cr4_shadow event event_error event_instruction_length vpid tsc_offset
         tsc_multiplier preemption_deadline emulate access_count instruction_budget pause_gap
         pause_window perf_controls waiver_count guest_perf_global_ctrl host_perf_global_ctrl virtual_tsc
-        random tsc_rate next_rip virtual_lvtpc guest_status_mask guest_debugctl_mask);
+        random tsc_rate next_rip virtual_lvtpc guest_status_mask guest_debugctl_mask halt_window);
     fields!(out, "Access", Access, gpa size write data);
     fields!(out, "Exit", Exit, reason instruction_length qualification info2 gpa gla interruption interruption_error vectoring
         vectoring_error next_rip instruction_info instruction_bytes_length instruction_bytes msr_index io_port io_size io_flags io_count

@@ -5,7 +5,8 @@
 //! `active_load_balance_cpu_stop()` (`kernel/sched/fair.c`) and `kvm_vcpu_on_spin()` (`virt/kvm/kvm_main.c`).
 
 use std::cell::Cell;
-use std::mem::size_of;
+use std::marker::PhantomData;
+use std::mem::{size_of, MaybeUninit};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use softkvm_engine::cpu::clock::{host_tsc, host_tsc_khz};
@@ -21,34 +22,73 @@ static GUESTS: [AtomicU32; MAX] = [const { AtomicU32::new(0) }; MAX];
 thread_local! {
     /// Host TSC of the thread's last attempt.
     static ATTEMPT: Cell<u64> = const { Cell::new(0) };
+    /// Where the thread is counted, if it is in a guest.
+    static PLACE: Cell<Option<usize>> = const { Cell::new(None) };
+    /// How often the thread had lost its processor to another one when it last looked.
+    static PREEMPTIONS: Cell<i64> = const { Cell::new(0) };
 }
 
 /// The calling thread is in a guest, until dropped.
-pub struct Stay(usize);
+pub struct Stay(PhantomData<*const ()>);
 
 impl Stay {
     /// The thread enters its guest: where another guest was and cannot run now, the thread goes to a processor without one.
     pub fn begin() -> Self {
-        let here = current();
-        if GUESTS[here].load(Ordering::Relaxed) == 0 || !step_aside() {
-            GUESTS[here].fetch_add(1, Ordering::Relaxed);
-            return Stay(here);
+        let mut here = current();
+        if GUESTS[here].load(Ordering::Relaxed) != 0 && step_aside() {
+            here = current();
         }
-        let there = current();
-        GUESTS[there].fetch_add(1, Ordering::Relaxed);
-        Stay(there)
+        arrive(here);
+        Stay(PhantomData)
     }
 }
 
 impl Drop for Stay {
     fn drop(&mut self) {
-        GUESTS[self.0].fetch_sub(1, Ordering::Relaxed);
+        depart();
     }
 }
 
-/// Whether a guest cannot run now because the calling thread, which is in none, has its processor.
-pub fn crowded() -> bool {
-    GUESTS[current()].load(Ordering::Relaxed) != 0
+fn arrive(here: usize) {
+    GUESTS[here].fetch_add(1, Ordering::Relaxed);
+    PLACE.set(Some(here));
+}
+
+/// Whether the thread was in a guest.
+fn depart() -> bool {
+    let place = PLACE.take();
+    if let Some(place) = place {
+        GUESTS[place].fetch_sub(1, Ordering::Relaxed);
+    }
+    place.is_some()
+}
+
+/// Whether others want the processor of the calling thread, which has nothing to do: another guest was on it, or another thread has taken it
+/// since the last call. Where others want to run, the kernel does not poll either (`single_task_running()`).
+pub fn wanted() -> bool {
+    was_preempted() || crowded()
+}
+
+/// Whether another guest cannot run now because the calling thread has its processor. If the thread is in a guest itself, the host may have
+/// moved it meanwhile: it is counted where it is now.
+fn crowded() -> bool {
+    let here = current();
+    let inside = depart();
+    let others = GUESTS[here].load(Ordering::Relaxed);
+    if inside {
+        arrive(here);
+    }
+    others != 0
+}
+
+fn was_preempted() -> bool {
+    let mut usage = MaybeUninit::<libc::rusage>::uninit();
+    // SAFETY: the buffer is ours; the call fills it, and cannot fail for a valid `who`.
+    let count = unsafe {
+        libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
+        usage.assume_init().ru_nivcsw
+    };
+    PREEMPTIONS.replace(count) != count
 }
 
 fn current() -> usize {

@@ -4,9 +4,8 @@
 //! woken, as KVM's halt polling does (Linux 6.1 `Documentation/virt/kvm/halt-polling.rst`).
 
 use std::hint;
-use std::mem::MaybeUninit;
 use std::ptr;
-use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -36,8 +35,6 @@ pub struct Wakeup {
 #[derive(Default)]
 pub struct Flag {
     state: AtomicU32,
-    /// How often the thread had lost its processor to another one when it last polled.
-    preemptions: AtomicI64,
 }
 
 #[pymethods]
@@ -63,8 +60,7 @@ impl Wakeup {
     }
 
     /// Waits awake until it is set, `ns` are over, or another thread has taken the processor; whether it is set. Not at all if another
-    /// thread has taken the processor since the last time, or a guest was on it: where others want to run, the kernel does not poll either
-    /// (`single_task_running()`).
+    /// thread wants the processor (`processors::wanted()`).
     fn poll(&self, py: Python<'_>, ns: u64) -> bool {
         handover::release();
         py.detach(|| {
@@ -119,7 +115,7 @@ impl Flag {
         let end = start.saturating_add(u64::try_from(ticks).unwrap_or(u64::MAX));
         let gap = khz / 1000 * PREEMPTED_US;
         let mut last = start;
-        if self.was_preempted() || processors::crowded() {
+        if processors::wanted() {
             return self.is_set();
         }
         while !self.is_set() {
@@ -131,16 +127,6 @@ impl Flag {
             hint::spin_loop();
         }
         true
-    }
-
-    fn was_preempted(&self) -> bool {
-        let mut usage = MaybeUninit::<libc::rusage>::uninit();
-        // SAFETY: the buffer is ours; the call fills it, and cannot fail for a valid `who`.
-        let count = unsafe {
-            libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
-            usage.assume_init().ru_nivcsw
-        };
-        self.preemptions.swap(count, Ordering::Relaxed) != count
     }
 
     /// Sleeps once; whether it was for nothing, so that the caller must sleep again.

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from softkvm.host import entry, trace
+from softkvm.host.clock import KHZ_NSEC
 from softkvm.host.task import Task
 from softkvm.kvm import events, reset
 from softkvm.kvm.irqchip import irq
@@ -46,17 +47,28 @@ def block(vcpu: Vcpu, task: Task) -> int:
 
 
 def halt(vcpu: Vcpu, task: Task) -> None:
-    """`kvm_vcpu_halt()`: poll, then sleep, and learn from how long it took. Nothing is learned where there is nothing to wait for."""
+    """`kvm_vcpu_halt()`: poll, then sleep, and learn from how long it took. Nothing is learned where there is nothing to wait for.
+
+    The core may have polled before the HLT exited (`_let_core_poll()`); then that was the poll.
+    """
+    waited = _polled_on_core(vcpu)
     vcpu.wakeup.clear()
     vcpu.blocked = True
+    if waited:
+        entry.interrupt(task, vcpu.clock.run_expired)
     if _over(vcpu, task):
         vcpu.blocked = False
+        if waited:
+            _count_poll(vcpu, waited, True)
         return
     clock, polls, longest = vcpu.clock, vcpu.msrs.host_polls, max_poll_ns(vcpu)
     vcpu.halt_poll_ns = min(vcpu.halt_poll_ns, longest)
-    started = ended = clock.monotonic_ns()
+    ended = clock.monotonic_ns()
+    started = ended - waited
     over = False
-    if polls and vcpu.halt_poll_ns:
+    if waited:
+        _count_poll(vcpu, waited, False)
+    elif polls and vcpu.halt_poll_ns:
         over, ended = _poll(vcpu, task, started)
         _count_poll(vcpu, ended - started, over)
     if not over:
@@ -66,8 +78,23 @@ def halt(vcpu: Vcpu, task: Task) -> None:
         vcpu.stats["halt_wait_ns"] += ended - awake_until
     if polls:
         _adapt(vcpu, ended - started, longest)
+    _let_core_poll(vcpu, vcpu.halt_poll_ns if polls else 0)
     if trace.kvm_vcpu_wakeup.enabled:
         trace.kvm_vcpu_wakeup(ended - started, not over, True)
+
+
+def _polled_on_core(vcpu: Vcpu) -> int:
+    """For how long (ns) the core has polled before the HLT exited; 0 if it has not."""
+    lapic = vcpu.lapic
+    if lapic is None or lapic.apicv is None:
+        return 0
+    return lapic.apicv.take_halt_waited() * KHZ_NSEC // vcpu.clock.tsc_khz
+
+
+def _let_core_poll(vcpu: Vcpu, ns: int) -> None:
+    """Have the core itself poll the next HLT for so long: an interrupt that is posted meanwhile needs no exit. A core without the guest's
+    APIC does not."""
+    vcpu.control.halt_window = ns * vcpu.clock.tsc_khz // KHZ_NSEC
 
 
 def max_poll_ns(vcpu: Vcpu) -> int:

@@ -90,6 +90,14 @@ def _set_tsc_deadline(vcpu: Vcpu, _index: int, value: int, _host: bool) -> None:
         vcpu.lapic.set_tsc_deadline(value)
 
 
+_POLL_CONTROL = stored(only_enable)
+
+
+def _set_poll_control(vcpu: Vcpu, index: int, value: int, host: bool) -> None:
+    _POLL_CONTROL.set(vcpu, index, value, host)
+    vcpu.control.halt_window = 0  # the next HLT exits, and `halt.py` chooses
+
+
 def _set_tsc_aux(vcpu: Vcpu, index: int, value: int, host: bool) -> None:
     require(host or vcpu.cpuid.has(cpuid.RDTSCP) or vcpu.cpuid.has(cpuid.RDPID), index)
     require(vcpu.cpuid.is_amd or not value >> 32, index)  # AMD drops the upper half
@@ -299,5 +307,5 @@ HANDLERS: dict[int, Handler] = {
     uapi.MSR_KVM_SYSTEM_TIME: paravirtual(_SYSTEM_TIME, uapi.KVM_FEATURE_CLOCKSOURCE),
     uapi.MSR_KVM_SYSTEM_TIME_NEW: paravirtual(_SYSTEM_TIME, uapi.KVM_FEATURE_CLOCKSOURCE2),
     uapi.MSR_KVM_STEAL_TIME: paravirtual(_STEAL_TIME, uapi.KVM_FEATURE_STEAL_TIME),
-    uapi.MSR_KVM_POLL_CONTROL: paravirtual(stored(only_enable), uapi.KVM_FEATURE_POLL_CONTROL),
+    uapi.MSR_KVM_POLL_CONTROL: paravirtual(Handler(_POLL_CONTROL.get, _set_poll_control), uapi.KVM_FEATURE_POLL_CONTROL),
 }

@@ -148,6 +148,8 @@ class VmOptions(KvmFile):
         if longest >> 32:
             raise OSError(errno.EINVAL, "too many nanoseconds")
         self.max_halt_poll_ns = longest
+        for vcpu in self.vcpus:
+            vcpu.control.halt_window = 0  # the next HLT exits, and KVM chooses
 
     def _enable_split_irqchip(self, pins: int, _more: int) -> None:
         if pins > _MAX_RESERVED_PINS:

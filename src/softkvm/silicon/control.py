@@ -187,6 +187,7 @@ class Control(LittleEndianStructure):
         ("_reserved2", _u32),
         ("guest_status_mask", _u64),  # bits that the guest may write to GLOBAL_STATUS_RESET without an exit, if the bitmap lets it
         ("guest_debugctl_mask", _u64),  # the same for DEBUGCTL
+        ("halt_window", _u64),  # host TSC cycles that HLT waits for an interrupt of the virtual APIC before it exits; 0 is none
     ]
 
 
@@ -241,6 +242,9 @@ class VirtualApic(LittleEndianStructure):
         ("icr", _u64),  # the last command
         ("tpr", _u32),
         ("enable", _u32),
+        ("halts", _u64),  # HLTs that an interrupt ended within `Control.halt_window`
+        ("halt_cycles", _u64),  # how long they were
+        ("halt_waited", _u64),  # how long the HLT that exited last had waited
     ]
 
 

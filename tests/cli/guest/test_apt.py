@@ -53,11 +53,27 @@ def test_show_gives_version_and_dependencies(tools: Path) -> None:
 def test_unknown_package_is_one_sentence(tools: Path) -> None:
     with apt.session(lambda _: None) as session, pytest.raises(GuestUnavailable, match="do not offer the package nothing"):
         session.show("nothing")
+    program(tools / "apt-get", "case $* in *download*) echo 'E: Unable to locate package nothing' >&2; exit 100;; esac")
+    with apt.session(lambda _: None) as session, pytest.raises(GuestUnavailable, match="do not offer the package nothing"):
+        list(session.archives(["nothing"]))
 
 
 def test_no_network_is_one_sentence_with_the_selftest_hint(tools: Path) -> None:
     program(tools / "apt-get", "echo 'W: x' >&2; echo \"E: Temporary failure resolving 'deb.debian.org'\" >&2; exit 100")
     with pytest.raises(GuestUnavailable, match=r"Temporary failure resolving.*--selftest"), apt.session(lambda _: None):
+        pass
+
+
+def test_a_mirror_in_the_middle_of_an_update_is_asked_again(tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apt, "_PAUSES", (0.0, 0.0))
+    asked = tmp_path / "asked"
+    script = f"echo >>{asked}; while read -r line; do count=x$count; done <{asked}; "
+    mismatch = 'echo "E: Failed to fetch http://deb.debian.org/x  Hash Sum mismatch" >&2; exit 100'
+    program(tools / "apt-get", f"{script} [ $count = xxx ] || {{ {mismatch}; }}")
+    with apt.session(lambda _: None):
+        assert asked.read_text() == "\n" * 3
+    program(tools / "apt-get", mismatch)
+    with pytest.raises(GuestUnavailable, match="Hash Sum mismatch"), apt.session(lambda _: None):
         pass
 
 

@@ -1,5 +1,7 @@
 """The default guest out of the cache: no network, no apt."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from softkvm.cli import guest
 from softkvm.cli.errors import GuestUnavailable
 from softkvm.cli.guest import initramfs
+from softkvm.cli.guest.cache import Record
 
 
 @pytest.fixture
@@ -29,6 +32,24 @@ def test_cached_guest_needs_no_apt(cache: guest.Cache) -> None:
 def test_kernel_that_is_not_cached_needs_apt(cache: guest.Cache) -> None:
     with pytest.raises(GuestUnavailable, match="--selftest"):
         guest.prepare("generic", cache=cache)
+
+
+def test_of_two_that_want_a_kernel_one_fetches_it(cache: guest.Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one, without apt, has seen that it is not there, and waits."""
+    missed, record = threading.Event(), cache.record
+
+    def noted(name: str) -> Record | None:
+        found = record(name)
+        missed.set()
+        return found
+
+    monkeypatch.setattr(cache, "record", noted)
+    with ThreadPoolExecutor(1) as pool:
+        with cache.lock():
+            other = pool.submit(guest.prepare, "generic", cache=cache)
+            assert missed.wait(60)
+            cache.store("vmlinuz-generic", b"generic", "linux-image-6.1", "6.1-1", "./boot/vmlinuz-6.1")
+        assert other.result().kernel.read_bytes() == b"generic"
 
 
 def test_command_is_a_second_archive(cache: guest.Cache) -> None:

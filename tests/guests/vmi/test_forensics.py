@@ -23,7 +23,7 @@ from softkvm.vmi.linux.modules import modules as list_modules
 from softkvm.vmi.linux.syscalls import SyscallTable
 from softkvm.vmi.linux.tasks import Process
 from softkvm.vmi.target import Target
-from tests.guests.vmi import packages
+from tests.guests import packages
 from tests.guests.vmi.live import LiveGuest, live_guest
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]

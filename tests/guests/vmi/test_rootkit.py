@@ -15,7 +15,7 @@ from softkvm.vmi.linux.patching import Site
 from softkvm.vmi.linux.tasks import View
 from softkvm.vmi.tools.check import check
 from softkvm.vmi.tools.lock import KernelLock
-from tests.guests.vmi import packages
+from tests.guests import packages
 from tests.guests.vmi.live import LiveGuest, live_guest
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]

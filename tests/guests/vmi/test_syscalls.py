@@ -17,7 +17,7 @@ from softkvm.vmi.tools.alarms import Alarms, Executed
 from softkvm.vmi.tools.arguments import Argument
 from softkvm.vmi.tools.syscalls import Syscall, SyscallTracer
 from softkvm.vmi.tools.watch import Breakpoint, Watchpoint
-from tests.guests.vmi import packages
+from tests.guests import packages
 from tests.guests.vmi.live import LiveGuest, live_guest
 
 pytestmark = [pytest.mark.guest, pytest.mark.slow]

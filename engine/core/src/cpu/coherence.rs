@@ -36,7 +36,7 @@ impl Cpu {
     }
 
     /// Does what other cores wait for; the translation that an instruction has just made stays good.
-    fn serve(&mut self) {
+    pub(crate) fn serve(&mut self) {
         if self.signal.take(attention::PROTECT) != 0 {
             self.protect_code();
         }

@@ -34,6 +34,7 @@ use crate::state::{cr0, interruptibility, rflags, seg, Segment, State};
 use crate::uop::{slot, Exec, RegOffset, Stop, Uop, RIP_STRIDE};
 use crate::virt::apic::Apic;
 use crate::virt::control::{self, Access, Control, Exit};
+use crate::virt::halt::{self, Crowded};
 use crate::word::Word;
 
 /// Work that the dispatcher does before the next block; bits of `Cpu::pending`.
@@ -143,6 +144,8 @@ pub struct Cpu {
     /// Permission bitmaps of the hypervisor, of the block that the CPU runs on; null outside a run.
     pub(crate) bitmaps: *const control::Block,
     pub apic: Apic,
+    /// What a HLT that waits awake asks.
+    pub(crate) crowded: Crowded,
     /// The event whose delivery is under way, in the format of exit interruption information; zero when there is none.
     pub vectoring: u32,
     pub vectoring_error: u32,
@@ -208,6 +211,7 @@ impl Cpu {
             waivers: Waivers::default(),
             bitmaps: std::ptr::null(),
             apic: Apic::default(),
+            crowded: halt::never_crowded,
             vectoring: 0,
             vectoring_error: 0,
             step_settled: false,

@@ -217,11 +217,13 @@ impl Cpu {
     }
 
     /// Core cycles that the core has seen.
+    #[cfg(target_arch = "x86_64")]
     fn cycles(&self) -> u64 {
         self.instructions().wrapping_add(self.pmu.tally.stalled())
     }
 
     /// Takes what host code has noted: mispredicted branches, for which it has paid from the budget alone, and records.
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn take_notes(&mut self) {
         let mispredicted = std::mem::take(&mut self.pmu.mispredicted);
         let stalled = self.pmu.tally.add_stalls(self.pmu.cpl, mispredicted);

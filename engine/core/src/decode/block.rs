@@ -63,11 +63,15 @@ pub struct Block {
     pub followers: [Link; 2],
     /// Where host code of other blocks enters this one: its own host code, or what leads to the dispatcher.
     pub entry: *const u8,
+    /// Slots of the jump cache that may have `entry`.
+    pub open: Vec<u16>,
     /// Where the dispatcher enters its host code; null without a translation.
     pub body: *const u8,
     /// Ways between its host code and that of others.
     pub links: Option<Box<Links>>,
-    /// Accesses of its host code that have no cell, because they meet another page each time; those from number 63 on are one.
+    /// It is one of those that run most: accesses of its host code have cells.
+    pub busy: bool,
+    /// Those that have none all the same, because they meet another page each time; the ones from number 63 on are one.
     pub wandering: u64,
     /// Runs by the interpreter.
     pub heat: u32,
@@ -93,8 +97,10 @@ impl Block {
             last: 0,
             followers: [Link::NONE; 2],
             entry: std::ptr::null(),
+            open: Vec::new(),
             body: std::ptr::null(),
             links: None,
+            busy: false,
             wandering: 0,
             heat: 0,
             length: 0,

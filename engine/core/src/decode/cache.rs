@@ -43,9 +43,11 @@ pub struct Jump {
     pub rip: u64,
     pub context: u64,
     pub block: *mut Block,
+    /// Where host code enters the block, or what looks for it.
+    pub entry: *const u8,
 }
 
-const NO_JUMP: Jump = Jump { rip: 0, context: u64::MAX, block: std::ptr::null_mut() };
+const NO_JUMP: Jump = Jump { rip: 0, context: u64::MAX, block: std::ptr::null_mut(), entry: std::ptr::null() };
 
 /// All decoded code of a core.
 pub struct CodeCache {
@@ -118,16 +120,32 @@ impl CodeCache {
         self.jumps.as_ptr()
     }
 
+    /// Lets host code enter `block`, which has some, by the jump cache's slot for `rip` in `context`, if that is the block's.
+    pub fn open(&mut self, rip: u64, context: u64, block: *mut Block) {
+        let slot = jump_slot(rip, context);
+        let jump = &mut self.jumps[slot];
+        if (jump.rip, jump.context, jump.block) == (rip, context, block) {
+            // SAFETY: the jump cache forgets blocks before they are freed, and nobody else has a reference.
+            let block = unsafe { &mut *jump.block };
+            jump.entry = block.entry;
+            if !block.open.contains(&(slot as u16)) {
+                block.open.push(slot as u16);
+            }
+        }
+    }
+
     /// Forgets the host code of every block; `nowhere` stands for it from now on.
     pub fn forget_translations(&mut self, nowhere: *const u8) {
         self.nowhere = nowhere;
         for block in self.blocks.iter_mut().flatten().chain(&mut self.dead) {
+            close(&mut self.jumps, block, nowhere);
             (block.entry, block.body, block.links, block.heat) = (nowhere, std::ptr::null(), None, 0);
         }
     }
 
     /// Lets nobody enter the host code of `block` again, which may be running. It keeps what it needs for that.
-    pub fn retire_translation(&self, block: &mut Block) {
+    pub fn retire_translation(&mut self, block: &mut Block) {
+        close(&mut self.jumps, block, self.nowhere);
         block.links.iter_mut().for_each(|links| links.cut());
         (block.entry, block.body) = (self.nowhere, std::ptr::null());
     }
@@ -139,6 +157,7 @@ impl CodeCache {
             let at = addresses.contains(&(block.body as u64));
             if let Some(links) = block.links.as_mut().filter(|links| at || links.are_at(addresses)) {
                 links.cut();
+                close(&mut self.jumps, block, nowhere);
                 (block.entry, block.body, block.links, block.heat) = (nowhere, std::ptr::null(), None, 0);
                 forgotten += 1;
             }
@@ -151,7 +170,7 @@ impl CodeCache {
 
     /// Remembers that `rip` in `context` runs `block`.
     pub fn remember(&mut self, rip: u64, context: u64, block: *mut Block) {
-        self.jumps[jump_slot(rip, context)] = Jump { rip, context, block };
+        self.jumps[jump_slot(rip, context)] = Jump { rip, context, block, entry: self.nowhere };
     }
 
     /// The block of a key, if there is a valid one.
@@ -285,6 +304,7 @@ impl CodeCache {
             }
         }
         block.valid = false;
+        close(&mut self.jumps, &mut block, self.nowhere);
         block.entry = self.nowhere;
         if let Some(links) = &mut block.links {
             links.cut();
@@ -303,6 +323,17 @@ impl CodeCache {
     /// Whether no block is cached.
     pub fn is_empty(&self) -> bool {
         self.by_key.is_empty()
+    }
+}
+
+/// Lets nobody enter `block` by the jump cache.
+fn close(jumps: &mut [Jump], block: &mut Block, nowhere: *const u8) {
+    let this = std::ptr::from_mut(block);
+    for slot in std::mem::take(&mut block.open) {
+        let jump = &mut jumps[usize::from(slot)];
+        if jump.block == this {
+            jump.entry = nowhere;
+        }
     }
 }
 

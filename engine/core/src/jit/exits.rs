@@ -5,7 +5,7 @@
 
 use std::mem::offset_of;
 
-use iced_x86::Register::{R13, R14, R14D, R15, R15D, RSP};
+use iced_x86::Register::{R13, R13D, R14, R14D, R15, RSP};
 use iced_x86::{ConditionCode, Register};
 
 use super::asm::{qword_ptr, Label, Memory};
@@ -14,7 +14,6 @@ use super::flags::{Recipe, Whereabouts};
 use super::link::NO_GUARD;
 use super::native::{detour, CONTEXT_FIELD, HOST_STACK, HOST_STACK_END, JUMPS, PAGE, TARGET_RIP};
 use super::registers::{BUDGET, STACK};
-use crate::decode::block::Block;
 use crate::decode::cache::{Jump, JUMP_BITS, JUMP_SLOTS};
 use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
 
@@ -52,6 +51,7 @@ impl Emitter<'_> {
     /// Returns the label behind.
     pub fn head(&mut self, instructions: u32) -> Label {
         let [body, exhausted] = [(); 2].map(|()| self.asm.create_label());
+        self.asm.set_label(self.start);
         self.asm.sub(BUDGET, instructions as i32);
         self.asm.jcc(ConditionCode::s, exhausted);
         self.asm.set_label(body);
@@ -162,14 +162,16 @@ impl Emitter<'_> {
         const { assert!(size_of::<Jump>().is_power_of_two()) };
         let unknown = self.places.unknown;
         let a = &mut *self.asm;
+        // Both parts of the slot's number are shifted at once: all else waits for it.
         a.mov(R14, R15);
-        a.shr(R14, JUMP_BITS);
-        a.xor(R14D, R15D);
-        a.and(R14D, (JUMP_SLOTS - 1) as i32);
+        a.shr(R14, JUMP_BITS - SHIFT);
+        a.mov(R13, R15);
+        a.shl(R13, SHIFT);
+        a.xor(R14D, R13D);
+        a.and(R14D, ((JUMP_SLOTS - 1) << SHIFT) as i32);
         if self.salt != 0 {
-            a.xor(R14D, self.salt);
+            a.xor(R14D, self.salt << SHIFT);
         }
-        a.shl(R14D, SHIFT);
         a.add(R14, cpu_field(JUMPS));
         a.cmp(qword_ptr(R14, offset_of!(Jump, rip) as i32), R15);
         a.jne(unknown);
@@ -179,8 +181,7 @@ impl Emitter<'_> {
         a.mov(R13, R15);
         a.and(R13, !(PAGE_OFFSET as i32));
         a.mov(cpu_field(PAGE), R13);
-        a.mov(R14, qword_ptr(R14, offset_of!(Jump, block) as i32));
-        qword_ptr(R14, offset_of!(Block, entry) as i32)
+        qword_ptr(R14, offset_of!(Jump, entry) as i32)
     }
 
     // ---- calls and returns --------------------------------------------------------------------------------------------------------------
@@ -200,16 +201,15 @@ impl Emitter<'_> {
         self.come_back(back);
     }
 
-    /// The same for a call to the RIP that [`Emitter::keep_rip`] kept.
-    pub fn call_kept_rip(&mut self, back: i64) {
-        self.push_call();
-        self.take_rip();
+    /// The same for a call to RIP R15, behind [`Emitter::push_call`].
+    pub fn call_r15(&mut self, back: i64) {
         let entry = self.find_r15();
         self.asm.call_indirect(entry);
         self.come_back(back);
     }
 
-    fn push_call(&mut self) {
+    /// Keeps the guest's return address, which is in R15, for the return.
+    pub fn push_call(&mut self) {
         let [full, room] = [(); 2].map(|()| self.asm.create_label());
         self.asm.cmp(RSP, cpu_field(HOST_STACK_END));
         self.asm.jcc(ConditionCode::b, full);

@@ -114,7 +114,7 @@ impl Recipe {
     }
 
     /// Whether an operand is a register of which `is_written` is true.
-    fn loses(&self, is_written: impl Fn(Register) -> bool) -> bool {
+    pub fn loses(&self, is_written: impl Fn(Register) -> bool) -> bool {
         self.operands.iter().any(|source| matches!(source, Source::Register(guest) if is_written(*guest)))
     }
 }

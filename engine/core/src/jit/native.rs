@@ -8,6 +8,7 @@ use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use iced_x86::{Code, Mnemonic};
 
 use super::access::Cell;
+use super::loops::GROUPS;
 use super::{link, x87};
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
@@ -54,8 +55,15 @@ pub struct Native {
     taken: i64,
     /// The epoch of the active table, as long as host code runs.
     stamp: u64,
+    /// How often the budget has ended before a block.
+    pub(super) samples: u64,
     /// The cell of a site that has too many pages for it, if one was found.
     pub(super) wanderer: *const Cell,
+    /// What the places of groups of a loop will hold, how many turns it has in their pages but for the first, and what is left of the budget
+    /// behind these (see [`super::turns`]).
+    loop_places: [u64; GROUPS],
+    loop_turns: u64,
+    loop_rest: u64,
     /// The block that was left by a detour, or that was not begun.
     pub(super) block: *mut Block,
     /// The panic that host code must not be unwound for.
@@ -112,7 +120,11 @@ impl Default for Native {
             stack_end: 0,
             taken: 0,
             stamp: 0,
+            samples: 0,
             wanderer: std::ptr::null(),
+            loop_places: [0; GROUPS],
+            loop_turns: 0,
+            loop_rest: 0,
             block: std::ptr::null_mut(),
             panic: None,
             counts: Counts::default(),
@@ -127,6 +139,9 @@ pub const FLAG_OPERANDS: usize = NATIVE + offset_of!(Native, flag_operands);
 pub const PAGE: usize = NATIVE + offset_of!(Native, page);
 pub const TARGET_RIP: usize = NATIVE + offset_of!(Native, target_rip);
 pub const WANDERER: usize = NATIVE + offset_of!(Native, wanderer);
+pub const LOOP_PLACES: usize = NATIVE + offset_of!(Native, loop_places);
+pub const LOOP_TURNS: usize = NATIVE + offset_of!(Native, loop_turns);
+pub const LOOP_REST: usize = NATIVE + offset_of!(Native, loop_rest);
 pub const STAMP: usize = NATIVE + offset_of!(Native, stamp);
 pub const TARGET: usize = NATIVE + offset_of!(Native, target);
 pub const HOST_STACK: usize = NATIVE + offset_of!(Native, stack);

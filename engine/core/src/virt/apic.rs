@@ -125,7 +125,7 @@ impl IpiTable {
 /// The virtual APIC of the guest on a core.
 #[derive(Default)]
 pub struct Apic {
-    state: VirtualApic,
+    pub(super) state: VirtualApic,
     posted: Option<Arc<PostedInterrupts>>,
     table: Option<Arc<IpiTable>>,
     /// What [`pending::APIC_EXIT`] is about: number, qualification or EXITINFO1, EXITINFO2.

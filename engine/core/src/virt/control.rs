@@ -112,6 +112,8 @@ pub struct Control {
     /// Bits that the guest may write to GLOBAL_STATUS_RESET, and to DEBUGCTL, where the MSR bitmap lets it: others exit.
     pub guest_status_mask: u64,
     pub guest_debugctl_mask: u64,
+    /// Cycles of the host's TSC that a HLT of a guest with a virtual APIC waits for an interrupt before it exits; zero is none.
+    pub halt_window: u64,
 }
 
 impl Control {
@@ -177,6 +179,11 @@ pub struct VirtualApic {
     pub tpr: u32,
     /// 1 if the guest has this APIC; 0 leaves all of it to the hypervisor.
     pub enable: u32,
+    /// HLTs that an interrupt ended within `Control::halt_window`, and how many cycles they took.
+    pub halts: u64,
+    pub halt_cycles: u64,
+    /// Cycles that the HLT which exited last had waited for.
+    pub halt_waited: u64,
 }
 
 /// Most device accesses that one emulated instruction can make.

@@ -13,6 +13,7 @@ use crate::state::{activity, cr0, cr4, efer, rflags, rights, seg, State};
 use crate::virt::apic::{IpiTable, PostedInterrupts};
 use crate::virt::control::{intercept, perf, Block, ACCESS_MAX, WAIVER_MAX};
 use crate::virt::exits::code;
+use crate::virt::halt::Crowded;
 
 /// Kinds of access for [`Core::translate`].
 pub mod access {
@@ -48,6 +49,11 @@ impl Core {
     /// The guests that it runs from now on have their interrupts posted to `posted`, and post to those of `table`.
     pub fn set_apic(&mut self, posted: Option<Arc<PostedInterrupts>>, table: Option<Arc<IpiTable>>) {
         self.cpu.set_apic(posted, table);
+    }
+
+    /// While a guest waits in HLT, the core asks `crowded` whether others want the processor of the host that it is on.
+    pub fn set_crowded(&mut self, crowded: Crowded) {
+        self.cpu.crowded = crowded;
     }
 
     /// Number of the core in its machine.
@@ -236,9 +242,9 @@ impl Core {
             ("blocks_decoded", cpu.code.decoded),
             ("blocks_invalidated", cpu.code.invalidated),
             ("blocks_cached", cpu.code.len() as u64),
-            ("blocks_translated", translator.map_or(0, |own| own.translated)),
+            ("blocks_translated", translator.map_or(0, |own| own.translated())),
             ("host_code_bytes", translator.map_or(0, |own| own.bytes() as u64)),
-            ("translations_evicted", translator.map_or(0, |own| own.evicted)),
+            ("translations_evicted", translator.map_or(0, |own| own.evicted())),
             ("host_code_links", counts.links),
             ("host_code_tlb_misses", counts.misses),
             ("host_code_interpreted", interpreted.iter().map(|(_, count)| count).sum()),

@@ -5,3 +5,4 @@ pub mod bitmaps;
 pub mod control;
 pub mod entry;
 pub mod exits;
+pub mod halt;

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,26 +49,29 @@ class Provider:
     def kernel(self, flavour: str) -> Path:
         """The kernel of `flavour`, a key of KERNELS."""
         name = f"vmlinuz-{flavour}"
-        if self._cache.record(name) is None:
+
+        def fetch() -> None:
             source = self._apt_session()
             images = [name for name in source.show(KERNELS[flavour]).depends if name.startswith("linux-image-")]
             self._fetch(name, source.show(images[0]) if images else source.show(KERNELS[flavour]), _KERNEL_MEMBER)
-        return self._cache.path(name)
+
+        return self._cached(name, fetch)
 
     def busybox(self) -> bytes:
         """The static busybox binary."""
-        if self._cache.record("busybox") is None:
-            self._fetch("busybox", self._apt_session().show(_BUSYBOX), _BUSYBOX_MEMBER)
-        return self._cache.path("busybox").read_bytes()
+        path = self._cached("busybox", lambda: self._fetch("busybox", self._apt_session().show(_BUSYBOX), _BUSYBOX_MEMBER))
+        return path.read_bytes()
 
     def package(self, name: str) -> bytes:
         """An archive with the Debian package `name` and the shared libraries that it needs."""
         key = f"package-{name}.cpio"
-        if self._cache.record(key) is None:
+
+        def fetch() -> None:
             bundle = packages.Bundle()
             package = packages.add_package(bundle, self._apt_session(), name)
             self._cache.store(key, bundle.archive(), package.name, package.version, "with its libraries")
-        return self._cache.path(key).read_bytes()
+
+        return self._cached(key, fetch).read_bytes()
 
     def program(self, path: Path) -> bytes:
         """An archive with a program of this machine as /root/NAME, and the C library if it needs it."""
@@ -80,6 +83,14 @@ class Provider:
         """`PACKAGE VERSION` of a cached file."""
         record = self._cache.record(name)
         return f"{record.package} {record.version}" if record else f"{name}, not cached"
+
+    def _cached(self, name: str, fetch: Callable[[], None]) -> Path:
+        """Where the file of `name` lies, after `fetch` unless this process or another one has fetched it already."""
+        if self._cache.record(name) is None:
+            with self._cache.lock():
+                if self._cache.record(name) is None:
+                    fetch()
+        return self._cache.path(name)
 
     def _apt_session(self) -> apt.Apt:
         if self._apt is None:

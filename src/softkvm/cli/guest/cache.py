@@ -2,15 +2,18 @@
 
 It lies in `$SOFTKVM_CACHE`, else `$XDG_CACHE_HOME/softkvm`, else `~/.cache/softkvm` (XDG Base Directory Specification 0.8). A file is
 written beside its final name, flushed to the disk and renamed; its record, `NAME.json`, follows in the same way. A name without a record
-does not exist, so an interrupted or failed write leaves either the old file or nothing.
+does not exist, so an interrupted or failed write leaves either the old file or nothing. Who fetches a file holds the cache's lock
+(flock(2)), so of several processes that want it one fetches it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -59,6 +62,20 @@ class Cache:
         if not self.path(name).is_file():
             raise CacheError(f"the cache has a record of {self.path(name)} but not the file; delete {record_path} to fetch it again")
         return record
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes out of the block; raises CacheError where the directory cannot be written."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise CacheError(f"the cache {self.directory} cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def store(self, name: str, data: bytes, package: str, version: str, member: str) -> Path:
         """Keep `data` as `name`, replacing an older version; raises CacheError where the disk refuses, with nothing half written."""

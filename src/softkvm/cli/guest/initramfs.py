@@ -17,7 +17,13 @@ COMMAND_PATH = "/run/softkvm/command"
 
 _DIRECTORIES = ("/bin", "/dev", "/etc", "/proc", "/root", "/run", "/run/softkvm", "/sys")
 _PASSWD = b"root::0:0:root:/root:/bin/sh\n"
-_PROFILE = b"PS1='softkvm:\\w\\$ '\n"
+# BusyBox would ask init to end the machine, and process 1 is a script; a machine that is halted would stand there for ever.
+_PROFILE = rb"""PS1='softkvm:\w\$ '
+poweroff() { busybox poweroff -f; }
+halt() { busybox poweroff -f; }
+reboot() { busybox reboot -f; }
+export ENV=/etc/profile
+"""
 _CONSOLE = (5, 1)
 _NULL = (1, 3)
 

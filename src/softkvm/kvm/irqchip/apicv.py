@@ -90,6 +90,23 @@ class ApicV:
         """The task priority has changed."""
         self._state.tpr = value
 
+    def take_halt_waited(self) -> int:
+        """How long the HLT that exited had waited on the core, in cycles of the host's TSC; 0 for one that was asked about before."""
+        waited = int(self._state.halt_waited)
+        if waited:
+            self._state.halt_waited = 0
+        return waited
+
+    @property
+    def halts(self) -> int:
+        """HLTs that an interrupt ended on the core."""
+        return int(self._state.halts)
+
+    @property
+    def halt_cycles(self) -> int:
+        """How long these were, in cycles of the host's TSC."""
+        return int(self._state.halt_cycles)
+
     def load_eoi_exitmap(self, vectors: int) -> None:
         """Exit at the end of these vectors (`vmx_load_eoi_exitmap()`)."""
         self._eoi_exit[:] = vectors.to_bytes(_BYTES, "little")

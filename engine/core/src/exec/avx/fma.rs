@@ -4,7 +4,7 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use crate::cpu::Cpu;
-use crate::exec::sse::host::simd_ternary;
+use crate::exec::float::unit::simd_ternary;
 use crate::exec::sse::operand::{vex_source, Source};
 use crate::uop::{Exec, Handler, Uop};
 
@@ -26,8 +26,8 @@ fn fused<O: Ternary, S: Source>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     Ok(())
 }
 
-/// Declares operations that are one host instruction each, and the `handler` that picks among them.
-macro_rules! host_operations {
+/// Declares operations that are one instruction of the unit each, and the `handler` that picks among them.
+macro_rules! operations {
     ($($mnemonic:ident => $op:literal;)*) => {
         /// The handler of an instruction of this file.
         pub fn handler(insn: &Instruction) -> Option<Handler> {
@@ -48,7 +48,7 @@ macro_rules! host_operations {
     };
 }
 
-host_operations! {
+operations! {
     Vfmadd132ps => "vfmadd132ps";
     Vfmadd132pd => "vfmadd132pd";
     Vfmadd132ss => "vfmadd132ss";

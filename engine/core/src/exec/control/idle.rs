@@ -20,7 +20,7 @@ pub(super) fn handler(insn: &Instruction) -> Option<Handler> {
 fn halt(cpu: &mut Cpu, _uop: &Uop) -> Exec {
     cpu.require_cpl0()?;
     if cpu.control.intercepts(intercept::HLT) {
-        return Err(cpu.exit(code::HLT, 0));
+        return Err(if cpu.wait_awake() { Stop::Leave } else { cpu.exit(code::HLT, 0) });
     }
     cpu.state.activity = activity::HLT;
     cpu.pending |= pending::HALTED;

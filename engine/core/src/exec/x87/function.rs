@@ -5,12 +5,13 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use super::control::set_conditions;
-use super::host::{host_operations, Operation, INDEFINITE};
 use super::stack::status::{C0, C1, C2, C3, INVALID, STACK_FAULT};
 use crate::cpu::Cpu;
+use crate::exec::float::frame::{Operation, INDEFINITE};
+use crate::exec::float::unit::x87_operations;
 use crate::uop::{Exec, Handler, Uop};
 
-host_operations! {
+x87_operations! {
     Chs => "fchs";
     Abs => "fabs";
     Sqrt => "fsqrt";

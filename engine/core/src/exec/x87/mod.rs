@@ -8,9 +8,10 @@ mod compare;
 mod control;
 mod environment;
 mod function;
-pub(crate) mod host;
 mod load;
 mod stack;
+
+pub(in crate::exec) use stack::status;
 
 use iced_x86::{Instruction, Mnemonic};
 

@@ -1,7 +1,7 @@
 //! The register stack, its tags, and the exceptions that wait in the status word (SDM vol. 1, 8.1 and 8.5).
 
-use super::host::{Float80, Frame, Operation, INDEFINITE};
 use crate::cpu::Cpu;
+use crate::exec::float::frame::{Float80, Frame, Operation, INDEFINITE};
 use crate::fault::vector;
 use crate::paging::AccessKind;
 use crate::state::{cr0, seg};

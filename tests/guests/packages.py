@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import shutil
 import subprocess
+import tarfile
 import tempfile
 from pathlib import Path
 
 from softkvm.cli import guest
+from softkvm.cli.guest import apt
+from softkvm.cli.guest.cache import write_atomically
 
 
 def kernel_version() -> tuple[str, str]:
@@ -27,18 +31,16 @@ def unpacked(*packages: str) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not root.exists():
             with tempfile.TemporaryDirectory(dir=root.parent) as folder:
-                _fetch(Path(folder), packages)
+                _fetch(Path(folder) / "root", packages)
                 os.rename(Path(folder) / "root", root)
     return root
 
 
 def _fetch(folder: Path, packages: tuple[str, ...]) -> None:
-    downloads = folder / "debs"
-    downloads.mkdir()
-    command = ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", *packages]
-    subprocess.run(command, cwd=downloads, check=True, capture_output=True)
-    for archive in downloads.glob("*.deb"):
-        subprocess.run(["dpkg-deb", "-x", archive, folder / "root"], check=True)
+    with apt.session(lambda _: None) as session:
+        for _, files in session.archives(packages):
+            with tarfile.open(fileobj=io.BytesIO(files)) as archive:
+                archive.extractall(folder, filter="tar")
 
 
 def module(source: Path, output: Path) -> bytes:
@@ -47,7 +49,8 @@ def module(source: Path, output: Path) -> bytes:
     common = release.rsplit("-", 2)[0] + "-common"
     headers = unpacked(f"linux-headers-{release}={version}", f"linux-headers-{common}={version}", f"linux-kbuild-6.1={version}")
     tree = headers / "usr/src" / f"linux-headers-{release}"
-    (tree / "Makefile").write_text(f"include {headers}/usr/src/linux-headers-{common}/Makefile\n")
+    # Other processes read it meanwhile.
+    write_atomically(tree / "Makefile", f"include {headers}/usr/src/linux-headers-{common}/Makefile\n".encode())
     shutil.copy(source, output)
     (output / "Makefile").write_text(f"obj-m := {source.stem}.o\n")
     command = ["make", "-s", "CC=gcc", "-C", str(tree), f"M={output}", "modules"]
