@@ -110,7 +110,8 @@ def _apt() -> Finding:
     missing = [tool for tool in ("apt-get", "apt-cache", "dpkg-deb") if shutil.which(tool) is None]
     if missing:
         return Finding("apt", State.OPTIONAL, f"no {missing[0]}", "Use your own `-k KERNEL -i INITRD`, or `softkvm run --selftest`.")
-    sources = [*Path("/etc/apt").glob("sources.list"), *Path("/etc/apt/sources.list.d").glob("*")]
+    folder = Path("/etc/apt/sources.list.d")  # what has another ending is nothing to apt
+    sources = [*Path("/etc/apt").glob("sources.list"), *folder.glob("*.list"), *folder.glob("*.sources")]
     return Finding("apt", State.OK, ", ".join(source.name for source in sources))
 
 

@@ -368,8 +368,8 @@ impl Translation<'_> {
     /// The branch goes to `distance` bytes behind the block's first byte.
     fn branch_to(&mut self, distance: i64, taken: bool) {
         if let Some(branch) = self.branch {
-            self.out.save_flags();
-            self.out.note_branch(branch, Target::Distance(distance), taken);
+            self.out.clobber_flags(true);
+            self.out.note_branch(branch, Target::Fixed, taken);
         }
         self.out.exit(distance, false);
     }
@@ -387,7 +387,7 @@ impl Translation<'_> {
     }
 
     fn conditional(&mut self, insn: &Instruction) {
-        if self.branch.is_some() || self.out.flags.recipe.is_none() {
+        if self.out.flags.recipe.is_none() {
             self.out.save_flags();
         }
         self.out.need_flags();
@@ -444,7 +444,7 @@ impl Translation<'_> {
         let (target, back) = (insn.near_branch_target() as i64, insn.next_ip() as i64);
         if self.out.is_near(back) {
             if let Some(branch) = self.branch {
-                self.out.note_branch(branch, Target::Distance(target), true);
+                self.out.note_branch(branch, Target::Fixed, true);
             }
             self.out.call(target, back);
         } else {
@@ -489,18 +489,16 @@ impl Translation<'_> {
         self.out.asm.mov(R15, slot);
         let released = 8 + if insn.op_count() > 0 { i32::from(insn.immediate16()) } else { 0 };
         let other = self.out.asm.create_label();
+        self.out.expect_call(other);
         if let Some(branch) = self.branch {
-            self.require_canonical(miss);
             self.out.note_branch(branch, Target::Computed, true);
         }
-        self.out.return_to_r15(released, other);
+        self.out.return_to_call(released);
         self.out.asm.set_label(other);
-        if self.branch.is_none() {
-            self.require_canonical(miss);
-        }
+        self.require_canonical(miss);
         self.move_stack(released);
         self.out.forget_calls();
-        self.out.go_to_r15();
+        self.branch_to_r15();
     }
 }
 

@@ -5,7 +5,7 @@ use std::mem::offset_of;
 use iced_x86::Register::{R13D, R14, R15, RBP};
 use iced_x86::{ConditionCode, IcedError, Instruction, Register};
 
-use super::access::Refill;
+use super::access::{Refill, SitePlaces};
 use super::asm::{byte_ptr, qword_ptr, Asm, Label, Memory};
 use super::backend::Arrival;
 use super::block::Ground;
@@ -14,6 +14,7 @@ use super::flags::{Recipe, Whereabouts};
 use super::native::{detour, VECTORS, X87};
 use super::registers;
 use super::vector::{Units, Width};
+use super::watched::Doubt;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::decode::cache::jump_salt;
@@ -34,9 +35,9 @@ pub struct Places {
     pub x87: u64,
     /// The stub that looks for the block at RIP R15.
     pub unknown: u64,
-    /// The stubs that look a page up for a site that reads, and for one that writes.
-    pub refill_read: u64,
-    pub refill_write: u64,
+    /// What sites that read share, and those that write.
+    pub read: SitePlaces,
+    pub write: SitePlaces,
 }
 
 /// Code at the end that is rarely run.
@@ -76,8 +77,11 @@ pub struct Emitter<'a> {
     /// Calls for which the host's stack may have no room, and where they go on.
     pub(super) full_stacks: Vec<(Label, Label)>,
     cold: Vec<Cold>,
-    /// Sites so far, and those that look the TLB up; see [`Block::wandering`].
+    /// Branches that somebody watches, where the predictor may be wrong.
+    pub(super) doubts: Vec<Doubt>,
+    /// Sites so far, and which ones have cells; see [`Block::busy`] and [`Block::wandering`].
     pub(super) sites: usize,
+    pub(super) busy: bool,
     pub(super) wandering: u64,
     /// Distance of the block's first cell from the start of the code, and the sites that have one.
     pub(super) first_cell: i32,
@@ -124,9 +128,11 @@ impl<'a> Emitter<'a> {
             ways: Vec::new(),
             full_stacks: Vec::new(),
             cold: Vec::new(),
+            doubts: Vec::new(),
             first_cell: ground.first_cell,
             cells: Vec::new(),
             sites: 0,
+            busy: block.busy,
             wandering: block.wandering,
             has_bextr: ground.host.bmi1,
             refills: Vec::new(),
@@ -217,6 +223,7 @@ impl<'a> Emitter<'a> {
     /// refused.
     pub fn finish(mut self) -> Option<(Vec<ExitSite>, Vec<u16>)> {
         self.finish_ways();
+        self.finish_doubts();
         self.finish_sites();
         for Cold { label, why, recipe, back } in std::mem::take(&mut self.cold) {
             self.asm.set_label(label);

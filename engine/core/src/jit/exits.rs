@@ -233,11 +233,15 @@ impl Emitter<'_> {
         self.exit(back, false);
     }
 
-    /// Returns to RIP R15 if that is where the last call came from; else goes to `other`.
-    pub fn return_to_r15(&mut self, released: i32, other: Label) {
+    /// Goes to `other` unless RIP R15 is where the last call came from.
+    pub fn expect_call(&mut self, other: Label) {
+        self.asm.cmp(R15, qword_ptr(RSP, 8));
+        self.asm.jne(other);
+    }
+
+    /// Returns to RIP R15, where the last call came from.
+    pub fn return_to_call(&mut self, released: i32) {
         let a = &mut *self.asm;
-        a.cmp(R15, qword_ptr(RSP, 8));
-        a.jne(other);
         a.lea(STACK, qword_ptr(STACK, released));
         a.and(R15, !(PAGE_OFFSET as i32));
         a.mov(cpu_field(PAGE), R15);

@@ -102,24 +102,39 @@ impl Translator {
 
     /// Translates `block`. No host code may be running, because old code may be forgotten for it.
     fn translate(&mut self, block: &mut Block, code: &mut CodeCache, model: &Model) {
-        if block.key.size != CodeSize::Bits64 || block.second_page.is_some() || block.breakpoint {
-            return;
+        if block.key.size == CodeSize::Bits64 && block.second_page.is_none() && !block.breakpoint {
+            while self.translate_once(block, code, model).is_none() {}
         }
-        let Some(instructions) = decode_again(block, model) else { return };
-        loop {
-            match self.backend.translate(block, &instructions, model, Arrival::default()) {
-                Made::Code(HostCode { entry, body, exits, takes_recipes }) => {
-                    self.translated += 1;
-                    (block.entry, block.body) = (entry, body);
-                    block.links = Some(Box::new(Links::new(exits, takes_recipes)));
-                    return;
-                }
-                Made::Refused => return,
-                Made::Full(addresses) => {
-                    self.evicted += code.forget_translations_at(&addresses);
-                }
+    }
+
+    /// Translates `block`, in place of the translation that it has, if any. `None` if host code was forgotten to make room instead.
+    fn translate_once(&mut self, block: &mut Block, code: &mut CodeCache, model: &Model) -> Option<()> {
+        let Some(instructions) = decode_again(block, model) else { return Some(()) };
+        match self.backend.translate(block, &instructions, model, Arrival::default()) {
+            Made::Code(HostCode { entry, body, exits, takes_recipes }) => {
+                self.translated += 1;
+                (block.entry, block.body) = (entry, body);
+                block.links.replace(Box::new(Links::new(exits, takes_recipes))).iter_mut().for_each(|old| old.cut());
+            }
+            Made::Refused => {}
+            Made::Full(addresses) => {
+                self.evicted += code.forget_translations_at(&addresses);
+                return None;
             }
         }
+        Some(())
+    }
+
+    /// Gives cells to the accesses of `block`, which has a translation. `None` if host code was forgotten to make room instead.
+    fn give_cells(&mut self, block: &mut Block, code: &mut CodeCache, model: &Model) -> Option<()> {
+        if block.busy {
+            return Some(());
+        }
+        block.busy = true;
+        self.translate_once(block, code, model).or_else(|| {
+            block.busy = false;
+            None
+        })
     }
 }
 
@@ -194,6 +209,7 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     fn translate(&mut self, block: &mut Block) {
+        block.busy |= self.hot == 1;
         if let Some(translator) = &mut self.translator {
             translator.translate(block, &mut self.code, &self.model);
         }

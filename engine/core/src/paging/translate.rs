@@ -427,7 +427,7 @@ impl Cpu {
     /// guest's tables, and both to the hypervisor's. `store` is what a plain store is about to write; empty for any other access.
     fn target_with(&mut self, segment: usize, la: u64, kind: AccessKind, needed: u8, privilege: Privilege, store: &[u8]) -> Exec<Target> {
         self.check_canonical(segment, la)?;
-        if privilege == Privilege::SupervisorAc && kind != AccessKind::Fetch && self.tlb.share_with_ac(la) {
+        if self.tlb.recall(privilege, la, kind) {
             if let Some(host) = self.cached_for(privilege, la, 1, kind) {
                 return Ok(Target::Ram(host));
             }
