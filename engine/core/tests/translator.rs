@@ -1,4 +1,5 @@
 //! Translations as a cache: links between blocks, code that is written while it is linked, and less room than there is code.
+#![cfg(target_arch = "x86_64")]
 
 mod common;
 

@@ -107,3 +107,13 @@ impl Cpu {
         self.interpret(block)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::describe;
+
+    #[test]
+    fn a_host_without_a_back_end_is_named() {
+        assert!(describe().starts_with("none: ") && describe().contains(std::env::consts::ARCH), "{}", describe());
+    }
+}

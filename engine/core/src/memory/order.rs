@@ -10,22 +10,30 @@ use crate::word::Plain;
 ///
 /// # Safety
 /// `at` must be mapped guest RAM.
-#[cfg(target_arch = "x86_64")]
 #[inline(always)]
 pub unsafe fn load<T: Plain>(at: *const T) -> T {
     // SAFETY: by the caller's promise.
-    unsafe { at.read_unaligned() }
+    unsafe {
+        #[cfg(target_arch = "x86_64")]
+        return at.read_unaligned();
+        #[cfg(not(target_arch = "x86_64"))]
+        return weak::load(at);
+    }
 }
 
 /// Writes guest RAM at any alignment.
 ///
 /// # Safety
 /// `at` must be mapped guest RAM.
-#[cfg(target_arch = "x86_64")]
 #[inline(always)]
 pub unsafe fn store<T: Plain>(at: *mut T, value: T) {
     // SAFETY: by the caller's promise.
-    unsafe { at.write_unaligned(value) }
+    unsafe {
+        #[cfg(target_arch = "x86_64")]
+        at.write_unaligned(value);
+        #[cfg(not(target_arch = "x86_64"))]
+        weak::store(at, value);
+    }
 }
 
 /// Orders accesses without an order of their own, and locked ones, with all that come before and behind.
@@ -34,9 +42,6 @@ pub fn settle() {
     #[cfg(not(target_arch = "x86_64"))]
     std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
 }
-
-#[cfg(not(target_arch = "x86_64"))]
-pub use weak::{load, store};
 
 #[cfg(any(test, not(target_arch = "x86_64")))]
 mod weak {

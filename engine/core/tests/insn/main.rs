@@ -38,6 +38,7 @@ mod values;
 mod system;
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // the same
 mod table;
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // the same
 mod user;
 #[cfg(target_arch = "x86_64")]
 mod write;
@@ -94,6 +95,17 @@ fn finish(count: usize, failures: &[String]) {
     assert!(failures.is_empty(), "{} of {count} cases fail:\n{shown}", failures.len());
 }
 
+/// Whether the engine computes floating point in software.
+const IN_SOFTWARE: bool = cfg!(any(feature = "soft-float", not(target_arch = "x86_64")));
+
+/// Whether a case is of an instruction whose vendors bound the error and do not tell the result.
+fn approximates(case: &Case) -> bool {
+    use iced_x86::Mnemonic::*;
+    let bits = if case.world == "user64" { 64 } else { 32 };
+    let insn = iced_x86::Decoder::new(bits, &case.code, iced_x86::DecoderOptions::NONE).decode();
+    matches!(insn.mnemonic(), Rcpps | Rcpss | Rsqrtps | Rsqrtss | Vrcpps | Vrcpss | Vrsqrtps | Vrsqrtss)
+}
+
 #[test]
 fn instructions_of_a_process_do_what_the_tables_say() {
     #[cfg(target_arch = "x86_64")]
@@ -107,7 +119,7 @@ fn instructions_of_a_process_do_what_the_tables_say() {
         for tier in Tier::ALL {
             let guest = Guest::new(user::model(), mode);
             let mut guest = if tier == Tier::Translated { guest.translated() } else { guest };
-            for case in cases.iter().filter(|case| case.world == world) {
+            for case in cases.iter().filter(|case| case.world == world && !(IN_SOFTWARE && approximates(case))) {
                 let (found, wanted) = user::run(&mut guest, mode, case, tier);
                 check(case, tier, &found, &wanted, &mut failures);
                 count += 1;

@@ -1,5 +1,4 @@
-//! Fused multiply-add (SDM vol. 1, 14.5), on the host's own FMA unit under the guest's MXCSR: the model offers it only where the host has
-//! it. The order of the operands decides which of several NaNs is the result, so each form is its own host instruction.
+//! Fused multiply-add (SDM vol. 1, 14.5). The model offers it only where the host's units compute and have it, or where software does. The order of the operands decides which of several NaNs is the result, so each form is its own host instruction.
 
 use iced_x86::{Instruction, Mnemonic};
 

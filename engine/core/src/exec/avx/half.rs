@@ -1,4 +1,5 @@
-//! F16C: VCVTPH2PS and VCVTPS2PH (SDM vol. 1, 14.4). Hosts that execute them themselves need the unit, so the model asks for it there.
+//! F16C: VCVTPH2PS and VCVTPS2PH (SDM vol. 1, 14.4). The model offers them only where the host's units compute and have
+//! them, or where software does.
 
 use iced_x86::{Instruction, Mnemonic};
 

@@ -127,7 +127,7 @@ impl Cpu {
         }
     }
 
-    /// Runs `O` on the host with this ST(0) and ST(1).
+    /// Runs `O` on this ST(0) and ST(1).
     #[inline]
     pub(super) fn operate<O: Operation>(&self, st0: Float80, st1: Float80, memory: &[u8]) -> Frame {
         let mut frame = Frame::new(self.state.fpu.fcw, st0, st1).with_memory(memory);

@@ -10,7 +10,7 @@
 //! | `name` | instructions by name |
 //! | `sse` | SSE, FMA and F16C under an MXCSR |
 //! | `escape` | x87 instructions by their text |
-//! | `x87`, `x87_function`, `decimal` | x87 under a control word |
+//! | `x87`, `x87_function`, `x87_store`, `decimal` | x87 under a control word |
 //! | `elementary` | transcendental functions |
 
 mod decimal;
@@ -22,6 +22,7 @@ pub(in crate::exec) mod sse;
 mod value;
 pub(in crate::exec) mod x87;
 mod x87_function;
+mod x87_store;
 
 pub(in crate::exec) use sse::halve;
 

@@ -8,7 +8,7 @@ use super::value::{self, compare, Format, Nan, Special, Value, HALF, SINGLE};
 use crate::exec::float::mxcsr::{self, DAZ, DENORMAL, DIVIDE_BY_ZERO, INVALID, OVERFLOW, PRECISION, UNDERFLOW};
 
 /// The result of one lane, and the flags raised.
-type Lanes = (u64, u32);
+type Found = (u64, u32);
 
 /// The direction of rounding.
 fn rounding(control: u32) -> Rounding {
@@ -36,7 +36,7 @@ fn flushes(control: u32) -> bool {
 }
 
 /// A number in a format, and the flags of that. Unmasked exceptions are found on a result with an exponent without bounds.
-fn round(control: u32, format: Format, number: Number, flushes: bool) -> Lanes {
+fn round(control: u32, format: Format, number: Number) -> Found {
     let rounding = rounding(control);
     let negative = number.negative;
     let unbounded = number.round(format.precision, rounding);
@@ -49,7 +49,7 @@ fn round(control: u32, format: Format, number: Number, flushes: bool) -> Lanes {
     if unbounded.exponent >= format.least() {
         return (format.pack(negative, unbounded.significand, unbounded.exponent), inexact);
     }
-    if flushes {
+    if flushes(control) {
         return (format.zero(negative), UNDERFLOW | PRECISION);
     }
     let denormal = number.round_above(format.least(), format.precision, rounding);
@@ -62,13 +62,13 @@ fn round(control: u32, format: Format, number: Number, flushes: bool) -> Lanes {
 }
 
 /// An exact result in a format; `denormal` is the flag of the operands, which nothing invalid has.
-fn settle(control: u32, format: Format, exact: Result<Value, Special>, denormal: u32) -> Lanes {
+fn settle(control: u32, format: Format, exact: Result<Value, Special>, denormal: u32) -> Found {
     match exact {
         Ok(Value::Zero { negative }) => (format.zero(negative), denormal),
         Ok(Value::Infinity { negative }) => (format.infinity(negative), denormal),
         Ok(Value::Nan(nan)) => (format.nan(nan), denormal),
         Ok(Value::Finite(number)) => {
-            let (bits, flags) = round(control, format, number, flushes(control));
+            let (bits, flags) = round(control, format, number);
             (bits, flags | denormal)
         }
         Err(Special::Invalid) => (format.nan(Nan::DEFAULT), INVALID),
@@ -104,7 +104,7 @@ pub fn binary(op: Simd, control: u32, a: u128, b: u128, immediate: u8) -> (u128,
 }
 
 /// `kept` with lanes 0 to `count` replaced, and the flags of all of them.
-fn lanes(kept: u128, width: u32, count: u32, lane: impl Fn(u32) -> Lanes) -> (u128, u32) {
+fn lanes(kept: u128, width: u32, count: u32, lane: impl Fn(u32) -> Found) -> (u128, u32) {
     (0..count).fold((kept, 0), |(register, flags), n| {
         let (bits, raised) = lane(n);
         let mask = u128::from(u64::MAX >> (64 - width)) << (n * width);
@@ -112,7 +112,7 @@ fn lanes(kept: u128, width: u32, count: u32, lane: impl Fn(u32) -> Lanes) -> (u1
     })
 }
 
-fn lane(op: Lane, control: u32, format: Format, a: u64, b: u64, immediate: u8) -> Lanes {
+fn lane(op: Lane, control: u32, format: Format, a: u64, b: u64, immediate: u8) -> Found {
     let (second, second_denormal) = operand(control, format, b);
     let alone = |exact: fn(Value) -> Result<Value, Special>| match propagate([second]) {
         Some((nan, flags)) => (format.nan(nan), flags),
@@ -159,7 +159,7 @@ fn exactly(format: Format, value: Value) -> u64 {
 }
 
 /// The first operand if it compares as `wanted` with the second one, and otherwise the second one. Every NaN is invalid.
-fn select(format: Format, (first, second): (Value, Value), denormal: u32, wanted: Ordering) -> Lanes {
+fn select(format: Format, (first, second): (Value, Value), denormal: u32, wanted: Ordering) -> Found {
     let (relation, flags) = relate(first, second, denormal, true);
     (exactly(format, if relation == Some(wanted) { first } else { second }), flags)
 }
@@ -175,7 +175,7 @@ fn relate(first: Value, second: Value, denormal: u32, signals: bool) -> (Option<
 
 /// RCPPS and RSQRTPS, whose error is bounded by `1.5 * 2^-12` (SDM vol. 2): here the first 12 bits of what `of` makes of the operand, or
 /// the default NaN. Denormal operands and results are zeros, and nothing is reported.
-fn approximate(format: Format, operand: Value, of: impl Fn(Number) -> Option<Number>) -> Lanes {
+fn approximate(format: Format, operand: Value, of: impl Fn(Number) -> Option<Number>) -> Found {
     let result = match operand {
         Value::Nan(nan) => return (format.nan(nan.quieted()), 0),
         Value::Finite(number) if number.exponent >= format.least() => of(number),
@@ -192,7 +192,7 @@ fn approximate(format: Format, operand: Value, of: impl Fn(Number) -> Option<Num
 }
 
 /// A number of one format in another.
-fn between(control: u32, from: Format, to: Format, bits: u64) -> Lanes {
+fn between(control: u32, from: Format, to: Format, bits: u64) -> Found {
     let (value, denormal) = operand(control, from, bits);
     match propagate([value]) {
         Some((nan, flags)) => (to.nan(nan), flags),
@@ -201,7 +201,7 @@ fn between(control: u32, from: Format, to: Format, bits: u64) -> Lanes {
 }
 
 /// A number as an integer of `width` bits; the integer that is farthest below zero stands for what is none.
-fn to_integer(control: u32, from: Format, bits: u64, width: u32, truncates: bool) -> Lanes {
+fn to_integer(control: u32, from: Format, bits: u64, width: u32, truncates: bool) -> Found {
     let rounding = if truncates { Rounding::Zero } else { rounding(control) };
     let (value, _) = operand(control, from, bits);
     let limit = 1 << (width - 1);

@@ -4,7 +4,7 @@ use std::cmp::Ordering;
 
 use super::escape::{Constant, Escape, Source};
 use super::number::{Number, Rounding};
-use super::value::{self, compare, Format, Nan, Special, Value, DOUBLE, SINGLE};
+use super::value::{self, compare, Nan, Special, Value, DOUBLE, SINGLE};
 use super::{decimal, elementary, x87_function};
 use crate::exec::float::frame::{float80, Float80, Frame, INDEFINITE};
 use crate::exec::x87::status::{C0, C1, C2, C3, DENORMAL, EXCEPTIONS, INVALID, OVERFLOW, TOP, UNDERFLOW, ZERO_DIVIDE};
@@ -93,10 +93,14 @@ impl Unit {
         Unit { masks: control & EXCEPTIONS, rounding: Rounding::of(u32::from(control) >> 10), precision, status: 0 }
     }
 
+    pub fn is_masked(&self, exception: u16) -> bool {
+        self.masks & exception != 0
+    }
+
     /// Notes an exception; true if it is masked.
     pub fn raise(&mut self, exception: u16) -> bool {
         self.status |= exception;
-        self.masks & exception == exception
+        self.is_masked(exception)
     }
 
     /// An invalid operation: the default NaN if it is masked.
@@ -173,7 +177,7 @@ impl Unit {
             let greatest = float80(u16::from(negative) << 15 | 0x7ffe, whole(u64::MAX >> (64 - bits)));
             return if infinite { infinity(negative) } else { greatest };
         }
-        if rounded.exponent < LEAST && self.masks & UNDERFLOW != 0 {
+        if rounded.exponent < LEAST && self.is_masked(UNDERFLOW) {
             let denormal = number.round_above(LEAST, bits, self.rounding);
             self.note(denormal.inexact, denormal.away);
             self.status |= if denormal.inexact { UNDERFLOW } else { 0 };
@@ -268,96 +272,6 @@ impl Unit {
         };
         let rounded = number.round(64, self.rounding);
         pack(false, rounded.significand, rounded.exponent)
-    }
-
-    /// A register in a shorter format. What an unmasked exception keeps from being stored is not rounded either.
-    fn shorten(&mut self, operand: Operand, format: Format) -> u64 {
-        let Some((value, _)) = operand else {
-            self.raise(INVALID);
-            return format.nan(Nan::DEFAULT);
-        };
-        match value {
-            Value::Zero { negative } => format.zero(negative),
-            Value::Infinity { negative } => format.infinity(negative),
-            Value::Nan(nan) => {
-                self.status |= if nan.is_signaling() { INVALID } else { 0 };
-                format.nan(nan.quieted())
-            }
-            Value::Finite(number) => self.shorten_number(number, format),
-        }
-    }
-
-    fn shorten_number(&mut self, number: Number, format: Format) -> u64 {
-        let negative = number.negative;
-        let rounded = number.round(format.precision, self.rounding);
-        if rounded.exponent > format.greatest() {
-            let infinite = self.rounding == Rounding::Nearest || self.rounding.is_away(negative);
-            if self.raise(OVERFLOW) {
-                self.note(true, infinite);
-            }
-            return if infinite { format.infinity(negative) } else { format.maximum(negative) };
-        }
-        if rounded.exponent >= format.least() {
-            self.note(rounded.inexact, rounded.away);
-            return format.pack(negative, rounded.significand, rounded.exponent);
-        }
-        let denormal = number.round_above(format.least(), format.precision, self.rounding);
-        if self.masks & UNDERFLOW == 0 {
-            self.raise(UNDERFLOW);
-        } else {
-            self.note(denormal.inexact, denormal.away);
-            self.status |= if denormal.inexact { UNDERFLOW } else { 0 };
-        }
-        format.pack(negative, denormal.significand, denormal.exponent)
-    }
-
-    /// A register as a signed integer of `width` bits; the one farthest below zero stands for what is none.
-    fn integer(&mut self, operand: Operand, width: u32, rounding: Rounding) -> u64 {
-        let limit = 1 << (width - 1);
-        let (negative, found) = match operand {
-            Some((Value::Zero { .. }, _)) => return 0,
-            Some((Value::Finite(number), _)) => (number.negative, number.integer(rounding)),
-            _ => (false, None),
-        };
-        match found.filter(|found| found.significand < limit + u64::from(negative)) {
-            Some(found) => {
-                self.note(found.inexact, found.away);
-                let integer = if negative { found.significand.wrapping_neg() } else { found.significand };
-                integer & u64::MAX >> (64 - width)
-            }
-            None => {
-                self.raise(INVALID);
-                limit
-            }
-        }
-    }
-
-    fn store(&mut self, frame: &mut Frame, to: Source, rounding: Rounding) {
-        let operand = unpack(frame.st0);
-        let bytes = match to {
-            Source::Single => self.shorten(operand, SINGLE).into(),
-            Source::Double => self.shorten(operand, DOUBLE).into(),
-            Source::Integer(width) => self.integer(operand, width, rounding).into(),
-            Source::Decimal => {
-                let found = match operand {
-                    Some((Value::Finite(number), _)) => number.integer(rounding).filter(|found| found.significand <= decimal::GREATEST),
-                    _ => None,
-                };
-                match (operand, found) {
-                    (Some((Value::Zero { negative }, _)), _) => decimal::store(negative, 0),
-                    (Some((value, _)), Some(found)) => {
-                        self.note(found.inexact, found.away);
-                        decimal::store(value.is_negative(), found.significand)
-                    }
-                    _ => {
-                        self.raise(INVALID);
-                        decimal::INDEFINITE
-                    }
-                }
-            }
-            Source::Register => return,
-        };
-        frame.memory = bytes.to_le_bytes();
     }
 }
 

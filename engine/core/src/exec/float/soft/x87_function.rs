@@ -131,7 +131,7 @@ fn divide(a: Number, b: Number, nearest: bool) -> (Option<Number>, u16) {
     if distance < -1 {
         return (Some(a), 0);
     }
-    // Below 64 all of the quotient is found at once; above, so many bits of it that a multiple of 64 or less is left.
+    // Below 64 all of the quotient is found at once; above, 32 to 63 bits of it, so that a multiple of 32 is left.
     let steps = if distance < 64 { distance } else { partial(distance) };
     let divisor = u128::from(b.high());
     let (mut quotient, mut rest) = (0u64, u128::from(a.high()));
