@@ -10,10 +10,9 @@ use super::{pending, CodeSize, Cpu};
 use crate::decode::block::{self, Block};
 use crate::fault::vector;
 use crate::interrupts::Kind as InterruptKind;
-use crate::memory::PAGE_OFFSET;
 use crate::paging::AccessKind;
 use crate::pmu::branch::{taken_in_place, Kind};
-use crate::pmu::lbr::{Site, Transfer};
+use crate::pmu::lbr::Transfer;
 use crate::pmu::predictor::Predictor;
 use crate::pmu::registers::Refused;
 use crate::pmu::{debugctl, registers, watch, Watching};
@@ -214,27 +213,6 @@ impl Cpu {
         self.pmu.check_at = self.pmu.check_at.saturating_sub(events);
         self.budget -= events as i64;
         self.budget_start -= events as i64;
-    }
-
-    /// Core cycles that the core has seen.
-    #[cfg(target_arch = "x86_64")]
-    fn cycles(&self) -> u64 {
-        self.instructions().wrapping_add(self.pmu.tally.stalled())
-    }
-
-    /// Takes what host code has noted: mispredicted branches, for which it has paid from the budget alone, and records.
-    #[cfg(target_arch = "x86_64")]
-    pub(crate) fn take_notes(&mut self) {
-        let mispredicted = std::mem::take(&mut self.pmu.mispredicted);
-        let stalled = self.pmu.tally.add_stalls(self.pmu.cpl, mispredicted);
-        self.pmu.check_at = self.pmu.check_at.saturating_sub(stalled);
-        self.budget_start -= stalled as i64;
-        let (now, budget, code) = (self.cycles(), self.budget, &self.code);
-        self.pmu.lbr.settle(now, budget, |number| {
-            let Some(block) = code.numbered(number) else { unreachable!("host code does not outlive its block") };
-            let (start, branch) = (block.key.host & PAGE_OFFSET, &block.uops[block.instructions as usize - 1]);
-            Site { from: start + u64::from(block.last), to: start.wrapping_add(branch.imm) }
-        });
     }
 
     /// Notes a page walk.

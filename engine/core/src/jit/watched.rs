@@ -17,7 +17,7 @@ use crate::decode::block::Block;
 use crate::decode::cache::MAX_BLOCKS;
 use crate::memory::PAGE_OFFSET;
 use crate::pmu::branch::Kind;
-use crate::pmu::lbr::{recent, Lbr, Recent, RECENT};
+use crate::pmu::lbr::{recent, Lbr, Recent, Site, RECENT};
 use crate::pmu::predictor::{self, Predictor};
 use crate::pmu::tally::{outcome, Totals, MISPREDICTED};
 use crate::pmu::{Pmu, Watching};
@@ -245,6 +245,23 @@ impl Emitter<'_> {
         a.lea(R14D, qword_ptr(BUDGET, branch.note));
         a.mov(dword_ptr(RBP, (RECORDS + offset_of!(Recent, note)) as i32).index(R13, 4), R14D);
         a.set_label(skip);
+    }
+}
+
+impl Cpu {
+    /// Takes what host code has noted: mispredicted branches, for which it has paid from the budget alone, and records.
+    pub(super) fn take_notes(&mut self) {
+        let mispredicted = std::mem::take(&mut self.pmu.mispredicted);
+        let stalled = self.pmu.tally.add_stalls(self.pmu.cpl, mispredicted);
+        self.pmu.check_at = self.pmu.check_at.saturating_sub(stalled);
+        self.budget_start -= stalled as i64;
+        let now = self.instructions().wrapping_add(self.pmu.tally.stalled());
+        let (budget, code) = (self.budget, &self.code);
+        self.pmu.lbr.settle(now, budget, |number| {
+            let Some(block) = code.numbered(number) else { unreachable!("host code does not outlive its block") };
+            let (start, branch) = (block.key.host & PAGE_OFFSET, &block.uops[block.instructions as usize - 1]);
+            Site { from: start + u64::from(block.last), to: start.wrapping_add(branch.imm) }
+        });
     }
 }
 
