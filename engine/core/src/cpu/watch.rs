@@ -10,10 +10,9 @@ use super::{pending, CodeSize, Cpu};
 use crate::decode::block::{self, Block};
 use crate::fault::vector;
 use crate::interrupts::Kind as InterruptKind;
-use crate::memory::PAGE_OFFSET;
 use crate::paging::AccessKind;
 use crate::pmu::branch::{taken_in_place, Kind};
-use crate::pmu::lbr::{Site, Transfer};
+use crate::pmu::lbr::Transfer;
 use crate::pmu::predictor::Predictor;
 use crate::pmu::registers::Refused;
 use crate::pmu::{debugctl, registers, watch, Watching};
@@ -225,6 +224,8 @@ impl Cpu {
     /// Takes what host code has noted: mispredicted branches, for which it has paid from the budget alone, and records.
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn take_notes(&mut self) {
+        use crate::memory::PAGE_OFFSET;
+        use crate::pmu::lbr::Site;
         let mispredicted = std::mem::take(&mut self.pmu.mispredicted);
         let stalled = self.pmu.tally.add_stalls(self.pmu.cpl, mispredicted);
         self.pmu.check_at = self.pmu.check_at.saturating_sub(stalled);
