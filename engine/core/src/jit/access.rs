@@ -18,6 +18,7 @@ use iced_x86::{Code, ConditionCode, Instruction, Register};
 use super::asm::{dword_ptr, qword_ptr, word_ptr, Asm, Label, Memory};
 use super::emit::{cpu_field, Emitter};
 use super::native::{STAMP, WANDERER};
+use super::near::{Linear, Near};
 use super::registers::{resized, BUDGET};
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
@@ -64,6 +65,8 @@ pub struct Refill {
     back: Label,
     /// Where accesses go that the TLB has nothing for either.
     miss: Label,
+    /// How far it is from the place in R15, if somebody relies on that.
+    near: Option<i32>,
     /// The linear address.
     address: Memory,
     bytes: usize,
@@ -84,37 +87,67 @@ pub fn tags(kind: AccessKind) -> i32 {
 /// Offset of the column of addends.
 pub const ADDENDS: i32 = offset_of!(Entries, addend) as i32;
 
-/// From a slot in the first way to the one in the second.
-const SECOND: i32 = (SLOTS * size_of::<u64>()) as i32;
-
 /// Code that all sites of one kind share.
 #[derive(Clone, Copy)]
 pub struct SitePlaces {
-    /// See [`write_refill`] and [`write_second`].
+    /// See [`write_refill`] and [`write_ways`].
     refill: u64,
-    second: u64,
+    ways: u64,
 }
 
 impl Emitter<'_> {
     /// The host address of `bytes` at linear address `address`, or goes to `miss`. The address is made of registers of the guest and a
     /// displacement up to [`MAX_DISPLACEMENT`], or of R14 and such a displacement. Clobbers R13, R15, the flags, and R14 unless it is part of
     /// the address.
-    pub fn access(&mut self, address: Memory, bytes: usize, kind: AccessKind, miss: Label) -> Memory {
-        let site = self.sites;
+    pub fn access(&mut self, address: impl Into<Linear>, bytes: usize, kind: AccessKind, miss: Label) -> Memory {
+        let (linear, site) = (address.into(), self.sites);
+        let address = linear.memory;
         self.sites += 1;
-        if self.busy && self.wandering >> site.min(LAST) & 1 == 0 {
-            self.look_at_cell(site, address, bytes, kind, miss);
+        let wanders = self.wandering >> site.min(LAST) & 1 != 0;
+        let near = self.near.as_ref().filter(|_| self.asm.holds() && !wanders);
+        if let Some(distance) = near.and_then(|near| near.distance(linear, bytes, kind)) {
+            self.look_beside(site, distance, address, bytes, kind, miss);
         } else {
-            self.look_up(address, bytes, kind, miss);
+            let has_cell = self.busy && !wanders;
+            self.near = Near::to(linear, kind).filter(|_| self.shared || has_cell);
+            if has_cell {
+                self.look_at_cell(site, address, bytes, kind, miss);
+            } else {
+                self.look_up(address, bytes, kind, miss);
+            }
+        }
+        if self.near.is_some() {
+            self.asm.hold();
         }
         self.translated(address)
     }
 
-    /// R13 = what turns `address` into a host address, by the site's cell.
+    /// The place of the cell of a site.
+    fn cell_of(&mut self, site: usize) -> i32 {
+        self.cells.push(site as u16);
+        self.first_cell + ((self.cells.len() - 1) * size_of::<Cell>()) as i32
+    }
+
+    /// R13 is what turns `address` into a host address, if that is `distance` behind the place in R15.
+    fn look_beside(&mut self, site: usize, distance: i32, address: Memory, bytes: usize, kind: AccessKind, miss: Label) {
+        let [label, back] = [(); 2].map(|()| self.asm.create_label());
+        let cell = self.busy.then(|| self.cell_of(site));
+        if distance < 0 {
+            self.asm.lea(R15, qword_ptr(R15, distance));
+            self.near.iter_mut().for_each(|near| near.shift(distance));
+        }
+        let ahead = distance.max(0);
+        self.asm.cmp(R15, PAGE_SIZE as i32 - bytes as i32 - ahead);
+        self.asm.jcc(ConditionCode::a, label);
+        self.asm.set_label(back);
+        self.refills.push(Refill { label, back, miss, near: Some(ahead), address, bytes, kind, cell });
+    }
+
+    /// R13 = what turns `address` into a host address, by the site's cell; R15 = how far into its page it is.
     fn look_at_cell(&mut self, site: usize, address: Memory, bytes: usize, kind: AccessKind, miss: Label) {
         let [label, back] = [(); 2].map(|()| self.asm.create_label());
-        let cell = self.first_cell + (self.cells.len() * size_of::<Cell>()) as i32;
-        self.cells.push(site as u16);
+        let cell = self.cell_of(site);
+        let near = self.near.as_ref().map(|_| 0);
         let field = |offset: usize| qword_ptr(Register::RIP, cell + offset as i32);
         let a = &mut *self.asm;
         a.mov(R13, cpu_field(STAMP));
@@ -126,10 +159,10 @@ impl Emitter<'_> {
         a.jcc(ConditionCode::a, label);
         a.mov(R13, field(offset_of!(Cell, addend)));
         a.set_label(back);
-        self.refills.push(Refill { label, back, miss, address, bytes, kind, cell: Some(cell) });
+        self.refills.push(Refill { label, back, miss, near, address, bytes, kind, cell: Some(cell) });
     }
 
-    /// R13 = what turns `address` into a host address, by the TLB.
+    /// R13 = what turns `address` into a host address, by the TLB; R15 = how far into its page it is, if somebody relies on that.
     fn look_up(&mut self, address: Memory, bytes: usize, kind: AccessKind, miss: Label) {
         let [label, back] = [(); 2].map(|()| self.asm.create_label());
         let table = cpu_field(offset_of!(Cpu, active_table));
@@ -158,8 +191,14 @@ impl Emitter<'_> {
             a.jne(label);
             a.mov(R13, qword_ptr(R14, ADDENDS).index(R13, 8));
         }
+        let near = self.near.as_ref().map(|_| 0);
+        let a = &mut *self.asm;
+        if near.is_some() {
+            load_address(a, R15, address);
+            a.and(R15, PAGE_OFFSET as i32);
+        }
         a.set_label(back);
-        self.refills.push(Refill { label, back, miss, address, bytes, kind, cell: None });
+        self.refills.push(Refill { label, back, miss, near, address, bytes, kind, cell: None });
     }
 
     /// `address` with the addend in R13 added to it.
@@ -185,7 +224,7 @@ impl Emitter<'_> {
 
     /// Writes the cold code of all sites.
     pub(super) fn finish_sites(&mut self) {
-        for Refill { label, back, miss, address, bytes, kind, cell } in std::mem::take(&mut self.refills) {
+        for Refill { label, back, miss, near, address, bytes, kind, cell } in std::mem::take(&mut self.refills) {
             let places = if kind == AccessKind::Write { self.places.write } else { self.places.read };
             let a = &mut *self.asm;
             a.set_label(label);
@@ -197,13 +236,20 @@ impl Emitter<'_> {
                 a.lea(R13, qword_ptr(Register::RIP, cell));
                 a.call(places.refill);
             } else {
-                a.call(places.second);
+                a.call(places.ways);
+            }
+            a.jne(miss);
+            if let Some(ahead) = near {
+                a.mov(R15, R14);
+                a.and(R15, PAGE_OFFSET as i32);
+                if ahead != 0 {
+                    a.sub(R15, ahead);
+                }
             }
             if address.base == R14 && address.displacement != 0 {
                 a.lea(R14, qword_ptr(R14, -address.displacement));
             }
-            a.je(back);
-            a.jmp(miss);
+            a.jmp(back);
         }
     }
 }
@@ -239,25 +285,29 @@ pub fn load_slot(a: &mut Asm, to: Register, la: Register, scratch: Register, has
 
 /// Writes the code that sites of `kind` share, and tells where it is when it begins at `start`.
 pub fn write_shared(a: &mut Asm, kind: AccessKind, has_bextr: bool, start: u64) -> SitePlaces {
-    let [refill, second] = [write_refill, write_second].map(|write| {
+    let [refill, ways] = [write_refill, write_ways].map(|write| {
         let place = start + a.len() as u64;
         write(a, kind, has_bextr);
         place
     });
-    SitePlaces { refill, second }
+    SitePlaces { refill, ways }
 }
 
-/// Looks the page of R14 up in the second way for an access whose last byte is at R15. ZF tells whether what it finds lets the access through,
-/// and then R13 is the addend. Clobbers R15.
-fn write_second(a: &mut Asm, kind: AccessKind, has_bextr: bool) {
-    let done = a.create_label();
+/// Looks the page of R14 up in both ways for an access whose last byte is at R15. ZF tells whether what it finds lets the access through, and
+/// then R13 is the addend. Clobbers R15.
+fn write_ways(a: &mut Asm, kind: AccessKind, has_bextr: bool) {
+    let [found, done] = [(); 2].map(|()| a.create_label());
     a.push(R10);
     load_slot(a, R10, R14, R10, has_bextr);
     a.mov(R13, cpu_field(offset_of!(Cpu, active_table)));
     a.and(R15, !(PAGE_OFFSET as i32));
-    a.cmp(R15, qword_ptr(R13, tags(kind) + SECOND).index(R10, 8));
+    a.cmp(R15, qword_ptr(R13, tags(kind)).index(R10, 8));
+    a.je(found);
+    a.lea(R10, qword_ptr(R10, SLOTS as i32));
+    a.cmp(R15, qword_ptr(R13, tags(kind)).index(R10, 8));
     a.jne(done);
-    a.mov(R13, qword_ptr(R13, ADDENDS + SECOND).index(R10, 8));
+    a.set_label(found);
+    a.mov(R13, qword_ptr(R13, ADDENDS).index(R10, 8));
     a.set_label(done);
     a.pop(R10);
     a.ret();

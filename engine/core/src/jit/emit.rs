@@ -12,6 +12,7 @@ use super::block::Ground;
 use super::exits::{ExitSite, Way};
 use super::flags::{Recipe, Whereabouts};
 use super::native::{detour, VECTORS, X87};
+use super::near::{Near, OUTSIDE};
 use super::registers;
 use super::vector::{Units, Width};
 use super::watched::Doubt;
@@ -49,6 +50,8 @@ struct Cold {
     recipe: Option<Recipe>,
     /// Where to go on, and whether host flags are expected there. Nowhere, if host code does not come back here.
     back: Option<(Label, bool)>,
+    /// What is there relies on R15, which is to be outside of any page.
+    near: bool,
 }
 
 /// Host code of one block in the making.
@@ -87,6 +90,10 @@ pub struct Emitter<'a> {
     pub(super) first_cell: i32,
     pub(super) cells: Vec<u16>,
     pub(super) refills: Vec<Refill>,
+    /// What R13 and R15 tell of the access before, as long as they hold.
+    pub(super) near: Option<Near>,
+    /// The next access of the block has the base of this one.
+    pub(super) shared: bool,
     pub(super) has_bextr: bool,
     /// Where the block is named to the stub: the plain one, and the one that keeps units.
     tails: [Label; 2],
@@ -136,6 +143,8 @@ impl<'a> Emitter<'a> {
             wandering: block.wandering,
             has_bextr: ground.host.bmi1,
             refills: Vec::new(),
+            near: None,
+            shared: false,
             tails,
             flags,
             arrival: flags,
@@ -156,16 +165,20 @@ impl<'a> Emitter<'a> {
     /// Cold code at `label` that leaves host code.
     pub(super) fn cold(&mut self, label: Label, why: u32, back: Option<(Label, bool)>) {
         let recipe = self.flags.recipe.filter(|_| !self.flags.saved);
-        self.cold.push(Cold { label, why, recipe, back });
+        self.cold.push(Cold { label, why, recipe, back, near: false });
     }
 
     /// The last detour comes back here.
     pub fn rejoin(&mut self) {
         let back = self.asm.create_label();
+        let near = self.near.is_some() && self.asm.holds();
         self.asm.set_label(back);
+        if near {
+            self.asm.hold();
+        }
         let host_flags = self.flags.host;
         if let Some(cold) = self.cold.last_mut() {
-            cold.back = Some((back, host_flags));
+            (cold.back, cold.near) = (Some((back, host_flags)), near);
         }
     }
 
@@ -225,7 +238,7 @@ impl<'a> Emitter<'a> {
         self.finish_ways();
         self.finish_doubts();
         self.finish_sites();
-        for Cold { label, why, recipe, back } in std::mem::take(&mut self.cold) {
+        for Cold { label, why, recipe, back, near } in std::mem::take(&mut self.cold) {
             self.asm.set_label(label);
             self.flags = Whereabouts::on_arrival(recipe);
             self.save_flags();
@@ -233,6 +246,9 @@ impl<'a> Emitter<'a> {
             let Some((back, host_flags)) = back else { continue };
             if host_flags {
                 self.restore_flags();
+            }
+            if near {
+                self.asm.mov(R15, OUTSIDE);
             }
             self.asm.jmp(back);
         }

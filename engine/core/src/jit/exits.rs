@@ -5,7 +5,7 @@
 
 use std::mem::offset_of;
 
-use iced_x86::Register::{R13, R14, R14D, R15, R15D, RSP};
+use iced_x86::Register::{R13, R13D, R14, R14D, R15, RSP};
 use iced_x86::{ConditionCode, Register};
 
 use super::asm::{qword_ptr, Label, Memory};
@@ -163,14 +163,16 @@ impl Emitter<'_> {
         const { assert!(size_of::<Jump>().is_power_of_two()) };
         let unknown = self.places.unknown;
         let a = &mut *self.asm;
+        // Both parts of the slot's number are shifted at once: all else waits for it.
         a.mov(R14, R15);
-        a.shr(R14, JUMP_BITS);
-        a.xor(R14D, R15D);
-        a.and(R14D, (JUMP_SLOTS - 1) as i32);
+        a.shr(R14, JUMP_BITS - SHIFT);
+        a.mov(R13, R15);
+        a.shl(R13, SHIFT);
+        a.xor(R14D, R13D);
+        a.and(R14D, ((JUMP_SLOTS - 1) << SHIFT) as i32);
         if self.salt != 0 {
-            a.xor(R14D, self.salt);
+            a.xor(R14D, self.salt << SHIFT);
         }
-        a.shl(R14D, SHIFT);
         a.add(R14, cpu_field(JUMPS));
         a.cmp(qword_ptr(R14, offset_of!(Jump, rip) as i32), R15);
         a.jne(unknown);
@@ -201,16 +203,15 @@ impl Emitter<'_> {
         self.come_back(back);
     }
 
-    /// The same for a call to the RIP that [`Emitter::keep_rip`] kept.
-    pub fn call_kept_rip(&mut self, back: i64) {
-        self.push_call();
-        self.take_rip();
+    /// The same for a call to RIP R15, behind [`Emitter::push_call`].
+    pub fn call_r15(&mut self, back: i64) {
         let entry = self.find_r15();
         self.asm.call_indirect(entry);
         self.come_back(back);
     }
 
-    fn push_call(&mut self) {
+    /// Keeps the guest's return address, which is in R15, for the return.
+    pub fn push_call(&mut self) {
         let [full, room] = [(); 2].map(|()| self.asm.create_label());
         self.asm.cmp(RSP, cpu_field(HOST_STACK_END));
         self.asm.jcc(ConditionCode::b, full);

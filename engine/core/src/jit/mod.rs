@@ -14,6 +14,7 @@
 //! | `emit` | pieces of host code: ways into the interpreter and back |
 //! | `flags` | where the guest's flags are meanwhile |
 //! | `access` | accesses to the guest's memory |
+//! | `near` | accesses beside the one before |
 //! | `exits` | the head of a block, and the ways to the next one |
 //! | `loops`, `turns` | loops whose accesses are checked once for many turns |
 //! | `watched` | what a branch does for those who watch branches |
@@ -38,6 +39,7 @@ mod integer;
 pub mod link;
 mod loops;
 pub mod native;
+mod near;
 mod plan;
 mod registers;
 mod string;
