@@ -1,5 +1,6 @@
 //! What translated code remembers of translations at each access: it is gone with the translation that it was copied from, however that is
 //! taken away, and holds for the page that it was copied for (SDM vol. 3, 4.10.4).
+#![cfg(target_arch = "x86_64")]
 
 mod common;
 

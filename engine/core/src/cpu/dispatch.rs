@@ -287,7 +287,12 @@ impl Cpu {
     #[cfg(target_arch = "x86_64")]
     #[inline(never)]
     fn find_again(&mut self, rip: u64) -> Option<*mut Block> {
-        let host = self.cached(rip, 1, AccessKind::Fetch).filter(|_| self.waivers.is_empty())?;
+        if !self.waivers.is_empty() {
+            return None;
+        }
+        let privilege = self.privilege();
+        let here = self.cached(rip, 1, AccessKind::Fetch);
+        let host = here.or_else(|| self.tlb.recall(privilege, rip, AccessKind::Fetch).then(|| self.cached(rip, 1, AccessKind::Fetch))?)?;
         let key = self.code_key(host as u64);
         // SAFETY: the cache forgets blocks before they are freed.
         let whole = |block: &*mut Block| unsafe { (**block).second_page }.is_none();

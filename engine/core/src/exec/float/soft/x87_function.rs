@@ -229,14 +229,20 @@ fn tangent(angle: Value) -> Value {
     }
 }
 
-/// F2XM1; what it makes of operands beyond one is not defined, and here it is the operand.
+/// F2XM1; what it makes of operands beyond one is not defined, and here it is the operand, reported as inexact.
 fn power(unit: &mut Unit, top: Float80) -> Option<Float80> {
-    unit.unary(unpack(top), BITS, |value| match value {
+    let mut beyond = false;
+    let result = unit.unary(unpack(top), BITS, |value| match value {
         Infinity { negative: true } => Ok(Finite(Number::ONE.negated())),
-        Finite(x) if x.exponent == 0 && x.signed(false) == Number::ONE => Ok(Finite(if x.negative { x.scaled(-1) } else { x })),
+        Finite(x) if x.signed(false) == Number::ONE => Ok(Finite(if x.negative { x.scaled(-1) } else { x })),
         Finite(x) if x.exponent < 0 => Ok(Finite(elementary::power_minus_one(x))),
-        value => Ok(value),
-    })
+        value => {
+            beyond = matches!(value, Finite(_));
+            Ok(value)
+        }
+    });
+    unit.note(beyond && result.is_some(), false);
+    result
 }
 
 /// The product of what may be without a result.
