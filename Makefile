@@ -24,10 +24,10 @@ export PIP_QUIET := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help boot build test test-fast lint format bench performance conformance differential fuzz insn-tables selftest profiling readme-screen clean prerequisites
+.PHONY: help boot build test test-fast test-soft test-aarch64 lint format bench performance conformance differential fuzz insn-tables selftest profiling readme-screen clean prerequisites
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 boot: $(ENGINE) ## Boot Debian's cloud kernel to a shell on this terminal (ARGS="--cpu epyc ...")
 	@$(BIN)/softkvm run $(ARGS)
@@ -40,6 +40,19 @@ test: $(ENGINE) ## Run all tests: the engine's, the package's, and real guests
 
 test-fast: $(ENGINE) ## Run the package's tests without those marked slow
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+
+test-soft: ## Run the engine's tests of instructions with guest floating point in software, as hosts other than x86-64 have it
+	cargo test -p softkvm-engine --release --quiet --features soft-float --lib --test insn --test differential
+
+test-aarch64: ## Run the engine's tests for AArch64 hosts, in QEMU's user emulation
+	@need() { command -v "$$1" >/dev/null || { echo "make test-aarch64 needs $$1: install it with sudo apt install $$2" >&2; exit 1; }; }; \
+	need aarch64-linux-gnu-gcc "gcc-aarch64-linux-gnu libc6-dev-arm64-cross"; \
+	need qemu-aarch64-static qemu-user-static; \
+	need rustup "rustup, or as https://rustup.rs says"
+	rustup --quiet target add aarch64-unknown-linux-gnu
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
+	    CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64-static -L /usr/aarch64-linux-gnu" \
+	    cargo test -p softkvm-engine --release --quiet --target aarch64-unknown-linux-gnu
 
 lint: $(ENGINE) ## Check style, types, floors, and the stub against the engine
 	$(BIN)/ruff check

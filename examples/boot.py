@@ -11,7 +11,7 @@ def main() -> None:
     image = guest.prepare("cloud", progress=print)
     with Machine(kernel=image.kernel, initrd=image.initrd, memory="256M", append="quiet") as vm:
         vm.run(until="# ", timeout=120)
-        vm.send("uname -r; nproc; poweroff -f\n")
+        vm.send("uname -r; nproc; poweroff\n")
         stop = vm.run(timeout=120)
         print(bytes(vm.output).decode(errors="replace"))
         print(f"The guest ended by {stop.reason.value} after {vm.stats().seconds:.1f} seconds.")

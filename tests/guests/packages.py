@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import os
 import shutil
@@ -26,9 +25,7 @@ def kernel_version() -> tuple[str, str]:
 def unpacked(*packages: str) -> Path:
     """A directory with the contents of packages, each `NAME` or `NAME=VERSION`; fetched the first time."""
     root = guest.default_directory() / "tests" / "_".join(packages).replace("=", "-").replace("/", "-")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with (root.parent / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with guest.Cache(root.parent).lock():
         if not root.exists():
             with tempfile.TemporaryDirectory(dir=root.parent) as folder:
                 _fetch(Path(folder) / "root", packages)

@@ -115,7 +115,8 @@ def test_pause_and_resume(server: FakeServer, client: Client) -> None:
     assert server.wait_for(None)
 
 
-def test_a_pause_event_that_comes_late_is_answered(server: FakeServer, client: Client) -> None:
+def test_a_pause_event_that_comes_late_is_answered(server: FakeServer, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softkvm.vmi.client._RESUME_PATIENCE", 0.01)
     server.handlers[Command.VCPU_PAUSE] = lambda body: b""
     with client.paused():
         pass

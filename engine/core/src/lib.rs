@@ -9,6 +9,10 @@ pub mod exec;
 pub mod fault;
 pub mod flags;
 pub mod interrupts;
+#[cfg(target_arch = "x86_64")]
+pub mod jit;
+#[cfg(not(target_arch = "x86_64"))]
+#[path = "jit/absent.rs"]
 pub mod jit;
 pub mod memory;
 pub mod model;

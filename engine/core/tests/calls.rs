@@ -4,6 +4,7 @@ mod common;
 
 use common::system::{KERNEL_CODE, USER_CODE_32};
 use common::{Machine, CODE};
+#[cfg(target_arch = "x86_64")]
 use iced_x86::Mnemonic;
 use softkvm_engine::cpu::CodeSize;
 use softkvm_engine::state::{cr4, efer, gpr, rflags, seg};
@@ -106,6 +107,7 @@ fn calls_leave_the_same_with_every_tier() {
     }
 }
 
+#[cfg(target_arch = "x86_64")]
 #[test]
 fn calls_stay_in_host_code() {
     let mut machine = machine(Some(1), MASKS[0]);

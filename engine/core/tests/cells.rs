@@ -20,7 +20,7 @@ const FRAMES: [u64; 2] = [0x1a_0000, 0x1c_0000];
 /// Where a program leaves what it has read.
 const RESULTS: u64 = 0x4_0000;
 const DESCRIPTOR: u64 = 0x4_8000;
-/// Bytes that a direct-mapped table of the TLB covers.
+/// Bytes that one way of a table of the TLB covers.
 const TLB_REACH: u64 = 16 << 20;
 const TURNS: u64 = 12;
 
@@ -66,14 +66,17 @@ const INVALIDATIONS: [(&str, &[u8]); 9] = [
     ("mov r9d, 3; invpcid r9, [r12]", &[0x41, 0xb9, 3, 0, 0, 0, 0x66, 0x45, 0x0f, 0x38, 0x82, 0x0c, 0x24]),
     ("mov rax, cr4; xor eax, PGE; mov cr4, rax", &[0x0f, 0x20, 0xe0, 0x35, 0x80, 0, 0, 0, 0x0f, 0x22, 0xe0]),
     ("mov rax, cr0; xor eax, WP; mov cr0, rax", &[0x0f, 0x20, 0xc0, 0x35, 0, 0, 1, 0, 0x0f, 0x22, 0xc0]),
-    ("mov rax, [rbx + 16 MB], which takes its place in the TLB", &[0x48, 0x8b, 0x83, 0, 0, 0, 1]),
+    (
+        "mov rax, [rbx + 16 MB]; mov rax, [rbx + 32 MB], which take its places",
+        &[0x48, 0x8b, 0x83, 0, 0, 0, 1, 0x48, 0x8b, 0x83, 0, 0, 0, 2],
+    ),
 ];
 
 #[test]
 fn a_cell_dies_with_its_translation() {
     for (name, invalidation) in INVALIDATIONS {
         let mut machine = machine();
-        machine.map(PLACE + TLB_REACH, FRAMES[0]);
+        [1, 2].into_iter().for_each(|n| machine.map(PLACE + n * TLB_REACH, FRAMES[0]));
         machine.poke(DESCRIPTOR, &[0u64.to_le_bytes(), PLACE.to_le_bytes()].concat());
         // again: mov rax, [rbx]; mov [rdi], rax; add rdi, 8; xor [rsi], r8; ...; dec r10d; jnz again; hlt
         let head = [0x48, 0x8b, 0x03, 0x48, 0x89, 0x07, 0x48, 0x83, 0xc7, 0x08, 0x4c, 0x31, 0x06];
@@ -203,4 +206,21 @@ fn an_access_that_wanders_goes_without_a_cell() {
     let block = machine.cpu.code.find(&machine.cpu.code_key(machine.data() - 0x10_0000 + CODE)).expect("the loop");
     // SAFETY: the code cache keeps the block, and nothing runs.
     assert_eq!(unsafe { (*block).wandering }, 1, "the byte's page changes each time, the counter's never");
+}
+
+#[test]
+fn only_what_runs_all_the_time_gets_cells() {
+    let mut machine = machine();
+    machine.cpu.set_translator(Some(32));
+    machine.cpu.clock.tick = u64::MAX;
+    // again: add eax, [rbx]; dec ecx; jnz again; hlt
+    let code = [0x03, 0x03, 0xff, 0xc9, 0x75, 0xfa, HLT];
+    for (turns, busy) in [(10_000, false), (100_000, true)] {
+        machine.load(&code);
+        [(gpr::RBX, PLACE), (gpr::RCX, turns)].into_iter().for_each(|(register, value)| machine.cpu.set_gpr(register, value));
+        machine.cpu.run();
+        let block = machine.cpu.code.find(&machine.cpu.code_key(machine.data() - 0x10_0000 + CODE)).expect("the loop");
+        // SAFETY: the code cache keeps the block, and nothing runs.
+        assert_eq!(unsafe { (*block).busy }, busy, "{turns}");
+    }
 }

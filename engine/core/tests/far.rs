@@ -326,7 +326,8 @@ fn the_same_offset_in_another_real_mode_segment_is_other_code() {
         state.segments[number] = Segment::new((CODE >> 4) as u16, data | kind, 0xffff, CODE);
     }
     (state.cr0, state.rip, state.gpr[gpr::RAX]) = (cr0::ET | cr0::NE, 0, 0);
-    guest.block().control.instruction_budget = 100;
+    let control = &mut guest.block().control;
+    (control.instruction_budget, control.tsc_rate) = (100, 4); // in virtual time no tick comes first
     assert_eq!(guest.enter(), code::CPUID.vmx);
     let state = &guest.block().state;
     assert_eq!((state.segments[seg::CS].selector, state.gpr[gpr::RAX]), (0x300, 2));

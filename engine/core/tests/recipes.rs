@@ -121,6 +121,6 @@ fn a_fault_shows_the_flags_that_the_interpreter_has() {
         }
     }
     // Most of a program's blocks have one translation for flags in memory, and one for a recipe.
-    let translated = machines[1].cpu.translator.as_ref().map_or(0, |translator| translator.translated);
+    let translated = machines[1].cpu.translator.as_ref().map_or(0, |translator| translator.translated());
     assert!(translated > 3 * programs.len() as u64, "{translated} translations");
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use softkvm_engine::cpu::CodeSize;
-use softkvm_engine::jit::Tier;
+use softkvm_engine::jit::{self, Tier};
 use softkvm_engine::{decode, model};
 
 /// leaf, subleaf, whether the subleaf matters, EAX, EBX, ECX, EDX
@@ -15,7 +15,8 @@ type Leaf = (u32, u32, bool, u32, u32, u32, u32);
 /// A CPU model by name, with features switched on and off by name; `tsc_khz` is its TSC's frequency if that is not the host's, `tier` how
 /// its cores run code.
 ///
-/// Raises ValueError, which lists the names that exist, for an unknown name or a feature that the engine lacks.
+/// Raises ValueError, which lists the names that exist, for an unknown name, a feature that the engine lacks, or a
+/// translator on a host that has none.
 #[pyclass(frozen, module = "softkvm._engine")]
 pub struct Model {
     pub model: Arc<model::Model>,
@@ -35,6 +36,9 @@ impl Model {
         let tiers = Tier::NAMES.map(|(name, _)| name).join(", ");
         let found = Tier::NAMES.into_iter().find(|(name, _)| *name == tier);
         let (_, tier) = found.ok_or_else(|| PyValueError::new_err(format!("no tier is called {tier}: there are {tiers}")))?;
+        if tier == Tier::Translator {
+            jit::check().map_err(|error| PyValueError::new_err(format!("{error}: use tier interpreter or auto")))?;
+        }
         Ok(Model { model: Arc::new(model.with_tier(tier)) })
     }
 

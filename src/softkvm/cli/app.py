@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Sequence, Set
-from dataclasses import replace
-from functools import wraps
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
-from click.shell_completion import CompletionItem
 
-from softkvm.cli import output, status
+from softkvm.cli import completion, output, status
 from softkvm.cli.errors import CliError
-from softkvm.cli.options import TIERS, RunOptions, StatsFormat
+from softkvm.cli.options import TIERS, RunOptions
+from softkvm.cli.perf.commands import perf, trace
 from softkvm.cli.vmi import vmi
 
 _WITH_SELFTEST = frozenset({"selftest", "memory", "cpu", "timeout", "stats"})
@@ -77,22 +75,6 @@ def _bug(error: Exception) -> int:
     return status.OWN_ERROR
 
 
-def _complete_cpu(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from softkvm import silicon
-
-    return [CompletionItem(name) for name in silicon.model_names() if name.startswith(incomplete)]
-
-
-def _complete_vm(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from softkvm.vmm import ConfigError
-    from softkvm.vmm.monitor import running
-
-    try:
-        return [CompletionItem(name) for name in running() if name.startswith(incomplete)]
-    except ConfigError:  # there is no place for sockets, and so no VM to name; the command itself will say so
-        return []
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110})
 def cli() -> None:
     """KVM without the hardware: unmodified guests on a software CPU."""
@@ -104,7 +86,7 @@ def cli() -> None:
 @click.option("-p", "--append", default="", metavar="TEXT", help="Kernel parameters, added to softkvm's own.", show_default=False)
 @click.option("-m", "--memory", default="512M", metavar="SIZE", help="Guest memory, with K, M or G.")
 @click.option("-c", "--cpus", type=int, default=1, metavar="N", help="CPUs of the guest, 1 to 64.")
-@click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=_complete_cpu)
+@click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=completion.cpus)
 @click.option("--cores", type=click.IntRange(min=1), metavar="N", help="Cores of the host under all CPUs.  [default: as many as they want]")
 @click.option(
     "--tier",
@@ -112,7 +94,7 @@ def cli() -> None:
     default="auto",
     help="How guest code runs: `auto` translates hot code.",
 )
-@click.option("--deterministic", type=click.IntRange(0, (1 << 64) - 1), metavar="SEED", help="Run the same way each time: see below.")
+@click.option("--deterministic", type=click.IntRange(0, (1 << 64) - 1), metavar="SEED", help="Run the same way each time: see above.")
 @click.option("--kvm", multiple=True, metavar="NAME=VALUE", help="Module parameter of KVM, such as nrips=0.")
 @click.option(
     "--with", "extras", multiple=True, metavar="PACKAGE|./FILE", help="Give the guest a Debian package, or a program as /root/FILE."
@@ -125,41 +107,14 @@ def cli() -> None:
 @click.option("--trace-file", metavar="FILE", help="Where events go; *.dat for trace-cmd.  [default: standard error]")
 @click.option("--audit", metavar="FILE", help="Append a JSON line for every KVM call to FILE.")
 @click.option("--ioctl-filter", metavar="FILE", help="Allow only the KVM calls that FILE (JSON) does.")
-@click.option("--introspection", metavar="SOCKET[,OPTION=VALUE...]", help="Let the KVMI tool that listens there look inside: see below.")
+@click.option("--introspection", metavar="SOCKET[,OPTION=VALUE...]", help="Let the KVMI tool that listens there look inside: see above.")
 @click.option("--name", metavar="NAME", help="What `softkvm list` and others call this VM.  [default: the process id]")
 @click.option("--restore", metavar="FILE", help="Go on from a snapshot (`softkvm snapshot`) in place of a boot.")
 @click.option("--tsc-khz", type=int, metavar="KHZ", help="Rate of the guest's TSC.  [default: the host's]", show_default=False)
 @click.option("--selftest", is_flag=True, help="Check this installation with a small built-in guest.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- CMD...]")
 @click.pass_context
-def run(
-    context: click.Context,
-    kernel: str,
-    initrd: str | None,
-    append: str,
-    memory: str,
-    cpus: int,
-    cpu: str,
-    cores: int | None,
-    tier: str,
-    deterministic: int | None,
-    kvm: tuple[str, ...],
-    extras: tuple[str, ...],
-    timeout: float | None,
-    stats: StatsFormat | None,
-    contexts: bool,
-    json: bool,
-    trace: tuple[str, ...],
-    trace_file: str | None,
-    audit: str | None,
-    ioctl_filter: str | None,
-    introspection: str | None,
-    name: str | None,
-    restore: str | None,
-    tsc_khz: int | None,
-    selftest: bool,
-    command: tuple[str, ...],
-) -> int:
+def run(context: click.Context, /, selftest: bool, **given: Any) -> int:
     """Boot a guest: by default Debian's cloud kernel with a busybox shell on this terminal (Ctrl-A X quits).
 
     With CMD, run that command in the guest instead: its input, output and exit status are passed through. Other exit statuses: 255 the
@@ -173,43 +128,18 @@ def run(
     on SOCKET, a path or vsock:CID:PORT, softkvm connects, and again when the tool has left. Options: dialect=v9, libkvmi or v12 (default:
     by the tool's first message), key=SECRET which the tool must know, reply-timeout=S for its answers, reconnect=S between attempts.
     """
-    if "help" in trace:
+    options = RunOptions(**given)
+    if "help" in options.trace:
         return _list_events()
-    from softkvm.cli import run as runner
-
     if selftest:
         from softkvm.cli import selftest as tester
 
         _refuse(context, context.params.keys() - _WITH_SELFTEST, "`--selftest` boots its own guest, so it excludes {}")
-        return tester.run(memory, cpu, timeout, stats)
-    if restore is not None:
+        return tester.run(options.memory, options.cpu, options.timeout, options.stats)
+    if options.restore is not None:
         _refuse(context, _HARDWARE, "a snapshot has its own machine, so `--restore` excludes {}")
-    options = RunOptions(
-        kernel=kernel,
-        initrd=initrd,
-        append=append,
-        memory=memory,
-        cpus=cpus,
-        cpu=cpu,
-        cores=cores,
-        tier=tier,
-        deterministic=deterministic,
-        kvm=kvm,
-        timeout=timeout,
-        stats=stats,
-        contexts=contexts,
-        json=json,
-        command=command,
-        extras=extras,
-        trace=trace,
-        trace_file=trace_file,
-        audit=audit,
-        ioctl_filter=ioctl_filter,
-        introspection=introspection,
-        name=name,
-        restore=restore,
-        tsc_khz=tsc_khz,
-    )
+    from softkvm.cli import run as runner
+
     return runner.run(options)
 
 
@@ -236,7 +166,7 @@ def list_(json: bool) -> int:
 
 
 @cli.command(short_help="Stop a VM's CPUs.")
-@click.argument("name", required=False, shell_complete=_complete_vm)
+@click.argument("name", required=False, shell_complete=completion.vms)
 def pause(name: str | None) -> int:
     """Stop the CPUs of the VM NAME, or of the only one that runs, until `softkvm resume`."""
     from softkvm.cli import vms
@@ -245,7 +175,7 @@ def pause(name: str | None) -> int:
 
 
 @cli.command(short_help="Let a paused VM run on.")
-@click.argument("name", required=False, shell_complete=_complete_vm)
+@click.argument("name", required=False, shell_complete=completion.vms)
 def resume(name: str | None) -> int:
     """Let the VM NAME, or the only one that runs, go on after `softkvm pause`."""
     from softkvm.cli import vms
@@ -254,7 +184,7 @@ def resume(name: str | None) -> int:
 
 
 @cli.command(short_help="Save a running VM to a file.")
-@click.argument("name", shell_complete=_complete_vm)
+@click.argument("name", shell_complete=completion.vms)
 @click.argument("file")
 @click.option("--json", is_flag=True, help="Print one JSON object.")
 def snapshot(name: str, file: str, json: bool) -> int:
@@ -268,7 +198,7 @@ def snapshot(name: str, file: str, json: bool) -> int:
 
 
 @cli.command(short_help="Show a running VM's clocks.")
-@click.argument("name", required=False, shell_complete=_complete_vm)
+@click.argument("name", required=False, shell_complete=completion.vms)
 @click.option("--json", is_flag=True, help="Print one JSON object.")
 def tsc(name: str | None, json: bool) -> int:
     """Show the time of the VM NAME, or of the only one that runs: TSC offsets, scaling and generations, master clock and kvmclock.
@@ -305,7 +235,7 @@ def audit() -> None:
 
 @audit.command(short_help="Make the calls of a log again.")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=_complete_cpu)
+@click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=completion.cpus)
 @click.option("--kvm", multiple=True, metavar="NAME=VALUE", help="Module parameter of KVM, such as nrips=0.")
 @click.option("--json", is_flag=True, help="Print a JSON object.")
 def replay(file: Path, cpu: str, kvm: tuple[str, ...], json: bool) -> int:
@@ -318,110 +248,8 @@ def replay(file: Path, cpu: str, kvm: tuple[str, ...], json: bool) -> int:
     return runner.run(file, cpu, kvm, json)
 
 
-@cli.group(short_help="Profile a guest from outside.")
-def perf() -> None:
-    """Profile a guest from outside, by exact counts of what its software CPU executes. The guest does not know.
-
-    Inside the guest Debian's own perf works as well: softkvm run --with linux-perf -- perf stat ls
-    """
-
-
-_GUEST_OPTIONS = [
-    click.option("-k", "--kernel", default="cloud", metavar="FILE|cloud|generic", help="bzImage, or a flavour of Debian's kernel."),
-    click.option("-p", "--append", default="", metavar="TEXT", help="Kernel parameters, added to softkvm's own.", show_default=False),
-    click.option("-m", "--memory", default="512M", metavar="SIZE", help="Guest memory, with K, M or G."),
-    click.option("--cpus", type=int, default=1, metavar="N", help="CPUs of the guest, 1 to 64."),
-    click.option("--cpu", default="cascadelake", metavar="MODEL[,-FEATURE...]", help="CPU model.", shell_complete=_complete_cpu),
-    click.option("--with", "extras", multiple=True, metavar="PACKAGE|./FILE", help="As for `softkvm run`."),
-    click.option("--timeout", type=float, metavar="SECONDS", help="Stop after this wall time, with exit status 124."),
-    click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- CMD...]"),
-]
-
-
-def _guest_options(function: Callable[..., int]) -> Callable[..., int]:
-    """The options of a run that is profiled; its `options` argument gets them."""
-
-    @wraps(function)
-    def call(**given: Any) -> int:
-        names = ("kernel", "append", "memory", "cpus", "cpu", "extras", "timeout", "command")
-        options = RunOptions(**{name: given.pop(name) for name in names})
-        return function(options=options, **given)
-
-    for option in reversed(_GUEST_OPTIONS):
-        call = option(call)
-    return call
-
-
-_EVENTS = ("instructions", "cycles", "branches", "branch-misses")
-_EVENT = click.option("-e", "--event", default="instructions", metavar="EVENT[:u|:k]", help=f"One of {', '.join(_EVENTS)}.")
-_PERIOD = click.option(
-    "-c", "--count", "period", type=click.IntRange(min=1000), default=100003, metavar="PERIOD", help="Sample every so many events."
-)
-
-
-@perf.command(short_help="Write samples to a perf.data file.")
-@_EVENT
-@_PERIOD
-@click.option("-b", "--branches", is_flag=True, help="With each sample the last 32 branches.")
-@click.option("-o", "--output", "path", type=click.Path(path_type=Path), default="perf.data", metavar="FILE", help="Where samples go.")
-@_guest_options
-def record(options: RunOptions, event: str, period: int, branches: bool, path: Path) -> int:
-    """Run CMD in a guest, or boot one, and sample it; Debian's perf report and perf script read the file.
-
-    Beside FILE lie FILE.kallsyms, the kernel's symbols, and FILE.symfs, the programs that were running; the last line of the output says
-    how to give them to perf.
-    """
-    from softkvm.cli.perf import record as recorder
-
-    return recorder.record(options, event, period, branches, path)
-
-
-@perf.command(short_help="Count events.")
-@click.option("-e", "--event", "events", multiple=True, metavar="EVENT[:u|:k]", default=_EVENTS, help="What to count; several times.")
-@click.option("--json", is_flag=True, help="Print one JSON object in place of the guest's output.")
-@_guest_options
-def stat(options: RunOptions, events: tuple[str, ...], json: bool) -> int:
-    """Run CMD in a guest, or boot one, and count instructions, cycles, branches and branch-misses: exactly, every one of them."""
-    from softkvm.cli.perf import stat as counter
-
-    return counter.stat(replace(options, json=json), events, json)
-
-
-@perf.command(short_help="Draw a flame graph.")
-@_EVENT
-@_PERIOD
-@click.option("-o", "--output", "path", type=click.Path(path_type=Path), default="flame.svg", metavar="FILE", help="The picture.")
-@click.option("--folded", type=click.Path(path_type=Path), metavar="FILE", help="The stacks as text, one a line.")
-@_guest_options
-def flame(options: RunOptions, event: str, period: int, path: Path, folded: Path | None) -> int:
-    """Run CMD in a guest, or boot one, and draw where it spends its instructions: programs and kernel with their callers, in one SVG.
-
-    Callers need no frame pointers: the kernel's come from its own unwind tables, those of programs from the CPU's records of open calls.
-    """
-    from softkvm.cli.perf import record as recorder
-
-    return recorder.draw(options, event, period, path, folded)
-
-
-@cli.group(short_help="Log what a guest does.")
-def trace() -> None:
-    """Log what a guest does, from outside. (`softkvm run --trace` records the events of KVM.)"""
-
-
-@trace.command(short_help="Count every branch.")
-@click.option("--ring", type=click.Choice(["all", "kernel", "user"]), default="all", help="By where a branch comes from.")
-@click.option("--process", metavar="NAME", help="Only branches of processes with this name.")
-@click.option("--most", type=click.IntRange(min=1), default=30, metavar="N", help="Lines to print.")
-@click.option("--json", is_flag=True, help="Print a JSON list of all in place of the guest's output.")
-@_guest_options
-def branches(options: RunOptions, ring: str, process: str | None, most: int, json: bool) -> int:
-    """Run CMD in a guest, or boot one, and count every branch that it takes, by the functions that it leads from and to.
-
-    Nothing is sampled: this is the truth that perf record -b can be held against.
-    """
-    from softkvm.cli.perf import branches as log
-
-    return log.show(replace(options, json=json), ring, process, most, json)
+cli.add_command(perf)
+cli.add_command(trace)
 
 
 @cli.command(short_help="Print the version.")

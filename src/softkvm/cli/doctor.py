@@ -65,7 +65,8 @@ def _translator() -> Finding:
     """Whether hot guest code becomes host code; without that, guests run in the interpreter."""
     found = report.versions().get("engine.translator", "none: there is no engine")
     if found.startswith("none"):
-        return Finding("translator", State.OPTIONAL, found, "Guests run in the interpreter: `--tier interpreter` says so too.")
+        remedy = "Guests are interpreted, several times slower: the translator needs an x86-64 host and executable memory."
+        return Finding("translator", State.OPTIONAL, found, remedy)
     return Finding("translator", State.OK, f"host code for {found}")
 
 
@@ -110,7 +111,8 @@ def _apt() -> Finding:
     missing = [tool for tool in ("apt-get", "apt-cache", "dpkg-deb") if shutil.which(tool) is None]
     if missing:
         return Finding("apt", State.OPTIONAL, f"no {missing[0]}", "Use your own `-k KERNEL -i INITRD`, or `softkvm run --selftest`.")
-    sources = [*Path("/etc/apt").glob("sources.list"), *Path("/etc/apt/sources.list.d").glob("*")]
+    folder = Path("/etc/apt/sources.list.d")  # what has another ending is nothing to apt
+    sources = [*Path("/etc/apt").glob("sources.list"), *folder.glob("*.list"), *folder.glob("*.sources")]
     return Finding("apt", State.OK, ", ".join(source.name for source in sources))
 
 

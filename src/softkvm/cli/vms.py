@@ -15,7 +15,7 @@ from softkvm.vmm import ConfigError
 from softkvm.vmm.layout import MIB
 from softkvm.vmm.monitor import TIMEOUT, Connection, Monitor, MonitorError, commands, running
 
-_PATIENCE = 2.0
+_PATIENCE = 10.0
 """Seconds that a VM of a listing has for its answer."""
 _SAVING_PATIENCE = 600.0
 """Seconds for a snapshot: a large memory, a slow disk."""

@@ -31,7 +31,8 @@ PAGES_AT_ONCE = 256
 _MOST_KEPT = 1 << 16
 _MOST_VCPUS = 4096
 _ANSWER_TIMEOUT = 15.0
-_RESUME_PATIENCE = 0.2
+_RESUME_PATIENCE = 2.0
+"""Seconds for a vCPU to report that it stood still; one that its VMM does not run does so when it runs."""
 
 
 class Client:

@@ -23,7 +23,7 @@ _KERNEL_HALF = 1 << 63
 _LSTAR = 0xC000_0082
 _TURN = 0.25
 """Seconds between two looks at a guest that boots."""
-_PATIENCE = 1.0
+_PATIENCE = 5.0
 """Seconds for a vCPU to give its registers; one that its VMM does not run never does."""
 
 

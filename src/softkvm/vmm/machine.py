@@ -39,8 +39,8 @@ from softkvm.vmm.stop import Stop, StopReason
 from softkvm.vmm.suspend import Suspend
 
 CONSOLE_PORT = 0
-_TOOLS_PATIENCE = 1.0
-"""Seconds."""
+_TOOLS_PATIENCE, _LOOKS = 0.1, 10
+"""Seconds between two looks, and how many: a host that stood still meanwhile has cost the tool one of them."""
 _AFTER_A_PANIC = frozenset({StopReason.RESET, StopReason.TRIPLE_FAULT})
 
 Text = str | bytes | re.Pattern[str] | re.Pattern[bytes]
@@ -267,8 +267,10 @@ class Machine:
 
     def _park(self) -> None:
         """Park all vCPUs. A tool that keeps one of them waiting longer than it takes to answer is un-hooked."""
+        looks = 0
         while not self._crew.parks(_TOOLS_PATIENCE):
-            if self.introspection.holds_a_vcpu:
+            looks += 1
+            if looks >= _LOOKS and self.introspection.holds_a_vcpu:
                 self.introspection.end()
 
     def resume(self) -> None:

@@ -53,6 +53,9 @@ def test_show_gives_version_and_dependencies(tools: Path) -> None:
 def test_unknown_package_is_one_sentence(tools: Path) -> None:
     with apt.session(lambda _: None) as session, pytest.raises(GuestUnavailable, match="do not offer the package nothing"):
         session.show("nothing")
+    program(tools / "apt-get", "case $* in *download*) echo 'E: Unable to locate package nothing' >&2; exit 100;; esac")
+    with apt.session(lambda _: None) as session, pytest.raises(GuestUnavailable, match="do not offer the package nothing"):
+        list(session.archives(["nothing"]))
 
 
 def test_no_network_is_one_sentence_with_the_selftest_hint(tools: Path) -> None:

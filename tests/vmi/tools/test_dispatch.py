@@ -62,7 +62,7 @@ def commands(server: FakeServer) -> set[Command | None]:
 def actions(server: FakeServer, count: int) -> list[Action]:
     """The first `count` answers to events, which nothing comes back for, so they may be under way still."""
     with server.arrived:
-        assert server.arrived.wait_for(lambda: len(_answers(server)) >= count, 10), f"fewer than {count} answers came"
+        assert server.arrived.wait_for(lambda: len(_answers(server)) >= count, 60), f"fewer than {count} answers came"
         return _answers(server)
 
 

@@ -277,12 +277,14 @@ impl Cpu {
     }
 
     /// [`Cpu::next_block`] for code of 64 bits as far as that frees nothing, raises nothing and makes nothing new.
+    #[cfg(target_arch = "x86_64")]
     #[inline]
     pub(crate) fn known_block(&mut self, rip: u64) -> Option<*mut Block> {
         self.cached_block(rip).or_else(|| self.find_again(rip))
     }
 
     /// A block in one page that the jump cache does not have, or has for another time.
+    #[cfg(target_arch = "x86_64")]
     #[inline(never)]
     fn find_again(&mut self, rip: u64) -> Option<*mut Block> {
         let host = self.cached(rip, 1, AccessKind::Fetch).filter(|_| self.waivers.is_empty())?;

@@ -4,6 +4,7 @@
 use super::descriptor::{is_null, rpl, system, within_limit, Descriptor};
 use super::Cpu;
 use crate::fault::vector;
+use crate::memory::order;
 use crate::paging::{AccessKind, Privilege};
 use crate::state::{gpr, rights, seg, Segment};
 use crate::uop::{Exec, Stop};
@@ -121,7 +122,7 @@ impl Cpu {
             if let Some(host) = self.cached_for(stack.privilege, bottom, total, AccessKind::Write) {
                 for (n, value) in values.iter().rev().enumerate() {
                     // SAFETY: a write tag in the TLB means that the page is mapped RAM, and all of `total` bytes are inside it.
-                    unsafe { host.cast::<u64>().add(n).write_unaligned(*value) };
+                    unsafe { order::store(host.cast::<u64>().add(n), *value) };
                 }
                 stack.pointer = bottom;
                 return Ok(());

@@ -10,9 +10,10 @@ use super::{pending, CodeSize, Cpu};
 use crate::decode::block::{self, Block};
 use crate::fault::vector;
 use crate::interrupts::Kind as InterruptKind;
+use crate::memory::PAGE_OFFSET;
 use crate::paging::AccessKind;
 use crate::pmu::branch::{taken_in_place, Kind};
-use crate::pmu::lbr::Transfer;
+use crate::pmu::lbr::{Site, Transfer};
 use crate::pmu::predictor::Predictor;
 use crate::pmu::registers::Refused;
 use crate::pmu::{debugctl, registers, watch, Watching};
@@ -216,14 +217,24 @@ impl Cpu {
     }
 
     /// Core cycles that the core has seen.
+    #[cfg(target_arch = "x86_64")]
     fn cycles(&self) -> u64 {
         self.instructions().wrapping_add(self.pmu.tally.stalled())
     }
 
-    /// Host code has recorded branches.
-    pub(crate) fn take_records(&mut self) {
-        let (now, budget) = (self.cycles(), self.budget);
-        self.pmu.lbr.settle(now, budget);
+    /// Takes what host code has noted: mispredicted branches, for which it has paid from the budget alone, and records.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn take_notes(&mut self) {
+        let mispredicted = std::mem::take(&mut self.pmu.mispredicted);
+        let stalled = self.pmu.tally.add_stalls(self.pmu.cpl, mispredicted);
+        self.pmu.check_at = self.pmu.check_at.saturating_sub(stalled);
+        self.budget_start -= stalled as i64;
+        let (now, budget, code) = (self.cycles(), self.budget, &self.code);
+        self.pmu.lbr.settle(now, budget, |number| {
+            let Some(block) = code.numbered(number) else { unreachable!("host code does not outlive its block") };
+            let (start, branch) = (block.key.host & PAGE_OFFSET, &block.uops[block.instructions as usize - 1]);
+            Site { from: start + u64::from(block.last), to: start.wrapping_add(branch.imm) }
+        });
     }
 
     /// Notes a page walk.

@@ -2,6 +2,7 @@
 
 use iced_x86::{Code, Decoder, FlowControl, Instruction, Mnemonic, OpKind, Register};
 
+use super::cache::BlockId;
 use super::liveness::dead_flags;
 use super::{feature, lower, MAX_LENGTH};
 use crate::cpu::{CodeSize, Cpu};
@@ -66,12 +67,16 @@ pub struct Block {
     pub body: *const u8,
     /// Ways between its host code and that of others.
     pub links: Option<Box<Links>>,
-    /// Accesses of its host code that have no cell, because they meet another page each time; those from number 63 on are one.
+    /// It is one of those that run most: accesses of its host code have cells.
+    pub busy: bool,
+    /// Those that have none all the same, because they meet another page each time; the ones from number 63 on are one.
     pub wandering: u64,
     /// Runs by the interpreter.
     pub heat: u32,
     /// Length in bytes.
     pub length: u32,
+    /// Number of the block in the cache.
+    pub number: BlockId,
     pub key: Key,
     /// The reference handler of each instruction.
     pub reference: Box<[Handler]>,
@@ -92,9 +97,11 @@ impl Block {
             entry: std::ptr::null(),
             body: std::ptr::null(),
             links: None,
+            busy: false,
             wandering: 0,
             heat: 0,
             length: 0,
+            number: 0,
             key,
             reference: Box::default(),
             second_page: None,

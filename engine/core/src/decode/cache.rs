@@ -17,14 +17,14 @@ use crate::uop::Handler;
 pub const JUMP_BITS: u8 = 15;
 pub const JUMP_SLOTS: usize = 1 << JUMP_BITS;
 /// Blocks that may exist; one more empties the cache, which bounds its memory.
-const MAX_BLOCKS: usize = 1 << 18;
+pub const MAX_BLOCKS: usize = 1 << 18;
 /// Bytes of code that one bit of a page's line map stands for.
 const LINE_SHIFT: u32 = 6;
 /// Stores to a page whose blocks are all dead until it counts as data again. Fewer would make a page that is rewritten and run by turns
 /// change its nature each time.
 const IDLE_STORES: u32 = 64;
 
-/// Number of a block.
+/// Number of a block, which is below [`MAX_BLOCKS`].
 pub type BlockId = u32;
 
 /// Blocks that were made from one host page, which this core has claimed.
@@ -160,6 +160,11 @@ impl CodeCache {
         self.blocks[id as usize].as_deref_mut().map(std::ptr::from_mut)
     }
 
+    /// The block of a number, if it lives.
+    pub fn numbered(&self, id: BlockId) -> Option<&Block> {
+        self.blocks.get(id as usize)?.as_deref()
+    }
+
     /// Adds a block, whose pages the caller has claimed.
     pub fn insert(&mut self, mut block: Block) -> *mut Block {
         block.entry = self.nowhere;
@@ -168,6 +173,7 @@ impl CodeCache {
             self.blocks.push(None);
             (self.blocks.len() - 1) as BlockId
         });
+        block.number = id;
         for (page, lines) in spans(&block) {
             let entry = self.pages.entry(page).or_default();
             entry.lines |= lines;

@@ -95,11 +95,11 @@ fn cmpxchg16b(cpu: &mut Cpu, uop: &Uop) -> Exec {
     // Aligned, so it lies in one page.
     let found = match cpu.chunk(uop.segment(), la, 16, AccessKind::Write)? {
         // SAFETY: `chunk` returned 16 bytes of mapped RAM, as aligned as `la` is.
-        Some((host, _)) => unsafe { compare_exchange(host.cast(), expected, new) },
+        Some((host, _)) => unsafe { compare_exchange(cpu, host.cast(), expected, new) },
         None => match cpu.checked_ram(uop.segment(), la, 16)? {
             Some(host) => {
                 // SAFETY: `checked_ram` returned mapped RAM, as aligned as `la` is.
-                let found = unsafe { compare_exchange(host.cast(), expected, new) };
+                let found = unsafe { compare_exchange(cpu, host.cast(), expected, new) };
                 cpu.note_code_write(host, 16);
                 found
             }
@@ -123,7 +123,7 @@ fn cmpxchg16b(cpu: &mut Cpu, uop: &Uop) -> Exec {
 /// # Safety
 /// `at` must be valid for reads and writes and aligned to 16 bytes.
 #[cfg(target_arch = "x86_64")]
-unsafe fn compare_exchange(at: *mut u128, expected: u128, new: u128) -> u128 {
+unsafe fn compare_exchange(_cpu: &mut Cpu, at: *mut u128, expected: u128, new: u128) -> u128 {
     let (mut low, mut high) = (expected as u64, (expected >> 64) as u64);
     // SAFETY: valid and aligned by the caller's promise, and every x86-64 processor that runs a current Linux has CMPXCHG16B. RBX, which
     // the compiler keeps for itself, is put back.
@@ -143,21 +143,18 @@ unsafe fn compare_exchange(at: *mut u128, expected: u128, new: u128) -> u128 {
     u128::from(high) << 64 | u128::from(low)
 }
 
-/// Replaces `expected` by `new`; returns the value found. Hosts other than x86-64 have no stable 128-bit atomics in Rust, so a lock that
-/// all cores share stands in for the bus lock.
+/// As on x86-64 hosts. Others have no stable 128-bit atomics in Rust, so no other core runs meanwhile.
 ///
 /// # Safety
 /// `at` must be valid for reads and writes and aligned to 16 bytes.
 #[cfg(not(target_arch = "x86_64"))]
-unsafe fn compare_exchange(at: *mut u128, expected: u128, new: u128) -> u128 {
-    static BUS: std::sync::Mutex<()> = std::sync::Mutex::new(());
-    let _locked = BUS.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+unsafe fn compare_exchange(cpu: &mut Cpu, at: *mut u128, expected: u128, new: u128) -> u128 {
     // SAFETY: valid and aligned by the caller's promise.
-    unsafe {
+    cpu.with_bus_lock(|_| unsafe {
         let found = at.read_volatile();
         if found == expected {
             at.write_volatile(new);
         }
         found
-    }
+    })
 }

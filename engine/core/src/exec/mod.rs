@@ -18,6 +18,7 @@ pub mod exchange;
 pub mod far;
 pub mod fast;
 pub mod fence;
+pub mod float;
 pub mod io;
 pub mod mov;
 pub mod msr;

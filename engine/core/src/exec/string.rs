@@ -8,6 +8,7 @@ use iced_x86::{Code, Instruction};
 
 use crate::cpu::{pending, CodeSize, Cpu};
 use crate::flags::Flags;
+use crate::memory::order;
 use crate::paging::AccessKind;
 use crate::state::{gpr, rflags, seg};
 use crate::uop::{flag, Exec, Handler, RegOffset, Stop, Uop};
@@ -164,7 +165,10 @@ fn repeat<O: Operation, W: Word>(cpu: &mut Cpu, uop: &Uop) -> Exec {
         let wanted = index(cpu, uop, gpr::RCX).min(room);
         let mut done = 0;
         if wanted > 1 && cpu.rflags & rflags::DF == 0 {
+            // The elements of a piece have no order among themselves (SDM vol. 3, 9.2.4).
+            order::settle();
             done = O::piece::<W>(cpu, uop, wanted)?;
+            order::settle();
         }
         if done == 0 {
             O::element::<W>(cpu, uop)?;

@@ -3,7 +3,7 @@
 //!
 //! Source: SDM vol. 2, ch. 2 (instruction format) and the opcode of each instruction.
 
-use iced_x86::{ConditionCode, Encoder, IcedError, Instruction, Register};
+use iced_x86::{ConditionCode, Encoder, IcedError, Instruction, OpKind, Register};
 
 /// A place in the code, which jumps may name before it is known.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -151,12 +151,14 @@ pub struct Asm {
     labels: Vec<u32>,
     /// Ends of 32-bit distances to labels that were not set yet.
     missing: Vec<(u32, Label)>,
+    /// Nothing that was written since [`Asm::hold`] may have changed R13 or R15.
+    holds: bool,
     encoder: Encoder,
 }
 
 impl Default for Asm {
     fn default() -> Self {
-        Asm { bytes: Vec::with_capacity(4096), start: 0, labels: Vec::new(), missing: Vec::new(), encoder: Encoder::new(64) }
+        Asm { bytes: Vec::with_capacity(4096), start: 0, labels: Vec::new(), missing: Vec::new(), holds: false, encoder: Encoder::new(64) }
     }
 }
 
@@ -166,6 +168,7 @@ impl Asm {
         self.bytes.clear();
         self.labels.clear();
         self.missing.clear();
+        self.holds = false;
         self.start = start;
     }
 
@@ -179,8 +182,23 @@ impl Asm {
         Label(self.labels.len() as u32 - 1)
     }
 
-    /// Sets `label` here.
+    /// Whoever comes here has in R13 and R15 what somebody relies on, as long as [`Asm::holds`] says so.
+    pub fn hold(&mut self) {
+        self.holds = true;
+    }
+
+    pub fn holds(&self) -> bool {
+        self.holds
+    }
+
+    /// An instruction with a register as an operand, which it may change.
+    fn touch(&mut self, number: u8) {
+        self.holds &= !matches!(number, 13 | 15);
+    }
+
+    /// Sets `label` here, where one may come from anywhere.
     pub fn set_label(&mut self, label: Label) {
+        self.holds = false;
         self.labels[label.0 as usize] = self.bytes.len() as u32;
     }
 
@@ -203,6 +221,10 @@ impl Asm {
 
     /// An instruction of any kind without a distance in it.
     pub fn add_instruction(&mut self, instruction: &Instruction) -> Result<(), IcedError> {
+        let registers = (0..instruction.op_count()).filter(|n| instruction.op_kind(*n) == OpKind::Register);
+        registers.map(|n| instruction.op_register(n)).filter(|register| register.is_gpr()).for_each(|register| {
+            self.touch(register.full_register().number() as u8);
+        });
         self.encoder.set_buffer(std::mem::take(&mut self.bytes));
         let result = self.encoder.encode(instruction, 0);
         self.bytes = self.encoder.take_buffer();
@@ -225,9 +247,11 @@ impl Asm {
     fn operands(&mut self, bytes: u8, opcode: &[u8], reg: Field, rm: Operand) {
         let mut rex = (reg.number & 8) >> 1 | if bytes == 8 { 8 } else { 0 };
         let mut named = reg.rex;
+        self.touch(reg.number);
         match rm {
             Operand::Register(register) => {
                 let field = Field::of(register);
+                self.touch(field.number);
                 rex |= field.number >> 3;
                 named |= field.rex;
             }
@@ -317,6 +341,7 @@ impl Asm {
     }
 
     fn mov_immediate(&mut self, to: Field, value: i64) {
+        self.touch(to.number);
         let (low, rex) = (to.number & 7, to.number >> 3);
         match to.bytes {
             1 => {
@@ -345,6 +370,7 @@ impl Asm {
     /// MOV of an immediate that has all its 8 bytes, whatever it is.
     pub fn mov_wide(&mut self, to: Register, value: u64) {
         let number = Field::of(to).number;
+        self.touch(number);
         self.put(&[REX | 8 | number >> 3, 0xb8 | number & 7]);
         self.put(&value.to_le_bytes());
     }
@@ -501,12 +527,14 @@ impl Asm {
     }
 
     pub fn call(&mut self, target: impl Into<Target>) {
+        self.holds = false;
         self.bytes.push(0xe8);
         self.distance(target.into());
     }
 
     /// CALL to the address in a register or in memory.
     pub fn call_indirect(&mut self, target: impl Into<Operand>) {
+        self.holds = false;
         self.operands(4, &[0xff], Field::extension(2), target.into());
     }
 

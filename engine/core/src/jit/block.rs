@@ -1,7 +1,7 @@
 //! The translation of one block.
 
 use iced_x86::Register::{R13, R14, R15};
-use iced_x86::{ConditionCode, Instruction, InstructionInfoFactory, MemorySize, OpAccess, OpKind, Register};
+use iced_x86::{ConditionCode, Instruction, InstructionInfoFactory, MemorySize, Mnemonic, OpAccess, OpKind, Register};
 
 use super::access::MAX_DISPLACEMENT;
 use super::asm::{qword_ptr, Asm, Label, Memory};
@@ -11,8 +11,9 @@ use super::exits::{opposite, ExitSite};
 use super::flags::{settled, Recipe, Rule};
 use super::loops::Loop;
 use super::native::PAGE;
+use super::near::{shares, Linear};
 use super::plan::{plan, Host, Plan};
-use super::registers::{self, host, resized, SCRATCH, STACK};
+use super::registers::{self, host, resized, STACK};
 use super::vector::{self, Units};
 use super::watched::{Branch, Target};
 use super::x87;
@@ -65,8 +66,10 @@ pub fn translate(
     let last_x87 = instructions.iter().rposition(|insn| x87::sets_pointer(insn.mnemonic()));
     let settled = settled(instructions, &plans);
     let found = if branch.is_none() { Loop::of(instructions, &plans) } else { None };
+    let mut info = InstructionInfoFactory::new();
+    let shared = shares(instructions, &mut info);
     let out = Emitter::new(asm, ground, block, units, model.silicon(), arrival);
-    let mut translation = Translation { out, info: InstructionInfoFactory::new(), branch };
+    let mut translation = Translation { out, info, branch };
     let body = translation.out.head(block.instructions);
     translation.out.enter_units();
     let mut ended = false;
@@ -74,6 +77,7 @@ pub fn translate(
         let before = if index == 0 { ARITHMETIC } else { live[index - 1] };
         let (seen_before, seen_behind) = (before != 0, live[index] != 0);
         let place = Place { index, seen_before, seen_behind, settled_behind: settled[index + 1] };
+        translation.out.shared = shared[index];
         ended = match &found {
             Some(found) if index + 1 == instructions.len() => translation.close(insn, found, block.instructions as i32),
             _ => translation.instruction(insn, plans[index], place),
@@ -117,9 +121,12 @@ impl Translation<'_> {
             self.out.keep_operands(|guest| written.contains(&guest));
         }
         let ended = self.host_code(insn, plan, place);
-        if keeps_flags {
+        if keeps_flags || self.out.near.is_some() {
             let written = written_registers(&mut self.info, insn);
-            self.out.lose_operands(|guest| written.contains(&guest));
+            self.out.near.iter_mut().for_each(|near| near.pass(insn, &written));
+            if keeps_flags {
+                self.out.lose_operands(|guest| written.contains(&guest));
+            }
         }
         ended
     }
@@ -180,7 +187,7 @@ impl Translation<'_> {
             let bytes = insn.memory_size().size();
             let kind = if self.writes(insn, operand) { AccessKind::Write } else { AccessKind::Read };
             if insn.has_lock_prefix() || insn.mnemonic() == iced_x86::Mnemonic::Xchg || vector::is_aligned(insn) {
-                self.out.require_alignment(address, bytes, miss);
+                self.out.require_alignment(address.memory, bytes, miss);
             }
             self.out.access(address, bytes, kind, miss)
         });
@@ -191,7 +198,7 @@ impl Translation<'_> {
         if rule.keeps_flags() {
             self.out.clobber_flags(place.seen_behind);
         }
-        let result = self.with_operands(insn, memory);
+        let result = self.with_operands(insn, memory, rule);
         if modifies != 0 {
             self.out.new_flags(rule, result, place.seen_behind);
             self.out.remember(Recipe::of(insn).filter(|_| !place.settled_behind));
@@ -201,10 +208,18 @@ impl Translation<'_> {
         }
     }
 
-    /// Emits `insn` with its operands replaced: registers by where they live, memory by `memory`, which has taken all scratch registers but
-    /// R15. Returns the host register with the result, if that is a register; for products in RDX:RAX the low half.
-    pub(super) fn with_operands(&mut self, insn: &Instruction, memory: Option<Memory>) -> Register {
-        let mut free = if memory.is_some() { &SCRATCH[2..] } else { &SCRATCH[..2] }.iter().copied();
+    /// Emits `insn` with its operands replaced: registers by where they live, memory by `memory`, which has taken R13, and R14 if that is
+    /// its base. Returns the host register with the result, if that is a register; for products in RDX:RAX the low half.
+    pub(super) fn with_operands(&mut self, insn: &Instruction, memory: Option<Memory>, rule: Rule) -> Register {
+        // The code behind some rules has R14 for itself; where none has, R13 and R15 are left to who relies on them.
+        let alone = matches!(rule, Rule::Exact | Rule::Shift(_));
+        let free: &[Register] = match memory {
+            Some(memory) if !alone || memory.base == R14 => &[R15],
+            Some(_) => &[R14, R15],
+            None if alone => &[R14, R13],
+            None => &[R13, R14],
+        };
+        let mut free = free.iter().copied();
         let mut changed = vector::cached(insn);
         let mut loaded: Vec<(Register, Register)> = Vec::new();
         let mut stores = Vec::new();
@@ -220,7 +235,9 @@ impl Translation<'_> {
                     let known = host(full).or_else(|| loaded.iter().find(|(guest, _)| *guest == full).map(|(_, place)| *place));
                     let place = known.unwrap_or_else(|| free.next().unwrap_or_else(|| unreachable!("the plan counts them")));
                     if known.is_none() {
-                        self.out.asm.mov(place, in_memory(full));
+                        if !self.replaces(insn, n) {
+                            self.out.asm.mov(place, in_memory(full));
+                        }
                         loaded.push((full, place));
                     }
                     if host(full).is_none() && self.writes(insn, n) {
@@ -246,6 +263,14 @@ impl Translation<'_> {
     fn writes(&mut self, insn: &Instruction, operand: u32) -> bool {
         use OpAccess::*;
         matches!(self.info.info(insn).op_access(operand), Write | ReadWrite | CondWrite | ReadCondWrite)
+    }
+
+    /// Whether operand `n`, a general register, is written whole whatever was in it, and not read.
+    fn replaces(&self, insn: &Instruction, n: u32) -> bool {
+        let moves = matches!(insn.mnemonic(), Mnemonic::Mov | Mnemonic::Movzx | Mnemonic::Movsx | Mnemonic::Movsxd);
+        let full = |n| insn.op_register(n).full_register();
+        let twice = insn.op1_kind() == OpKind::Register && full(0) == full(1);
+        moves && n == 0 && !twice && insn.op0_register().size() >= 4
     }
 
     fn lea(&mut self, insn: &Instruction) {
@@ -304,23 +329,28 @@ impl Translation<'_> {
     }
 
     /// The linear address of the memory operand, as [`Translation::effective_address`]. Clobbers the flags.
-    pub(super) fn operand_address(&mut self, insn: &Instruction) -> Memory {
+    pub(super) fn operand_address(&mut self, insn: &Instruction) -> Linear {
         let address = self.effective_address(insn);
         let number = match insn.memory_segment() {
             Register::FS => seg::FS,
             Register::GS => seg::GS,
-            _ => return address,
+            _ => {
+                // What had to be computed has no displacement left.
+                let whole = insn.memory_index() == Register::None && address.displacement as u64 == insn.memory_displacement64();
+                let base = if whole && insn.memory_base() != Register::RIP { insn.memory_base() } else { Register::None };
+                return Linear { memory: address, base };
+            }
         };
         self.out.asm.lea(R14, address);
         self.out.asm.add(R14, cpu_field(std::mem::offset_of!(Cpu, bases) + 8 * number));
-        qword_ptr(R14, 0)
+        qword_ptr(R14, 0).into()
     }
 
     // ---- the stack --------------------------------------------------------------------------------------------------------------------
 
     /// Host address of the 8 bytes at RSP + `displacement`.
     pub(super) fn stack_slot(&mut self, displacement: i32, kind: AccessKind, miss: Label) -> Memory {
-        self.out.access(qword_ptr(STACK, displacement), 8, kind, miss)
+        self.out.access(Linear { memory: qword_ptr(STACK, displacement), base: Register::RSP }, 8, kind, miss)
     }
 
     pub(super) fn move_stack(&mut self, by: i32) {
@@ -332,7 +362,7 @@ impl Translation<'_> {
         let miss = self.out.detour(place.index);
         let slot = self.stack_slot(-8, AccessKind::Write, miss);
         if insn.op0_kind() == OpKind::Register {
-            let value = self.get(insn.op0_register(), R15);
+            let value = self.get(insn.op0_register(), R14);
             self.out.asm.mov(slot, value);
         } else {
             self.out.asm.mov(slot, insn.immediate(0) as i32);
@@ -345,9 +375,15 @@ impl Translation<'_> {
         self.out.clobber_flags(place.seen_before);
         let miss = self.out.detour(place.index);
         let slot = self.stack_slot(0, AccessKind::Read, miss);
-        self.out.asm.mov(R13, slot);
-        self.move_stack(8);
-        self.set(insn.op0_register(), R13);
+        let target = insn.op0_register();
+        let value = host(target).unwrap_or(R14);
+        self.out.asm.mov(value, slot);
+        if value != STACK {
+            self.move_stack(8);
+        }
+        if value == R14 {
+            self.set(target, R14);
+        }
         self.out.rejoin()
     }
 
@@ -368,8 +404,8 @@ impl Translation<'_> {
     /// The branch goes to `distance` bytes behind the block's first byte.
     fn branch_to(&mut self, distance: i64, taken: bool) {
         if let Some(branch) = self.branch {
-            self.out.save_flags();
-            self.out.note_branch(branch, Target::Distance(distance), taken);
+            self.out.clobber_flags(true);
+            self.out.note_branch(branch, Target::Fixed, taken);
         }
         self.out.exit(distance, false);
     }
@@ -387,7 +423,7 @@ impl Translation<'_> {
     }
 
     fn conditional(&mut self, insn: &Instruction) {
-        if self.branch.is_some() || self.out.flags.recipe.is_none() {
+        if self.out.flags.recipe.is_none() {
             self.out.save_flags();
         }
         self.out.need_flags();
@@ -444,7 +480,7 @@ impl Translation<'_> {
         let (target, back) = (insn.near_branch_target() as i64, insn.next_ip() as i64);
         if self.out.is_near(back) {
             if let Some(branch) = self.branch {
-                self.out.note_branch(branch, Target::Distance(target), true);
+                self.out.note_branch(branch, Target::Fixed, true);
             }
             self.out.call(target, back);
         } else {
@@ -456,19 +492,34 @@ impl Translation<'_> {
         self.out.flush_flags(true);
         let miss = self.out.detour(place.index);
         self.target(insn, miss);
-        self.out.keep_rip();
+        // A register still has the target behind the push.
+        let register = Some(insn.op0_register()).filter(|named| insn.op0_kind() == OpKind::Register && *named != Register::RSP);
+        if register.is_none() {
+            self.out.keep_rip();
+        }
         self.push_return(insn, miss);
         let back = insn.next_ip() as i64;
         if self.out.is_near(back) {
             if let Some(branch) = self.branch {
-                self.out.take_rip();
+                self.target_again(register);
                 self.out.note_branch(branch, Target::Computed, true);
                 self.out.rip_at(R15, back);
             }
-            self.out.call_kept_rip(back);
+            self.out.push_call();
+            self.target_again(register);
+            self.out.call_r15(back);
         } else {
-            self.out.take_rip();
+            self.target_again(register);
             self.branch_to_r15();
+        }
+    }
+
+    /// R15 = the target of a call, which is in `register` or was kept.
+    fn target_again(&mut self, register: Option<Register>) {
+        match register.map(|register| self.get(register, R15)) {
+            Some(R15) => {}
+            Some(value) => self.out.asm.mov(R15, value),
+            None => self.out.take_rip(),
         }
     }
 
@@ -489,18 +540,16 @@ impl Translation<'_> {
         self.out.asm.mov(R15, slot);
         let released = 8 + if insn.op_count() > 0 { i32::from(insn.immediate16()) } else { 0 };
         let other = self.out.asm.create_label();
+        self.out.expect_call(other);
         if let Some(branch) = self.branch {
-            self.require_canonical(miss);
             self.out.note_branch(branch, Target::Computed, true);
         }
-        self.out.return_to_r15(released, other);
+        self.out.return_to_call(released);
         self.out.asm.set_label(other);
-        if self.branch.is_none() {
-            self.require_canonical(miss);
-        }
+        self.require_canonical(miss);
         self.move_stack(released);
         self.out.forget_calls();
-        self.out.go_to_r15();
+        self.branch_to_r15();
     }
 }
 
@@ -510,7 +559,7 @@ pub(super) fn makes_flags(insn: &Instruction, plan: Plan) -> bool {
 }
 
 /// The 64-bit registers of which `insn` changes some part.
-fn written_registers(info: &mut InstructionInfoFactory, insn: &Instruction) -> Vec<Register> {
+pub(super) fn written_registers(info: &mut InstructionInfoFactory, insn: &Instruction) -> Vec<Register> {
     use OpAccess::*;
     let used = info.info(insn).used_registers().iter();
     let written = used.filter(|used| matches!(used.access(), Write | ReadWrite | CondWrite | ReadCondWrite));

@@ -5,15 +5,17 @@ use std::mem::offset_of;
 use iced_x86::Register::{R13D, R14, R15, RBP};
 use iced_x86::{ConditionCode, IcedError, Instruction, Register};
 
-use super::access::Refill;
+use super::access::{Refill, SitePlaces};
 use super::asm::{byte_ptr, qword_ptr, Asm, Label, Memory};
 use super::backend::Arrival;
 use super::block::Ground;
 use super::exits::{ExitSite, Way};
 use super::flags::{Recipe, Whereabouts};
 use super::native::{detour, VECTORS, X87};
+use super::near::{Near, OUTSIDE};
 use super::registers;
 use super::vector::{Units, Width};
+use super::watched::Doubt;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
 use crate::decode::cache::jump_salt;
@@ -34,9 +36,9 @@ pub struct Places {
     pub x87: u64,
     /// The stub that looks for the block at RIP R15.
     pub unknown: u64,
-    /// The stubs that look a page up for a site that reads, and for one that writes.
-    pub refill_read: u64,
-    pub refill_write: u64,
+    /// What sites that read share, and those that write.
+    pub read: SitePlaces,
+    pub write: SitePlaces,
 }
 
 /// Code at the end that is rarely run.
@@ -48,6 +50,8 @@ struct Cold {
     recipe: Option<Recipe>,
     /// Where to go on, and whether host flags are expected there. Nowhere, if host code does not come back here.
     back: Option<(Label, bool)>,
+    /// What is there relies on R15, which is to be outside of any page.
+    near: bool,
 }
 
 /// Host code of one block in the making.
@@ -76,13 +80,20 @@ pub struct Emitter<'a> {
     /// Calls for which the host's stack may have no room, and where they go on.
     pub(super) full_stacks: Vec<(Label, Label)>,
     cold: Vec<Cold>,
-    /// Sites so far, and those that look the TLB up; see [`Block::wandering`].
+    /// Branches that somebody watches, where the predictor may be wrong.
+    pub(super) doubts: Vec<Doubt>,
+    /// Sites so far, and which ones have cells; see [`Block::busy`] and [`Block::wandering`].
     pub(super) sites: usize,
+    pub(super) busy: bool,
     pub(super) wandering: u64,
     /// Distance of the block's first cell from the start of the code, and the sites that have one.
     pub(super) first_cell: i32,
     pub(super) cells: Vec<u16>,
     pub(super) refills: Vec<Refill>,
+    /// What R13 and R15 tell of the access before, as long as they hold.
+    pub(super) near: Option<Near>,
+    /// The next access of the block has the base of this one.
+    pub(super) shared: bool,
     pub(super) has_bextr: bool,
     /// Where the block is named to the stub: the plain one, and the one that keeps units.
     tails: [Label; 2],
@@ -124,12 +135,16 @@ impl<'a> Emitter<'a> {
             ways: Vec::new(),
             full_stacks: Vec::new(),
             cold: Vec::new(),
+            doubts: Vec::new(),
             first_cell: ground.first_cell,
             cells: Vec::new(),
             sites: 0,
+            busy: block.busy,
             wandering: block.wandering,
             has_bextr: ground.host.bmi1,
             refills: Vec::new(),
+            near: None,
+            shared: false,
             tails,
             flags,
             arrival: flags,
@@ -150,16 +165,20 @@ impl<'a> Emitter<'a> {
     /// Cold code at `label` that leaves host code.
     pub(super) fn cold(&mut self, label: Label, why: u32, back: Option<(Label, bool)>) {
         let recipe = self.flags.recipe.filter(|_| !self.flags.saved);
-        self.cold.push(Cold { label, why, recipe, back });
+        self.cold.push(Cold { label, why, recipe, back, near: false });
     }
 
     /// The last detour comes back here.
     pub fn rejoin(&mut self) {
         let back = self.asm.create_label();
+        let near = self.near.is_some() && self.asm.holds();
         self.asm.set_label(back);
+        if near {
+            self.asm.hold();
+        }
         let host_flags = self.flags.host;
         if let Some(cold) = self.cold.last_mut() {
-            cold.back = Some((back, host_flags));
+            (cold.back, cold.near) = (Some((back, host_flags)), near);
         }
     }
 
@@ -217,8 +236,9 @@ impl<'a> Emitter<'a> {
     /// refused.
     pub fn finish(mut self) -> Option<(Vec<ExitSite>, Vec<u16>)> {
         self.finish_ways();
+        self.finish_doubts();
         self.finish_sites();
-        for Cold { label, why, recipe, back } in std::mem::take(&mut self.cold) {
+        for Cold { label, why, recipe, back, near } in std::mem::take(&mut self.cold) {
             self.asm.set_label(label);
             self.flags = Whereabouts::on_arrival(recipe);
             self.save_flags();
@@ -226,6 +246,9 @@ impl<'a> Emitter<'a> {
             let Some((back, host_flags)) = back else { continue };
             if host_flags {
                 self.restore_flags();
+            }
+            if near {
+                self.asm.mov(R15, OUTSIDE);
             }
             self.asm.jmp(back);
         }

@@ -5,7 +5,7 @@
 
 use std::mem::offset_of;
 
-use iced_x86::Register::{R13, R14, R14D, R15, R15D, RSP};
+use iced_x86::Register::{R13, R13D, R14, R14D, R15, RSP};
 use iced_x86::{ConditionCode, Register};
 
 use super::asm::{qword_ptr, Label, Memory};
@@ -163,14 +163,16 @@ impl Emitter<'_> {
         const { assert!(size_of::<Jump>().is_power_of_two()) };
         let unknown = self.places.unknown;
         let a = &mut *self.asm;
+        // Both parts of the slot's number are shifted at once: all else waits for it.
         a.mov(R14, R15);
-        a.shr(R14, JUMP_BITS);
-        a.xor(R14D, R15D);
-        a.and(R14D, (JUMP_SLOTS - 1) as i32);
+        a.shr(R14, JUMP_BITS - SHIFT);
+        a.mov(R13, R15);
+        a.shl(R13, SHIFT);
+        a.xor(R14D, R13D);
+        a.and(R14D, ((JUMP_SLOTS - 1) << SHIFT) as i32);
         if self.salt != 0 {
-            a.xor(R14D, self.salt);
+            a.xor(R14D, self.salt << SHIFT);
         }
-        a.shl(R14D, SHIFT);
         a.add(R14, cpu_field(JUMPS));
         a.cmp(qword_ptr(R14, offset_of!(Jump, rip) as i32), R15);
         a.jne(unknown);
@@ -201,16 +203,15 @@ impl Emitter<'_> {
         self.come_back(back);
     }
 
-    /// The same for a call to the RIP that [`Emitter::keep_rip`] kept.
-    pub fn call_kept_rip(&mut self, back: i64) {
-        self.push_call();
-        self.take_rip();
+    /// The same for a call to RIP R15, behind [`Emitter::push_call`].
+    pub fn call_r15(&mut self, back: i64) {
         let entry = self.find_r15();
         self.asm.call_indirect(entry);
         self.come_back(back);
     }
 
-    fn push_call(&mut self) {
+    /// Keeps the guest's return address, which is in R15, for the return.
+    pub fn push_call(&mut self) {
         let [full, room] = [(); 2].map(|()| self.asm.create_label());
         self.asm.cmp(RSP, cpu_field(HOST_STACK_END));
         self.asm.jcc(ConditionCode::b, full);
@@ -233,11 +234,15 @@ impl Emitter<'_> {
         self.exit(back, false);
     }
 
-    /// Returns to RIP R15 if that is where the last call came from; else goes to `other`.
-    pub fn return_to_r15(&mut self, released: i32, other: Label) {
+    /// Goes to `other` unless RIP R15 is where the last call came from.
+    pub fn expect_call(&mut self, other: Label) {
+        self.asm.cmp(R15, qword_ptr(RSP, 8));
+        self.asm.jne(other);
+    }
+
+    /// Returns to RIP R15, where the last call came from.
+    pub fn return_to_call(&mut self, released: i32) {
         let a = &mut *self.asm;
-        a.cmp(R15, qword_ptr(RSP, 8));
-        a.jne(other);
         a.lea(STACK, qword_ptr(STACK, released));
         a.and(R15, !(PAGE_OFFSET as i32));
         a.mov(cpu_field(PAGE), R15);

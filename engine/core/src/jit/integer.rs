@@ -86,7 +86,7 @@ impl Translation<'_> {
         self.out.asm.mov(R15, RCX);
         self.out.asm.and(R15D, 8 * bytes as i32 - 1);
         self.out.asm.je(done);
-        self.with_operands(insn, operand);
+        self.with_operands(insn, operand, Rule::Shift(Overflow::HostIfOne));
         self.out.store_flags_of_shift(match insn.mnemonic() {
             Mnemonic::Shr => Overflow::HostIfOne,
             Mnemonic::Sar => Overflow::Clear,
@@ -118,9 +118,9 @@ impl Translation<'_> {
         self.out.need_flags();
         let mut step = *insn;
         step.set_immediate8((count - 1) as u8);
-        self.with_operands(&step, None);
+        self.with_operands(&step, None, Rule::Exact);
         step.set_immediate8(1);
-        let result = self.with_operands(&step, None);
+        let result = self.with_operands(&step, None, Rule::Exact);
         self.out.new_flags(Rule::Exact, result, place.seen_behind);
     }
 

@@ -65,6 +65,9 @@ const SHORTCUTS: usize = 3;
 const SAMPLES: u32 = 2;
 /// Blocks that get some at once.
 const REGION: usize = 8;
+/// A block with so many samples, each at most so many of all behind the one before, is what runs now.
+const STREAK: u32 = 8;
+const CLOSE: u64 = 8;
 
 /// In the place of a page or a context that a guard compares with: what none is.
 pub const NO_GUARD: u64 = 1;
@@ -112,13 +115,23 @@ pub struct Links {
     takes_recipes: bool,
     /// How often the budget ended before the block.
     samples: u32,
+    /// Number of the last of these times among those of all blocks, and how many followed each other closely.
+    sampled_at: u64,
+    streak: u32,
     /// Translations for who comes with the flags of a recipe.
     shortcuts: Vec<(Recipe, *const u8)>,
 }
 
+/// What a block that turns out to run much is to get, with those around it.
+enum Wanted {
+    Nothing,
+    Shortcuts,
+    Cells,
+}
+
 impl Links {
     pub fn new(exits: Vec<Exit>, takes_recipes: bool) -> Self {
-        Links { exits, incoming: Vec::new(), takes_recipes, samples: 0, shortcuts: Vec::new() }
+        Links { exits, incoming: Vec::new(), takes_recipes, samples: 0, sampled_at: 0, streak: 0, shortcuts: Vec::new() }
     }
 
     /// How many exits there are.
@@ -154,6 +167,18 @@ impl Links {
     /// Whether a translation for some recipe is at `addresses`.
     pub fn are_at(&self, addresses: &Range<u64>) -> bool {
         self.shortcuts.iter().any(|(_, entry)| addresses.contains(&(*entry as u64)))
+    }
+
+    /// The budget ended before the block, as the sample of this number.
+    fn sample(&mut self, number: u64) -> Wanted {
+        self.samples += 1;
+        self.streak = if number - self.sampled_at <= CLOSE { self.streak + 1 } else { 1 };
+        self.sampled_at = number;
+        match self.streak {
+            STREAK => Wanted::Cells,
+            _ if self.samples >= SAMPLES && self.samples.is_power_of_two() => Wanted::Shortcuts,
+            _ => Wanted::Nothing,
+        }
     }
 
     /// `exit` leads to this block now. One that is linked to several by turns, as processes that share code are run, comes again and again.
@@ -221,24 +246,26 @@ impl Cpu {
         (ready && self.native.context == self.jump_context).then_some(block)
     }
 
-    /// The budget ended before `block` at `rip`, so it is one of those that run most: it gets translations for who comes with a recipe, and
-    /// so do those that it leads to in its page, before which the budget may never end.
+    /// The budget ended before `block` at `rip`, so it is one of those that run much: it gets translations for who comes with a recipe. One
+    /// before which it ends almost always gets cells. So do those that it leads to in its page, before which the budget may never end.
     ///
     /// # Safety
     /// Host code is about to be left for good.
     pub(super) unsafe fn sampled(&mut self, block: *mut Block, rip: u64) {
+        self.native.samples += 1;
         // SAFETY: blocks are freed by `collect` only; nobody else has a reference.
         let Some(links) = (unsafe { (*block).links.as_mut() }) else { return };
-        links.samples += 1;
-        if links.samples < SAMPLES || !links.samples.is_power_of_two() {
-            return;
-        }
+        let cells = match links.sample(self.native.samples) {
+            Wanted::Nothing => return,
+            Wanted::Shortcuts => false,
+            Wanted::Cells => true,
+        };
         let mut region = vec![(block, rip)];
         for n in 0..REGION {
             let Some((block, rip)) = region.get(n).copied() else { return };
             // SAFETY: as above.
             let block = unsafe { &mut *block };
-            if !self.make_shortcuts(block) {
+            if cells && !self.give_cells(block) || !self.make_shortcuts(block) {
                 return;
             }
             for exit in block.links.iter().flat_map(|links| &links.exits).filter(|exit| exit.guards.is_none()) {
@@ -247,6 +274,12 @@ impl Cpu {
                 region.extend(next.map(|next| (next, rip)));
             }
         }
+    }
+
+    /// Gives cells to the accesses of `block`. False if host code was forgotten to make room instead, perhaps the block's.
+    fn give_cells(&mut self, block: &mut Block) -> bool {
+        let (code, model) = (&mut self.code, &self.model);
+        self.translator.as_mut().is_none_or(|translator| translator.give_cells(block, code, model).is_some())
     }
 
     /// Translates `block` for those who come with a recipe. False if host code was forgotten to make room instead, perhaps the block's.

@@ -137,8 +137,8 @@ fn writes(info: &InstructionInfo, guest: Register) -> bool {
     info.used_registers().iter().any(|used| changes(used.access()) && used.register().full_register() == guest)
 }
 
-/// How far instruction `n` moves a register, if that is all it does.
-fn moves_by(insn: &Instruction, guest: Register) -> Option<i64> {
+/// How far `insn` moves a register, if that is all that it does to it.
+pub fn moves_by(insn: &Instruction, guest: Register) -> Option<i64> {
     let target = insn.op0_kind() == OpKind::Register && insn.op0_register() == guest;
     let immediate = insn.op_count() == 2 && insn.op1_kind() != OpKind::Register && insn.op1_kind() != OpKind::Memory;
     match insn.mnemonic() {

@@ -14,6 +14,7 @@
 //! | `emit` | pieces of host code: ways into the interpreter and back |
 //! | `flags` | where the guest's flags are meanwhile |
 //! | `access` | accesses to the guest's memory |
+//! | `near` | accesses beside the one before |
 //! | `exits` | the head of a block, and the ways to the next one |
 //! | `loops`, `turns` | loops whose accesses are checked once for many turns |
 //! | `watched` | what a branch does for those who watch branches |
@@ -22,6 +23,8 @@
 //! | `vector`, `x87` | which vector, MMX and x87 instructions become host code |
 //! | `stubs` | code that all blocks share |
 //! | `arena` | memory for host code |
+//! | `tier` | which code runs as host code |
+//! | `absent` | what stands for all of this on hosts without a back end |
 
 mod access;
 mod arena;
@@ -36,11 +39,13 @@ mod integer;
 pub mod link;
 mod loops;
 pub mod native;
+mod near;
 mod plan;
 mod registers;
 mod string;
 mod stubs;
 mod system;
+mod tier;
 mod turns;
 mod vector;
 mod vector_registers;
@@ -48,7 +53,7 @@ mod watched;
 mod x64;
 mod x87;
 
-use std::ptr;
+use std::{io, ptr};
 
 use crate::cpu::{CodeSize, Cpu};
 use crate::decode::block::{decode_page, Block};
@@ -60,43 +65,15 @@ use iced_x86::Instruction;
 use link::Links;
 use native::Trampoline;
 
+pub use tier::Tier;
+
 /// Bytes of host code that a core may have.
 const CODE_BYTES: usize = 64 << 20;
-/// Runs of a block before [`Tier::Auto`] translates it.
-const HOT: u32 = 32;
-
-/// Which code runs as host code.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum Tier {
-    Interpreter,
-    /// Every block, from its first run on.
-    Translator,
-    /// Blocks that are hot.
-    #[default]
-    Auto,
-}
-
-impl Tier {
-    /// Every tier with its name.
-    pub const NAMES: [(&'static str, Tier); 3] =
-        [("interpreter", Tier::Interpreter), ("translator", Tier::Translator), ("auto", Tier::Auto)];
-
-    /// Runs of a block before it is translated; `None` for never.
-    pub const fn threshold(self) -> Option<u32> {
-        match self {
-            Tier::Interpreter => None,
-            Tier::Translator => Some(1),
-            Tier::Auto => Some(HOT),
-        }
-    }
-}
-
 /// The translations of one core.
 pub struct Translator {
     backend: Box<dyn Backend>,
-    pub translated: u64,
-    /// Translations that were forgotten to make room.
-    pub evicted: u64,
+    translated: u64,
+    evicted: u64,
 }
 
 impl Translator {
@@ -104,6 +81,16 @@ impl Translator {
     fn new(bytes: usize) -> Option<Self> {
         let backend = backend::of_host(bytes).inspect_err(|error| log::info!("no host code: {error}")).ok()?;
         Some(Translator { backend, translated: 0, evicted: 0 })
+    }
+
+    /// Translations made.
+    pub fn translated(&self) -> u64 {
+        self.translated
+    }
+
+    /// Translations that were forgotten to make room.
+    pub fn evicted(&self) -> u64 {
+        self.evicted
     }
 
     pub fn trampoline(&self) -> Trampoline {
@@ -117,24 +104,39 @@ impl Translator {
 
     /// Translates `block`. No host code may be running, because old code may be forgotten for it.
     fn translate(&mut self, block: &mut Block, code: &mut CodeCache, model: &Model) {
-        if block.key.size != CodeSize::Bits64 || block.second_page.is_some() || block.breakpoint {
-            return;
+        if block.key.size == CodeSize::Bits64 && block.second_page.is_none() && !block.breakpoint {
+            while self.translate_once(block, code, model).is_none() {}
         }
-        let Some(instructions) = decode_again(block, model) else { return };
-        loop {
-            match self.backend.translate(block, &instructions, model, Arrival::default()) {
-                Made::Code(HostCode { entry, body, exits, takes_recipes }) => {
-                    self.translated += 1;
-                    (block.entry, block.body) = (entry, body);
-                    block.links = Some(Box::new(Links::new(exits, takes_recipes)));
-                    return;
-                }
-                Made::Refused => return,
-                Made::Full(addresses) => {
-                    self.evicted += code.forget_translations_at(&addresses);
-                }
+    }
+
+    /// Translates `block`, in place of the translation that it has, if any. `None` if host code was forgotten to make room instead.
+    fn translate_once(&mut self, block: &mut Block, code: &mut CodeCache, model: &Model) -> Option<()> {
+        let Some(instructions) = decode_again(block, model) else { return Some(()) };
+        match self.backend.translate(block, &instructions, model, Arrival::default()) {
+            Made::Code(HostCode { entry, body, exits, takes_recipes }) => {
+                self.translated += 1;
+                (block.entry, block.body) = (entry, body);
+                block.links.replace(Box::new(Links::new(exits, takes_recipes))).iter_mut().for_each(|old| old.cut());
+            }
+            Made::Refused => {}
+            Made::Full(addresses) => {
+                self.evicted += code.forget_translations_at(&addresses);
+                return None;
             }
         }
+        Some(())
+    }
+
+    /// Gives cells to the accesses of `block`, which has a translation. `None` if host code was forgotten to make room instead.
+    fn give_cells(&mut self, block: &mut Block, code: &mut CodeCache, model: &Model) -> Option<()> {
+        if block.busy {
+            return Some(());
+        }
+        block.busy = true;
+        self.translate_once(block, code, model).or_else(|| {
+            block.busy = false;
+            None
+        })
     }
 }
 
@@ -168,12 +170,14 @@ fn decode_again(block: &Block, model: &Model) -> Option<Vec<Instruction>> {
     (instructions.len() == block.instructions as usize).then_some(instructions)
 }
 
+/// Why there is no host code, if there is none.
+pub fn check() -> io::Result<()> {
+    backend::of_host(1).map(drop)
+}
+
 /// What makes host code here, or why nothing does.
 pub fn describe() -> String {
-    match backend::of_host(1) {
-        Ok(_) => std::env::consts::ARCH.into(),
-        Err(error) => format!("none: {error}"),
-    }
+    check().map_or_else(|error| format!("none: {error}"), |()| std::env::consts::ARCH.into())
 }
 
 impl Cpu {
@@ -207,6 +211,7 @@ impl Cpu {
     #[cold]
     #[inline(never)]
     fn translate(&mut self, block: &mut Block) {
+        block.busy |= self.hot == 1;
         if let Some(translator) = &mut self.translator {
             translator.translate(block, &mut self.code, &self.model);
         }

@@ -55,6 +55,8 @@ pub struct Native {
     taken: i64,
     /// The epoch of the active table, as long as host code runs.
     stamp: u64,
+    /// How often the budget has ended before a block.
+    pub(super) samples: u64,
     /// The cell of a site that has too many pages for it, if one was found.
     pub(super) wanderer: *const Cell,
     /// What the places of groups of a loop will hold, how many turns it has in their pages but for the first, and what is left of the budget
@@ -118,6 +120,7 @@ impl Default for Native {
             stack_end: 0,
             taken: 0,
             stamp: 0,
+            samples: 0,
             wanderer: std::ptr::null(),
             loop_places: [0; GROUPS],
             loop_turns: 0,
@@ -250,10 +253,10 @@ impl Cpu {
         }
     }
 
-    /// Takes what host code has of the PMU's records and of the x87 unit.
+    /// Takes what host code has for the PMU, and of the x87 unit.
     fn take_units(&mut self) {
         if self.pmu.watching != Watching::NONE {
-            self.take_records();
+            self.take_notes();
         }
         if self.native.x87 != 0 {
             self.take_x87(None);

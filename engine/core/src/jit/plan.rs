@@ -12,7 +12,7 @@ use super::system::control_register;
 use super::vector::{self, Extensions, Units};
 use super::x87;
 use crate::decode::feature;
-use crate::exec::x87::host::{comparison_keeps_c1, move_keeps_c1};
+use crate::exec::float::host::{comparison_keeps_c1, move_keeps_c1};
 use crate::memory::PAGE_SIZE;
 use crate::model::{Model, Silicon};
 use crate::state::rflags::ARITHMETIC;

@@ -73,7 +73,7 @@ impl Translation<'_> {
         let a = &mut *self.out.asm;
         a.mov(R13D, resized(index, R13D));
         a.shr(R13D, PAGE_SIZE.trailing_zeros() as u8);
-        a.and(R13D, tlb::ENTRIES as i32 - 1);
+        a.and(R13D, tlb::SLOTS as i32 - 1);
         a.shl(R13D, size_of::<u64>().trailing_zeros() as u8);
         a.add(R13, cpu_field(offset_of!(Cpu, active_table)));
         a.lea(R15, qword_ptr(index, -1).index(RCX, bytes as u8));

@@ -4,7 +4,7 @@ use std::mem::offset_of;
 
 use iced_x86::Register::{self, EAX, EDX, R12, R13, R13D, R14, R15, R15D, R15W, RAX, RBP, RBX, RDI, RSI, RSP};
 
-use super::access::write_refill;
+use super::access::write_shared;
 use super::arena::Arena;
 use super::asm::{qword_ptr, word_ptr, Asm, Label};
 use super::emit::{cpu_field, in_memory, Places};
@@ -38,7 +38,7 @@ pub fn write(arena: &mut Arena, a: &mut Asm, host: Host) -> Option<Stubs> {
     let has_ymm = host.vectors.has_ymm();
     a.begin(arena.next());
     let [enter, detour, detour_keeping, elsewhere, unknown, refused, out] = [(); 7].map(|()| a.create_label());
-    let [spill, fill, spill_x87, fill_x87, xmm, ymm, x87, refill_read, refill_write] = [(); 9].map(|()| a.create_label());
+    let [spill, fill, spill_x87, fill_x87, xmm, ymm, x87] = [(); 7].map(|()| a.create_label());
 
     // The trampoline: cpu in RDI, code in RSI. Behind it the stack is aligned to 16 bytes.
     a.set_label(enter);
@@ -147,17 +147,14 @@ pub fn write(arena: &mut Arena, a: &mut Asm, host: Host) -> Option<Stubs> {
     a.set_label(fill_x87);
     x87::write_fill(a);
 
-    for (kind, refill) in [(AccessKind::Read, refill_read), (AccessKind::Write, refill_write)] {
-        a.set_label(refill);
-        write_refill(a, kind, host.bmi1);
-    }
-
-    let places = [enter, detour, detour_keeping, unknown, xmm, ymm, x87, refill_read, refill_write].map(|label| a.offset(label) as u64);
-    let start = arena.add(a.finish(), &[])? as u64;
-    let [enter, detour, detour_keeping, unknown, xmm, ymm, x87, refill_read, refill_write] = places.map(|place| start + place);
+    let base = arena.next();
+    let [read, write] = [AccessKind::Read, AccessKind::Write].map(|kind| write_shared(a, kind, host.bmi1, base));
+    let places = [enter, detour, detour_keeping, unknown, xmm, ymm, x87].map(|label| base + a.offset(label) as u64);
+    let [enter, detour, detour_keeping, unknown, xmm, ymm, x87] = places;
+    arena.add(a.finish(), &[])?;
     // SAFETY: the code at `enter` follows the System V ABI with the arguments and the result of a `Trampoline`.
     let trampoline = unsafe { std::mem::transmute::<*const u8, Trampoline>(std::ptr::with_exposed_provenance(enter as usize)) };
-    Some(Stubs { trampoline, places: Places { detour, detour_keeping, xmm, ymm, x87, unknown, refill_read, refill_write } })
+    Some(Stubs { trampoline, places: Places { detour, detour_keeping, xmm, ymm, x87, unknown, read, write } })
 }
 
 /// Calls Rust code for the reason in R13 and block R14, behind one `push` of which R15 is the value afterwards; to `elsewhere` unless host

@@ -6,16 +6,18 @@
 use std::mem::offset_of;
 
 use iced_x86::ConditionCode;
-use iced_x86::Register::{R13, R13D, R14, R14D, R15, RBP};
+use iced_x86::Register::{R13, R13D, R14, R14D, R15, R15D, R15L, RBP};
 
 use super::asm::{byte_ptr, dword_ptr, qword_ptr, Label, Memory};
 use super::emit::{cpu_field, Emitter};
-use super::registers::{resized, BUDGET};
+use super::native::PAGE;
+use super::registers::BUDGET;
 use crate::cpu::Cpu;
 use crate::decode::block::Block;
+use crate::decode::cache::MAX_BLOCKS;
 use crate::memory::PAGE_OFFSET;
 use crate::pmu::branch::Kind;
-use crate::pmu::lbr::{self, Lbr, Recent};
+use crate::pmu::lbr::{recent, Lbr, Recent, RECENT};
 use crate::pmu::predictor::{self, Predictor};
 use crate::pmu::tally::{outcome, Totals, MISPREDICTED};
 use crate::pmu::{Pmu, Watching};
@@ -25,8 +27,8 @@ use crate::pmu::{Pmu, Watching};
 pub struct Branch {
     watching: Watching,
     kind: Kind,
-    /// Distance of its first byte from the block's.
-    distance: i64,
+    /// What a note of it says, but for the budget.
+    note: i32,
     /// Its place in the predictor's table of directions, and in that of targets.
     direction: usize,
     target: usize,
@@ -40,7 +42,7 @@ impl Branch {
         watched.then_some(Branch {
             watching: block.key.watching,
             kind: block.branch,
-            distance: block.last.into(),
+            note: (block.number << recent::BUDGET_BITS) as i32,
             direction: predictor::place(from, predictor::DIRECTIONS),
             target: predictor::place(from, predictor::TARGETS),
         })
@@ -48,36 +50,59 @@ impl Branch {
 }
 
 /// Where a branch goes.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Target {
-    /// So many bytes behind the block's first byte.
-    Distance(i64),
+    /// Where it always goes.
+    Fixed,
     /// To the RIP in R15.
     Computed,
 }
 
+/// Whether a branch was mispredicted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mispredicted {
+    No,
+    Yes,
+    /// R15 tells.
+    Maybe,
+}
+
+/// A branch of which the predictor was not sure: what comes of it at the end of the code.
+pub struct Doubt {
+    label: Label,
+    /// Where to go on.
+    back: Label,
+    branch: Branch,
+    target: Target,
+    taken: bool,
+}
+
 const PMU: usize = offset_of!(Cpu, pmu);
 const PREDICTOR: usize = PMU + offset_of!(Pmu, predictor);
-const LBR: usize = PMU + offset_of!(Pmu, lbr);
-const RECENT: usize = LBR + offset_of!(Lbr, recent);
+const RECORDS: usize = PMU + offset_of!(Pmu, lbr) + offset_of!(Lbr, recent);
 
 /// Element R13 of the predictor's stack of return addresses, and its place.
 const RETURNS: usize = PREDICTOR + offset_of!(Predictor, returns);
 const TOP: usize = PREDICTOR + offset_of!(Predictor, top);
 
-/// A field of the PMU.
-fn field(offset: usize) -> Memory {
-    cpu_field(PMU + offset)
-}
-
-/// Element R13 of a row of recent records.
-fn row(offset: usize) -> Memory {
-    cpu_field(RECENT + offset).index(R13, 8)
-}
+const STALL_SHIFT: u8 = MISPREDICTED.trailing_zeros() as u8;
+const _: () = assert!(MISPREDICTED.is_power_of_two());
+/// A note has room for the number of every block.
+const _: () = assert!(MAX_BLOCKS <= 1 << (u32::BITS - recent::BUDGET_BITS));
 
 /// A total of the branch's privilege level.
 fn total(branch: Branch, offset: usize) -> Memory {
-    field(offset_of!(Pmu, tally) + usize::from(branch.watching.is_user()) * size_of::<Totals>() + offset)
+    cpu_field(PMU + offset_of!(Pmu, tally) + usize::from(branch.watching.is_user()) * size_of::<Totals>() + offset)
+}
+
+/// The predictor's counter for a conditional branch.
+fn direction(branch: Branch) -> Memory {
+    byte_ptr(RBP, (PREDICTOR + offset_of!(Predictor, directions) + branch.direction) as i32)
+}
+
+/// The predictor's target of an indirect branch.
+fn last_target(branch: Branch) -> Memory {
+    cpu_field(PREDICTOR + offset_of!(Predictor, targets) + 8 * branch.target)
 }
 
 impl Emitter<'_> {
@@ -94,121 +119,137 @@ impl Emitter<'_> {
         a.mov(cpu_field(RETURNS).index(R13, 8), R15);
     }
 
-    /// The branch is about to go to `target`. Clobbers R13, R14 and the flags.
+    /// The branch is about to go to `target`. Clobbers R13, R14 and the flags, and a conditional one R15.
     pub fn note_branch(&mut self, branch: Branch, target: Target, taken: bool) {
-        let (right, done) = (self.asm.create_label(), self.asm.create_label());
-        if self.predict(branch, taken, right) {
-            self.stall(branch);
-            self.tally(branch, taken, true);
-            self.record(branch, target, taken, true);
-            self.asm.jmp(done);
-            self.asm.set_label(right);
-        }
-        self.tally(branch, taken, false);
-        self.record(branch, target, taken, false);
-        self.asm.set_label(done);
+        let back = self.predict(branch, taken).map(|label| {
+            let back = self.asm.create_label();
+            self.doubts.push(Doubt { label, back, branch, target, taken });
+            back
+        });
+        self.tally(branch, taken);
+        self.record(branch, target, taken, Mispredicted::No);
+        back.into_iter().for_each(|back| self.asm.set_label(back));
     }
 
-    /// Lets the predictor learn, and goes on at `right` if it was. False, and nothing else, if it always is.
-    fn predict(&mut self, branch: Branch, taken: bool, right: Label) -> bool {
+    /// Asks the predictor, and goes to the label that is returned unless it was right and has nothing to learn.
+    fn predict(&mut self, branch: Branch, taken: bool) -> Option<Label> {
+        let doubt = self.asm.create_label();
         let a = &mut *self.asm;
         match branch.kind {
-            Kind::Conditional => self.predict_direction(branch, taken, right),
-            Kind::IndirectJump | Kind::IndirectCall => {
-                let last = cpu_field(PREDICTOR + offset_of!(Predictor, targets) + 8 * branch.target);
-                a.cmp(last, R15);
-                a.je(right);
-                a.mov(last, R15);
-            }
+            Kind::Conditional => a.cmp(direction(branch), if taken { predictor::STRONGLY_TAKEN.into() } else { 0 }),
+            Kind::IndirectJump | Kind::IndirectCall => a.cmp(last_target(branch), R15),
             Kind::Return => {
                 a.mov(R13, cpu_field(TOP));
                 a.lea(R14, qword_ptr(R13, -1));
                 a.and(R14D, predictor::RETURNS as i32 - 1);
                 a.mov(cpu_field(TOP), R14);
                 a.cmp(cpu_field(RETURNS).index(R13, 8), R15);
-                a.je(right);
             }
-            _ => return false,
+            _ => return None,
         }
-        true
+        a.jne(doubt);
+        Some(doubt)
     }
 
-    fn predict_direction(&mut self, branch: Branch, taken: bool, right: Label) {
-        let counter = byte_ptr(RBP, (PREDICTOR + offset_of!(Predictor, directions) + branch.direction) as i32);
+    /// Writes the code for branches of which the predictor was not sure.
+    pub(super) fn finish_doubts(&mut self) {
+        for Doubt { label, back, branch, target, taken } in std::mem::take(&mut self.doubts) {
+            self.asm.set_label(label);
+            if branch.kind == Kind::Conditional {
+                self.learn_direction(branch, taken);
+                self.record(branch, target, taken, Mispredicted::Maybe);
+            } else {
+                self.learn_target(branch);
+                self.record(branch, target, taken, Mispredicted::Yes);
+            }
+            self.asm.jmp(back);
+        }
+    }
+
+    /// A counter that is not at its end moves there, and was wrong in its lower or upper half: R15 = 1 then, and 0 otherwise. Nothing here
+    /// jumps, because the host's predictor would be no better than the guest's.
+    fn learn_direction(&mut self, branch: Branch, taken: bool) {
         let a = &mut *self.asm;
-        a.cmp(counter, if taken { predictor::STRONGLY_TAKEN.into() } else { 0 });
-        a.je(right);
-        a.movzx(R13D, counter);
+        a.mov(R15D, 0);
+        a.cmp(direction(branch), i32::from(predictor::NOT_TAKEN));
         if taken {
-            a.inc(counter);
+            a.setcc(ConditionCode::be, R15L);
+            a.add(direction(branch), 1);
         } else {
-            a.sub(counter, 1);
+            a.setcc(ConditionCode::a, R15L);
+            a.sub(direction(branch), 1);
         }
-        a.cmp(R13D, i32::from(predictor::NOT_TAKEN));
-        a.jcc(if taken { ConditionCode::a } else { ConditionCode::be }, right);
-    }
-
-    /// A mispredicted branch makes the core stall, which brings an overflow nearer.
-    fn stall(&mut self, branch: Branch) {
-        let cycles = MISPREDICTED as i32;
-        let above = self.asm.create_label();
-        let a = &mut *self.asm;
-        a.add(total(branch, offset_of!(Totals, stalled)), cycles);
-        a.inc(total(branch, offset_of!(Totals, stalls)));
-        a.sub(field(offset_of!(Pmu, check_at)), cycles);
-        a.jcc(ConditionCode::ae, above);
-        a.mov(field(offset_of!(Pmu, check_at)), 0);
-        a.set_label(above);
-        a.sub(BUDGET, cycles);
-        a.sub(cpu_field(offset_of!(Cpu, budget_start)), cycles);
-    }
-
-    fn tally(&mut self, branch: Branch, taken: bool, mispredicted: bool) {
+        a.add(cpu_field(PMU + offset_of!(Pmu, mispredicted)), R15);
+        a.mov(R14D, R15D);
+        a.shl(R14D, STALL_SHIFT);
+        a.sub(BUDGET, R14);
         if branch.watching.tallies() {
-            let outcome = usize::from(taken) * outcome::TAKEN + usize::from(mispredicted) * outcome::MISPREDICTED;
-            let place = outcome::COUNT * branch.kind as usize + outcome;
-            self.asm.inc(total(branch, offset_of!(Totals, transfers) + 8 * place));
+            const { assert!(outcome::MISPREDICTED == 2) };
+            a.lea(R14D, qword_ptr(R15, 0).index(R15, 1));
+            a.inc(transfers(branch, taken).index(R14, 8));
         }
     }
 
-    /// [`Lbr::record`], in the row of recent records, from which [`Lbr::settle`] makes those of the stack.
-    fn record(&mut self, branch: Branch, target: Target, taken: bool, mispredicted: bool) {
+    /// An indirect branch or a return went elsewhere.
+    fn learn_target(&mut self, branch: Branch) {
+        let a = &mut *self.asm;
+        if branch.kind != Kind::Return {
+            a.mov(last_target(branch), R15);
+        }
+        a.inc(cpu_field(PMU + offset_of!(Pmu, mispredicted)));
+        a.sub(BUDGET, MISPREDICTED as i32);
+        if branch.watching.tallies() {
+            let Memory { displacement, .. } = transfers(branch, true);
+            a.inc(qword_ptr(RBP, displacement + 8 * outcome::MISPREDICTED as i32));
+        }
+    }
+
+    fn tally(&mut self, branch: Branch, taken: bool) {
+        if branch.watching.tallies() {
+            self.asm.inc(transfers(branch, taken));
+        }
+    }
+
+    /// [`Lbr::record`](crate::pmu::lbr::Lbr::record), as a note from which [`Lbr::settle`] makes a record of the stack.
+    fn record(&mut self, branch: Branch, target: Target, taken: bool, mispredicted: Mispredicted) {
         if !taken || !branch.watching.records() {
             return;
         }
         let skip = self.asm.create_label();
-        let count = cpu_field(RECENT + offset_of!(Recent, count));
         let a = &mut *self.asm;
         if branch.watching.filters() {
-            a.mov(R13D, dword_ptr(RBP, (LBR + offset_of!(Lbr, suppressed)) as i32));
-            a.test(R13D, branch.kind.bit() as i32);
+            let suppressed = PMU + offset_of!(Pmu, lbr) + offset_of!(Lbr, suppressed);
+            a.test(dword_ptr(RBP, suppressed as i32), branch.kind.bit() as i32);
             a.jne(skip);
         }
+        let count = cpu_field(RECORDS + offset_of!(Recent, count));
         a.mov(R13, count);
-        a.inc(count);
-        a.and(R13D, lbr::RECENT as i32 - 1);
-        let to = row(offset_of!(Recent, to));
-        match target {
-            Target::Computed => self.asm.mov(to, R15),
-            Target::Distance(distance) => {
-                self.rip_at(R14, distance);
-                self.asm.mov(to, R14);
+        a.add(R13, 1);
+        a.mov(count, R13);
+        a.and(R13D, RECENT as i32 - 1);
+        let mut bits = if mispredicted == Mispredicted::Yes { recent::MISPREDICTED } else { 0 };
+        if target == Target::Computed {
+            bits |= recent::COMPUTED;
+            a.mov(cpu_field(RECORDS + offset_of!(Recent, to)).index(R13, 8), R15);
+        }
+        a.mov(R14, cpu_field(PAGE));
+        match mispredicted {
+            Mispredicted::Maybe => {
+                const { assert!(recent::MISPREDICTED == 1) };
+                a.add(R14, R15);
             }
+            _ if bits != 0 => a.lea(R14, qword_ptr(R14, bits as i32)),
+            _ => {}
         }
-        match target {
-            Target::Distance(distance) if i32::try_from(branch.distance - distance).is_ok() => {
-                self.asm.lea(R14, qword_ptr(R14, (branch.distance - distance) as i32));
-            }
-            _ => self.rip_at(R14, branch.distance),
-        }
-        let a = &mut *self.asm;
-        a.mov(row(offset_of!(Recent, from)), R14);
-        a.mov(R14D, resized(BUDGET, R14D));
-        a.mov(row(offset_of!(Recent, info)), R14);
-        if mispredicted {
-            let flag = RECENT + offset_of!(Recent, info) + 4;
-            a.mov(dword_ptr(RBP, flag as i32).index(R13, 8), (lbr::MISPREDICTED >> 32) as i32);
-        }
+        a.mov(cpu_field(RECORDS + offset_of!(Recent, page)).index(R13, 8), R14);
+        a.lea(R14D, qword_ptr(BUDGET, branch.note));
+        a.mov(dword_ptr(RBP, (RECORDS + offset_of!(Recent, note)) as i32).index(R13, 4), R14D);
         a.set_label(skip);
     }
+}
+
+/// How often branches of the kind were taken, or not, and predicted.
+fn transfers(branch: Branch, taken: bool) -> Memory {
+    let place = outcome::COUNT * branch.kind as usize + usize::from(taken) * outcome::TAKEN;
+    total(branch, offset_of!(Totals, transfers) + 8 * place)
 }

@@ -3,6 +3,7 @@
 pub mod breakpoints;
 pub mod code;
 pub mod nested;
+pub mod order;
 pub mod region;
 pub mod waivers;
 

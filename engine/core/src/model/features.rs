@@ -27,15 +27,25 @@ pub struct Info {
 }
 
 impl Info {
-    /// Whether the engine offers the feature: fused multiply-add and half precision run on the host's own units.
+    /// Whether the engine offers the feature: where the host's own units compute, they need fused multiply-add and half precision.
     pub fn available(&self) -> bool {
-        self.implemented
-            && match self.feature {
-                Feature::Fma => is_x86_feature_detected!("fma"),
-                Feature::F16c => is_x86_feature_detected!("f16c"),
-                _ => true,
-            }
+        self.implemented && has_unit(self.feature)
     }
+}
+
+/// Whether what computes floating point ([`crate::exec::float`]) can do what the feature promises.
+#[cfg(all(target_arch = "x86_64", not(feature = "soft-float")))]
+fn has_unit(feature: Feature) -> bool {
+    match feature {
+        Feature::Fma => std::arch::is_x86_feature_detected!("fma"),
+        Feature::F16c => std::arch::is_x86_feature_detected!("f16c"),
+        _ => true,
+    }
+}
+
+#[cfg(not(all(target_arch = "x86_64", not(feature = "soft-float"))))]
+fn has_unit(_feature: Feature) -> bool {
+    true
 }
 
 macro_rules! features {

@@ -44,8 +44,8 @@
 //! | SHA instructions with a misaligned operand | #GP | take it |
 //! | FNSAVE, FRSTOR, FNSTENV, FLDENV that cross into a bad page | CR2 is the page | CR2 is the operand's last byte |
 //!
-//! Approximations (RCPPS, RSQRTPS) and the last bit of transcendental x87 functions are the host's own: their vendors publish bounds of
-//! the error and no tables.
+//! Approximations (RCPPS, RSQRTPS) and the last bit of transcendental x87 functions are those of whatever computes floating point
+//! ([`crate::exec::float`]): vendors publish bounds of the error and no tables.
 
 use crate::flags::Flags;
 use crate::state::rflags::{AF, CF, OF, PF, ZF};

@@ -1,7 +1,9 @@
-//! One direct-mapped table of translations, from linear page to host address.
+//! One table of translations, from linear page to host address, of two ways: a page has one place in each.
 //!
 //! A tag is the linear address of a page when the access it stands for needs no further check, and has its low bits set otherwise, so one
-//! compare decides. A table knows which of its slots are in use, so that emptying it costs what it holds.
+//! compare decides. The last translation of a place is in the first way, where everybody looks. That which it took the place of goes to
+//! the second: two pages that are accessed by turns keep theirs. A table knows which of its slots are in use, so that emptying it costs
+//! what it holds.
 //!
 //! Host code keeps copies of translations (see `jit/access.rs`), each with the epoch of the table that it came from, and marks what it
 //! copies. Whatever takes a marked translation away from a table begins another epoch of it, so a copy of the current epoch is what the
@@ -9,14 +11,16 @@
 
 use crate::memory::PAGE_OFFSET;
 
-/// Entries of a table.
-pub const ENTRIES: usize = 1 << 12;
+/// Slots of one way.
+pub const SLOTS: usize = 1 << 12;
+/// Slots of both.
+const ENTRIES: usize = 2 * SLOTS;
 const INVALID: u64 = 1;
 /// Tables whose epochs differ.
 const TABLES: u64 = 1 << 8;
 
 /// One translation.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
     pub read: u64,
     pub write: u64,
@@ -80,7 +84,7 @@ impl Entries {
         (self.read[slot], self.write[slot], self.fetch[slot], self.addend[slot]) = (entry.read, entry.write, entry.fetch, entry.addend);
     }
 
-    /// What was in the slot is not there any more, or lets less through.
+    /// What was in the slot is not in the table any more, or lets less through.
     fn lose(&mut self, slot: usize) {
         if self.copied[slot] == self.epoch {
             self.epoch += TABLES;
@@ -88,10 +92,10 @@ impl Entries {
     }
 }
 
-/// Slot of linear address `la` in a table.
+/// Slot of linear address `la` in the first way of a table.
 #[inline(always)]
 pub const fn slot(la: u64) -> usize {
-    (la >> 12) as usize & (ENTRIES - 1)
+    (la >> 12) as usize & (SLOTS - 1)
 }
 
 /// A table that knows nothing, for code whose every access takes the long way.
@@ -108,9 +112,20 @@ impl Slots {
     const NONE: Slots = Slots([0; ENTRIES / 64]);
 
     #[inline(always)]
+    fn has(&self, slot: usize) -> bool {
+        self.0[slot / 64] >> (slot % 64) & 1 != 0
+    }
+
+    #[inline(always)]
     fn set(&mut self, slot: usize, member: bool) {
         let (word, bit) = (&mut self.0[slot / 64], 1 << (slot % 64));
         *word = if member { *word | bit } else { *word & !bit };
+    }
+
+    fn swap(&mut self, one: usize, other: usize) {
+        let members = (self.has(one), self.has(other));
+        self.set(one, members.1);
+        self.set(other, members.0);
     }
 
     fn for_each(&self, mut act: impl FnMut(usize)) {
@@ -143,16 +158,41 @@ impl Table {
         &raw const *self.entries
     }
 
-    /// The translation of the page of `la`, if the table has one.
+    /// Where the page of `la` is.
+    #[inline]
+    fn place(&self, la: u64) -> Option<usize> {
+        let first = slot(la);
+        [first, first + SLOTS].into_iter().find(|slot| self.entries.get(*slot).page() == Some(la & !PAGE_OFFSET))
+    }
+
+    /// The translation of the page of `la`, if the table has one, and whether it is global.
     pub fn find(&self, la: u64) -> Option<(Entry, bool)> {
-        let slot = slot(la);
-        let entry = self.entries.get(slot);
-        let global = self.local.0[slot / 64] >> (slot % 64) & 1 == 0;
-        (entry.page() == Some(la & !PAGE_OFFSET)).then_some((entry, global))
+        self.place(la).map(|slot| (self.entries.get(slot), !self.local.has(slot)))
+    }
+
+    /// Puts what is in the second way for the page of `la` in the first. Tells whether there is something.
+    pub fn promote(&mut self, la: u64) -> bool {
+        let second = self.place(la).filter(|slot| *slot >= SLOTS);
+        second.into_iter().for_each(|slot| self.swap_ways(slot - SLOTS));
+        second.is_some()
+    }
+
+    /// Exchanges what is in `slot` of the first way and in its place in the second.
+    fn swap_ways(&mut self, slot: usize) {
+        let (entries, second) = (&mut self.entries, slot + SLOTS);
+        let entry = entries.get(slot);
+        entries.set(slot, entries.get(second));
+        entries.set(second, entry);
+        entries.copied.swap(slot, second);
+        self.used.swap(slot, second);
+        self.local.swap(slot, second);
     }
 
     pub fn insert(&mut self, la: u64, entry: Entry, global: bool) {
-        let slot = slot(la);
+        let (slot, place) = (slot(la), self.place(la));
+        if place != Some(slot) && (place.is_some() || self.entries.get(slot).page().is_some()) {
+            self.swap_ways(slot);
+        }
         if !entry.covers(&self.entries.get(slot)) {
             self.entries.lose(slot);
         }
@@ -163,9 +203,9 @@ impl Table {
 
     /// Removes the page of `la`.
     pub fn remove(&mut self, la: u64) {
-        if self.entries.get(slot(la)).page() == Some(la & !PAGE_OFFSET) {
-            self.entries.set(slot(la), Entry::EMPTY);
-            self.entries.lose(slot(la));
+        if let Some(slot) = self.place(la) {
+            self.entries.set(slot, Entry::EMPTY);
+            self.entries.lose(slot);
         }
     }
 
@@ -219,8 +259,9 @@ mod tests {
     use super::*;
 
     const LA: u64 = 0x40_0000;
-    /// Another page in the same slot.
-    const ALIAS: u64 = LA + ((ENTRIES as u64) << 12);
+    /// Other pages of the same slot.
+    const ALIAS: u64 = LA + ((SLOTS as u64) << 12);
+    const THIRD: u64 = ALIAS + ((SLOTS as u64) << 12);
 
     fn entry(la: u64, host: u64, write: bool) -> Entry {
         Entry::new(la, host, true, write, false)
@@ -229,14 +270,23 @@ mod tests {
     #[test]
     fn an_epoch_ends_with_what_was_copied_in_it() {
         type Change = fn(&mut Table);
-        let changes: [(&str, bool, Change); 9] = [
+        let changes: [(&str, bool, Change); 12] = [
             ("removed", true, |table| table.remove(LA)),
             ("another page is removed", false, |table| table.remove(ALIAS)),
             ("removed with its region", true, |table| table.remove_region(LA + 0x5000, !0 << 22)),
             ("all removed", true, Table::clear),
             ("what is not global is removed", true, Table::clear_local),
             ("write-protected", true, |table| table.protect_host_page(0x7000)),
-            ("evicted", true, |table| table.insert(ALIAS, entry(ALIAS, 0x9000, true), false)),
+            ("moved to the second way", false, |table| table.insert(ALIAS, entry(ALIAS, 0x9000, true), false)),
+            ("moved there and back", false, |table| {
+                table.insert(ALIAS, entry(ALIAS, 0x9000, true), false);
+                assert!(table.promote(LA) && !table.promote(LA));
+            }),
+            ("evicted", true, |table| [ALIAS, THIRD].into_iter().for_each(|la| table.insert(la, entry(la, 0x9000, true), false))),
+            ("removed from the second way", true, |table| {
+                table.insert(ALIAS, entry(ALIAS, 0x9000, true), false);
+                table.remove(LA);
+            }),
             ("filled again", false, |table| table.insert(LA, entry(LA, 0x7000, true), false)),
             ("filled again, elsewhere", true, |table| table.insert(LA, entry(LA, 0x9000, true), false)),
         ];
@@ -250,6 +300,25 @@ mod tests {
                 assert_eq!(table.entries.epoch != epoch, ends && copied, "{name}");
             }
         }
+    }
+
+    #[test]
+    fn two_pages_of_a_slot_stay() {
+        let mut table = Table::new(3);
+        let has = |table: &Table| [LA, ALIAS, THIRD].map(|la| table.find(la).is_some());
+        [LA, ALIAS].into_iter().for_each(|la| table.insert(la, entry(la, 0x7000, true), la == LA));
+        assert_eq!(has(&table), [true, true, false]);
+        assert_eq!([LA, ALIAS].map(|la| table.find(la).map(|(_, global)| global)), [Some(true), Some(false)]);
+        assert_eq!(table.entries.write[slot(LA)], ALIAS, "the last one is in the first way");
+        table.insert(LA, entry(LA, 0x7000, false), true);
+        assert_eq!((has(&table), table.find(LA)), ([true, true, false], Some((entry(LA, 0x7000, false), true))));
+        table.insert(THIRD, entry(THIRD, 0x7000, true), false);
+        assert_eq!(has(&table), [true, false, true]);
+        table.clear_local();
+        assert_eq!(has(&table), [true, false, false]);
+        table.insert(ALIAS, entry(ALIAS, 0x7000, true), false);
+        table.clear();
+        assert_eq!(has(&table), [false; 3]);
     }
 
     #[test]

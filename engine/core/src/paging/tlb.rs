@@ -11,8 +11,8 @@ use std::collections::HashSet;
 use std::hash::BuildHasherDefault;
 
 use super::table::Table;
-pub use super::table::{never, slot, Entries, Entry, ENTRIES};
-use super::Privilege;
+pub use super::table::{never, slot, Entries, Entry, SLOTS};
+use super::{AccessKind, Privilege};
 use crate::memory::code::AddressHasher;
 use crate::memory::PAGE_OFFSET;
 
@@ -186,9 +186,20 @@ impl Tlb {
         }
     }
 
+    /// Makes a translation for accesses of `privilege` to `la` that is known, but not where they look, one that they find. Tells whether
+    /// there is one.
+    pub fn recall(&mut self, privilege: Privilege, la: u64, kind: AccessKind) -> bool {
+        let bank = &mut self.banks[self.current];
+        match privilege {
+            Privilege::Supervisor => self.supervisor.promote(la),
+            Privilege::User => bank.user.promote(la),
+            Privilege::SupervisorAc => bank.supervisor_ac.promote(la) || kind != AccessKind::Fetch && self.share_with_ac(la),
+        }
+    }
+
     /// Data at `la` that accesses with EFLAGS.AC set have not met yet: what other supervisor accesses or the user may do there, they may
-    /// do too. Tells whether there was something.
-    pub fn share_with_ac(&mut self, la: u64) -> bool {
+    /// do too.
+    fn share_with_ac(&mut self, la: u64) -> bool {
         let bank = &mut self.banks[self.current];
         let Some((entry, global)) = self.supervisor.find(la).or_else(|| bank.user.find(la)) else { return false };
         bank.supervisor_ac.insert(la, entry.for_data(), global);
@@ -432,12 +443,13 @@ mod tests {
 
     #[test]
     fn global_pages_are_invalidated_in_every_bank() {
+        let recall = |tlb: &mut Tlb, la| tlb.recall(Privilege::SupervisorAc, la, AccessKind::Read);
         let mut tlb = Tlb::default();
         let kernel = 0xffff_8000_0000_1000;
         tlb.fill(Privilege::Supervisor, Fill { global: true, ..fill(kernel, 12, false) });
-        assert!(tlb.share_with_ac(kernel) && reads(&tlb, Privilege::SupervisorAc, kernel));
+        assert!(recall(&mut tlb, kernel) && reads(&tlb, Privilege::SupervisorAc, kernel));
         tlb.fill(Privilege::User, fill(0x1000, 12, false));
-        assert!(tlb.share_with_ac(0x1000) && !tlb.share_with_ac(0x2000));
+        assert!(recall(&mut tlb, 0x1000) && !recall(&mut tlb, 0x2000));
         tlb.switch(1, true);
         assert!(!reads(&tlb, Privilege::SupervisorAc, kernel), "a bank of its own");
         tlb.invalidate(kernel);

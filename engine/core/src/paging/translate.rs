@@ -7,7 +7,7 @@ use super::{tlb, AccessKind, Privilege};
 use crate::cpu::{pending, Cpu};
 use crate::fault::vector;
 use crate::memory::nested::{right, Leaf};
-use crate::memory::{PAGE_OFFSET, PAGE_SIZE};
+use crate::memory::{order, PAGE_OFFSET, PAGE_SIZE};
 use crate::state::seg;
 use crate::uop::{flag, Exec, Uop};
 use crate::virt::control::Access;
@@ -144,7 +144,10 @@ impl Cpu {
                 let new = change(self, old);
                 // SAFETY: as above.
                 match unsafe { W::compare_exchange(host, old, new) } {
-                    Ok(_) => return Ok(()),
+                    Ok(_) => {
+                        order::settle();
+                        return Ok(());
+                    }
                     Err(found) => old = found,
                 }
             }
@@ -161,9 +164,9 @@ impl Cpu {
     unsafe fn replace<W: Word>(&mut self, host: *mut W, change: impl Fn(&mut Cpu, W) -> W) -> Exec {
         // SAFETY: valid by the caller's promise; unaligned accessors need no alignment.
         unsafe {
-            let old = host.read_unaligned();
+            let old = order::load(host);
             let new = change(self, old);
-            host.write_unaligned(new);
+            order::store(host, new);
         }
         Ok(())
     }
@@ -232,7 +235,7 @@ impl Cpu {
     pub fn read<T: Plain>(&mut self, segment: usize, la: u64) -> Exec<T> {
         match self.cached(la, size_of::<T>() as u64, AccessKind::Read) {
             // SAFETY: a read tag means that the page is mapped RAM as long as the tag stands, and the access is inside it.
-            Some(host) => Ok(unsafe { host.cast::<T>().read_unaligned() }),
+            Some(host) => Ok(unsafe { order::load(host.cast::<T>()) }),
             None => self.read_slow(segment, la, self.privilege()),
         }
     }
@@ -242,7 +245,7 @@ impl Cpu {
     pub fn write<T: Plain>(&mut self, segment: usize, la: u64, value: T) -> Exec {
         match self.cached(la, size_of::<T>() as u64, AccessKind::Write) {
             // SAFETY: a write tag means that the page is mapped RAM as long as the tag stands, and the access is inside it.
-            Some(host) => unsafe { host.cast::<T>().write_unaligned(value) },
+            Some(host) => unsafe { order::store(host.cast::<T>(), value) },
             None => self.write_slow(segment, la, value, self.privilege())?,
         }
         Ok(())
@@ -253,7 +256,7 @@ impl Cpu {
     pub fn read_system<T: Plain>(&mut self, la: u64) -> Exec<T> {
         match self.cached_for(Privilege::Supervisor, la, size_of::<T>() as u64, AccessKind::Read) {
             // SAFETY: a read tag means that the page is mapped RAM as long as the tag stands, and the access is inside it.
-            Some(host) => Ok(unsafe { host.cast::<T>().read_unaligned() }),
+            Some(host) => Ok(unsafe { order::load(host.cast::<T>()) }),
             None => self.read_slow(seg::DS, la, Privilege::Supervisor),
         }
     }
@@ -269,7 +272,7 @@ impl Cpu {
     pub fn write_for<T: Plain>(&mut self, privilege: Privilege, segment: usize, la: u64, value: T) -> Exec {
         match self.cached_for(privilege, la, size_of::<T>() as u64, AccessKind::Write) {
             // SAFETY: a write tag means that the page is mapped RAM as long as the tag stands, and the access is inside it.
-            Some(host) => unsafe { host.cast::<T>().write_unaligned(value) },
+            Some(host) => unsafe { order::store(host.cast::<T>(), value) },
             None => self.write_slow(segment, la, value, privilege)?,
         }
         Ok(())
@@ -321,7 +324,7 @@ impl Cpu {
             self.read_target(target, high)?;
         } else if let Target::Ram(host) = low_target {
             // SAFETY: `target` translated the page, and the access is inside it. One access, because other cores may write meanwhile.
-            return Ok(unsafe { host.cast::<T>().read_unaligned() });
+            return Ok(unsafe { order::load(host.cast::<T>()) });
         } else {
             self.read_target(low_target, low)?;
         }
@@ -348,7 +351,7 @@ impl Cpu {
         }
         if let Target::Ram(host) = low_target {
             // SAFETY: as in `read_slow`.
-            unsafe { host.cast::<T>().write_unaligned(value) };
+            unsafe { order::store(host.cast::<T>(), value) };
             self.note_code_write(host, bytes);
             return Ok(());
         }
@@ -358,7 +361,10 @@ impl Cpu {
     fn read_target(&mut self, target: Target, buffer: &mut [u8]) -> Exec {
         match target {
             // SAFETY: `target` translated the page, and the buffer is not longer than what is left of it.
-            Target::Ram(host) => unsafe { host.copy_to_nonoverlapping(buffer.as_mut_ptr(), buffer.len()) },
+            Target::Ram(host) => unsafe {
+                host.copy_to_nonoverlapping(buffer.as_mut_ptr(), buffer.len());
+                order::settle();
+            },
             Target::Device { gpa, la } => {
                 for (n, piece) in buffer.chunks_mut(8).enumerate() {
                     let data = self.device_access(gpa + 8 * n as u64, la + 8 * n as u64, piece.len(), None)?;
@@ -373,6 +379,7 @@ impl Cpu {
     fn write_target(&mut self, target: Target, buffer: &[u8]) -> Exec {
         match target {
             Target::Ram(host) => {
+                order::settle();
                 // SAFETY: `target` translated the page for writing, and the buffer is not longer than what is left of it.
                 unsafe { host.copy_from_nonoverlapping(buffer.as_ptr(), buffer.len()) };
                 self.note_code_write(host, buffer.len());
@@ -420,7 +427,7 @@ impl Cpu {
     /// guest's tables, and both to the hypervisor's. `store` is what a plain store is about to write; empty for any other access.
     fn target_with(&mut self, segment: usize, la: u64, kind: AccessKind, needed: u8, privilege: Privilege, store: &[u8]) -> Exec<Target> {
         self.check_canonical(segment, la)?;
-        if privilege == Privilege::SupervisorAc && kind != AccessKind::Fetch && self.tlb.share_with_ac(la) {
+        if self.tlb.recall(privilege, la, kind) {
             if let Some(host) = self.cached_for(privilege, la, 1, kind) {
                 return Ok(Target::Ram(host));
             }

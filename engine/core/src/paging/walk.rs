@@ -312,9 +312,9 @@ impl<F: FnMut(u64) -> Option<Leaf>> Walker<'_, F> {
         // SAFETY: the page is in the nested page table, which keeps its region alive, and a naturally aligned entry cannot cross it.
         Ok(unsafe {
             if bytes == 8 {
-                AtomicU64::from_ptr(host as *mut u64).load(Ordering::Relaxed)
+                AtomicU64::from_ptr(host as *mut u64).load(Ordering::Acquire)
             } else {
-                u64::from(AtomicU32::from_ptr(host as *mut u32).load(Ordering::Relaxed))
+                u64::from(AtomicU32::from_ptr(host as *mut u32).load(Ordering::Acquire))
             }
         })
     }

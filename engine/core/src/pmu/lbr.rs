@@ -4,6 +4,7 @@
 //! exception or interrupt came before.
 
 use super::branch::Kind;
+use crate::memory::PAGE_OFFSET;
 
 /// Records of the stack.
 pub const ENTRIES: usize = 32;
@@ -46,20 +47,47 @@ pub struct Transfer {
 /// Records of host code, more than the stack holds.
 pub const RECENT: usize = 2 * ENTRIES;
 
-/// Records that are not on the stack yet. `count` goes on beyond the end of the rows; INFO has the low half of the budget in the place of the
-/// cycles.
+/// Parts of a record of host code.
+pub mod recent {
+    /// Low bits of [`Recent::page`](super::Recent::page). The target is not a part of the branch, and in the row for it.
+    pub const MISPREDICTED: u64 = 1 << 0;
+    pub const COMPUTED: u64 = 1 << 1;
+    /// Bits of a note that are the budget's.
+    pub const BUDGET_BITS: u32 = 14;
+}
+
+/// What host code keeps of branches that are not on the stack yet: what cannot be found out later. `count` goes on beyond the end of the
+/// rows, in which record number 1 has place 1.
 #[derive(Clone, Copy, Debug)]
 pub struct Recent {
     pub count: usize,
-    pub from: [u64; RECENT],
+    /// Linear page of the branch, and below it bits of [`recent`].
+    pub page: [u64; RECENT],
+    /// The sum of the budget behind the branch and, above the budget's bits, the number of its block.
+    pub note: [u32; RECENT],
     pub to: [u64; RECENT],
-    pub info: [u64; RECENT],
 }
 
 impl Default for Recent {
     fn default() -> Self {
-        Recent { count: 0, from: [0; RECENT], to: [0; RECENT], info: [0; RECENT] }
+        Recent { count: 0, page: [0; RECENT], note: [0; RECENT], to: [0; RECENT] }
     }
+}
+
+impl Recent {
+    /// How far the budget has gone down since record `n`, in core cycles, to `budget`; and the number of the record's block.
+    fn when_and_where(&self, n: usize, budget: i64) -> (u64, u32) {
+        let (note, now) = (self.note[n % RECENT], budget as u32);
+        let age = note.wrapping_sub(now) & ((1 << recent::BUDGET_BITS) - 1);
+        (age.into(), note.wrapping_sub(now.wrapping_add(age)) >> recent::BUDGET_BITS)
+    }
+}
+
+/// Where a block's branch is, and where it goes unless that is computed; distances from the start of its page.
+#[derive(Clone, Copy, Debug)]
+pub struct Site {
+    pub from: u64,
+    pub to: u64,
 }
 
 /// The stack's registers.
@@ -72,7 +100,6 @@ pub struct Lbr {
     pub info: [u64; ENTRIES],
     /// Core cycles at the last update.
     pub updated: u64,
-    /// What host code has recorded since it began to run.
     pub recent: Recent,
     /// Kinds of near branches that the filters keep off the stack at the privilege level that runs.
     pub suppressed: u32,
@@ -103,21 +130,24 @@ impl Lbr {
         };
     }
 
-    /// Puts what host code has recorded on the stack; it is `now`, in core cycles, and the budget is `budget`.
-    pub fn settle(&mut self, now: u64, budget: i64) {
-        let Recent { count, from, to, info } = &self.recent;
-        let time = |n: usize| now.wrapping_sub(i64::from(info[n % RECENT] as u32 as i32).wrapping_sub(budget) as u64);
-        let first = count.saturating_sub(ENTRIES);
+    /// Puts what host code has noted on the stack; it is `now`, in core cycles, and the budget is `budget`. `site` knows blocks by their
+    /// numbers.
+    pub fn settle(&mut self, now: u64, budget: i64, site: impl Fn(u32) -> Site) {
+        let recent = &self.recent;
+        let first = recent.count.saturating_sub(ENTRIES);
         if first > 0 {
-            self.updated = time(first - 1);
+            self.updated = now.wrapping_sub(recent.when_and_where(first, budget).0);
         }
-        for n in first..*count {
-            let (slot, own) = ((self.tos + 1 + n) % ENTRIES, n % RECENT);
-            let cycles = time(n).wrapping_sub(self.updated).min(CYCLES);
-            (self.from[slot], self.to[slot], self.info[slot]) = (from[own], to[own], cycles | info[own] & MISPREDICTED);
-            self.updated = time(n);
+        for n in first + 1..=recent.count {
+            let (slot, bits, (age, block)) = ((self.tos + n) % ENTRIES, recent.page[n % RECENT], recent.when_and_where(n, budget));
+            let (site, page, time) = (site(block), bits & !PAGE_OFFSET, now.wrapping_sub(age));
+            let cycles = time.wrapping_sub(self.updated).min(CYCLES);
+            self.from[slot] = page.wrapping_add(site.from);
+            self.to[slot] = if bits & recent::COMPUTED != 0 { recent.to[n % RECENT] } else { page.wrapping_add(site.to) };
+            self.info[slot] = cycles | if bits & recent::MISPREDICTED != 0 { MISPREDICTED } else { 0 };
+            self.updated = time;
         }
-        self.tos = (self.tos + count) % ENTRIES;
+        self.tos = (self.tos + recent.count) % ENTRIES;
         self.recent.count = 0;
     }
 

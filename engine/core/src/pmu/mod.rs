@@ -82,6 +82,8 @@ pub struct Pmu {
     /// An overflow's interrupt waits for the next instruction boundary that can take it.
     pub interrupt: bool,
     pub tally: Tally,
+    /// Mispredicted branches that host code has counted, and that are not in the tally yet.
+    pub mispredicted: u64,
     pub lbr: Lbr,
     pub predictor: Predictor,
     pub log: Option<BranchLog>,
@@ -125,6 +127,7 @@ impl Pmu {
             exact: false,
             interrupt: false,
             tally: Tally::default(),
+            mispredicted: 0,
             lbr: Lbr::default(),
             predictor: Predictor::default(),
             log: None,

@@ -61,6 +61,14 @@ impl Tally {
         stalled
     }
 
+    /// Adds the stalls of `mispredicted` branches at privilege level `cpl`; returns how many cycles they are.
+    pub fn add_stalls(&mut self, cpl: u8, mispredicted: u64) -> u64 {
+        let totals = &mut self.0[usize::from(cpl != 0)];
+        totals.stalled += mispredicted * MISPREDICTED;
+        totals.stalls += mispredicted;
+        mispredicted * MISPREDICTED
+    }
+
     /// Adds `turns` of a LOOP that are taken and predicted; returns the cycles for which they make the core stall.
     pub fn add_turns(&mut self, cpl: u8, turns: u64) -> u64 {
         let totals = &mut self.0[usize::from(cpl != 0)];

@@ -7,8 +7,8 @@ use softkvm_engine::model::Model;
 use softkvm_engine::state::{cr0, cr4, rflags, rights, seg, Segment};
 use softkvm_engine::uop::Stop;
 
+use super::arena::{read_only, DATA_OFFSET, DATA_PAGES, DATA_SIZE, READ_ONLY_OFFSET, SLOT_OFFSET, SLOT_PAGE_OFFSET};
 use super::common::{intercepted, Machine, CODE, DATA, RAM_SIZE};
-use super::host::{read_only, DATA_OFFSET, DATA_PAGES, DATA_SIZE, READ_ONLY_OFFSET, SLOT_OFFSET, SLOT_PAGE_OFFSET};
 use super::image::{Area, Fault, Image};
 use super::mode::{Mode, Place, USER_DATA};
 

@@ -10,35 +10,16 @@ use std::cell::Cell;
 use softkvm_engine::cpu::CodeSize;
 use softkvm_engine::state::rflags;
 
+use super::arena::{
+    arena, read_only, CONTEXT_PAGE, DATA_PAGE, DATA_PAGES, DATA_SIZE, PAGE, PAGES, READ_ONLY_PAGE, SLOT_OFFSET, SLOT_PAGE,
+    SLOT_PAGE_OFFSET, STUB_PAGE,
+};
 use super::image::{Area, Fault, Image};
 use super::mode::{Mode, Place, USER_CODE};
 
-const PAGE: usize = 4096;
-/// Pages of the arena by purpose; those not named are guards.
-const STUB_PAGE: usize = 0;
-const CONTEXT_PAGE: usize = 1;
-const SLOT_PAGE: usize = 2;
-const DATA_PAGE: usize = 4;
-const READ_ONLY_PAGE: usize = 7;
-const PAGES: usize = 9;
 const MAX_LENGTH: usize = 15;
 const LONGEST_JUMP: usize = 8;
 const INT3: u8 = 0xcc;
-
-/// Pages of operands that can be written.
-pub const DATA_PAGES: usize = 2;
-/// Bytes of operands that can be written.
-pub const DATA_SIZE: usize = DATA_PAGES * PAGE;
-/// Where in its page the instruction is.
-pub const SLOT_OFFSET: usize = 0x400;
-/// Where its page and the operands are in the arena.
-pub const SLOT_PAGE_OFFSET: u64 = (SLOT_PAGE * PAGE) as u64;
-pub const DATA_OFFSET: u64 = (DATA_PAGE * PAGE) as u64;
-/// Where the page that can only be read is, from the operands.
-pub const READ_ONLY_OFFSET: u64 = ((READ_ONLY_PAGE - DATA_PAGE) * PAGE) as u64;
-/// Where arenas are: below 2 GB, the same in every run, and far from each other, because bit offsets reach far.
-const ARENA: u64 = 0x10_0000;
-const ARENA_DISTANCE: u64 = 0x1000_0000;
 
 #[repr(C, align(64))]
 struct Context {
@@ -224,16 +205,6 @@ pub struct Oracle {
     store: u64,
     length: usize,
     mode: Mode,
-}
-
-/// Contents of the page that can only be read.
-pub fn read_only() -> Vec<u8> {
-    (0..PAGE as u64).step_by(8).flat_map(|at| at.wrapping_mul(0x0102_0408_1020_4081).to_le_bytes()).collect()
-}
-
-/// Where the arena of an oracle with this number is.
-pub fn arena(number: u16) -> u64 {
-    ARENA + ARENA_DISTANCE * u64::from(number)
 }
 
 /// An entry of the LDT as modify_ldt(2) takes it.

@@ -6,6 +6,7 @@
 //! `SOFTKVM_DIFFERENTIAL_UNICORN` is the path of libunicorn; without it the host is the only oracle.
 #![cfg(target_arch = "x86_64")]
 
+mod arena;
 #[path = "../common/mod.rs"]
 mod common;
 mod encode;
@@ -26,12 +27,13 @@ use softkvm_engine::cpu::CodeSize;
 use softkvm_engine::model::Model;
 use softkvm_engine::state::rflags;
 
+use arena::SLOT_OFFSET;
 use common::Random;
 use encode::Encoded;
 use explained::{explain, Case};
 use forms::{classify, family, Offers};
 use guest::{Guest, FLAGS};
-use host::{Oracle, SLOT_OFFSET};
+use host::Oracle;
 use image::Image;
 use ledger::Ledger;
 use unicorn::{Outcome, Unicorn};
@@ -211,7 +213,7 @@ impl Bench {
         if self.ledger.unexplained.len() >= DESCRIBED || self.ledger.unexplained.iter().filter(|text| text.starts_with(&name)).count() > 1 {
             return;
         }
-        let places: Vec<_> = (0..host::DATA_SIZE).filter(|n| self.oracle.data()[*n] != self.guest.data()[*n]).collect();
+        let places: Vec<_> = (0..arena::DATA_SIZE).filter(|n| self.oracle.data()[*n] != self.guest.data()[*n]).collect();
         let memory: Vec<_> = places.iter().map(|n| (*n, self.guest.data()[*n], self.oracle.data()[*n])).take(16).collect();
         let fault = case.host.fault;
         let inputs = case.before.differences(&Image::default());

@@ -5,7 +5,7 @@
 
 use softkvm_engine::cpu::CodeSize;
 
-use super::host::{DATA_OFFSET, SLOT_OFFSET, SLOT_PAGE_OFFSET};
+use super::arena::{DATA_OFFSET, SLOT_OFFSET, SLOT_PAGE_OFFSET};
 
 /// Selectors that Linux gives a process.
 pub const USER_CODE: u16 = 0x33;

@@ -12,10 +12,10 @@ use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind};
 use softkvm_engine::cpu::CodeSize;
 use softkvm_engine::state::rflags;
 
+use super::arena::{read_only, DATA_OFFSET, DATA_SIZE, READ_ONLY_OFFSET, SLOT_OFFSET, SLOT_PAGE_OFFSET};
 use super::encode::Encoded;
 use super::explained::{comparison, is_x87, undefined};
 use super::forms::family;
-use super::host::{read_only, DATA_OFFSET, DATA_SIZE, READ_ONLY_OFFSET, SLOT_OFFSET, SLOT_PAGE_OFFSET};
 use super::image::{Fault, Image};
 use super::mode::Mode;
 

@@ -3,10 +3,10 @@
 use iced_x86::{Instruction, InstructionInfo, InstructionInfoFactory, Mnemonic, OpKind, Register};
 use softkvm_engine::state::rflags;
 
+use super::arena::{DATA_OFFSET, DATA_SIZE, READ_ONLY_OFFSET};
 use super::common::vector::{float80, lanes};
 use super::common::Random;
 use super::encode::Encoded;
-use super::host::{DATA_OFFSET, DATA_SIZE, READ_ONLY_OFFSET};
 use super::image::Image;
 use super::mode::Mode;
 

@@ -2,33 +2,45 @@
 //! of fast ones, and blocks as host code.
 //!
 //! `SOFTKVM_INSN_WRITE` names a folder to which the tables of the user worlds are written from what the host's CPU does (`make insn-tables`).
-#![cfg(target_arch = "x86_64")]
+//! Only x86-64 hosts can write tables, and every host runs them.
 
+#[allow(dead_code)] // the differential test uses the rest
+#[path = "../differential/arena.rs"]
+mod arena;
 #[path = "../common/mod.rs"]
 mod common;
+#[cfg(target_arch = "x86_64")]
 #[path = "../differential/encode.rs"]
 mod encode;
+#[cfg(target_arch = "x86_64")]
 #[allow(dead_code)] // the differential test uses the rest
 #[path = "../differential/explained.rs"]
 mod explained;
+#[cfg(target_arch = "x86_64")]
 #[path = "../differential/forms.rs"]
 mod forms;
 #[path = "../differential/guest.rs"]
 mod guest;
+#[cfg(target_arch = "x86_64")]
 #[allow(dead_code)] // the same
 #[path = "../differential/host.rs"]
 mod host;
 #[allow(dead_code)] // the same
 #[path = "../differential/image.rs"]
 mod image;
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // who writes tables uses the rest
 #[path = "../differential/mode.rs"]
 mod mode;
+#[cfg(target_arch = "x86_64")]
 #[path = "../differential/values.rs"]
 mod values;
 
 mod system;
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // the same
 mod table;
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // the same
 mod user;
+#[cfg(target_arch = "x86_64")]
 mod write;
 
 use std::path::{Path, PathBuf};
@@ -83,8 +95,20 @@ fn finish(count: usize, failures: &[String]) {
     assert!(failures.is_empty(), "{} of {count} cases fail:\n{shown}", failures.len());
 }
 
+/// Whether the engine computes floating point in software.
+const IN_SOFTWARE: bool = cfg!(any(feature = "soft-float", not(target_arch = "x86_64")));
+
+/// Whether a case is of an instruction whose vendors bound the error and do not tell the result.
+fn approximates(case: &Case) -> bool {
+    use iced_x86::Mnemonic::*;
+    let bits = if case.world == "user64" { 64 } else { 32 };
+    let insn = iced_x86::Decoder::new(bits, &case.code, iced_x86::DecoderOptions::NONE).decode();
+    matches!(insn.mnemonic(), Rcpps | Rcpss | Rsqrtps | Rsqrtss | Vrcpps | Vrcpss | Vrsqrtps | Vrsqrtss)
+}
+
 #[test]
 fn instructions_of_a_process_do_what_the_tables_say() {
+    #[cfg(target_arch = "x86_64")]
     if let Some(folder) = std::env::var_os("SOFTKVM_INSN_WRITE") {
         write::write(Path::new(&folder));
     }
@@ -95,7 +119,7 @@ fn instructions_of_a_process_do_what_the_tables_say() {
         for tier in Tier::ALL {
             let guest = Guest::new(user::model(), mode);
             let mut guest = if tier == Tier::Translated { guest.translated() } else { guest };
-            for case in cases.iter().filter(|case| case.world == world) {
+            for case in cases.iter().filter(|case| case.world == world && !(IN_SOFTWARE && approximates(case))) {
                 let (found, wanted) = user::run(&mut guest, mode, case, tier);
                 check(case, tier, &found, &wanted, &mut failures);
                 count += 1;

@@ -3,8 +3,8 @@
 use softkvm_engine::cpu::CodeSize;
 use softkvm_engine::model::Model;
 
+use super::arena::{arena, DATA_OFFSET, DATA_SIZE};
 use super::guest::{Guest, FLAGS};
-use super::host::{arena, DATA_OFFSET, DATA_SIZE};
 use super::image::Image;
 use super::mode::Mode;
 use super::table::{Case, Memory, State};

@@ -25,6 +25,7 @@ _TOOLS = ("apt-get", "apt-cache", "dpkg-deb")
 _HINT = "`softkvm run --selftest` needs neither network nor apt"
 _TRANSIENT = re.compile(r"Hash Sum mismatch|unexpected size|\b50[0234]\b|timed out|Connection (failed|reset|refused)|Undetermined Error")
 """What apt says of a mirror that is being updated or has too much to do, after its own attempts."""
+_UNKNOWN = re.compile(r"Unable to locate package (\S+)")
 _PAUSES = (2.0, 10.0)
 """In seconds, before the second and the third attempt at such a mirror."""
 
@@ -99,6 +100,8 @@ class Apt:
             )
             if result.returncode == 0:
                 break
+            if unknown := _UNKNOWN.search(result.stderr):
+                raise _not_offered(unknown[1])
             if pause is None or not _TRANSIENT.search(result.stderr):
                 raise GuestUnavailable(f"{tool} {arguments[0]} failed ({_first_error(result.stderr)}); {_HINT}")
             self._progress(f"{_first_error(result.stderr)}; another attempt in {pause:.0f} seconds")
@@ -136,9 +139,13 @@ def read_member(archive: Path, member: re.Pattern[str]) -> tuple[str, bytes]:
 def _parse_stanza(name: str, text: str) -> Package:
     fields = dict(re.findall(r"^([A-Za-z-]+): (.*)$", text, re.MULTILINE))
     if "Version" not in fields:
-        raise GuestUnavailable(f"this machine's apt sources do not offer the package {name}; softkvm's default guest is Debian's")
+        raise _not_offered(name)
     names = (re.split(r"[ (|:]", dependency.strip(), maxsplit=1)[0] for dependency in fields.get("Depends", "").split(","))
     return Package(name, fields["Version"], tuple(filter(None, names)))
+
+
+def _not_offered(package: str) -> GuestUnavailable:
+    return GuestUnavailable(f"this machine's apt sources do not offer the package {package}; softkvm's default guest is Debian's")
 
 
 def _first_error(text: str) -> str:

@@ -6,7 +6,7 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use crate::cpu::Cpu;
-use crate::exec::sse::host::simd;
+use crate::exec::float::unit::simd;
 use crate::exec::sse::operand::{halves, vex_source, Source};
 use crate::uop::{Exec, Handler, Uop};
 

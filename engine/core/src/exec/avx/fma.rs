@@ -1,10 +1,9 @@
-//! Fused multiply-add (SDM vol. 1, 14.5), on the host's own FMA unit under the guest's MXCSR: the model offers it only where the host has
-//! it. The order of the operands decides which of several NaNs is the result, so each form is its own host instruction.
+//! Fused multiply-add (SDM vol. 1, 14.5). The model offers it only where the host's units compute and have it, or where software does. The order of the operands decides which of several NaNs is the result, so each form is its own host instruction.
 
 use iced_x86::{Instruction, Mnemonic};
 
 use crate::cpu::Cpu;
-use crate::exec::sse::host::simd_ternary;
+use crate::exec::float::unit::simd_ternary;
 use crate::exec::sse::operand::{vex_source, Source};
 use crate::uop::{Exec, Handler, Uop};
 
@@ -26,8 +25,8 @@ fn fused<O: Ternary, S: Source>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     Ok(())
 }
 
-/// Declares operations that are one host instruction each, and the `handler` that picks among them.
-macro_rules! host_operations {
+/// Declares operations that are one instruction of the unit each, and the `handler` that picks among them.
+macro_rules! operations {
     ($($mnemonic:ident => $op:literal;)*) => {
         /// The handler of an instruction of this file.
         pub fn handler(insn: &Instruction) -> Option<Handler> {
@@ -48,7 +47,7 @@ macro_rules! host_operations {
     };
 }
 
-host_operations! {
+operations! {
     Vfmadd132ps => "vfmadd132ps";
     Vfmadd132pd => "vfmadd132pd";
     Vfmadd132ss => "vfmadd132ss";

@@ -1,10 +1,11 @@
-//! F16C: VCVTPH2PS and VCVTPS2PH (SDM vol. 1, 14.4), on the host's own unit: the model offers them only where the host has them.
+//! F16C: VCVTPH2PS and VCVTPS2PH (SDM vol. 1, 14.4). The model offers them only where the host's units compute and have
+//! them, or where software does.
 
 use iced_x86::{Instruction, Mnemonic};
 
 use crate::cpu::Cpu;
-use crate::exec::sse::exact;
-use crate::exec::sse::host::{self, mxcsr, simd};
+use crate::exec::float::mxcsr;
+use crate::exec::float::unit::{halve, simd};
 use crate::exec::sse::operand::{is_memory, is_ymm, Source, VexMemory, VexRegister};
 use crate::paging::AccessKind;
 use crate::uop::{Exec, Handler, Uop};
@@ -47,38 +48,6 @@ fn halved<const HALVES: usize>(cpu: &Cpu, uop: &Uop) -> (u128, u32) {
     let (low, raised) = halve(control, low);
     let (high, more) = if HALVES == 2 { halve(control, high) } else { (0, 0) };
     (high << 64 | low, raised | more)
-}
-
-/// Four single-precision numbers as half-precision ones, and the flags raised.
-fn halve(control: u32, source: u128) -> (u128, u32) {
-    let run = |source: u128| {
-        let (result, raised) = host::simd_once!(host::control(control), "vcvtps2ph", host::register(0), host::register(source), imm 4);
-        let tiny = host::traps_underflow(control) && is_tiny(control, source);
-        (host::value(result), raised | if tiny { mxcsr::UNDERFLOW } else { 0 })
-    };
-    let (result, flags) = run(source);
-    let settled = || exact::settle("vcvtps2ph", control, [source], |[source]| run(source).1);
-    (result, if exact::traps(control, flags) { settled() } else { flags })
-}
-
-/// Whether a single-precision number becomes a half-precision one that is not zero and, rounded to its precision but with any exponent, below
-/// the normal ones (SDM vol. 1, 4.9.1.5). The instruction ignores flush-to-zero, which tells that of others.
-fn is_tiny(control: u32, source: u128) -> bool {
-    /// Exponent field of 2^-15, the last below the normal numbers, and by how much to move it among them.
-    const BELOW: u32 = 112;
-    const UP: u32 = 10;
-    const EXPONENT: u32 = 23;
-    (0..4).map(|n| (source >> (32 * n)) as u32).any(|single| {
-        match single >> EXPONENT & 0xff {
-            0 => single << 9 != 0 && control & mxcsr::DAZ == 0,
-            BELOW => {
-                let (moved, _) = simd!(control | mxcsr::MASKS, "vcvtps2ph", 0, u128::from(single + (UP << EXPONENT)), imm 4);
-                // 2^-14 moved up is 2^-4, whose half-precision exponent field is 11.
-                moved as u32 >> 10 & 0x1f < 11
-            }
-            exponent => exponent < BELOW,
-        }
-    })
 }
 
 fn to_half<const HALVES: usize>(cpu: &mut Cpu, uop: &Uop) -> Exec {

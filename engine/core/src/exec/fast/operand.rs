@@ -1,6 +1,7 @@
 //! Memory operands of fast handlers: the forms of an address, and accesses that the TLB covers.
 
 use crate::cpu::Cpu;
+use crate::memory::order;
 use crate::paging::AccessKind;
 use crate::state::seg;
 use crate::uop::{slot, Uop};
@@ -68,7 +69,7 @@ pub(super) use {by_address, by_width_chained};
 pub fn load<A: Address, T: Plain>(cpu: &Cpu, uop: &Uop) -> Option<T> {
     let host = cpu.cached(A::linear(cpu, uop), size_of::<T>() as u64, AccessKind::Read)?;
     // SAFETY: a read tag means that the page is mapped RAM as long as the tag stands, and the access is inside it.
-    Some(unsafe { host.cast::<T>().read_unaligned() })
+    Some(unsafe { order::load(host.cast::<T>()) })
 }
 
 /// Where the operand may be written, if the TLB covers it.
@@ -85,11 +86,11 @@ impl<W: Word> Place<W> {
     #[inline(always)]
     pub fn read(self) -> W {
         // SAFETY: `place` made it from a write tag, which means mapped RAM as long as the tag stands; no TLB change came between.
-        unsafe { self.0.read_unaligned() }
+        unsafe { order::load(self.0) }
     }
     #[inline(always)]
     pub fn write(self, value: W) {
         // SAFETY: as in `read`.
-        unsafe { self.0.write_unaligned(value) }
+        unsafe { order::store(self.0, value) }
     }
 }

@@ -5,6 +5,7 @@ use iced_x86::{Code, Instruction, Mnemonic};
 use super::{chained, Outcome};
 use crate::cpu::Cpu;
 use crate::exec::select::width;
+use crate::memory::order;
 use crate::paging::AccessKind;
 use crate::state::gpr;
 use crate::uop::{Exec, Handler, Stop, Uop};
@@ -25,7 +26,7 @@ fn push(cpu: &mut Cpu, value: u64) -> Outcome {
     let top = cpu.gpr(gpr::RSP).wrapping_sub(8);
     let Some(host) = cpu.cached(top, 8, AccessKind::Write) else { return Outcome::GiveUp };
     // SAFETY: a write tag means that the page is mapped RAM as long as the tag stands, and the access is inside it.
-    unsafe { host.cast::<u64>().write_unaligned(value) };
+    unsafe { order::store(host.cast::<u64>(), value) };
     cpu.set_gpr(gpr::RSP, top);
     Outcome::Done
 }
@@ -35,7 +36,7 @@ fn push(cpu: &mut Cpu, value: u64) -> Outcome {
 fn top(cpu: &Cpu) -> Option<u64> {
     let host = cpu.cached(cpu.gpr(gpr::RSP), 8, AccessKind::Read)?;
     // SAFETY: a read tag means that the page is mapped RAM as long as the tag stands, and the access is inside it.
-    Some(unsafe { host.cast::<u64>().read_unaligned() })
+    Some(unsafe { order::load(host.cast::<u64>()) })
 }
 
 #[inline(always)]

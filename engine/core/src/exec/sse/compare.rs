@@ -3,9 +3,9 @@
 use iced_x86::{Code, Instruction, Mnemonic};
 
 use super::float::{float, Float};
-use super::host::{simd, simd_compare};
 use super::operand::{legacy_source, vector_source, Source};
 use crate::cpu::Cpu;
+use crate::exec::float::unit::{simd, simd_compare};
 use crate::flags::Flags;
 use crate::state::rflags::{CF, PF, ZF};
 use crate::uop::{Exec, Handler, Uop};

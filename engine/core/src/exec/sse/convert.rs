@@ -2,9 +2,9 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
-use super::host::{simd, simd_from_integer, simd_to_integer};
 use super::operand::{by_encoding, is_memory, legacy_source, vector_source, Encoding, Source};
 use crate::cpu::Cpu;
+use crate::exec::float::unit::{simd, simd_from_integer, simd_to_integer};
 use crate::model::Silicon;
 use crate::uop::{Exec, Handler, Uop};
 use crate::word::Word;
@@ -127,7 +127,7 @@ fn from_memory<W: Word, O: FromInteger, E: Encoding>(cpu: &mut Cpu, uop: &Uop) -
     convert_from::<O, E>(cpu, uop, value)
 }
 
-/// A 32-bit result clears the upper half of its register on the host already.
+/// A 32-bit result comes with the upper half of its register clear.
 fn to_integer<O: ToInteger, S: Source>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     S::require(cpu)?;
     let b = S::xmm(cpu, uop)?;

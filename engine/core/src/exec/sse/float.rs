@@ -2,9 +2,9 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
-use super::host::simd;
 use super::operand::{is_memory, is_ymm, vector_source, vex_source, Source, VexMemory, VexRegister};
 use crate::cpu::Cpu;
+use crate::exec::float::unit::simd;
 use crate::uop::{Exec, Handler, Uop};
 
 /// An operation on two XMM registers under an MXCSR: the new first register, and the exception flags raised.
@@ -59,8 +59,8 @@ fn form<O: Float>(insn: &Instruction) -> Handler {
     }
 }
 
-/// Declares operations that are one host instruction each, and the `handler` that picks among them.
-macro_rules! host_operations {
+/// Declares operations that are one instruction of the unit each, and the `handler` that picks among them.
+macro_rules! operations {
     ($($($mnemonic:ident)|+ => $op:literal;)*) => {
         /// The handler of an instruction of this file.
         pub fn handler(insn: &Instruction) -> Option<Handler> {
@@ -81,7 +81,7 @@ macro_rules! host_operations {
     };
 }
 
-host_operations! {
+operations! {
     Addps | Vaddps => "addps";
     Addpd | Vaddpd => "addpd";
     Addss | Vaddss => "addss";

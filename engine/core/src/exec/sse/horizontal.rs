@@ -3,10 +3,10 @@
 use iced_x86::{Instruction, Mnemonic};
 
 use super::float::{float, Float};
-use super::host::simd;
 use super::lanes::{build, Lane};
 use super::operand::{halves, vector_source, Source, Vector};
 use crate::cpu::Cpu;
+use crate::exec::float::unit::simd;
 use crate::uop::{Exec, Handler, Uop};
 
 /// The handler of an instruction of this file.

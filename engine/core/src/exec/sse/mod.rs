@@ -2,8 +2,7 @@
 //! and 14; vol. 2). What VEX alone can say is in `exec::avx`.
 //!
 //! Integer operations are portable functions on lanes of `[u8; N]`: 8 bytes are an MMX register, 16 an XMM register or half of a YMM
-//! register. Floating point runs on the host's own SSE2 under the guest's
-//! MXCSR (`host`), so it is bit exact.
+//! register. Floating point is `exec::float`'s.
 
 mod aes;
 mod bitwise;
@@ -11,13 +10,11 @@ mod clmul;
 mod compare;
 mod control;
 mod convert;
-pub(in crate::exec) mod exact;
 mod extend;
 mod extract;
 pub(in crate::exec) mod float;
 pub(in crate::exec) mod form;
 mod horizontal;
-pub(in crate::exec) mod host;
 mod integer;
 pub(in crate::exec) mod lanes;
 mod moves;

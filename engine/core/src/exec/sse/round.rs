@@ -2,10 +2,10 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
-use super::host::mxcsr::{FLAGS, ROUNDING_SHIFT};
 use super::lanes::{build, Lane};
 use super::operand::{halves, vector_source, Source};
 use crate::cpu::Cpu;
+use crate::exec::float::mxcsr::{DAZ, FLAGS, INVALID, PRECISION, ROUNDING_SHIFT};
 use crate::uop::{Exec, Handler, Uop};
 
 /// The handler of an instruction of this file.
@@ -32,10 +32,6 @@ impl Width for Scalar {
     const LANES: usize = 1;
 }
 
-const INVALID: u32 = 1;
-const PRECISION: u32 = 1 << 5;
-/// MXCSR.DAZ: denormal operands are zero.
-const DENORMALS_ARE_ZERO: u32 = 1 << 6;
 /// Immediate: round as MXCSR says; do not report inexact results.
 const BY_MXCSR: u64 = 4;
 const QUIET: u64 = 8;
@@ -112,7 +108,7 @@ fn round<F: Float, W: Width, S: Source>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     let a = S::first(cpu, uop).map(u128::to_le_bytes);
     let mxcsr = cpu.state.fpu.mxcsr;
     let mode = if uop.imm & BY_MXCSR != 0 { mxcsr >> ROUNDING_SHIFT & 3 } else { uop.imm as u32 & 3 };
-    let lane = |half: usize, n| round_lane::<F>(F::get(&b[half], n).bits(), mode, mxcsr & DENORMALS_ARE_ZERO != 0);
+    let lane = |half: usize, n| round_lane::<F>(F::get(&b[half], n).bits(), mode, mxcsr & DAZ != 0);
     let lanes = W::LANES.min(16 / F::BYTES);
     let raised = (0..S::HALVES * lanes).fold(0, |flags, n| flags | lane(n / lanes, n % lanes).1);
     let hidden = if uop.imm & QUIET != 0 { PRECISION } else { 0 };

@@ -2,8 +2,8 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::host::Operation;
 use crate::cpu::Cpu;
+use crate::exec::float::frame::Operation;
 use crate::uop::{Exec, Handler, Uop};
 use crate::word::Word;
 
@@ -11,8 +11,8 @@ use crate::word::Word;
 macro_rules! forms {
     ($($module:ident => $float:literal $integer:literal;)*) => {$(
         mod $module {
-            use crate::exec::x87::host::host_operations;
-            host_operations! {
+            use crate::exec::float::unit::x87_operations;
+            x87_operations! {
                 Registers => concat!($float, " st(0), st(1)");
                 Single => concat!($float, " dword ptr [{frame} + 32]");
                 Double => concat!($float, " qword ptr [{frame} + 32]");

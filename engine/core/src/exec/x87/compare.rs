@@ -5,16 +5,17 @@
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
 use super::control::set_conditions;
-use super::host::{host_operations, Float80, Operation};
 use super::stack::status::{C0, C1, C2, C3, CONDITIONS};
 use crate::cpu::Cpu;
+use crate::exec::float::frame::{Float80, Operation};
+use crate::exec::float::unit::x87_operations;
 use crate::flags::Flags;
 use crate::model::Silicon;
 use crate::state::rflags::{CF, PF, ZF};
 use crate::uop::{Exec, Handler, Uop};
 use crate::word::Word;
 
-host_operations! {
+x87_operations! {
     Ordered => "fcom st(1)";
     Unordered => "fucom st(1)";
     Single => "fcom dword ptr [{frame} + 32]";

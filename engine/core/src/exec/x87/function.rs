@@ -1,16 +1,17 @@
 //! FSQRT, FABS, FCHS, FRNDINT, FSCALE, FPREM, FXTRACT, and the transcendental instructions (SDM vol. 1, 8.3.5 to 8.3.8).
 //!
-//! Transcendental results are the host unit's: they may differ from another vendor's in the last bit, as silicon does.
+//! Transcendental results are the unit's: they may differ from another vendor's in the last bit, as silicon does.
 
 use iced_x86::{Instruction, Mnemonic};
 
 use super::control::set_conditions;
-use super::host::{host_operations, Operation, INDEFINITE};
 use super::stack::status::{C0, C1, C2, C3, INVALID, STACK_FAULT};
 use crate::cpu::Cpu;
+use crate::exec::float::frame::{Operation, INDEFINITE};
+use crate::exec::float::unit::x87_operations;
 use crate::uop::{Exec, Handler, Uop};
 
-host_operations! {
+x87_operations! {
     Chs => "fchs";
     Abs => "fabs";
     Sqrt => "fsqrt";
@@ -90,7 +91,7 @@ fn with_second<O: Operation, const CONDITIONS: u16>(cpu: &mut Cpu, uop: &Uop) ->
     Ok(())
 }
 
-/// `ST(1) = f(ST(0), ST(1))`, then a pop. An instruction that an unmasked exception stopped has not popped on the host either.
+/// `ST(1) = f(ST(0), ST(1))`, then a pop. An instruction that an unmasked exception stopped has not popped in the unit either.
 fn into_second<O: Operation>(cpu: &mut Cpu, uop: &Uop) -> Exec {
     cpu.begin_x87()?;
     let (Some(st0), Some(st1)) = (cpu.st(0), cpu.st(1)) else {

@@ -2,15 +2,16 @@
 
 use iced_x86::{Instruction, Mnemonic, OpKind};
 
-use super::host::{float80, host_operations, Float80, Operation, INDEFINITE};
 use super::stack::status::{EXCEPTIONS, INVALID, OVERFLOW, STACK_FAULT, UNDERFLOW};
 use crate::cpu::Cpu;
+use crate::exec::float::frame::{float80, Float80, Operation, INDEFINITE};
+use crate::exec::float::unit::x87_operations;
 use crate::paging::AccessKind;
 use crate::uop::{Exec, Handler, Uop};
 use crate::word::Plain;
 
 // The loads replace ST(0) so that the frame has the value in `st0`.
-host_operations! {
+x87_operations! {
     LoadSingle => "fld dword ptr [{frame} + 32]";
     LoadDouble => "fld qword ptr [{frame} + 32]";
     LoadShort => "fild word ptr [{frame} + 32]";

@@ -1,16 +1,17 @@
 //! The x87 unit (SDM vol. 1, ch. 8).
 //!
-//! Arithmetic runs on the host's x87 under the guest's control word (`host`), so results and status bits are exact, with masked and with
-//! unmasked exceptions. The stack, tags and the pending-exception protocol are here.
+//! Arithmetic is `exec::float`'s, under the guest's control word, so results and status bits are exact, with masked and with unmasked
+//! exceptions. The stack, tags and the pending-exception protocol are here.
 
 mod arithmetic;
 mod compare;
 mod control;
 mod environment;
 mod function;
-pub(crate) mod host;
 mod load;
 mod stack;
+
+pub(in crate::exec) use stack::status;
 
 use iced_x86::{Instruction, Mnemonic};
 

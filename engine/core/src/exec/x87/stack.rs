@@ -1,7 +1,7 @@
 //! The register stack, its tags, and the exceptions that wait in the status word (SDM vol. 1, 8.1 and 8.5).
 
-use super::host::{Float80, Frame, Operation, INDEFINITE};
 use crate::cpu::Cpu;
+use crate::exec::float::frame::{Float80, Frame, Operation, INDEFINITE};
 use crate::fault::vector;
 use crate::paging::AccessKind;
 use crate::state::{cr0, seg};
@@ -127,7 +127,7 @@ impl Cpu {
         }
     }
 
-    /// Runs `O` on the host with this ST(0) and ST(1).
+    /// Runs `O` on this ST(0) and ST(1).
     #[inline]
     pub(super) fn operate<O: Operation>(&self, st0: Float80, st1: Float80, memory: &[u8]) -> Frame {
         let mut frame = Frame::new(self.state.fpu.fcw, st0, st1).with_memory(memory);

@@ -5,7 +5,7 @@
 //! that overflow or underflow unmasked are looked at again one by one, as integers: a result is exact if its bits, from the first to the
 //! last that is set, are not more than the precision.
 
-use super::host::mxcsr;
+use crate::exec::float::mxcsr;
 
 /// Whether `flags` have an overflow or underflow that is unmasked under `guest`.
 #[inline(always)]
@@ -174,7 +174,8 @@ impl Number {
 
 #[cfg(test)]
 mod tests {
-    use crate::exec::sse::host::{mxcsr, simd, simd_ternary};
+    use crate::exec::float::host::sse::{simd, simd_ternary};
+    use crate::exec::float::mxcsr;
 
     /// MXCSR with overflow and underflow unmasked.
     const GUEST: u32 = mxcsr::MASKS & !((mxcsr::OVERFLOW | mxcsr::UNDERFLOW) << mxcsr::MASK_SHIFT);
