@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status.OWN_ERROR
     except Exception as error:  # a bug in softkvm, whatever it is: the last line of defence before a traceback
         return _bug(error)
+    finally:
+        if arguments is None:
+            gc.freeze()  # the process ends, and with it all that is left: Python would look through that for cycles several times
 
 
 def _open_missing_streams() -> None:
