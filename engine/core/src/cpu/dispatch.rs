@@ -290,15 +290,21 @@ impl Cpu {
         if !self.waivers.is_empty() {
             return None;
         }
-        let privilege = self.privilege();
-        let here = self.cached(rip, 1, AccessKind::Fetch);
-        let host = here.or_else(|| self.tlb.recall(privilege, rip, AccessKind::Fetch).then(|| self.cached(rip, 1, AccessKind::Fetch))?)?;
+        let host = self.cached(rip, 1, AccessKind::Fetch).or_else(|| self.recalled(rip))?;
         let key = self.code_key(host as u64);
         // SAFETY: the cache forgets blocks before they are freed.
         let whole = |block: &*mut Block| unsafe { (**block).second_page }.is_none();
         let block = self.code.last_at(rip, &key).or_else(|| self.code.find(&key)).filter(whole)?;
         self.remember(rip, rip, block);
         Some(block)
+    }
+
+    /// Where code at `rip` is that the second way of the TLB knows.
+    #[cfg(target_arch = "x86_64")]
+    #[cold]
+    fn recalled(&mut self, rip: u64) -> Option<*mut u8> {
+        let known = self.tlb.recall(self.privilege(), rip, AccessKind::Fetch);
+        known.then(|| self.cached(rip, 1, AccessKind::Fetch))?
     }
 
     #[cold]
