@@ -3,7 +3,9 @@
 mod common;
 
 use common::system::{KERNEL_CODE, USER_CODE_32};
-use common::{Machine, CODE};
+use common::Machine;
+#[cfg(target_arch = "x86_64")]
+use common::CODE;
 #[cfg(target_arch = "x86_64")]
 use iced_x86::Mnemonic;
 use softkvm_engine::cpu::CodeSize;
