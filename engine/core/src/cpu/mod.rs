@@ -1,5 +1,6 @@
 //! One CPU: the registers while they run, and everything that the core caches about the guest.
 
+mod blocks;
 pub mod breakpoint;
 pub mod clock;
 pub mod coherence;
@@ -163,8 +164,8 @@ pub struct Cpu {
     pub unknown_opcodes: std::collections::HashSet<u16>,
 }
 
-// SAFETY: `active_table`, `kernel_tables` and `user_table` point into `tlb` and `at` into `code`, which move between threads together with the CPU, and `bitmaps` is null
-// outside a run.
+// SAFETY: `active_table`, `kernel_tables` and `user_table` point into `tlb` and `at` into `code`, which move between threads together with
+// the CPU, and `bitmaps` is null outside a run.
 unsafe impl Send for Cpu {}
 
 impl Cpu {

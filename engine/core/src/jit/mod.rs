@@ -31,6 +31,7 @@ mod arena;
 mod asm;
 pub mod backend;
 mod block;
+mod branches;
 mod calls;
 mod emit;
 mod exits;

@@ -1,4 +1,5 @@
-//! Fused multiply-add (SDM vol. 1, 14.5). The model offers it only where the host's units compute and have it, or where software does. The order of the operands decides which of several NaNs is the result, so each form is its own host instruction.
+//! Fused multiply-add (SDM vol. 1, 14.5). The model offers it only where the host's units compute and have it, or where software does. The
+//! order of the operands decides which of several NaNs is the result, so each form is its own host instruction.
 
 use iced_x86::{Instruction, Mnemonic};
 
