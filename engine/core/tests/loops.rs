@@ -4,21 +4,14 @@
 
 mod common;
 
-use common::{Machine, Random, CODE, STACK_TOP};
+use common::pages::{Pages, PAGE};
+use common::{Machine, Random, STACK_TOP};
 use softkvm_engine::state::gpr;
 
-const PAGE: u64 = 4096;
-/// Linear pages that the loops are in, with nothing on either side, and frames of which each is the memory of one.
-const PLACE: u64 = 0x18_0000;
-const FRAMES: u64 = 0x30_0000;
-const PAGES: u64 = 8;
-/// Frames in the order of the pages: some are behind each other, some are not.
-const ORDER: [u64; PAGES as usize] = [2, 3, 0, 7, 6, 1, 4, 5];
-const READ_ONLY: u64 = 6;
+/// Some frames are behind each other, some are not.
+const PAGES: Pages = Pages { frames: &[2, 3, 0, 7, 6, 1, 4, 5], read_only: 6 };
 const PROGRAMS: u64 = 500;
 const RUNS: u64 = 6;
-/// Bytes from one program to the next.
-const DISTANCE: u64 = 128;
 
 /// What a turn is made of. RBX moves; RSI, RDI, R13 and R15 are addresses, and so is RSP.
 const PIECES: [&[u8]; 20] = [
@@ -87,29 +80,9 @@ fn program(random: &mut Random) -> Vec<u8> {
     code
 }
 
-fn machine(tier: Option<u32>, programs: &[Vec<u8>]) -> Machine {
-    let mut machine = Machine::new();
-    machine.cpu.control.exception_bitmap = u32::MAX;
-    machine.cpu.set_translator(tier);
-    for (n, frame) in ORDER.into_iter().enumerate() {
-        let (la, gpa) = (PLACE + n as u64 * PAGE, FRAMES + frame * PAGE);
-        if n as u64 == READ_ONLY {
-            machine.map_read_only(la, gpa);
-        } else {
-            machine.map(la, gpa);
-        }
-    }
-    machine.unmap(PLACE - PAGE);
-    machine.unmap(PLACE + PAGES * PAGE);
-    for (at, code) in (CODE..).step_by(DISTANCE as usize).zip(programs) {
-        machine.poke(at, code);
-    }
-    machine
-}
-
 /// Somewhere in the pages, and not seldom at an edge.
 fn address(random: &mut Random) -> u64 {
-    let page = PLACE + PAGE * random.below(PAGES);
+    let page = PAGES.any(random);
     match random.below(3) {
         0 => page + random.below(PAGE),
         1 => page + 16 * random.below(PAGE / 16),
@@ -117,11 +90,7 @@ fn address(random: &mut Random) -> u64 {
     }
 }
 
-/// What a run leaves behind: registers, RIP, RFLAGS, the exit, the number of instructions, memory.
-type Outcome = (Vec<u64>, u64, u64, u32, u64, Vec<u8>);
-
-fn outcome(machine: &mut Machine, at: u64, random: &mut Random) -> Outcome {
-    machine.slice(FRAMES, (PAGES * PAGE) as usize).iter_mut().enumerate().for_each(|(n, byte)| *byte = (n * 7) as u8 ^ (n >> 5) as u8);
+fn prepare(machine: &mut Machine, random: &mut Random) {
     for n in 0..16 {
         let value = match n {
             gpr::RSI | gpr::RDI | 13 | 15 => address(random),
@@ -134,33 +103,12 @@ fn outcome(machine: &mut Machine, at: u64, random: &mut Random) -> Outcome {
         };
         machine.cpu.set_gpr(n, value);
     }
-    machine.set_flags(random.next() & 0x8d5);
-    machine.set_rip(at);
     machine.cpu.budget = if random.below(2) == 0 { random.below(400) as i64 } else { 5000 };
-    let before = machine.cpu.instructions();
-    machine.cpu.run();
-    let registers = (0..16).map(|n| machine.cpu.gpr(n)).chain([machine.cpu.state.cr2]).collect();
-    let memory = machine.peek(FRAMES, (PAGES * PAGE) as usize);
-    let cpu = &machine.cpu;
-    (registers, cpu.rip(), cpu.rflags(), cpu.exit.reason, cpu.instructions() - before, memory)
 }
 
 #[test]
 fn turns_are_those_of_the_interpreter() {
     let mut random = Random::new(1);
     let programs: Vec<Vec<u8>> = (0..PROGRAMS).map(|_| program(&mut random)).collect();
-    let mut machines = [None, Some(1)].map(|tier| machine(tier, &programs));
-    for (n, code) in programs.iter().enumerate() {
-        for run in 0..RUNS {
-            let (at, seed) = (CODE + n as u64 * DISTANCE, n as u64 * RUNS + run);
-            let [wanted, found] = machines.each_mut().map(|machine| outcome(machine, at, &mut Random::new(seed)));
-            assert_eq!(wanted.0, found.0, "registers of program {n}, run {run}: {code:02x?}");
-            assert_eq!(
-                (wanted.1, wanted.2, wanted.3, wanted.4),
-                (found.1, found.2, found.3, found.4),
-                "program {n}, run {run}: {code:02x?}"
-            );
-            assert!(wanted.5 == found.5, "memory of program {n}, run {run}: {code:02x?}");
-        }
-    }
+    PAGES.compare(&programs, RUNS, prepare);
 }

@@ -4,20 +4,14 @@
 
 mod common;
 
-use common::{Machine, Random, CODE};
+use common::pages::{Pages, PAGE};
+use common::{Machine, Random};
 use softkvm_engine::state::gpr;
 
-const PAGE: u64 = 4096;
-/// Linear pages that the accesses are in, with nothing on either side, and frames of which each is the memory of one.
-const PLACE: u64 = 0x18_0000;
-const FRAMES: u64 = 0x30_0000;
-/// Frames in the order of the pages: none is behind the one before.
-const ORDER: [u64; 4] = [2, 0, 3, 1];
-const READ_ONLY: usize = 2;
+/// No frame is behind the one before.
+const PAGES: Pages = Pages { frames: &[2, 0, 3, 1], read_only: 2 };
 const PROGRAMS: u64 = 600;
 const RUNS: u64 = 8;
-/// Bytes from one program to the next.
-const DISTANCE: u64 = 128;
 
 /// Bases RBX, RSP and R12 and what is done with them.
 const PIECES: [&[u8]; 28] = [
@@ -64,29 +58,9 @@ fn program(random: &mut Random) -> Vec<u8> {
     code
 }
 
-fn machine(tier: Option<u32>, programs: &[Vec<u8>]) -> Machine {
-    let mut machine = Machine::new();
-    machine.cpu.control.exception_bitmap = u32::MAX;
-    machine.cpu.set_translator(tier);
-    for (n, frame) in ORDER.into_iter().enumerate() {
-        let (la, gpa) = (PLACE + n as u64 * PAGE, FRAMES + frame * PAGE);
-        if n == READ_ONLY {
-            machine.map_read_only(la, gpa);
-        } else {
-            machine.map(la, gpa);
-        }
-    }
-    machine.unmap(PLACE - PAGE);
-    machine.unmap(PLACE + ORDER.len() as u64 * PAGE);
-    for (at, code) in (CODE..).step_by(DISTANCE as usize).zip(programs) {
-        machine.poke(at, code);
-    }
-    machine
-}
-
 /// Somewhere in the pages, and mostly at an edge.
 fn address(random: &mut Random) -> u64 {
-    let page = PLACE + PAGE * random.below(ORDER.len() as u64);
+    let page = PAGES.any(random);
     match random.below(4) {
         0 => page + random.below(PAGE),
         1 => page + 16 * random.below(8),
@@ -94,44 +68,18 @@ fn address(random: &mut Random) -> u64 {
     }
 }
 
-/// What a run leaves behind: registers, RIP, RFLAGS, the exit, the number of instructions, memory.
-type Outcome = (Vec<u64>, u64, u64, u32, u64, Vec<u8>);
-
-fn outcome(machine: &mut Machine, at: u64, random: &mut Random) -> Outcome {
-    let size = ORDER.len() * PAGE as usize;
-    machine.slice(FRAMES, size).iter_mut().enumerate().for_each(|(n, byte)| *byte = (n * 7) as u8 ^ (n >> 5) as u8);
+fn prepare(machine: &mut Machine, random: &mut Random) {
     for n in 0..16 {
         let value = if [gpr::RBX, gpr::RSP, 12].contains(&n) { address(random) } else { random.operand() };
         machine.cpu.set_gpr(n, value);
     }
     machine.cpu.set_gpr(gpr::RCX, 1 + random.below(20));
-    machine.set_flags(random.next() & 0x8d5);
-    machine.set_rip(at);
     machine.cpu.budget = 1000;
-    let before = machine.cpu.instructions();
-    machine.cpu.run();
-    let registers = (0..16).map(|n| machine.cpu.gpr(n)).chain([machine.cpu.state.cr2]).collect();
-    let memory = machine.peek(FRAMES, size);
-    let cpu = &machine.cpu;
-    (registers, cpu.rip(), cpu.rflags(), cpu.exit.reason, cpu.instructions() - before, memory)
 }
 
 #[test]
 fn accesses_beside_each_other_are_those_of_the_interpreter() {
     let mut random = Random::new(2);
     let programs: Vec<Vec<u8>> = (0..PROGRAMS).map(|_| program(&mut random)).collect();
-    let mut machines = [None, Some(1)].map(|tier| machine(tier, &programs));
-    for (n, code) in programs.iter().enumerate() {
-        for run in 0..RUNS {
-            let (at, seed) = (CODE + n as u64 * DISTANCE, n as u64 * RUNS + run);
-            let [wanted, found] = machines.each_mut().map(|machine| outcome(machine, at, &mut Random::new(seed)));
-            assert_eq!(wanted.0, found.0, "registers of program {n}, run {run}: {code:02x?}");
-            assert_eq!(
-                (wanted.1, wanted.2, wanted.3, wanted.4),
-                (found.1, found.2, found.3, found.4),
-                "program {n}, run {run}: {code:02x?}"
-            );
-            assert!(wanted.5 == found.5, "memory of program {n}, run {run}: {code:02x?}");
-        }
-    }
+    PAGES.compare(&programs, RUNS, prepare);
 }

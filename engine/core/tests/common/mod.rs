@@ -6,6 +6,7 @@
 pub mod guest;
 #[cfg(target_arch = "x86_64")]
 pub mod host;
+pub mod pages;
 pub mod system;
 pub mod vector;
 pub mod watched;
