@@ -1,6 +1,8 @@
 //! Random programs over linear pages that lie anywhere in RAM, one of which may not be written, with nothing on either side of them: each is
 //! run by the interpreter and as host code, and what the two leave behind is compared.
 
+use softkvm_engine::virt::control::intercept;
+
 use super::{Machine, Random, CODE};
 
 pub const PAGE: u64 = 4096;
@@ -32,6 +34,7 @@ impl Pages {
     /// Runs each program so many times from what `prepare` makes of registers and budget, and compares.
     pub fn compare(&self, programs: &[Vec<u8>], runs: u64, prepare: impl Fn(&mut Machine, &mut Random)) {
         let mut machines = [None, Some(1)].map(|tier| self.machine(tier, programs));
+        let mut turns = 0;
         for (n, code) in programs.iter().enumerate() {
             for run in 0..runs {
                 let (at, seed) = (CODE + n as u64 * DISTANCE, n as u64 * runs + run);
@@ -47,14 +50,17 @@ impl Pages {
                     (found.1, found.2, found.3, found.4),
                     "program {n}, run {run}: {code:02x?}"
                 );
+                turns += u64::from(wanted.4 > 2 * code.len() as u64);
                 assert!(wanted.5 == found.5, "memory of program {n}, run {run}: {code:02x?}");
             }
         }
+        assert!(turns * 4 > programs.len() as u64 * runs, "only {turns} runs were more than a turn or two");
     }
 
     fn machine(&self, tier: Option<u32>, programs: &[Vec<u8>]) -> Machine {
         let mut machine = Machine::new();
         machine.cpu.control.exception_bitmap = u32::MAX;
+        machine.cpu.control.intercepts = 1 << intercept::HLT;
         machine.cpu.set_translator(tier);
         for (n, frame) in self.frames.iter().enumerate() {
             let (la, gpa) = (PLACE + n as u64 * PAGE, FRAMES + frame * PAGE);
