@@ -10,6 +10,7 @@ use softkvm_engine::state::gpr;
 
 /// Some frames are behind each other, some are not.
 const PAGES: Pages = Pages { frames: &[2, 3, 0, 7, 6, 1, 4, 5], read_only: 6 };
+const ROUNDS: u64 = 20;
 const PROGRAMS: u64 = 500;
 const RUNS: u64 = 6;
 
@@ -108,7 +109,9 @@ fn prepare(machine: &mut Machine, random: &mut Random) {
 
 #[test]
 fn turns_are_those_of_the_interpreter() {
-    let mut random = Random::new(1);
-    let programs: Vec<Vec<u8>> = (0..PROGRAMS).map(|_| program(&mut random)).collect();
-    PAGES.compare(&programs, RUNS, prepare);
+    for seed in 0..ROUNDS {
+        let mut random = Random::new(seed);
+        let programs: Vec<Vec<u8>> = (0..PROGRAMS).map(|_| program(&mut random)).collect();
+        PAGES.compare(&programs, RUNS, prepare);
+    }
 }

@@ -10,6 +10,7 @@ use softkvm_engine::state::gpr;
 
 /// No frame is behind the one before.
 const PAGES: Pages = Pages { frames: &[2, 0, 3, 1], read_only: 2 };
+const ROUNDS: u64 = 20;
 const PROGRAMS: u64 = 600;
 const RUNS: u64 = 8;
 
@@ -79,7 +80,9 @@ fn prepare(machine: &mut Machine, random: &mut Random) {
 
 #[test]
 fn accesses_beside_each_other_are_those_of_the_interpreter() {
-    let mut random = Random::new(2);
-    let programs: Vec<Vec<u8>> = (0..PROGRAMS).map(|_| program(&mut random)).collect();
-    PAGES.compare(&programs, RUNS, prepare);
+    for seed in 0..ROUNDS {
+        let mut random = Random::new(seed);
+        let programs: Vec<Vec<u8>> = (0..PROGRAMS).map(|_| program(&mut random)).collect();
+        PAGES.compare(&programs, RUNS, prepare);
+    }
 }

@@ -105,7 +105,7 @@ impl Emitter<'_> {
         self.sites += 1;
         let wanders = self.wandering >> site.min(LAST) & 1 != 0;
         let near = self.near.as_ref().filter(|_| self.asm.holds() && !wanders);
-        if let Some(distance) = near.and_then(|near| near.distance(linear, bytes, kind)) {
+        if let Some((distance, kind)) = near.and_then(|near| Some((near.distance(linear, bytes, kind)?, near.kind))) {
             self.look_beside(site, distance, address, bytes, kind, miss);
         } else {
             let has_cell = self.busy && !wanders;

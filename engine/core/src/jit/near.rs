@@ -33,7 +33,9 @@ impl From<Memory> for Linear {
 pub struct Near {
     /// Guest registers, each with how much more it is than the base of the access was.
     bases: Vec<(Register, i64)>,
-    kind: AccessKind,
+    /// What the page lets through, and what each page that takes its place must: a read that finds itself in another one is looked up for a
+    /// write, if a write relies on that behind it.
+    pub kind: AccessKind,
     /// R15 is the place of what is so far from that base.
     at: i64,
 }
