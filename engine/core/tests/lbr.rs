@@ -253,6 +253,24 @@ fn a_loop_to_itself_is_recorded_turn_by_turn() {
 }
 
 #[test]
+fn branches_of_code_that_is_overwritten_before_it_leaves_are_recorded() {
+    // again: jmp 1f; 1: dec ecx; jnz again; jmp store; ...; store: mov byte [rbx], 0xeb, which is there already; hlt
+    let mut code = vec![0xf4; 0x90];
+    code[..8].copy_from_slice(&[0xeb, 0, 0xff, 0xc9, 0x75, 0xfa, 0xeb, 0x78]);
+    code[0x80..0x84].copy_from_slice(&[0xc6, 0x03, 0xeb, 0xf4]);
+    let mut machine = recording();
+    machine.load(&code);
+    for _ in 0..5 {
+        [(gpr::RBX, CODE), (gpr::RCX, 50)].into_iter().for_each(|(register, value)| machine.cpu.set_gpr(register, value));
+        machine.set_rip(CODE);
+        assert_eq!(enter(&mut machine), EXIT_HLT);
+        let turn = [(CODE, CODE + 2), (CODE + 4, CODE)];
+        let wanted: Vec<_> = turn.into_iter().cycle().take(ENTRIES - 2).chain([(CODE, CODE + 2), (CODE + 6, CODE + 0x80)]).collect();
+        assert_eq!(records(&machine), wanted);
+    }
+}
+
+#[test]
 fn legacy_code_has_short_addresses() {
     let mut machine = Machine::with_size(CodeSize::Bits16);
     machine.cpu.clock.tick = u64::MAX;
